@@ -1,0 +1,100 @@
+"""The small layers that the model families share: norms, soft cap, block-diagonal projection, causal convolution,
+gated feed-forward."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from xlstm_lm.ops.conv import causal_conv
+
+NormKind = Literal["rms", "layer"]
+
+
+def round_up(value: float, multiple: int) -> int:
+    """The least multiple of `multiple` that is not below `value`."""
+    return multiple * math.ceil(value / multiple)
+
+
+def soft_cap(x: Tensor, cap: float | None) -> Tensor:
+    """`cap * tanh(x / cap)`: the identity near zero, never beyond `cap` (arXiv 2503.13427); `None` changes nothing."""
+    return x if cap is None else cap * torch.tanh(x / cap)
+
+
+def make_norm(kind: NormKind, width: int, eps: float) -> nn.Module:
+    """The norm before a block or after the last one: a weight, no bias."""
+    return nn.RMSNorm(width, eps=eps) if kind == "rms" else nn.LayerNorm(width, eps=eps, bias=False)
+
+
+class HeadNorm(nn.Module):
+    """Norm of each head by itself, with one weight for every unit: (B, T, H, V) -> (B, T, H * V)."""
+
+    def __init__(self, num_heads: int, head_dim: int, kind: NormKind, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(num_heads * head_dim))
+        self.head_dim, self.kind, self.eps = head_dim, kind, eps
+
+    def forward(self, h_BTHV: Tensor) -> Tensor:
+        norm = F.layer_norm if self.kind == "layer" else F.rms_norm
+        return norm(h_BTHV, (self.head_dim,), eps=self.eps).flatten(-2) * self.weight
+
+
+class BlockDiagonalLinear(nn.Module):
+    """`num_blocks` independent projections of `width / num_blocks` units each, without bias: (..., D) -> (..., D).
+
+    The weight is (blocks, out, in).
+    """
+
+    def __init__(self, width: int, num_blocks: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_blocks, width // num_blocks, width // num_blocks))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x_blocks = x.unflatten(-1, (self.weight.shape[0], -1))
+        return torch.einsum("...gi,goi->...go", x_blocks, self.weight).flatten(-2)
+
+
+class CausalConv(nn.Module):
+    """Depthwise causal convolution over time that restarts where a document does."""
+
+    def __init__(self, width: int, kernel_size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width, kernel_size))
+        self.bias = nn.Parameter(torch.empty(width))
+
+    def forward(
+        self,
+        x_BTD: Tensor,
+        resets_BT: Tensor | None = None,
+        state_BWD: Tensor | None = None,
+        return_state: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """The convolved input and, where `return_state` is set, the last inputs for the next call."""
+        y_BTD = causal_conv(
+            x_BTD,
+            self.weight,
+            self.bias,
+            resets_BT=resets_BT,
+            initial_state_BWD=state_BWD,
+            return_state=return_state,
+        )
+        return y_BTD if return_state else (y_BTD, None)
+
+
+class GatedFeedForward(nn.Module):
+    """`down(activation(gate(x)) * up(x))`, gate and up in one product; no biases."""
+
+    def __init__(self, width: int, hidden: int, activation: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.gate_up = nn.Linear(width, 2 * hidden, bias=False)
+        self.down = nn.Linear(hidden, width, bias=False)
+        self.activation = activation
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        gate, up = self.gate_up(x_BTD).chunk(2, dim=-1)
+        return self.down(self.activation(gate) * up)

@@ -1,0 +1,189 @@
+"""The xLSTM language model: any stack of mLSTM and sLSTM blocks (arXiv 2405.04517, 2503.13427)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from xlstm_lm.models.layers import GatedFeedForward, make_norm, soft_cap
+from xlstm_lm.models.xlstm_config import XLSTMConfig
+from xlstm_lm.models.xlstm_mixers import MIXERS, MLSTMMixer, Observer, PaperMLSTMMixer, State
+from xlstm_lm.ops.loss import linear_cross_entropy
+
+SATURATED = 0.95  # a gate beyond this share of its soft cap counts as being at the cap
+
+
+class Block(nn.Module):
+    """Pre-norm residual block: a mixer along time, then, but for mlstm_paper, a gated feed-forward."""
+
+    def __init__(self, config: XLSTMConfig, kind: str) -> None:
+        super().__init__()
+        self.norm = make_norm(config.norm, config.embedding_dim, config.norm_eps)
+        self.mixer = MIXERS[kind](config)
+        self.feedforward = None
+        if kind != "mlstm_paper":
+            hidden, activation = {
+                "mlstm": (config.mlstm_feedforward_dim, F.silu),
+                "slstm": (config.slstm_feedforward_dim, F.gelu),
+            }[kind]
+            self.feedforward_norm = make_norm(config.norm, config.embedding_dim, config.norm_eps)
+            self.feedforward = GatedFeedForward(config.embedding_dim, hidden, activation)
+
+    def forward(
+        self,
+        x_BTD: Tensor,
+        resets_BT: Tensor | None = None,
+        state: State | None = None,
+        return_state: bool = False,
+        observe: Observer | None = None,
+    ) -> tuple[Tensor, State | None]:
+        mixed_BTD, state = self.mixer(self.norm(x_BTD), resets_BT, state, return_state, observe)
+        x_BTD = x_BTD + mixed_BTD
+        if self.feedforward is not None:
+            x_BTD = x_BTD + self.feedforward(self.feedforward_norm(x_BTD))
+        return x_BTD, state
+
+
+class XLSTM(nn.Module):
+    """Embedding, blocks, final norm and head. Weights are uninitialised until `init_weights`."""
+
+    def __init__(self, config: XLSTMConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.embedding_dim)
+        self.blocks = nn.ModuleList(Block(config, kind) for kind in config.block_kinds())
+        self.final_norm = make_norm(config.norm, config.embedding_dim, config.norm_eps)
+        self.head = nn.Linear(config.embedding_dim, config.vocab_size, bias=False)
+        if config.tie_embeddings:
+            self.head.weight = self.embedding.weight
+        self.activation_checkpointing = False
+
+    def forward(
+        self,
+        tokens_BT: Tensor,
+        resets_BT: Tensor | None = None,
+        state: list[State] | None = None,
+        return_state: bool = False,
+    ) -> Tensor | tuple[Tensor, list[State]]:
+        """Hidden states (B, T, D) behind the final norm and, on request, the state after the last token.
+
+        Where `resets_BT` is true a document starts: nothing before it, nor in `state`, reaches it. The state holds a
+        tuple of tensors for each block, of a size that does not depend on T.
+        """
+        return self._run(tokens_BT, resets_BT, state, return_state)
+
+    def _run(self, tokens_BT, resets_BT, state=None, return_state=False, observe=None):
+        x_BTD = self.embedding(tokens_BT)
+        states = []
+        for block, block_state in zip(self.blocks, state or [None] * len(self.blocks), strict=True):
+            arguments = (x_BTD, resets_BT, block_state, return_state, observe)
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                x_BTD, block_state = checkpoint(block, *arguments, use_reentrant=False)
+            else:
+                x_BTD, block_state = block(*arguments)
+            states.append(block_state)
+        hidden_BTD = self.final_norm(x_BTD)
+        return (hidden_BTD, states) if return_state else hidden_BTD
+
+    def logits(self, hidden_BTD: Tensor) -> Tensor:
+        """Logits (B, T, vocabulary), in float32 at least, of hidden states (B, T, D)."""
+        logits_BTV = self.head(hidden_BTD)
+        return soft_cap(logits_BTV.to(torch.promote_types(logits_BTV.dtype, torch.float32)), self.config.logit_soft_cap)
+
+    def loss(self, hidden_BTD: Tensor, targets_BT: Tensor, reduction: str = "sum", z_loss: float = 0.0) -> Tensor:
+        """Cross entropy, in nats, of the targets (B, T) given hidden states (B, T, D), without forming all logits.
+
+        A target of -100 is left out. `reduction` is sum, mean or none.
+        """
+        return linear_cross_entropy(
+            hidden_BTD,
+            self.head.weight,
+            targets_BT,
+            soft_cap=self.config.logit_soft_cap,
+            z_loss=z_loss,
+            reduction=reduction,
+        )
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Initialise every parameter as the authors of each kind of block do."""
+        width, depth = self.config.embedding_dim, len(self.blocks)
+        small, scaled_by_depth = (2 / (5 * width)) ** 0.5, 2 / (depth * width**0.5)
+        nn.init.normal_(self.embedding.weight, std=small)
+        nn.init.normal_(self.head.weight, std=small)
+        nn.init.ones_(self.final_norm.weight)
+        for index, block in enumerate(self.blocks):
+            nn.init.ones_(block.norm.weight)
+            mixer = block.mixer
+            nn.init.ones_(mixer.head_norm.weight)
+            if block.feedforward is not None:
+                nn.init.ones_(block.feedforward_norm.weight)
+                nn.init.normal_(block.feedforward.gate_up.weight, std=small)
+                nn.init.normal_(block.feedforward.down.weight, std=scaled_by_depth)
+            if isinstance(mixer, MLSTMMixer):
+                # xLSTM-7B: small q, k, v; output gate and gates start from their biases alone; input gate nearly shut.
+                qkv, output_gate = mixer.qkvo.weight.split((sum(mixer.widths[:3]), mixer.widths[3]))
+                nn.init.normal_(qkv, std=small)
+                nn.init.zeros_(output_gate)
+                nn.init.normal_(mixer.out.weight, std=scaled_by_depth)
+                _init_mlstm_gates(mixer.gates)
+                nn.init.constant_(mixer.gates.bias[: self.config.num_heads], -10.0)
+            elif isinstance(mixer, PaperMLSTMMixer):
+                # xLSTM paper: as above, but the input gate starts near 1, and the convolution as torch's own.
+                nn.init.normal_(mixer.up.weight, std=small)
+                for projection in (mixer.query, mixer.key, mixer.value):
+                    nn.init.normal_(projection.weight, std=small)
+                nn.init.normal_(mixer.down.weight, std=scaled_by_depth)
+                nn.init.ones_(mixer.skip)
+                _init_conv(mixer.conv.weight, mixer.conv.bias)
+                _init_mlstm_gates(mixer.gates)
+                nn.init.normal_(mixer.gates.bias[: self.config.num_heads], std=0.1)
+            else:
+                # xLSTM paper: no recurrence at first; forget biases fall from 5 to -7 over a head.
+                nn.init.normal_(mixer.input_weight, std=small)
+                nn.init.zeros_(mixer.recurrent_weight)
+                nn.init.zeros_(mixer.bias)
+                _init_conv(mixer.conv.weight, mixer.conv.bias)
+                unit = torch.linspace(0, 1, mixer.bias.shape[-1])
+                mixer.bias[1] = 5 - 12 * unit ** (0.3 + 1.3 * (index / max(depth - 1, 1)))
+
+    def no_decay_parameter_names(self) -> set[str]:
+        """Names of the parameters that weight decay leaves alone: the embedding and all that is no matrix."""
+        no_decay = {name for name, parameter in self.named_parameters() if parameter.ndim < 2}
+        return (
+            no_decay
+            | {"embedding.weight"}
+            | {name for name, _ in self.named_parameters() if name.endswith("mixer.bias")}
+        )
+
+    @torch.no_grad()
+    def gate_statistics(self, tokens_BT: Tensor, resets_BT: Tensor | None = None) -> dict[str, Tensor]:
+        """Means over tokens, heads and blocks (scalars): forget gate, input gate pre-activation, and the share of
+        gates at the mLSTM's soft cap."""
+        records: list[tuple[Tensor, Tensor]] = []
+        self._run(
+            tokens_BT, resets_BT, observe=lambda input_gate, forget_gate: records.append((input_gate, forget_gate))
+        )
+        inputs = torch.cat([input_gate.flatten() for input_gate, _ in records]).float()
+        forgets = torch.cat([forget_gate.flatten() for _, forget_gate in records]).float()
+        statistics = {"forget_gate": torch.sigmoid(forgets).mean(), "input_gate_preactivation": inputs.mean()}
+        if self.config.gate_soft_cap is not None:
+            gates = torch.cat((inputs, forgets))
+            statistics["share_at_soft_cap"] = (gates.abs() > SATURATED * self.config.gate_soft_cap).float().mean()
+        return statistics
+
+
+def _init_mlstm_gates(gates: nn.Linear) -> None:
+    """No weights; forget biases evenly from 3 to 6 over the heads, so that heads begin with different memories."""
+    num_heads = gates.bias.shape[0] // 2
+    nn.init.zeros_(gates.weight)
+    gates.bias[num_heads:] = torch.linspace(3, 6, num_heads, dtype=gates.bias.dtype, device=gates.bias.device)
+
+
+def _init_conv(weight_DW: Tensor, bias_D: Tensor) -> None:
+    """torch.nn.Conv1d's own start: uniform within one over the root of the taps."""
+    bound = weight_DW.shape[1] ** -0.5
+    nn.init.uniform_(weight_DW, -bound, bound)
+    nn.init.uniform_(bias_D, -bound, bound)

@@ -1,0 +1,156 @@
+"""What an xLSTM language model is told: its sizes, and which block stands where."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+from xlstm_lm.models.layers import NormKind, round_up
+
+BLOCK_KINDS = ("mlstm", "mlstm_paper", "slstm")
+
+
+@dataclass(kw_only=True)
+class XLSTMConfig:
+    """An xLSTM language model."""
+
+    family: Literal["xlstm"] = "xlstm"
+    """Model family."""
+    vocab_size: int = 50304
+    """Rows of the embedding and of the head; at least the tokenizer's vocabulary."""
+    embedding_dim: int = 768
+    """Model width."""
+    num_blocks: int = 12
+    """Number of residual blocks."""
+    num_heads: int = 4
+    """Heads of every mLSTM and sLSTM cell."""
+    pattern: str | list[str] = "mlstm"
+    """Blocks from first to last: mlstm, mlstm_paper or slstm for all, xlstm[a:b] for a mLSTM to b sLSTM, or a list."""
+    mlstm_block: Literal["mlstm", "mlstm_paper"] = "mlstm"
+    """The mLSTM block that xlstm[a:b] stands for."""
+    slstm_positions: list[int] | None = None
+    """Positions (from 0) of the sLSTM blocks in xlstm[a:b]; by default the last b of every a + b blocks."""
+    input_gate: Literal["exp", "sigmoid"] = "exp"
+    """Input gate of the mLSTM."""
+    qk_dim_factor: float = 0.5
+    """Width of queries and keys over the model width, in mlstm blocks."""
+    v_dim_factor: float = 1.0
+    """Width of values over the model width, in mlstm blocks."""
+    feedforward_factor: float = 2.667
+    """Feed-forward width over the model width in mlstm blocks, rounded up to a multiple of 64."""
+    feedforward_dim: int | None = None
+    """Feed-forward width of mlstm blocks where it does not follow from the factor."""
+    gate_soft_cap: float | None = 15.0
+    """Soft cap of the mLSTM's input and forget gate pre-activations; null for none."""
+    logit_soft_cap: float | None = 30.0
+    """Soft cap of the logits; null for none."""
+    norm: NormKind = "rms"
+    """Norm before every block and after the last."""
+    cell_norm: NormKind = "layer"
+    """Norm of each head behind the cell."""
+    norm_eps: float = 1e-6
+    """Epsilon of all norms."""
+    cell_eps: float = 1e-6
+    """Epsilon of the mLSTM's normalizer."""
+    conv_width: int = 4
+    """Width of the causal convolution in mlstm_paper and slstm blocks."""
+    paper_projection_factor: float = 2.0
+    """Inner width over the model width in mlstm_paper blocks, rounded up to a multiple of 64."""
+    paper_qkv_block_size: int = 4
+    """Size of the diagonal blocks of the query, key and value projections in mlstm_paper blocks."""
+    slstm_feedforward_factor: float = 1.3
+    """Feed-forward width over the model width in slstm blocks, rounded up to a multiple of 64."""
+    tie_embeddings: bool = False
+    """Whether the head is the embedding."""
+    chunk_length: int | None = None
+    """Chunk length of the mLSTM; null lets the kernel choose."""
+    mlstm_backend: str = "auto"
+    """Kernel of the mLSTM."""
+    slstm_backend: str = "auto"
+    """Kernel of the sLSTM."""
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "embedding_dim", "num_blocks", "num_heads", "conv_width", "paper_qkv_block_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+        kinds = set(self.block_kinds())
+        widths = {}
+        if "mlstm" in kinds:
+            widths |= {"query and key width embedding_dim * qk_dim_factor": self.qk_dim}
+            widths |= {"value width embedding_dim * v_dim_factor": self.v_dim}
+        if "slstm" in kinds:
+            widths |= {"embedding_dim": self.embedding_dim}
+        if "mlstm_paper" in kinds:
+            widths |= {"inner width embedding_dim * paper_projection_factor": self.paper_inner_dim}
+            if self.paper_inner_dim % self.paper_qkv_block_size:
+                raise ValueError(
+                    f"paper_qkv_block_size {self.paper_qkv_block_size} does not divide the inner width "
+                    f"{self.paper_inner_dim} of mlstm_paper blocks; choose a divisor of it."
+                )
+        for name, width in widths.items():
+            if width < 1 or width % self.num_heads:
+                raise ValueError(
+                    f"num_heads {self.num_heads} does not divide the {name} = {width}; "
+                    f"choose a num_heads that does, for example {_largest_divisor(width, self.num_heads)}."
+                )
+
+    @property
+    def qk_dim(self) -> int:
+        """Width of all queries of an mlstm block together."""
+        return round(self.embedding_dim * self.qk_dim_factor)
+
+    @property
+    def v_dim(self) -> int:
+        """Width of all values of an mlstm block together."""
+        return round(self.embedding_dim * self.v_dim_factor)
+
+    @property
+    def mlstm_feedforward_dim(self) -> int:
+        """Feed-forward width of an mlstm block."""
+        return self.feedforward_dim or round_up(self.embedding_dim * self.feedforward_factor, 64)
+
+    @property
+    def slstm_feedforward_dim(self) -> int:
+        """Feed-forward width of an slstm block."""
+        return round_up(self.embedding_dim * self.slstm_feedforward_factor, 64)
+
+    @property
+    def paper_inner_dim(self) -> int:
+        """Inner width of an mlstm_paper block."""
+        return round_up(self.embedding_dim * self.paper_projection_factor, 64)
+
+    def block_kinds(self) -> list[str]:
+        """The kind of every block, first to last, that `pattern` and `slstm_positions` stand for."""
+        if isinstance(self.pattern, list):
+            unknown = [kind for kind in self.pattern if kind not in BLOCK_KINDS]
+            if unknown:
+                raise ValueError(f"pattern names {unknown[0]!r}; the blocks are {', '.join(BLOCK_KINDS)}.")
+            if len(self.pattern) != self.num_blocks:
+                raise ValueError(f"pattern lists {len(self.pattern)} blocks, but num_blocks is {self.num_blocks}.")
+            return self.pattern
+        if self.pattern in BLOCK_KINDS:
+            return [self.pattern] * self.num_blocks
+        ratio = re.fullmatch(r"xlstm\[(\d+):(\d+)\]", self.pattern)
+        if not ratio or (period := int(ratio[1]) + int(ratio[2])) == 0:
+            raise ValueError(
+                f"pattern {self.pattern!r} is none of {', '.join(BLOCK_KINDS)}, xlstm[a:b] (as xlstm[7:1]) "
+                "or a list of blocks."
+            )
+        positions = self.slstm_positions
+        if positions is None:
+            if self.num_blocks % period:
+                raise ValueError(
+                    f"pattern {self.pattern} repeats every {period} blocks, which does not divide num_blocks "
+                    f"{self.num_blocks}; choose a multiple of {period}, or say where in slstm_positions."
+                )
+            positions = [index for index in range(self.num_blocks) if index % period >= int(ratio[1])]
+        elif any(not 0 <= position < self.num_blocks for position in positions):
+            raise ValueError(
+                f"slstm_positions {positions} must lie between 0 and num_blocks - 1 = {self.num_blocks - 1}."
+            )
+        return ["slstm" if index in positions else self.mlstm_block for index in range(self.num_blocks)]
+
+
+def _largest_divisor(number: int, limit: int) -> int:
+    return next(divisor for divisor in range(min(limit, max(number, 1)), 0, -1) if number % divisor == 0)

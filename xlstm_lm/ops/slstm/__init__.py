@@ -1,0 +1,8 @@
+"""The sLSTM cell: its definition, a compiled CPU loop, and the entry that chooses between them."""
+
+from __future__ import annotations
+
+from xlstm_lm.ops.slstm.dispatch import BACKENDS, choose_backend, slstm
+from xlstm_lm.ops.slstm.recurrence import SLSTMState
+
+__all__ = ["BACKENDS", "SLSTMState", "choose_backend", "slstm"]

@@ -1,0 +1,84 @@
+"""Where this process stands among all processes of a run."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed
+
+LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+TIMEOUT = timedelta(minutes=30)  # rank 0 alone writes a large checkpoint while the others wait
+
+
+@dataclass(frozen=True)
+class World:
+    """This process's rank, the number of processes, its rank on its node and its device."""
+
+    rank: int
+    size: int
+    local_rank: int
+    device: torch.device
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    def gather(self, value: Any) -> list[Any]:
+        """The picklable `value` of every rank, in rank order, on rank 0; an empty list on the others."""
+        if self.size == 1:
+            return [value]
+        values = [None] * self.size if self.is_first else None
+        torch.distributed.gather_object(value, values, dst=0)
+        return values or []
+
+    def from_first(self, value: Any) -> Any:
+        """Rank 0's picklable `value`, on every rank."""
+        if self.size == 1:
+            return value
+        values = [value]
+        torch.distributed.broadcast_object_list(values, src=0)
+        return values[0]
+
+    def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Replace `tensor` (on this world's device) by its sum over all ranks, and return it."""
+        if self.size > 1:
+            torch.distributed.all_reduce(tensor)
+        return tensor
+
+
+def join_world() -> World:
+    """Join the processes that a launcher (torchrun, deepspeed, SLURM with these variables) started, or be a world of one.
+
+    Reads RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT. Safe to call again.
+
+    Raises:
+        ValueError: only some of the variables are set.
+    """
+    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    missing = [name for name in LAUNCHER_VARIABLES if name not in os.environ]
+    launched = not missing
+    if missing and len(missing) < len(LAUNCHER_VARIABLES) and size > 1:
+        raise ValueError(
+            f"WORLD_SIZE is {size} but {', '.join(missing)} is not set: start the processes with torchrun or deepspeed, "
+            "which set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, or unset WORLD_SIZE."
+        )
+    local_rank = int(os.environ.setdefault("LOCAL_RANK", "0"))  # DeepSpeed insists on it
+    if torch.cuda.is_available():
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    else:
+        device = torch.device("cpu")
+    if not torch.distributed.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        if launched:
+            torch.distributed.init_process_group(backend, timeout=TIMEOUT)
+        else:
+            # No port and no network: a store inside this process.
+            store = torch.distributed.HashStore()
+            torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1, timeout=TIMEOUT)
+    rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return World(rank=rank, size=size, local_rank=local_rank, device=device)

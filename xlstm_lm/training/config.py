@@ -1,0 +1,74 @@
+"""How long a run lasts, where it writes, and how often it reports."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(kw_only=True)
+class TrainingConfig:
+    """A run."""
+
+    steps: int = 1000
+    """Optimizer steps of the whole run."""
+    run_dir: str = "runs/default"
+    """Folder of the run: configuration, metrics, checkpoints. Giving it again continues the run."""
+    seed: int = 0
+    """Seed of the initial weights and of the data order."""
+    resume: str = "auto"
+    """auto: continue the run in run_dir if there is one; never: refuse a run_dir that holds one; or the path of a
+    checkpoint (or of a run, for its newest) of another run to start from."""
+    log_every: int = 10
+    """Steps between two lines in metrics.jsonl."""
+    checkpoint_every: int = 1000
+    """Steps between two checkpoints; the last step is always saved."""
+    keep_checkpoints: int = 3
+    """Newest checkpoints that are kept."""
+    validate_every: int = 1000
+    """Steps between two validations; 0 validates after the last step only."""
+    gate_statistics_every: int = 100
+    """Steps between two measurements of the gates (an extra forward pass of one micro batch each); 0 for none."""
+    micro_batch_size: int | None = None
+    """Rows of one forward and backward pass on one device; null takes all rows of the device in one pass."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """bf16 with float32 master weights, or fp32; auto takes bf16 where the device computes it natively."""
+    activation_checkpointing: bool = False
+    """Whether each block's activations are recomputed in the backward pass instead of kept."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "log_every", "checkpoint_every", "keep_checkpoints"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"training.{name} is {getattr(self, name)}; it must be at least 1.")
+        for name in ("validate_every", "gate_statistics_every", "seed"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"training.{name} is {getattr(self, name)}; it must be at least 0.")
+        if self.micro_batch_size is not None and self.micro_batch_size < 1:
+            raise ValueError(
+                f"training.micro_batch_size is {self.micro_batch_size}; it must be at least 1, or null for all rows "
+                "of a device at once."
+            )
+        if not self.run_dir:
+            raise ValueError("training.run_dir is empty; give the folder that the run shall write to.")
+
+
+def split_batch(global_batch_size: int, world_size: int, micro_batch_size: int | None) -> tuple[int, int]:
+    """Rows of a micro batch and micro batches a step, for each rank.
+
+    Raises:
+        ValueError: the batch does not divide by the ranks, or a rank's rows by the micro batch.
+    """
+    rows, remainder = divmod(global_batch_size, world_size)
+    if remainder or not rows:
+        raise ValueError(
+            f"data.global_batch_size is {global_batch_size}, which {world_size} processes cannot share evenly: choose a "
+            f"multiple of {world_size}, or start as many processes as divide {global_batch_size}."
+        )
+    micro_batch_size = micro_batch_size or rows
+    if rows % micro_batch_size:
+        fitting = [size for size in range(1, rows + 1) if rows % size == 0]
+        raise ValueError(
+            f"training.micro_batch_size is {micro_batch_size}, which does not divide the {rows} rows of a device "
+            f"(data.global_batch_size {global_batch_size} over {world_size} processes): choose one of {fitting}."
+        )
+    return micro_batch_size, rows // micro_batch_size

@@ -1,0 +1,239 @@
+"""One optimizer step through DeepSpeed, and its weights and moments by parameter name, whatever the ZeRO stage."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.utils import (
+    safe_get_full_fp32_param,
+    safe_get_full_optimizer_state,
+    safe_set_full_fp32_param,
+    safe_set_full_optimizer_state,
+    safe_set_local_fp32_param,
+    safe_set_local_optimizer_state,
+)
+from torch import Tensor, nn
+
+from xlstm_lm.parallel.process_group import World
+from xlstm_lm.training.deepspeed_config import Precision, deepspeed_json
+from xlstm_lm.training.optimizer import OptimizerConfig, build_optimizer
+
+# Calls inside DeepSpeed that newer versions of torch have other names for.
+warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed.c10d_logger")
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+MicroBatch = tuple[Tensor, Tensor, Tensor]  # tokens_BT, targets_BT, resets_BT
+
+
+class TrainingModule(nn.Module):
+    """A model with its loss in `forward`, because ZeRO-3 gathers weights only there."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens_BT: Tensor, targets_BT: Tensor | None, resets_BT: Tensor) -> Tensor | dict[str, Tensor]:
+        """The sum of the target tokens' losses in nats; without targets the gate statistics."""
+        if targets_BT is None:
+            return self.model.gate_statistics(tokens_BT, resets_BT)
+        return self.model.loss(self.model(tokens_BT, resets_BT), targets_BT, reduction="sum")
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step did on this rank: whether weights changed, its own loss sum (nats), the whole gradient's norm."""
+
+    applied: bool
+    loss_sum: Tensor
+    gradient_norm: Tensor | float
+
+
+class TrainingEngine:
+    """A DeepSpeed engine around a model, with AdamW of ours."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer_config: OptimizerConfig,
+        deepspeed_section: dict[str, Any],
+        *,
+        world: World,
+        precision: Precision,
+        micro_batch_size: int,
+        accumulation_steps: int,
+    ) -> None:
+        """`model` has been built alike on every rank; `deepspeed_section` has passed `check_deepspeed_section`."""
+        persistent = set(model.state_dict()) - {name for name, _ in model.named_parameters(remove_duplicate=False)}
+        assert not persistent, f"checkpoints hold parameters only, but the model has persistent buffers {persistent}"
+        self.world = world
+        self.shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+        self._parameters = dict(model.named_parameters())
+        self._clip = optimizer_config.gradient_clip
+        self._accumulation_steps = accumulation_steps
+        config = deepspeed_json(
+            deepspeed_section,
+            precision=precision,
+            micro_batch_size=micro_batch_size,
+            accumulation_steps=accumulation_steps,
+            world_size=world.size,
+            gradient_clip=self._clip,
+        )
+        self.stage = config["zero_optimization"]["stage"]
+        if world.device.type == "cpu":
+            # Otherwise DeepSpeed spends a minute on compiling a shared-memory all-reduce that gloo makes unnecessary.
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        deepspeed.init_distributed(dist_backend="nccl" if world.device.type == "cuda" else "gloo")
+        # Moved first, so that torch sees parameters on the device they will stay on when it picks its fused kernel.
+        module = TrainingModule(model).to(world.device)
+        self._adamw = build_optimizer(optimizer_config, model.named_parameters(), model.no_decay_parameter_names())
+        self._engine, *_ = deepspeed.initialize(model=module, optimizer=self._adamw, config=config)
+        self._create_optimizer_state()
+
+    def train_step(self, micro_batches: list[MicroBatch], scale: Tensor | float, learning_rate: float) -> StepResult:
+        """Forward, backward, reduction and update.
+
+        The gradient is the sum over all ranks' micro batches of d(loss sum * scale / world size): with a scale of world
+        size / target tokens of the global batch it is that of the mean token loss. A loss or gradient that is not
+        finite anywhere leaves weights, moments and the optimizer's step as they are, on every rank.
+
+        DeepSpeed reads the gradient norm on the host before it updates: the one device synchronisation of a step.
+        """
+        assert len(micro_batches) == self._accumulation_steps
+        self._engine.train()
+        for group in self._adamw.param_groups:
+            group["lr"] = learning_rate
+        loss_sum = torch.zeros((), device=self.world.device)
+        for index, micro_batch in enumerate(micro_batches):
+            loss = self._engine(*micro_batch)
+            loss_sum = loss_sum + loss.detach().float()
+            # An infinite loss can have a finite gradient: a NaN for a scale makes every rank see that this went wrong.
+            finite_scale = torch.where(
+                torch.isfinite(loss.detach()), torch.as_tensor(scale, device=loss.device), torch.nan
+            )
+            self._engine.backward(loss * finite_scale.to(loss.dtype), scale_wrt_gas=False)
+            if index < len(micro_batches) - 1:
+                self._engine.step()
+        if self.stage == 0:
+            return self._update_stage_0(loss_sum)
+        self._engine.step()
+        return StepResult(self._engine.was_step_applied(), loss_sum, self._engine.get_global_grad_norm())
+
+    def _update_stage_0(self, loss_sum: Tensor) -> StepResult:
+        gradients = [parameter.grad for parameter in self._parameters.values() if parameter.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        applied = bool(torch.isfinite(norm))
+        if not applied:
+            for parameter in self._parameters.values():
+                parameter.grad = None  # AdamW passes over parameters without a gradient
+        elif self._clip:
+            torch.nn.utils.clip_grads_with_norm_(self._parameters.values(), self._clip, norm)
+        self._engine.step()
+        return StepResult(applied, loss_sum, norm)
+
+    @torch.no_grad()
+    def evaluate(self, micro_batch: MicroBatch) -> Tensor:
+        """The loss sum (nats) of one micro batch. Under ZeRO-3 every rank must call it equally often."""
+        self._engine.eval()
+        return self._engine(*micro_batch)
+
+    @torch.no_grad()
+    def gate_statistics(self, micro_batch: MicroBatch) -> dict[str, Tensor]:
+        """The model's gate statistics on one micro batch, if it has gates. Under ZeRO-3 every rank must call it."""
+        if not hasattr(self._engine.module.model, "gate_statistics"):
+            return {}
+        self._engine.eval()
+        tokens_BT, _, resets_BT = micro_batch
+        return self._engine(tokens_BT, None, resets_BT)
+
+    # Weights and moments. Reading is collective: every rank asks for the same names in the same order.
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Name and float32 master weight of every parameter, one at a time, on the device."""
+        for name, parameter in self._parameters.items():
+            value = parameter if self.stage == 0 else safe_get_full_fp32_param(parameter)
+            yield name, value.detach().float().view(self.shapes[name])
+
+    def moments(self) -> Iterator[tuple[str, Tensor]]:
+        """As `weights`, of both moments: NAME.exp_avg and NAME.exp_avg_sq. Before the first step they are zero."""
+        for name, parameter in self._parameters.items():
+            for key in MOMENTS:
+                if self.stage == 0:
+                    value = self._adamw.state[parameter][key]
+                else:
+                    value = safe_get_full_optimizer_state(parameter, key)
+                yield f"{name}.{key}", value.detach().float().view(self.shapes[name])
+
+    def load(self, weights: Iterator[tuple[str, Tensor]], moments: Iterator[tuple[str, Tensor]], step: int) -> None:
+        """Take full float32 weights and moments, as `weights` and `moments` give them, on every rank alike."""
+        for name, value in weights:
+            self._write(self._parameters[name], value)
+        for name, value in moments:
+            name, _, key = name.rpartition(".")
+            self._write(self._parameters[name], value, key)
+        if self.stage in (1, 2):
+            self._engine.optimizer.update_lp_params()
+        for state in self._adamw.state.values():
+            state["step"].fill_(step)
+
+    @property
+    def optimizer_steps(self) -> int:
+        """Updates that AdamW has made: the run's steps but for the skipped ones."""
+        return max((int(state["step"]) for state in self._adamw.state.values()), default=0)
+
+    @torch.no_grad()
+    def _write(self, parameter: nn.Parameter, value: Tensor, moment: str | None = None) -> None:
+        value = value.to(self.world.device)
+        if self.stage == 0:
+            (self._adamw.state[parameter][moment] if moment else parameter).copy_(value)
+        elif self.stage < 3:
+            if moment:
+                safe_set_full_optimizer_state(parameter, value, moment)
+            else:
+                safe_set_full_fp32_param(parameter, value)
+        else:
+            if not moment:
+                with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+                    parameter.copy_(value)
+            # A rank's share is of equal size on all ranks: the last one is filled up.
+            share = parameter.ds_tensor.ds_numel
+            filled = torch.zeros(share * self.world.size, device=value.device)
+            filled[: value.numel()] = value.flatten()
+            own = filled[share * self.world.rank :][:share]
+            if moment:
+                safe_set_local_optimizer_state(parameter, own, moment)
+            else:
+                safe_set_local_fp32_param(parameter, own)
+
+    def _create_optimizer_state(self) -> None:
+        """What AdamW would create in its first step.
+
+        Left to itself, ZeRO 1 and 2 link the moments to the parameters after the first group's first step, when those of
+        the second group do not exist yet: they could never be read by name (DeepSpeed 0.19.8).
+        """
+        zero_optimizer = self._engine.optimizer
+        if self.stage == 0:
+            partitions = list(self._parameters.values())
+        elif self.stage == 3:
+            partitions = zero_optimizer.fp32_partitioned_groups_flat
+        elif hasattr(zero_optimizer, "fp32_groups_flat_partition"):  # bf16 at stage 1
+            partitions = zero_optimizer.fp32_groups_flat_partition
+        else:
+            partitions = zero_optimizer.single_partition_of_fp32_groups
+        for partition in partitions:
+            if not self._adamw.state[partition]:
+                self._adamw.state[partition] = {
+                    "step": torch.zeros((), device=partition.device),
+                    "exp_avg": torch.zeros_like(partition),
+                    "exp_avg_sq": torch.zeros_like(partition),
+                }
+        if self.stage in (1, 2):
+            zero_optimizer._lazy_init_hp_params_optimizer_state()
+
+    def close(self) -> None:
+        """Give back what DeepSpeed holds."""
+        self._engine.destroy()

@@ -1,0 +1,150 @@
+"""The command line: `xlstm-lm train | generate | export | tokenizer | doctor`. Each command imports what it needs when it
+is called, so that `--help` is quick."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from xlstm_lm import __version__
+
+SAMPLE_PROMPT = "def "  # what the sample at the end of a run continues
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse that does not guess abbreviations, and says which flag was meant."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, allow_abbrev=False, **kwargs)
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None) -> Any:
+        parsed, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            from xlstm_lm.config import nearest
+
+            flags = self.flags_of(parsed.command)
+            flag, _, value = unknown[0].partition("=")
+            value = value or (unknown[1] if len(unknown) > 1 else "")
+            hint = nearest(flag.lstrip("-"), flags).replace("Did you mean ", "Did you mean --")
+            self.error(f"flag {flag} {value}".rstrip() + f": there is no such flag. {hint}")
+        return parsed
+
+    def flags_of(self, command: str) -> list[str]:
+        """Every long flag of a command, without the dashes."""
+        commands = next(action for action in self._actions if isinstance(action, argparse._SubParsersAction))
+        return [flag[2:] for flag in commands.choices[command]._option_string_actions if flag.startswith("--")]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run one command; a user's mistake ends with exit code 2 and one message."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    # DeepSpeed's launcher puts its own flag before the command; the rank is in the environment as well.
+    arguments = [each for each in arguments if not each.startswith("--local_rank=")]
+    parser = _make_parser("train" in arguments[:1])
+    options = parser.parse_args(arguments)
+    try:
+        options.run(options)
+    except (ValueError, OSError) as error:
+        if os.environ.get("XLSTM_LM_TRACEBACK"):
+            raise
+        print(f"xlstm-lm {options.command}: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _make_parser(with_fields: bool) -> _Parser:
+    parser = _Parser(prog="xlstm-lm", description="Train xLSTM language models, and use what was trained.")
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, run: Callable[[argparse.Namespace], None], description: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=description, description=description)
+        sub.set_defaults(run=run)
+        return sub
+
+    train = command("train", _train, "Train a model from recipes; the same command continues a run that was stopped.")
+    train.add_argument(
+        "--config", action="append", required=True, metavar="RECIPE", help="YAML recipe; given again, later ones win."
+    )
+    if with_fields:
+        from xlstm_lm.config import add_field_flags
+
+        add_field_flags(train)
+
+    generate = command("generate", _generate, "Continue a prompt with a trained model.")
+    generate.add_argument("--model", required=True, metavar="FOLDER", help="A run, a checkpoint or an export.")
+    generate.add_argument("--prompt", required=True, metavar="TEXT", help="The text to continue.")
+    generate.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="Default: 256.")
+    generate.add_argument("--temperature", type=float, default=0.8, metavar="T", help="0 is greedy. Default: 0.8.")
+    generate.add_argument("--top-p", type=float, default=0.95, metavar="P", help="Nucleus of the draw. Default: 0.95.")
+    generate.add_argument("--seed", type=int, default=0, metavar="S", help="Default: 0.")
+
+    export = command("export", _export, "Write a run's model and tokenizer to a folder of their own.")
+    export.add_argument("--run", required=True, dest="source", metavar="FOLDER", help="A run or one of its checkpoints.")
+    export.add_argument("--out", required=True, metavar="FOLDER", help="A new folder.")
+
+    tokenizer = command("tokenizer", _tokenizer, "Train a byte-level BPE tokenizer on text files.")
+    tokenizer.add_argument("action", choices=["train"])
+    tokenizer.add_argument("--files", nargs="+", required=True, metavar="FILE", help="Text files or glob patterns.")
+    tokenizer.add_argument("--vocab-size", type=int, required=True, metavar="N", help="Vocabulary, end of document included.")
+    tokenizer.add_argument("--out", required=True, metavar="FOLDER", help="A new folder, as transformers reads it.")
+
+    command("doctor", _doctor, "Versions, devices, kernels, and whether each computes what it should.")
+    return parser
+
+
+def _train(options: argparse.Namespace) -> None:
+    from xlstm_lm.config import load_run_config
+    from xlstm_lm.training.loop import train
+
+    overrides = {name: value for name, value in vars(options).items() if "." in name or name == "deepspeed"}
+    run = load_run_config(options.config, overrides)
+    result = train(run)
+    if result.is_main:
+        _tell_what_next(result, options.config, overrides)
+
+
+def _generate(options: argparse.Namespace) -> None:
+    from xlstm_lm.generation import SamplingConfig
+
+    sampling = SamplingConfig(
+        max_new_tokens=options.max_new_tokens,
+        temperature=options.temperature,
+        top_p=options.top_p,
+        seed=options.seed,
+    )
+    if not options.prompt:
+        raise ValueError("--prompt is empty; give at least one character to continue.")
+    from xlstm_lm.hub import load
+
+    print(options.prompt, end="", flush=True)
+    for text in continue_text(load(options.model), options.prompt, sampling):
+        print(text, end="", flush=True)
+    print()
+
+
+def _export(options: argparse.Namespace) -> None:
+    from xlstm_lm.hub import load, save_export
+
+    out = save_export(load(options.source), options.out)
+    print(f"Wrote {out}. Try it:  xlstm-lm generate --model {shlex.quote(str(out))} --prompt 'def '")
+
+
+def _tokenizer(options: argparse.Namespace) -> None:
+    from xlstm_lm.data import train_bpe
+
+    out = train_bpe(options.files, vocab_size=options.vocab_size, out=Path(options.out))
+    print(f"Wrote {out}. Use it:  --data.tokenizer.kind huggingface --data.tokenizer.name {shlex.quote(str(out))}")
+
+
+def _doctor(options: argparse.Namespace) -> None:
+    from xlstm_lm.doctor import report
+
+    print(report())

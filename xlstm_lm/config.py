@@ -1,0 +1,185 @@
+"""Everything a run is told: the sections of a recipe, checked strictly, each field also a flag."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from xlstm_lm.data import DataConfig
+from xlstm_lm.models.xlstm_config import XLSTMConfig
+from xlstm_lm.recipe import merge, parse_yaml, read_recipe
+from xlstm_lm.training.config import TrainingConfig
+from xlstm_lm.training.optimizer import OptimizerConfig
+from xlstm_lm.training.safeguards import SafeguardsConfig
+from xlstm_lm.training.schedule import ScheduleConfig
+from xlstm_lm.training.wandb_run import WandbConfig
+
+
+@dataclass(kw_only=True)
+class RunConfig:
+    """A training run."""
+
+    # Sections are plain dataclasses beside the code that uses them; pydantic checks them under this configuration.
+    __pydantic_config__: ClassVar = {"extra": "forbid", "use_attribute_docstrings": True}
+
+    model: XLSTMConfig
+    """The model."""
+    data: DataConfig
+    """Where tokens come from."""
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    """The run: how long, where, what is saved and logged."""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """AdamW."""
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    """Learning rate over the steps."""
+    safeguards: SafeguardsConfig = field(default_factory=SafeguardsConfig)
+    """What happens when the numbers go wrong."""
+    wandb: WandbConfig = field(default_factory=WandbConfig)
+    """Weights & Biases."""
+    deepspeed: dict[str, Any] = field(default_factory=dict)
+    """DeepSpeed's own JSON: zero_optimization, offload and the like."""
+
+
+_RUN = TypeAdapter(RunConfig)
+
+
+@dataclass(frozen=True)
+class Field:
+    """One field of RunConfig as the command line sees it."""
+
+    name: str
+    type_name: str
+    default: str
+    description: str
+    takes_text: bool
+
+
+def fields() -> list[Field]:
+    """Every field of a run, sections taken apart, in order."""
+    schema = _RUN.json_schema()
+
+    def walk(node: dict[str, Any], prefix: str) -> list[Field]:
+        found = []
+        for key, value in node["properties"].items():
+            target = schema["$defs"][value["$ref"].split("/")[-1]] if "$ref" in value else value
+            if "properties" in target:
+                found += walk(target, f"{prefix}{key}.")
+                continue
+            default = yaml.safe_dump(value["default"], default_flow_style=True) if "default" in value else "none"
+            found.append(
+                Field(
+                    name=f"{prefix}{key}",
+                    type_name=_type_name(target),
+                    default=default.replace("\n...\n", "").strip(),
+                    description=value.get("description", ""),
+                    takes_text=target.get("type") == "string",
+                )
+            )
+        return found
+
+    return walk(schema, "")
+
+
+def _type_name(node: dict[str, Any]) -> str:
+    if "enum" in node:
+        return "|".join(map(str, node["enum"]))
+    if "const" in node:
+        return str(node["const"])
+    if "anyOf" in node:
+        return "|".join(_type_name(option) for option in node["anyOf"])
+    return {"string": "TEXT", "integer": "INT", "number": "NUMBER", "boolean": "true|false", "null": "null"}.get(
+        node.get("type", ""), "YAML"
+    )
+
+
+def add_field_flags(parser: argparse.ArgumentParser) -> None:
+    """Give the parser `--section.field` for every field of a run."""
+    groups: dict[str, Any] = {}
+    for each in fields():
+        section = each.name.split(".")[0]
+        group = groups.setdefault(section, parser.add_argument_group(section))
+        group.add_argument(
+            f"--{each.name}",
+            metavar=each.type_name,
+            default=argparse.SUPPRESS,
+            type=str if each.takes_text else parse_yaml,
+            help=f"{each.description} Default: {each.default}.".replace("%", "%%"),
+        )
+
+
+def load_run_config(paths: list[str | Path], overrides: dict[str, Any] | None = None) -> RunConfig:
+    """The run that recipes describe, later ones winning, with `overrides` (`{"training.steps": 200}`) on top.
+
+    Raises:
+        ValueError: a recipe cannot be read, or a key or a value is not allowed; the message names the file or flag, the
+            value and, for a key, the nearest one there is. All mistakes are named at once.
+    """
+    values: dict[str, Any] = {}
+    origins: dict[str, str] = {}
+    for path in paths:
+        recipe, recipe_origins = read_recipe(path)
+        values, origins = merge(values, recipe), origins | recipe_origins
+    for name, value in (overrides or {}).items():
+        for key in reversed(name.split(".")):
+            value = {key: value}
+        values = merge(values, value)
+        origins[name] = f"flag --{name}"
+    try:
+        return _RUN.validate_python(values)
+    except ValidationError as error:
+        known = [each.name for each in fields()]
+        messages = dict.fromkeys(_explain(each, known, origins) for each in error.errors(include_url=False))
+        raise ValueError("\n".join(messages)) from None
+
+
+def save_run_config(run: RunConfig, path: Path) -> None:
+    """Write the resolved run as a recipe that `load_run_config` reads back to an equal one."""
+    path.write_text(yaml.safe_dump(as_dict(run), sort_keys=False, allow_unicode=True), encoding="utf-8")
+
+
+def as_dict(run: RunConfig) -> dict[str, Any]:
+    """The run as nested mappings of plain values, as JSON and YAML hold them."""
+    return _RUN.dump_python(run, mode="json")
+
+
+def _explain(error: dict[str, Any], known: list[str], origins: dict[str, str]) -> str:
+    """One line on one mistake that pydantic found."""
+    location = [str(part) for part in error["loc"]]
+    name = ".".join(location)
+    if error["type"] == "value_error" and name not in known:
+        return f"{_origin(name, origins)}{name}: {error['ctx']['error']}"
+    if error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+        return f"{_origin(name, origins)}{name} = {error['input']!r}: there is no such field. {nearest(name, known)}"
+    if error["type"] in ("missing", "missing_argument"):
+        return f"{name} is missing: give it in a recipe (--config) or as --{name}."
+    # A union adds the name of each alternative behind the field's own.
+    field_name = next(
+        (".".join(location[:end]) for end in range(len(location), 0, -1) if ".".join(location[:end]) in known), name
+    )
+    message = str(error["ctx"]["error"]) if error["type"] == "value_error" else error["msg"]
+    return f"{_origin(field_name, origins)}{field_name} = {error['input']!r}: {message}."
+
+
+def _origin(name: str, origins: dict[str, str]) -> str:
+    """Where a field was set: the file or flag of the field, or of anything below it."""
+    sources = [
+        origin
+        for key, origin in origins.items()
+        if key == name or key.startswith(f"{name}.") or name.startswith(f"{key}.")
+    ]
+    return f"{', '.join(dict.fromkeys(sources))}: " if sources else ""
+
+
+def nearest(name: str, known: list[str]) -> str:
+    """'Did you mean ...?' for a name that is none of the known, by the whole name first, then by its last part."""
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    if not close:
+        last_parts = {each.split(".")[-1]: each for each in known}
+        close = [last_parts[match] for match in difflib.get_close_matches(name.split(".")[-1], list(last_parts), n=1)]
+    return f"Did you mean {close[0]}?" if close else "See 'xlstm-lm train --help' for all fields."

@@ -1,0 +1,69 @@
+"""Continue a text token by token, with the recurrent state as the only memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+PREFILL_TOKENS = 4096  # a longer prompt is read in pieces of this length, so that memory does not grow with it
+
+
+@dataclass(kw_only=True)
+class SamplingConfig:
+    """How the next token is drawn."""
+
+    max_new_tokens: int = 256
+    """Tokens to generate at most."""
+    temperature: float = 0.8
+    """Divides the logits; 0 takes the likeliest token."""
+    top_p: float = 0.95
+    """The likeliest tokens that together reach this probability are the candidates."""
+    seed: int = 0
+    """Seed of the draw."""
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens is {self.max_new_tokens}; it must be at least 1.")
+        if not self.temperature >= 0:
+            raise ValueError(f"temperature is {self.temperature}; it must be 0 (take the likeliest token) or above.")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p is {self.top_p}; it must be above 0 and at most 1 (all tokens).")
+
+
+def sample(logits_V: Tensor, config: SamplingConfig, generator: torch.Generator) -> int:
+    """Draw one token id from logits (V,)."""
+    if config.temperature == 0:
+        return int(logits_V.argmax())
+    probability_V, token_V = torch.softmax(logits_V.float() / config.temperature, dim=-1).sort(descending=True)
+    beyond_V = probability_V.cumsum(0) - probability_V >= config.top_p
+    choice = torch.multinomial(probability_V.masked_fill(beyond_V, 0), 1, generator=generator)
+    return int(token_V[choice])
+
+
+@torch.inference_mode()
+def generate(
+    model: nn.Module, prompt: list[int], config: SamplingConfig, stop_token: int | None = None
+) -> Iterator[int]:
+    """Yield the tokens that follow `prompt`, each as soon as it is known, until `stop_token` or `max_new_tokens`.
+
+    Time and memory for a token do not depend on how many came before it.
+
+    Raises:
+        ValueError: the prompt is empty.
+    """
+    if not prompt:
+        raise ValueError("The prompt has no token; give at least one character to continue.")
+    device = next(model.parameters()).device
+    generator = torch.Generator(device).manual_seed(config.seed)
+    state = None
+    for piece_T in torch.tensor(prompt, device=device).split(PREFILL_TOKENS):
+        hidden_BTD, state = model(piece_T.unsqueeze(0), state=state, return_state=True)
+    for _ in range(config.max_new_tokens):
+        token = sample(model.logits(hidden_BTD[:, -1:])[0, -1], config, generator)
+        if token == stop_token:
+            return
+        yield token
+        hidden_BTD, state = model(torch.tensor([[token]], device=device), state=state, return_state=True)

@@ -1,0 +1,5 @@
+"""Models on disk: load them from whatever layout, and export them."""
+
+from xlstm_lm.hub.load import TrainedModel, load, save_export
+
+__all__ = ["TrainedModel", "load", "save_export"]

@@ -1,0 +1,41 @@
+"""What the data hands to the training loop: rows of tokens, their targets, and where documents start."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from xlstm_lm.data.packing import Row
+
+IGNORED_TARGET = -100
+
+
+@dataclass
+class Batch:
+    """Packed rows, one a lane (training) or consecutive ones (validation)."""
+
+    tokens_BT: torch.Tensor  # noqa: N815
+    """Inputs, int64."""
+    targets_BT: torch.Tensor  # noqa: N815
+    """The token that follows each input, int64; -100 where nothing is to be predicted."""
+    resets_BT: torch.Tensor  # noqa: N815
+    """True where a document starts and the model's state is therefore emptied, bool."""
+    document_ids: list[list[str]]
+    """For each row, the documents with a token in it."""
+
+
+def stack_rows(rows: Sequence[Row]) -> Batch:
+    """Lay packed rows one under the other."""
+    elements = torch.from_numpy(np.stack([row.elements for row in rows]).astype(np.int64))
+    targets_BT = elements[:, 1:].contiguous()
+    for index, row in enumerate(rows):
+        targets_BT[index, row.num_targets :] = IGNORED_TARGET
+    return Batch(
+        tokens_BT=elements[:, :-1].contiguous(),
+        targets_BT=targets_BT,
+        resets_BT=torch.from_numpy(np.stack([row.resets for row in rows])),
+        document_ids=[row.document_ids for row in rows],
+    )

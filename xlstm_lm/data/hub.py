@@ -1,0 +1,158 @@
+"""Sources that `datasets` itself opens: data sets on the Hugging Face hub, and local parquet files.
+
+What goes wrong on the way to the hub is retried with growing pauses; what no waiting can mend is said at once.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from xlstm_lm.data.sources import Piece, Record, SourceConfig, digest, list_files, text_of
+
+FIRST_PAUSE_SECONDS = 1.0
+LONGEST_PAUSE_SECONDS = 60.0
+logger = logging.getLogger("xlstm_lm")
+
+
+class DatasetSource:
+    """A streaming data set of `datasets`; its shards are the files of the split."""
+
+    def __init__(self, config: SourceConfig) -> None:
+        """Open the data set.
+
+        Raises:
+            ValueError: no such data set, split, configuration or file; no column with the text.
+            ConnectionError: the hub does not answer for `retry_seconds`.
+        """
+        self.config = config
+        self._revision: str | None = None
+        self._paths: list[str] = []
+        if config.kind == "parquet":
+            _, self._paths = list_files(config)
+        else:
+            self._revision = Patience(config).call(self._newest_revision)
+        self._dataset = Patience(config).call(self._open)
+        self.num_shards: int = self._dataset.num_shards
+        self._sizes = [Path(path).stat().st_size for path in self._paths]
+        self.shard_sizes = self._sizes or [1] * self.num_shards
+        features = self._dataset.features
+        if features is not None and config.text_field not in features:
+            raise ValueError(
+                f"{config.description} has no column {config.text_field!r}: set text_field to one of "
+                f"{', '.join(features)}"
+            )
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A worker process opens the data set itself: connections do not travel.
+        return {**self.__dict__, "_dataset": None}
+
+    def _newest_revision(self) -> str | None:
+        """The commit that the wanted revision stands for now, so that all processes read the same one."""
+        from huggingface_hub import HfApi
+
+        return HfApi().dataset_info(self.config.dataset, revision=self.config.revision).sha
+
+    def _open(self) -> Any:
+        from datasets import load_dataset
+
+        if self.config.kind == "parquet":
+            return load_dataset("parquet", data_files={"train": self._paths}, split="train", streaming=True)
+        return load_dataset(
+            self.config.dataset,
+            self.config.config_name,
+            data_files=self.config.data_files or None,
+            revision=self._revision,
+            split=self.config.split,
+            streaming=True,
+        )
+
+    def read(self, pieces: list[Piece], first_piece: int = 0, first_document: int = 0) -> Iterator[Record]:
+        if self._dataset is None:
+            self._dataset = Patience(self.config).call(self._open)
+        for index in range(first_piece, len(pieces)):
+            piece = pieces[index]
+            name = (
+                self._paths[piece.shard] if self._paths else f"{self.config.dataset}:{self.config.split}:{piece.shard}"
+            )
+            begin = first_document if index == first_piece else 0
+            for document, row in self._read_shard(piece.shard, begin):
+                if document % piece.parts == piece.part:
+                    text, problem = text_of(row, self.config.text_field)
+                    problem = None if problem is None else f"{name}, document {document + 1}: {problem}"
+                    yield Record(index, document, text, f"{name}:{document + 1}", problem)
+
+    def _read_shard(self, shard: int, document: int) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Rows of a shard from number `document` on; after an interruption it is opened again where it broke off."""
+        opened = self._dataset.shard(num_shards=self.num_shards, index=shard)
+        patience = Patience(self.config)
+        while True:
+            rows = iter(opened.skip(document))
+            try:
+                for row in rows:
+                    yield document, row
+                    document += 1
+                    patience = Patience(self.config)
+                return
+            except Exception as error:
+                patience.wait(error)
+
+    def identity(self) -> dict[str, Any]:
+        identity = {"kind": self.config.kind, "files": self.num_shards, "text_field": self.config.text_field}
+        if self.config.kind == "parquet":
+            return identity | {"digest": digest([[Path(p).name, s] for p, s in zip(self._paths, self._sizes)])}
+        names = ("dataset", "config_name", "data_files", "split")
+        return identity | {name: getattr(self.config, name) for name in names} | {"revision": self._revision}
+
+
+class Patience:
+    """Waits out a hub that does not answer, for as long as the source allows."""
+
+    def __init__(self, config: SourceConfig) -> None:
+        self._config = config
+        self._pause = FIRST_PAUSE_SECONDS
+        self._began: float | None = None
+
+    def call(self, action: Callable[[], Any]) -> Any:
+        """The result of `action`, tried again while it fails for reasons that may pass."""
+        while True:
+            try:
+                return action()
+            except Exception as error:
+                self.wait(error)
+
+    def wait(self, error: Exception) -> None:
+        """Pause before the next try, or raise if `error` will not pass or the time is over.
+
+        Raises:
+            ValueError: the data set, split or file is not there, or cannot be read.
+            ConnectionError: no answer for `retry_seconds`.
+        """
+        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"
+        if not _may_pass(error):
+            raise ValueError(f"{self._config.description} cannot be read ({reason})") from error
+        now = time.monotonic()
+        self._began = self._began or now
+        if now - self._began + self._pause > self._config.retry_seconds:
+            raise ConnectionError(
+                f"{self._config.description} has not answered for {self._config.retry_seconds:.0f} s ({reason}); "
+                "the same command goes on from the last checkpoint once it does. "
+                "retry_seconds of the source says how long to wait"
+            ) from error
+        logger.warning("%s does not answer (%s); next try in %.0f s", self._config.description, reason, self._pause)
+        time.sleep(self._pause)
+        self._pause = min(2 * self._pause, LONGEST_PAUSE_SECONDS)
+
+
+def _may_pass(error: Exception) -> bool:
+    """Whether waiting can help: no connection, or an answer such as 429 or 503; not a name that is wrong."""
+    status = getattr(getattr(error, "response", None), "status_code", None) or getattr(error, "status", None)
+    if status is not None:
+        return status == 429 or status >= 500
+    if isinstance(error, (FileNotFoundError, PermissionError, IsADirectoryError)):
+        return False
+    network = type(error).__module__.split(".")[0] in ("httpx", "httpx2", "httpcore", "aiohttp", "requests", "urllib3")
+    return isinstance(error, (ConnectionError, TimeoutError)) or network

@@ -1,0 +1,187 @@
+"""A lane: one endless, deterministic stream of packed rows, whatever the number of ranks or workers.
+
+Each source's shards are put in a new order every epoch and dealt out to all the lanes; a lane reads its share, shuffles
+it in blocks of documents, and draws from the sources by tokens. Its whole position is a small JSON value. Nothing of
+the shuffle is stored: a block is read again from where it begins and put in the same order, as orders come from hashes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import heapq
+from collections.abc import Iterator
+from itertools import islice
+from typing import Any
+
+from xlstm_lm.data.config import DataConfig
+from xlstm_lm.data.packing import Document, Row, pack
+from xlstm_lm.data.sources import ONE_DOCUMENT_A_FILE, Piece, Record, Source
+from xlstm_lm.data.tokenizer import Tokenizer
+from xlstm_lm.ops.announce import announce_once
+
+
+def hashed_order(count: int, *key: object) -> list[int]:
+    """A permutation of range(count) that depends on `key` alone: not on a library's random numbers or its version."""
+    prefix = "/".join(map(str, key))
+    return sorted(range(count), key=lambda index: _hash(f"{prefix}/{index}"))
+
+
+def _hash(text: str) -> bytes:
+    return hashlib.blake2b(text.encode(), digest_size=8).digest()
+
+
+class DealtSource:
+    """A source whose shards are dealt to lanes, anew each epoch."""
+
+    def __init__(self, source: Source, config: DataConfig, seed: int, index: int) -> None:
+        self.source = source
+        self._lanes = config.global_batch_size
+        self._shuffle = config.shuffle
+        # The order of files is shuffled anyway: blocks would add nothing where a file is one document.
+        whole_files = source.config.kind in ONE_DOCUMENT_A_FILE
+        self._block_documents = config.shuffle_documents if config.shuffle and not whole_files else 1
+        self._key = (seed, index)
+        self._dealt: dict[int, list[list[Piece]]] = {}
+
+    def announce_sharing(self) -> None:
+        """Say so if there are fewer shards than lanes, which costs reading."""
+        if self.source.num_shards >= self._lanes:
+            return
+        how = (
+            "each file is cut in pieces, one a lane, so documents are shorter than the files"
+            if self.source.config.kind in ONE_DOCUMENT_A_FILE
+            else "several lanes read the same file and take turns with its documents; more, smaller files read faster"
+        )
+        announce_once(
+            f"{self.source.config.description}: {self.source.num_shards} files for {self._lanes} lanes "
+            f"(global_batch_size): {how}"
+        )
+
+    def deal(self, epoch: int) -> list[list[Piece]]:
+        """The pieces of each lane in `epoch`: together, every document exactly once."""
+        if epoch not in self._dealt:
+            # Lanes are at most about an epoch apart.
+            if len(self._dealt) > 2:
+                del self._dealt[min(self._dealt)]
+            self._dealt[epoch] = self._deal(epoch)
+        return self._dealt[epoch]
+
+    def _deal(self, epoch: int) -> list[list[Piece]]:
+        count = self.source.num_shards
+        order = hashed_order(count, "shards", *self._key, epoch) if self._shuffle else list(range(count))
+        if count < self._lanes:
+            parts = [len(range(shard, self._lanes, count)) for shard in range(count)]
+            return [[Piece(order[lane % count], lane // count, parts[lane % count])] for lane in range(self._lanes)]
+        # Each shard goes to the lane with the least so far, so that lanes are done with an epoch at about one time.
+        pieces: list[list[Piece]] = [[] for _ in range(self._lanes)]
+        loads = [(0, 0, lane) for lane in range(self._lanes)]
+        for shard in order:
+            size, dealt, lane = heapq.heappop(loads)
+            pieces[lane].append(Piece(shard))
+            heapq.heappush(loads, (size + self.source.shard_sizes[shard], dealt + 1, lane))
+        return pieces
+
+    def initial_state(self) -> dict[str, int]:
+        """The state of a lane that has read nothing: the block that comes next and how much of it was used."""
+        return {"epoch": 0, "piece": 0, "document": 0, "index": 0, "skipped": 0}
+
+    def documents(self, lane: int, state: dict[str, int]) -> Iterator[tuple[Record, dict[str, int]]]:
+        """Documents of `lane` without end, each with the state after it.
+
+        Raises:
+            ValueError: a bad document, or no document for this lane.
+        """
+        state = dict(state)
+        while True:
+            pieces = self.deal(state["epoch"])[lane]
+            records = self.source.read(pieces, state["piece"], state["document"])
+            given = state["piece"] > 0 or state["document"] > 0
+            while True:
+                block, end, skipped = self._read_block(records)
+                key = (*self._key, lane, state["epoch"], state["piece"], state["document"])
+                order = hashed_order(len(block), "block", *key) if self._shuffle else range(len(block))
+                for index in islice(order, state["index"], None):
+                    state = {**state, "index": state["index"] + 1}
+                    yield block[index], state
+                given = given or bool(block)
+                state = {**state, "index": 0, "skipped": state["skipped"] + skipped}
+                if end is None:
+                    break
+                state |= {"piece": end.piece, "document": end.document + 1}
+            if not given:
+                raise ValueError(
+                    f"{self.source.config.description} has no document for lane {lane}: it holds fewer documents than "
+                    f"the {self._lanes} lanes of global_batch_size; use a smaller global_batch_size or more text"
+                )
+            state = {**state, "epoch": state["epoch"] + 1, "piece": 0, "document": 0}
+
+    def _read_block(self, records: Iterator[Record]) -> tuple[list[Record], Record | None, int]:
+        """Read the next block; returns its good documents, the last record read (None at the end) and the bad ones."""
+        block: list[Record] = []
+        skipped = 0
+        for record in records:
+            if record.problem is not None:
+                refuse(self.source, record)
+                skipped += 1
+            elif record.text:
+                block.append(record)
+            if len(block) == self._block_documents:
+                return block, record, skipped
+        return block, None, skipped
+
+
+def refuse(source: Source, record: Record) -> None:
+    """Stop at a bad document, or say once that such are skipped.
+
+    Raises:
+        ValueError: bad documents are errors in this source.
+    """
+    assert record.problem is not None
+    if source.config.on_bad_document == "error":
+        raise ValueError(f"{record.problem}. Mend it, or set on_bad_document: skip for this source")
+    if not getattr(source, "skips_announced", False):
+        source.skips_announced = True
+        announce_once(f"bad documents of {source.config.description} are skipped; the first: {record.problem}")
+
+
+class Lane:
+    """One lane over a mixture of sources."""
+
+    def __init__(self, sources: list[DealtSource], config: DataConfig, tokenizer: Tokenizer, lane: int, seed: int):
+        self._sources = sources
+        self._config = config
+        self._tokenizer = tokenizer
+        self._lane = lane
+        self._seed = seed
+
+    def initial_state(self) -> dict[str, Any]:
+        """The state of a lane that has given no row."""
+        # A head start of up to a row, different in every lane: or all of them would begin with the same source.
+        shares = [
+            int.from_bytes(_hash(f"head start/{self._seed}/{self._lane}/{index}")) / 2**64
+            for index in range(len(self._sources))
+        ]
+        return {
+            "sources": [source.initial_state() for source in self._sources],
+            "tokens": [int(share * self._config.context_length) for share in shares],
+            "offset": 0,
+        }
+
+    def rows(self, state: dict[str, Any]) -> Iterator[Row]:
+        """Packed rows without end, each with the state after it; `state` says where to begin."""
+        end = self._tokenizer.end_of_document
+        return pack(self._documents(state), self._config.context_length, end, state["offset"])
+
+    def _documents(self, state: dict[str, Any]) -> Iterator[Document]:
+        weights = [source.source.config.weight for source in self._sources]
+        states, tokens = state["sources"], state["tokens"]
+        streams = [source.documents(self._lane, begin) for source, begin in zip(self._sources, states)]
+        while True:
+            before = {"sources": states, "tokens": tokens}
+            chosen = min(range(len(streams)), key=lambda index: tokens[index] / weights[index])
+            record, after = next(streams[chosen])
+            document = Document(self._tokenizer.encode_array(record.text), record.id, before)
+            states = [after if index == chosen else one for index, one in enumerate(states)]
+            length = len(document.tokens) + 1
+            tokens = [count + length * (index == chosen) for index, count in enumerate(tokens)]
+            yield document

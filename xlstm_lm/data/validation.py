@@ -1,0 +1,66 @@
+"""Held-out documents in rows: the same ones each time, and the same number of batches on every rank."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from xlstm_lm.data.batch import Batch, stack_rows
+from xlstm_lm.data.config import DataConfig
+from xlstm_lm.data.lanes import refuse
+from xlstm_lm.data.packing import Document, Row, pack
+from xlstm_lm.data.sources import Piece, Source
+from xlstm_lm.data.stream import open_source
+from xlstm_lm.data.tokenizer import Tokenizer
+
+
+def validation_batches(
+    config: DataConfig, tokenizer: Tokenizer, *, rows: int, rank: int, world_size: int
+) -> Iterator[Batch]:
+    """Batches of `rows` packed rows of the validation sources, in order.
+
+    All ranks' batches together hold each target once; batch after batch, rank after rank they are consecutive rows.
+    What is missing to a full batch on every rank is filled up with rows whose targets are all -100.
+
+    Raises:
+        ValueError: at the call, files that are missing or empty; while reading, a bad document or no document at all.
+        ConnectionError: the hub does not answer.
+    """
+    assert rows >= 1 and 0 <= rank < world_size
+    sources = [open_source(source) for source in config.validation]
+    return _batches(sources, config, tokenizer, rows, rank, world_size)
+
+
+def _batches(
+    sources: list[Source], config: DataConfig, tokenizer: Tokenizer, rows: int, rank: int, world_size: int
+) -> Iterator[Batch]:
+    packed = pack(_documents(sources, config, tokenizer), config.context_length, tokenizer.end_of_document)
+    group: list[Row] = []
+    for row in packed:
+        group.append(row)
+        if len(group) == rows * world_size:
+            yield stack_rows(group[rank * rows : (rank + 1) * rows])
+            group = []
+    if group:
+        elements = np.full(config.context_length + 1, tokenizer.end_of_document, dtype=np.int32)
+        empty = Row(elements, np.zeros(config.context_length, dtype=bool), 0, [], None)
+        group += [empty] * (rows * world_size - len(group))
+        yield stack_rows(group[rank * rows : (rank + 1) * rows])
+
+
+def _documents(sources: list[Source], config: DataConfig, tokenizer: Tokenizer) -> Iterator[Document]:
+    for source in sources:
+        left = config.validation_tokens
+        for record in source.read([Piece(shard) for shard in range(source.num_shards)]):
+            if record.problem is not None:
+                refuse(source, record)
+            elif record.text:
+                # A document has one target more than it has tokens: its end.
+                tokens = tokenizer.encode_array(record.text)[: max(left - 1, 1)]
+                left -= len(tokens) + 1
+                yield Document(tokens, record.id)
+            if left <= 0:
+                break
+        if left == config.validation_tokens:
+            raise ValueError(f"validation source {source.config.description} has no document")

@@ -93,6 +93,8 @@ class _TotalLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden_ND, weight_VD, targets_N, options, mean, differentiate):
         with torch.autocast(hidden_ND.device.type, enabled=False):
+            ctx.weight_dtype = weight_VD.dtype
+            weight_VD = weight_VD.to(options.matmul_dtype)
             needs_hidden = differentiate and ctx.needs_input_grad[0]
             needs_weight = differentiate and ctx.needs_input_grad[1]
             gradients = _Gradients(hidden_ND, weight_VD, options, needs_hidden=needs_hidden, needs_weight=needs_weight)
@@ -105,7 +107,6 @@ class _TotalLoss(torch.autograd.Function):
             if mean:
                 scale = scale / (targets_N != options.ignore_index).sum().clamp(min=1)
             ctx.save_for_backward(gradients.hidden_ND, gradients.weight_VD, scale)
-            ctx.weight_dtype = weight_VD.dtype
             return total * scale
 
     @staticmethod
@@ -128,9 +129,8 @@ class _TokenLosses(torch.autograd.Function):
         ctx.save_for_backward(hidden_ND, weight_VD, targets_N)
         ctx.options = options
         with torch.autocast(hidden_ND.device.type, enabled=False):
-            chunks = _chunks(hidden_ND, weight_VD, targets_N, options)
-            losses = [chunk.losses_N for chunk in chunks]
-        return torch.cat(losses)
+            chunks = _chunks(hidden_ND, weight_VD.to(options.matmul_dtype), targets_N, options)
+            return torch.cat([chunk.losses_N for chunk in chunks])
 
     @staticmethod
     @once_differentiable
@@ -138,13 +138,14 @@ class _TokenLosses(torch.autograd.Function):
         hidden_ND, weight_VD, targets_N = ctx.saved_tensors
         needs_hidden, needs_weight, *_ = ctx.needs_input_grad
         with torch.autocast(hidden_ND.device.type, enabled=False):
+            weight_dtype, weight_VD = weight_VD.dtype, weight_VD.to(ctx.options.matmul_dtype)
             gradients = _Gradients(
                 hidden_ND, weight_VD, ctx.options, needs_hidden=needs_hidden, needs_weight=needs_weight
             )
             for chunk in _chunks(hidden_ND, weight_VD, targets_N, ctx.options):
                 gradients.add(chunk, dlosses_N[chunk.tokens])
         dweight_VD = gradients.weight_VD
-        return gradients.hidden_ND, None if dweight_VD is None else dweight_VD.to(weight_VD.dtype), None, None
+        return gradients.hidden_ND, None if dweight_VD is None else dweight_VD.to(weight_dtype), None, None
 
 
 @dataclass(kw_only=True)
@@ -155,7 +156,7 @@ class _Chunk:
     hidden_ND: torch.Tensor
     targets_N: torch.Tensor
     counted_N: torch.Tensor
-    capped_NV: torch.Tensor | None
+    capped_NV: torch.Tensor | None  # tanh(logits / soft_cap)
     log_probability_NV: torch.Tensor
     log_normalizer_N: torch.Tensor | None
     losses_N: torch.Tensor
@@ -168,12 +169,11 @@ def _softmax_dtype(hidden_ND: torch.Tensor) -> torch.dtype:
 def _chunks(
     hidden_ND: torch.Tensor, weight_VD: torch.Tensor, targets_N: torch.Tensor, options: _Options
 ) -> Iterator[_Chunk]:
-    """The losses, one chunk of tokens after another. `capped_NV` is tanh(logits / soft_cap), the cap's inner value."""
-    weight_DV = weight_VD.to(options.matmul_dtype).t()
+    """The losses, one chunk of tokens after another; `weight_VD` in the dtype to multiply in."""
     for start in range(0, hidden_ND.shape[0], options.chunk_tokens):
         tokens = slice(start, start + options.chunk_tokens)
         chunk_ND = hidden_ND[tokens].to(options.matmul_dtype)
-        logits_NV = (chunk_ND @ weight_DV).to(_softmax_dtype(hidden_ND))
+        logits_NV = (chunk_ND @ weight_VD.t()).to(_softmax_dtype(hidden_ND))
         capped_NV = None
         if options.soft_cap is not None:
             capped_NV = logits_NV.mul_(1.0 / options.soft_cap).tanh_()
@@ -211,7 +211,7 @@ class _Gradients:
         needs_weight: bool,
     ) -> None:
         self.options = options
-        self.matmul_weight_VD = weight_VD.to(options.matmul_dtype)
+        self.head_VD = weight_VD
         self.hidden_ND = torch.empty_like(hidden_ND) if needs_hidden else None
         self.weight_VD = torch.zeros_like(weight_VD, dtype=_softmax_dtype(hidden_ND)) if needs_weight else None
 
@@ -227,7 +227,7 @@ class _Gradients:
         weight_N = chunk.counted_N.to(dlogits_NV.dtype) if dlosses_N is None else dlosses_N * chunk.counted_N
         dlogits_NV = dlogits_NV.mul_(weight_N[:, None]).to(self.options.matmul_dtype)
         if self.hidden_ND is not None:
-            self.hidden_ND[chunk.tokens] = dlogits_NV @ self.matmul_weight_VD
+            self.hidden_ND[chunk.tokens] = dlogits_NV @ self.head_VD
         if self.weight_VD is None:
             return
         if self.options.matmul_dtype == self.weight_VD.dtype:

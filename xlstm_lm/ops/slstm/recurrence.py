@@ -9,7 +9,7 @@ import torch
 from torch.nn.functional import logsigmoid
 
 SLSTMState = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
-"""(y, c, n, m), each (B, H, D): output, cell, normalizer, and the stabilizer by whose e^-m the cell and normalizer are scaled."""
+"""(y, c, n, m), each (B, H, D): output, cell, normalizer, and the stabilizer m; c and n are scaled by e^-m."""
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:

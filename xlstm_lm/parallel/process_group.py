@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -43,6 +44,19 @@ class World:
         torch.distributed.broadcast_object_list(values, src=0)
         return values[0]
 
+    def on_first(self, action: Callable[[], Any]) -> Any:
+        """What `action` gives on rank 0, on every rank; an error there is raised on every rank."""
+        value, error = None, None
+        if self.is_first:
+            try:
+                value = action()
+            except Exception as caught:
+                error = caught
+        value, error = self.from_first((value, error))
+        if error is not None:
+            raise error
+        return value
+
     def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
         """Replace `tensor` (on this world's device) by its sum over all ranks, and return it."""
         if self.size > 1:
@@ -51,7 +65,7 @@ class World:
 
 
 def join_world() -> World:
-    """Join the processes that a launcher (torchrun, deepspeed, SLURM with these variables) started, or be a world of one.
+    """Join the processes that a launcher (torchrun, deepspeed) started, or be a world of one.
 
     Reads RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT. Safe to call again.
 
@@ -63,8 +77,8 @@ def join_world() -> World:
     launched = not missing
     if missing and len(missing) < len(LAUNCHER_VARIABLES) and size > 1:
         raise ValueError(
-            f"WORLD_SIZE is {size} but {', '.join(missing)} is not set: start the processes with torchrun or deepspeed, "
-            "which set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, or unset WORLD_SIZE."
+            f"WORLD_SIZE is {size} but {', '.join(missing)} is not set: start the processes with torchrun or "
+            "deepspeed, which set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, or unset WORLD_SIZE."
         )
     local_rank = int(os.environ.setdefault("LOCAL_RANK", "0"))  # DeepSpeed insists on it
     if torch.cuda.is_available():

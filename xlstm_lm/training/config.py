@@ -61,8 +61,8 @@ def split_batch(global_batch_size: int, world_size: int, micro_batch_size: int |
     rows, remainder = divmod(global_batch_size, world_size)
     if remainder or not rows:
         raise ValueError(
-            f"data.global_batch_size is {global_batch_size}, which {world_size} processes cannot share evenly: choose a "
-            f"multiple of {world_size}, or start as many processes as divide {global_batch_size}."
+            f"data.global_batch_size is {global_batch_size}, which {world_size} processes cannot share evenly: choose "
+            f"a multiple of {world_size}, or start as many processes as divide {global_batch_size}."
         )
     micro_batch_size = micro_batch_size or rows
     if rows % micro_batch_size:

@@ -80,8 +80,8 @@ def deepspeed_json(
     zero = config.setdefault("zero_optimization", {"stage": 0})
     if precision == "bf16" and zero.setdefault("stage", 0) == 0:
         announce_once(
-            "DeepSpeed's bf16 at ZeRO stage 0 takes a step of the optimizer at start: stage 1, which computes the same, "
-            "is used instead."
+            "DeepSpeed's bf16 at ZeRO stage 0 takes a step of the optimizer at start: stage 1, which computes the "
+            "same, is used instead."
         )
         zero["stage"] = 1
     config |= {

@@ -181,6 +181,11 @@ class TrainingEngine:
             state["step"].fill_(step)
 
     @property
+    def moment_names(self) -> list[str]:
+        """The names that `moments` yields, in order."""
+        return [f"{name}.{key}" for name in self.shapes for key in MOMENTS]
+
+    @property
     def optimizer_steps(self) -> int:
         """Updates that AdamW has made: the run's steps but for the skipped ones."""
         return max((int(state["step"]) for state in self._adamw.state.values()), default=0)
@@ -212,8 +217,8 @@ class TrainingEngine:
     def _create_optimizer_state(self) -> None:
         """What AdamW would create in its first step.
 
-        Left to itself, ZeRO 1 and 2 link the moments to the parameters after the first group's first step, when those of
-        the second group do not exist yet: they could never be read by name (DeepSpeed 0.19.8).
+        Left to itself, ZeRO 1 and 2 link the moments to the parameters after the first group's first step, when those
+        of the second group do not exist yet: they could never be read by name (DeepSpeed 0.19.8).
         """
         zero_optimizer = self._engine.optimizer
         if self.stage == 0:

@@ -1,0 +1,258 @@
+"""Checkpoints by parameter name: independent of ZeRO stage and number of processes, and whole or not there at all.
+
+checkpoints/latest                     the name of the newest
+checkpoints/step_00000100/
+    model.safetensors                  float32 weights
+    optimizer.safetensors              NAME.exp_avg and NAME.exp_avg_sq of AdamW
+    state.json                         step, tokens, data state of every lane, counters
+    random_rank0000.pt                 states of all random number generators, one file a process
+    config.yaml, tokenizer/            what it takes to use the model
+    manifest.json                      size and CRC-32 of all the files above, written last
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from xlstm_lm.parallel.process_group import World
+from xlstm_lm.training.durable_files import (
+    RunError,
+    crc32_of,
+    disk_errors_explained,
+    replace_durably,
+    sync_folder,
+    write_durably,
+)
+from xlstm_lm.training.random_state import random_state_bytes
+from xlstm_lm.training.tensor_files import TensorWriter, read_tensors, tensor_files
+
+logger = logging.getLogger("xlstm_lm")
+
+FORMAT = 1
+STEP_FOLDER = re.compile(r"step_(\d{8,})")
+LEFTOVER = ".tmp-"
+
+
+class Checkpoint:
+    """A checkpoint on disk that `newest_checkpoint` or `find_checkpoint` has found intact."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.state: dict[str, Any] = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+
+    def weights(self, names: list[str]) -> Iterator[tuple[str, Tensor]]:
+        """Name and float32 weight of each named parameter, in order.
+
+        Raises:
+            ValueError: the checkpoint holds other parameters.
+        """
+        return self._read("model", names)
+
+    def moments(self, names: list[str]) -> Iterator[tuple[str, Tensor]]:
+        """As `weights`, of AdamW's moments, which are named NAME.exp_avg and NAME.exp_avg_sq."""
+        return self._read("optimizer", names)
+
+    def random_state(self, rank: int) -> bytes | None:
+        """The random states of a rank; None where the run had fewer ranks."""
+        path = self.folder / f"random_rank{rank:04}.pt"
+        return path.read_bytes() if path.is_file() else None
+
+    def _read(self, stem: str, names: list[str]) -> Iterator[tuple[str, Tensor]]:
+        files = tensor_files(self.folder, stem)
+        different = sorted(set(names) ^ set(files))
+        if different:
+            raise ValueError(
+                f"{self.folder} belongs to another model: {len(different)} tensors are in one of the two only, such as "
+                f"{different[0]}."
+            )
+        return read_tensors(files, names)
+
+
+def damage(folder: Path) -> str:
+    """What is wrong with a checkpoint, naming the file; empty if it is intact."""
+    manifest_path = folder / "manifest.json"
+    if not manifest_path.is_file():
+        return f"{folder} is not a checkpoint: it has no manifest.json."
+    try:
+        manifest = json.loads(manifest_path.read_text(encoding="utf-8"))
+        form, files = manifest["format"], manifest["files"]
+    except (ValueError, KeyError, TypeError):
+        return f"{manifest_path} is damaged: it is not the JSON that a checkpoint ends with."
+    if form != FORMAT:
+        return f"{folder} has checkpoint format {form}, but this version of xlstm-lm reads format {FORMAT}."
+    for name, recorded in files.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{path} is missing from its checkpoint."
+        if path.stat().st_size != recorded["size"]:
+            return f"{path} is damaged: it has {path.stat().st_size} bytes instead of {recorded['size']}."
+        if crc32_of(path) != recorded["crc32"]:
+            return f"{path} is damaged: its checksum differs from the one in manifest.json."
+    return ""
+
+
+def checkpoint_folders(run_dir: Path) -> dict[int, Path]:
+    """The folders of a run's checkpoints by step, newest first, damaged ones included."""
+    parent = run_dir / "checkpoints"
+    found = {}
+    for path in parent.iterdir() if parent.is_dir() else ():
+        match = STEP_FOLDER.fullmatch(path.name)
+        if match and path.is_dir():
+            found[int(match[1])] = path
+    return dict(sorted(found.items(), reverse=True))
+
+
+def newest_checkpoint(run_dir: Path) -> Path:
+    """The folder of a run's newest intact checkpoint. Damaged ones are named in a warning and passed over.
+
+    Raises:
+        ValueError: there is none.
+    """
+    folders = checkpoint_folders(Path(run_dir))
+    if not folders:
+        raise ValueError(f"{run_dir} has no checkpoint: there is no checkpoints/step_* in it.")
+    problems = []
+    for folder in folders.values():
+        problem = damage(folder)
+        if not problem:
+            return folder
+        problems.append(problem)
+        logger.warning("%s The checkpoint before it is taken.", problem)
+    raise ValueError(
+        f"None of the {len(folders)} checkpoints in {Path(run_dir) / 'checkpoints'} can be used:\n"
+        + "\n".join(problems)
+        + "\nRestore one from a copy, or choose another training.run_dir to start afresh."
+    )
+
+
+def find_checkpoint(path: Path) -> Path:
+    """The intact checkpoint that `path` is, or the newest of the run that it is.
+
+    Raises:
+        ValueError: it is neither, or damaged.
+    """
+    if (path / "checkpoints").is_dir():
+        return newest_checkpoint(path)
+    if not path.is_dir():
+        raise ValueError(f"{path} is not a checkpoint: there is no such folder.")
+    problem = damage(path)
+    if problem:
+        raise ValueError(f"{problem} Give a folder checkpoints/step_* of a run, or the run's folder.")
+    return path
+
+
+def remove_leftovers(run_dir: Path) -> None:
+    """Delete what a killed writer left behind."""
+    parent = run_dir / "checkpoints"
+    for path in parent.glob(f"{LEFTOVER}*"):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def write_checkpoint(
+    run_dir: Path,
+    *,
+    world: World,
+    state: dict[str, Any],
+    sizes: dict[str, int],
+    weights: Iterator[tuple[str, Tensor]],
+    moments: Iterator[tuple[str, Tensor]],
+    config_yaml: str,
+    save_tokenizer: Callable[[Path], None],
+    keep: int,
+) -> Path:
+    """Save the run at `state["step"]`, then delete all but the newest `keep` checkpoints up to it. Collective.
+
+    `sizes` gives the number of elements of each weight, in the order that `weights` yields them; `moments` yields two
+    tensors for each. Only rank 0 writes. Returns the checkpoint's folder.
+
+    Raises:
+        RunError: on every rank, where rank 0 could not write; the unfinished folder is gone.
+    """
+    random_states = world.gather(random_state_bytes())
+    writer = _Writer(run_dir, state["step"], config_yaml, save_tokenizer) if world.is_first else None
+    message = writer.attempt(writer.begin) if writer else None
+    for stem, tensors, moment_keys in (("model", weights, ("",)), ("optimizer", moments, (".exp_avg", ".exp_avg_sq"))):
+        stem_sizes = {name + key: size for name, size in sizes.items() for key in moment_keys}
+        if writer and not message:
+            message = writer.attempt(lambda stem=stem, sizes=stem_sizes: writer.open(stem, sizes))
+        for name, tensor in tensors:  # collective: goes on even where writing has failed
+            if writer and not message:
+                message = writer.attempt(lambda name=name, tensor=tensor: writer.tensors.add(name, tensor))
+    if writer and not message:
+        message = writer.attempt(lambda: writer.finish(state, random_states, keep))
+    message = world.from_first(message)
+    if message:
+        raise RunError(message)
+    return run_dir / "checkpoints" / f"step_{state['step']:08}"
+
+
+class _Writer:
+    """Rank 0's part of writing one checkpoint."""
+
+    def __init__(self, run_dir: Path, step: int, config_yaml: str, save_tokenizer: Callable[[Path], None]) -> None:
+        self.parent = run_dir / "checkpoints"
+        self.target = self.parent / f"step_{step:08}"
+        self.folder = self.parent / f"{LEFTOVER}{self.target.name}"
+        self.step, self.config_yaml, self.save_tokenizer = step, config_yaml, save_tokenizer
+        self.files: dict[str, dict[str, int]] = {}
+        self.tensors: TensorWriter
+
+    def attempt(self, action: Callable[[], None]) -> str | None:
+        """Do it; where the disk refuses, remove the unfinished folder and return what to tell the user."""
+        try:
+            with disk_errors_explained(self.target):
+                action()
+        except RunError as stopped:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            return str(stopped)
+        return None
+
+    def begin(self) -> None:
+        self.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.folder.mkdir()
+
+    def open(self, stem: str, sizes: dict[str, int]) -> None:
+        self.tensors = TensorWriter(stem, sizes, self.write)
+
+    def write(self, name: str, content: bytes) -> None:
+        size, crc32 = write_durably(self.folder / name, content)
+        self.files[name] = {"size": size, "crc32": crc32}
+
+    def finish(self, state: dict[str, Any], random_states: list[bytes], keep: int) -> None:
+        for rank, content in enumerate(random_states):
+            self.write(f"random_rank{rank:04}.pt", content)
+        self.write("state.json", json.dumps(state).encode())
+        self.write("config.yaml", self.config_yaml.encode())
+        tokenizer = self.folder / "tokenizer"
+        self.save_tokenizer(tokenizer)
+        for path in sorted(tokenizer.rglob("*")):
+            if path.is_file():
+                self.write(path.relative_to(self.folder).as_posix(), path.read_bytes())
+        sync_folder(tokenizer)
+        manifest = {"format": FORMAT, "step": self.step, "files": self.files}
+        write_durably(self.folder / "manifest.json", json.dumps(manifest, indent=1).encode())
+        sync_folder(self.folder)
+        if self.target.exists():  # a damaged one, or one of a run whose newer steps were given up
+            replaced = self.parent / f"{LEFTOVER}replaced-{self.target.name}"
+            self.target.rename(replaced)
+            self.folder.rename(self.target)
+            shutil.rmtree(replaced)
+        else:
+            self.folder.rename(self.target)
+        sync_folder(self.parent)
+        replace_durably(self.parent / "latest", f"{self.target.name}\n".encode())
+        older = [folder for step, folder in checkpoint_folders(self.parent.parent).items() if step <= self.step]
+        for folder in older[keep:]:
+            # Renamed first, so that a half-deleted one is never taken for a damaged checkpoint.
+            doomed = self.parent / f"{LEFTOVER}old-{folder.name}"
+            folder.rename(doomed)
+            shutil.rmtree(doomed)

@@ -1,0 +1,267 @@
+"""The training loop, from the first step to the last."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shlex
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from xlstm_lm.config import RunConfig, as_dict
+from xlstm_lm.data import Batch, TrainingStream, build_tokenizer, validation_batches
+from xlstm_lm.models import build_model
+from xlstm_lm.models.accounting import training_flops_per_token
+from xlstm_lm.ops.announce import announce_once
+from xlstm_lm.parallel.process_group import World, join_world
+from xlstm_lm.training.checkpoint import (
+    Checkpoint,
+    checkpoint_folders,
+    find_checkpoint,
+    newest_checkpoint,
+    remove_leftovers,
+    write_checkpoint,
+)
+from xlstm_lm.training.config import split_batch
+from xlstm_lm.training.deepspeed_config import check_deepspeed_section, choose_precision
+from xlstm_lm.training.engine import TrainingEngine
+from xlstm_lm.training.picture import draw_learning_curve
+from xlstm_lm.training.random_state import restore_random_state
+from xlstm_lm.training.report import Report
+from xlstm_lm.training.run_folder import (
+    FREE_WHEN_BRANCHING,
+    check_same_run,
+    differing_fields,
+    open_run_folder,
+    record_environment,
+)
+from xlstm_lm.training.safeguards import SkipCounter, StopRequest
+from xlstm_lm.training.schedule import learning_rate_ratio
+from xlstm_lm.training.validation import count_targets, evaluate, split_rows
+
+FRESH_STATE = {"step": 0, "tokens": 0, "elapsed_seconds": 0.0, "skipped_steps": 0, "skipped_in_a_row": 0}
+
+
+def train(run: RunConfig) -> Path:
+    """Train, or go on training, the run that `run` describes. Returns its folder.
+
+    Every process of the run calls this; started without a launcher it is a run of one process.
+
+    Raises:
+        ValueError: the configuration cannot be trained, or the run folder or a checkpoint does not fit it.
+        RunError: the disk is full, or too many steps in a row were not finite.
+        SystemExit: with code 0, where SIGTERM or Ctrl-C asked to stop and the run has been saved.
+    """
+    run.schedule.check_steps(run.training.steps)
+    check_deepspeed_section(run.deepspeed)
+    world = join_world()
+    split_batch(run.data.global_batch_size, world.size, run.training.micro_batch_size)
+    with StopRequest() as stop_request, contextlib.ExitStack() as resources:
+        trainer = Trainer(run, world, stop_request, resources)
+        stopped = trainer.run_steps()
+    if world.is_first:
+        draw_learning_curve(trainer.run_dir)
+        if stopped:
+            command = shlex.join(["xlstm-lm", "train", "--config", str(trainer.run_dir / "config.yaml")])
+            print(f"Saved step {trainer.step} of {run.training.steps}. Continue with: {command}", flush=True)
+    if stopped:
+        raise SystemExit(0)
+    return trainer.run_dir
+
+
+class Trainer:
+    """A run in progress on this rank."""
+
+    def __init__(
+        self, run: RunConfig, world: World, stop_request: StopRequest, resources: contextlib.ExitStack
+    ) -> None:
+        """Set up everything, from the newest checkpoint if there is one; `resources` will close it."""
+        self.run, self.world, self.stop_request = run, world, stop_request
+        self.run_dir = Path(run.training.run_dir)
+        config = as_dict(run)
+        self.config_yaml = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
+        self.tokenizer = build_tokenizer(run.data.tokenizer)
+        if self.tokenizer.vocab_size > run.model.vocab_size:
+            raise ValueError(
+                f"The tokenizer has {self.tokenizer.vocab_size} tokens but model.vocab_size is {run.model.vocab_size}: "
+                f"set model.vocab_size to {self.tokenizer.vocab_size} or more (a multiple of 64 is fastest)."
+            )
+        self.bytes_per_token = torch.as_tensor(self.tokenizer.bytes_per_token)
+        self.micro_rows, micro_batches = split_batch(
+            run.data.global_batch_size, world.size, run.training.micro_batch_size
+        )
+        start = world.on_first(lambda: self.open_folder(config))
+        checkpoint = Checkpoint(start) if start else None
+
+        rows = self.micro_rows * micro_batches
+        lanes = range(world.rank * rows, (world.rank + 1) * rows)
+        self.stream = TrainingStream(run.data, self.tokenizer, lanes=lanes, seed=run.training.seed)
+        resources.callback(self.stream.close)
+        if checkpoint:
+            self.restore_data(checkpoint)
+        self.stream.start()  # reads ahead while the model is built
+
+        torch.manual_seed(run.training.seed)
+        model = build_model(run.model)
+        model.activation_checkpointing = run.training.activation_checkpointing
+        self.engine = TrainingEngine(
+            model,
+            run.optimizer,
+            run.deepspeed,
+            world=world,
+            precision=choose_precision(run.training.precision, world.device),
+            micro_batch_size=self.micro_rows,
+            accumulation_steps=micro_batches,
+        )
+        resources.callback(self.engine.close)
+
+        state = checkpoint.state if checkpoint else FRESH_STATE
+        if checkpoint:
+            self.restore(checkpoint)
+        self.step = state["step"]
+        self.skips = SkipCounter(run.safeguards, state["skipped_steps"], state["skipped_in_a_row"])
+        self.report = Report(
+            self.run_dir,
+            config=config,
+            wandb=run.wandb,
+            world=world,
+            steps=run.training.steps,
+            flops_per_token=training_flops_per_token(run.model, run.data.context_length),
+            state=state,
+        )
+        resources.callback(self.report.close)
+        if world.is_first:
+            record_environment(self.run_dir, world, self.step)
+        if checkpoint:
+            self.report.progress.say(f"Continuing after step {self.step}, from {checkpoint.folder}")
+
+    def open_folder(self, config: dict[str, Any]) -> Path | None:
+        """On rank 0: make the run folder this run's, and find the checkpoint to start from, if any."""
+        resume = self.run.training.resume
+        branch = None
+        if resume not in ("auto", "never") and not checkpoint_folders(self.run_dir):
+            branch = find_checkpoint(Path(resume))
+            check_same_run(branch, config, FREE_WHEN_BRANCHING)
+        open_run_folder(self.run_dir, config, self.config_yaml, resume)
+        remove_leftovers(self.run_dir)
+        return newest_checkpoint(self.run_dir) if checkpoint_folders(self.run_dir) else branch
+
+    def run_steps(self) -> bool:
+        """Train until the last step is done (False) or somebody asks to stop (True). Either way the run is saved."""
+        training, optimizer = self.run.training, self.run.optimizer
+        if self.step >= training.steps:
+            self.report.progress.say(f"The run has its {training.steps} steps; raise training.steps to go on.")
+        self.report.clock.restart_window()
+        while self.step < training.steps:
+            batch = self.stream.next_batch()
+            counts = self.count(batch)
+            learning_rate = optimizer.learning_rate * learning_rate_ratio(self.run.schedule, self.step, training.steps)
+            micro_batches = split_rows(batch, self.micro_rows, self.world.device)
+            # The gradient of the mean loss of all target tokens of the step, on whichever rank they are.
+            result = self.engine.train_step(micro_batches, self.world.size / counts[0].clamp(min=1), learning_rate)
+            self.step += 1
+            self.report.count(counts[0])
+            self.skips.observe(result.applied, self.step, lambda batch=batch: self.document_ids(batch))
+
+            last = self.step == training.steps
+            gates_due = training.gate_statistics_every and self.step % training.gate_statistics_every == 0
+            if self.step % training.log_every == 0 or last or gates_due or not result.applied:
+                gates = self.engine.gate_statistics(micro_batches[0]) if gates_due else {}
+                self.report.train_step(self.step, result, counts, learning_rate, gates)
+            # The engine has waited for the device in this step already: reading the flag costs nothing.
+            stop = bool(counts[2]) and not last
+            with self.report.clock.paused():
+                if last or (training.validate_every and self.step % training.validate_every == 0):
+                    self.validate()
+                if last or stop or self.step % training.checkpoint_every == 0:
+                    self.save()
+            if stop:
+                return True
+        return False
+
+    def count(self, batch: Batch) -> torch.Tensor:
+        """Target tokens, their bytes, and ranks asked to stop, summed over the ranks: int64 (3,), on the device."""
+        asked_to_stop = torch.tensor([int(self.stop_request.received > 0)])
+        counts = torch.cat((count_targets(batch, self.bytes_per_token), asked_to_stop))
+        return self.world.sum_(counts.to(self.world.device, non_blocking=True))
+
+    def document_ids(self, batch: Batch) -> list[str]:
+        """The documents in all rows of all ranks, on rank 0."""
+        ids = self.world.gather([each for row in batch.document_ids for each in row])
+        return list(dict.fromkeys(each for of_rank in ids for each in of_rank))
+
+    def validate(self) -> None:
+        """Measure the held-out documents, if there are any."""
+        if not self.run.data.validation:
+            return
+        batches = validation_batches(
+            self.run.data, self.tokenizer, rows=self.micro_rows, rank=self.world.rank, world_size=self.world.size
+        )
+        totals = evaluate(self.engine, batches, world=self.world, bytes_per_token=self.bytes_per_token)
+        self.report.validation(self.step, *totals)
+
+    def save(self) -> None:
+        """Write a checkpoint of this step. Collective."""
+        lanes = self.world.gather(self.stream.state_dict())
+        state = {
+            "step": self.step,
+            "tokens": self.report.tokens,
+            "optimizer_steps": self.engine.optimizer_steps,
+            "skipped_steps": self.skips.total,
+            "skipped_in_a_row": self.skips.in_a_row,
+            "elapsed_seconds": self.report.clock.elapsed,
+            "data": {lane: value for of_rank in lanes for lane, value in of_rank.items()},
+            "data_fingerprint": self.stream.fingerprint(),
+            "processes": self.world.size,
+            "zero_stage": self.engine.stage,
+        }
+        self.report.sync()
+        write_checkpoint(
+            self.run_dir,
+            world=self.world,
+            state=state,
+            sizes={name: shape.numel() for name, shape in self.engine.shapes.items()},
+            weights=self.engine.weights(),
+            moments=self.engine.moments(),
+            config_yaml=self.config_yaml,
+            save_tokenizer=self.tokenizer.save,
+            keep=self.run.training.keep_checkpoints,
+        )
+
+    def restore_data(self, checkpoint: Checkpoint) -> None:
+        """Go on in the data where a checkpoint stands.
+
+        Raises:
+            ValueError: its data came in another order.
+        """
+        saved, now = checkpoint.state["data_fingerprint"], json.loads(json.dumps(self.stream.fingerprint()))
+        different = differing_fields(saved, now, free=())
+        if different:
+            raise ValueError(
+                f"{checkpoint.folder} was trained on other data, or on the same in another order:\n"
+                + "\n".join(different)
+                + "\nPut the data back as it was, or choose another training.run_dir for a new run."
+            )
+        self.stream.load_state_dict(checkpoint.state["data"])
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Weights, moments and random states of a checkpoint, which any number of processes may have written.
+
+        Raises:
+            ValueError: its parameters are others.
+        """
+        names = list(self.engine.shapes)
+        self.engine.load(
+            checkpoint.weights(names), checkpoint.moments(self.engine.moment_names), checkpoint.state["optimizer_steps"]
+        )
+        random_state = checkpoint.random_state(self.world.rank)
+        if random_state is None or checkpoint.state["processes"] != self.world.size:
+            announce_once(
+                f"{checkpoint.folder} was written by {checkpoint.state['processes']} processes and goes on with "
+                f"{self.world.size}: the order of the data is the same, random numbers and rounding are not."
+            )
+        if random_state is not None:
+            restore_random_state(random_state)

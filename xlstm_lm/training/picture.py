@@ -1,0 +1,33 @@
+"""The learning curve of a run as a picture."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+
+def draw_learning_curve(run_dir: Path) -> Path:
+    """Draw bits per byte over the tokens of run_dir/metrics.jsonl into run_dir/learning_curve.png."""
+    records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for split, style in (("train", {"linewidth": 1, "alpha": 0.7}), ("validation", {"marker": "o", "linewidth": 1.5})):
+        points = [
+            (record["tokens"], record["bits_per_byte"])
+            for record in records
+            if record["split"] == split and record["bits_per_byte"] is not None
+        ]
+        if points:
+            tokens, bits = zip(*points, strict=True)
+            axes.plot(tokens, bits, label=f"{split}: {bits[-1]:.3f} at the end", **style)
+    axes.set(xlabel="tokens", ylabel="bits per byte", title=run_dir.resolve().name)
+    axes.grid(alpha=0.3)
+    if axes.lines:
+        axes.legend()
+    path = run_dir / "learning_curve.png"
+    figure.savefig(path, dpi=120)
+    return path

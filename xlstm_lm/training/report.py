@@ -1,0 +1,126 @@
+"""Turns a step into one record, and hands it to metrics.jsonl, wandb and the line of progress."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from xlstm_lm.parallel.process_group import World
+from xlstm_lm.training.engine import StepResult
+from xlstm_lm.training.telemetry import Clock, MetricsFile, Progress, peak_flops, peak_memory_bytes
+from xlstm_lm.training.wandb_run import WandbConfig, WandbRun
+
+
+class Report:
+    """Everything that a run tells. Records are written by rank 0 only, but reported by all ranks."""
+
+    def __init__(
+        self,
+        run_dir: Path,
+        *,
+        config: dict[str, Any],
+        wandb: WandbConfig,
+        world: World,
+        steps: int,
+        flops_per_token: float,
+        state: dict[str, Any],
+    ) -> None:
+        """Continue from `state` (as in a checkpoint: step, tokens, elapsed_seconds); what was written later is cut."""
+        self.world = world
+        self.clock = Clock(state["elapsed_seconds"])
+        self._flops_per_token = flops_per_token
+        self._peak_flops = peak_flops(world.device)
+        self._tokens = torch.tensor(state["tokens"], dtype=torch.int64, device=world.device)
+        self._tokens_at_window = state["tokens"]
+        self._resources = contextlib.ExitStack()
+        self.progress = Progress(steps, state["step"], enabled=world.is_first)
+        self._resources.callback(self.progress.close)
+        if world.is_first:
+            self._metrics = MetricsFile(run_dir / "metrics.jsonl")
+            self._resources.callback(self._metrics.close)
+            self._metrics.cut_behind(state["step"])
+            self._wandb = WandbRun(wandb, run_dir, config)
+            self._resources.callback(self._wandb.close)
+
+    @property
+    def tokens(self) -> int:
+        """Target tokens trained on; waits for the device."""
+        return int(self._tokens)
+
+    def count(self, step_tokens: torch.Tensor) -> None:
+        """A step has been made with so many target tokens over all ranks."""
+        self._tokens += step_tokens
+        self.progress.advance()
+
+    def train_step(
+        self,
+        step: int,
+        result: StepResult,
+        counts: torch.Tensor,
+        learning_rate: float,
+        gates: dict[str, torch.Tensor],
+    ) -> None:
+        """Report a step. `counts` begins with its target tokens and their bytes. Collective; waits for the device."""
+        nats = float(self.world.sum_(result.loss_sum.double()))
+        if not self.world.is_first:
+            return
+        step_tokens, step_bytes = counts.tolist()[:2]
+        tokens = self.tokens
+        tokens_per_second = (tokens - self._tokens_at_window) / self.clock.restart_window()
+        self._tokens_at_window = tokens
+        record = {
+            "split": "train",
+            "step": step,
+            "tokens": tokens,
+            "loss": nats / max(step_tokens, 1),
+            "bits_per_byte": nats / math.log(2) / max(step_bytes, 1),
+            "lr": learning_rate,
+            "grad_norm": float(result.gradient_norm),
+            "tokens_per_second": tokens_per_second,
+        }
+        if not result.applied:
+            record["skipped"] = True
+        if self._peak_flops:
+            record["mfu"] = tokens_per_second * self._flops_per_token / (self._peak_flops * self.world.size)
+        record |= {
+            "memory_bytes": peak_memory_bytes(self.world.device),
+            "elapsed_seconds": self.clock.elapsed,
+            **{f"gates/{name}": float(value) for name, value in gates.items()},
+        }
+        self._write(record)
+        self.progress.show(record["loss"], record["bits_per_byte"], tokens_per_second)
+
+    def validation(self, step: int, nats: float, tokens: int, size: int) -> None:
+        """Report the loss of `tokens` held-out tokens that stand for `size` bytes."""
+        if not self.world.is_first:
+            return
+        record = {
+            "split": "validation",
+            "step": step,
+            "tokens": self.tokens,
+            "loss": nats / tokens,
+            "bits_per_byte": nats / math.log(2) / size,
+            "perplexity": math.exp(min(nats / tokens, 700.0)),
+            "elapsed_seconds": self.clock.elapsed,
+        }
+        self._write(record)
+        self.progress.say(
+            f"validation at step {step}: {record['bits_per_byte']:.4f} bits/byte, loss {record['loss']:.4f}, "
+            f"perplexity {record['perplexity']:.2f}"
+        )
+
+    def sync(self) -> None:
+        """Make sure that what was reported is on the disk."""
+        if self.world.is_first:
+            self._metrics.sync()
+
+    def close(self) -> None:
+        self._resources.close()
+
+    def _write(self, record: dict[str, Any]) -> None:
+        self._metrics.append(record)
+        self._wandb.log(record)

@@ -1,0 +1,77 @@
+"""What happens when numbers go wrong, or someone wants the run to stop."""
+
+from __future__ import annotations
+
+import logging
+import signal
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import FrameType
+
+from xlstm_lm.training.durable_files import RunError
+
+logger = logging.getLogger("xlstm_lm")
+
+
+@dataclass(kw_only=True)
+class SafeguardsConfig:
+    """Steps that go wrong."""
+
+    max_skipped_steps: int = 10
+    """Steps in a row that may be skipped for a loss or gradient that is not finite; one more stops the run."""
+
+    def __post_init__(self) -> None:
+        if self.max_skipped_steps < 0:
+            raise ValueError(f"safeguards.max_skipped_steps is {self.max_skipped_steps}; it must be at least 0.")
+
+
+class SkipCounter:
+    """Counts the steps that changed nothing because a loss or gradient was not finite."""
+
+    def __init__(self, config: SafeguardsConfig, total: int = 0, in_a_row: int = 0) -> None:
+        """`total` and `in_a_row` have been counted before."""
+        self.config, self.total, self.in_a_row = config, total, in_a_row
+
+    def observe(self, applied: bool, step: int, document_ids: Callable[[], list[str]]) -> None:
+        """Take note of a step (numbered from 1). `document_ids` is collective: all ranks are here or none.
+
+        Raises:
+            RunError: more were skipped in a row than allowed; names the step and the documents of its batch.
+        """
+        if applied:
+            self.in_a_row = 0
+            return
+        self.total += 1
+        self.in_a_row += 1
+        if self.in_a_row <= self.config.max_skipped_steps:
+            logger.warning("Step %d skipped: its loss or gradient is not finite. Weights are unchanged.", step)
+            return
+        raise RunError(
+            f"Step {step}: the loss or gradient was not finite for {self.in_a_row} steps in a row, more than "
+            f"safeguards.max_skipped_steps ({self.config.max_skipped_steps}). The documents of this step's batch: "
+            f"{', '.join(document_ids())}. Look at them, or lower optimizer.learning_rate or optimizer.gradient_clip; "
+            "the checkpoints saved so far are intact."
+        )
+
+
+class StopRequest:
+    """SIGTERM or Ctrl-C: noted, so that the running step can be finished and saved. A second one acts at once."""
+
+    SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+    def __init__(self) -> None:
+        self.received = 0
+
+    def __enter__(self) -> StopRequest:
+        self._before = {number: signal.signal(number, self._note) for number in self.SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, _: FrameType | None) -> None:
+        self.received = number
+        for each in self.SIGNALS:
+            signal.signal(each, self._before[each])
+        logger.warning("%s: finishing this step, then saving. Once more to stop at once.", signal.Signals(number).name)

@@ -1,0 +1,155 @@
+"""What a run reports: metrics.jsonl and one line of progress. Numbers stay on the device until a step is logged."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from xlstm_lm.training.durable_files import disk_errors_explained, replace_durably
+
+PEAK_BF16_FLOPS = {
+    # Dense, without sparsity, from the makers' data sheets.
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "H200": 989e12,
+    "B200": 2250e12,
+    "A100": 312e12,
+    "A10G": 70e12,
+    "L40S": 362e12,
+    "RTX 4090": 165e12,
+    "MI300X": 1307e12,
+}
+"""Peak of bf16 products by a part of the device's name; the first that fits counts."""
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Operations a second that the device can do at most in bf16; None where it is not known."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for part, peak in PEAK_BF16_FLOPS.items() if part in name), None)
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The most memory held so far: of tensors on a GPU, of the whole process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+class MetricsFile:
+    """metrics.jsonl: one JSON object a line, each with split and step."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file: Any = None
+
+    def cut_behind(self, step: int) -> None:
+        """Take out what a killed run wrote after its checkpoint of `step`, and a line that it did not finish."""
+        lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines() if self.path.is_file() else []
+        kept = [line for line in lines if _step_of(line) <= step]
+        with disk_errors_explained(self.path):
+            replace_durably(self.path, "".join(f"{line}\n" for line in kept).encode())
+            self._file = self.path.open("a", encoding="utf-8")
+
+    def append(self, record: dict[str, Any]) -> None:
+        """Add a line. A number that is not finite becomes null, which JSON has no other word for."""
+        finite = {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in record.items()
+        }
+        with disk_errors_explained(self.path):
+            self._file.write(json.dumps(finite, allow_nan=False) + "\n")
+            self._file.flush()
+
+    def sync(self) -> None:
+        """Write all lines through to the disk, so that no checkpoint is newer than they are."""
+        with disk_errors_explained(self.path):
+            os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        if self._file:
+            self._file.close()
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return math.inf
+
+
+class Clock:
+    """Seconds of the whole run over all its sessions, and tokens a second since the last look, pauses left out."""
+
+    def __init__(self, elapsed_before: float) -> None:
+        self._start = time.perf_counter() - elapsed_before
+        self._window_start = time.perf_counter()
+
+    @property
+    def elapsed(self) -> float:
+        return time.perf_counter() - self._start
+
+    def restart_window(self) -> float:
+        """Seconds since the last call, without pauses."""
+        now = time.perf_counter()
+        seconds, self._window_start = now - self._window_start, now
+        return seconds
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time that is not training: validation, saving."""
+        before = time.perf_counter()
+        yield
+        self._window_start += time.perf_counter() - before
+
+
+class Progress:
+    """One line of progress: a bar on a terminal, a line each logged step elsewhere."""
+
+    def __init__(self, steps: int, done: int, enabled: bool) -> None:
+        self._steps, self._first, self._step = steps, done, done
+        self._start = time.perf_counter()
+        self._enabled = enabled
+        self._bar = None
+        if enabled and sys.stderr.isatty():
+            self._bar = tqdm(total=steps, initial=done, unit="step", dynamic_ncols=True, smoothing=0.05)
+
+    def advance(self) -> None:
+        """One step is done; nothing is read from the device."""
+        self._step += 1
+        if self._bar:
+            self._bar.update()
+
+    def show(self, loss: float, bits_per_byte: float, tokens_per_second: float) -> None:
+        """The numbers of a logged step."""
+        if not self._enabled:
+            return
+        numbers = f"loss {loss:.4f}  bits/byte {bits_per_byte:.4f}  {tokens_per_second:,.0f} tokens/s"
+        if self._bar:
+            self._bar.set_postfix_str(numbers, refresh=False)
+            return
+        seconds_a_step = (time.perf_counter() - self._start) / max(self._step - self._first, 1)
+        left = round(seconds_a_step * (self._steps - self._step))
+        self.say(f"step {self._step}/{self._steps}  {numbers}  ETA {left // 3600}:{left // 60 % 60:02}:{left % 60:02}")
+
+    def say(self, text: str) -> None:
+        """A line of its own, above the bar."""
+        if self._enabled:
+            tqdm.write(text, file=sys.stderr)
+
+    def close(self) -> None:
+        if self._bar:
+            self._bar.close()

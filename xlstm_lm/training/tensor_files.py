@@ -1,0 +1,76 @@
+"""Named tensors in safetensors files, several with an index where one would grow too large, as on the hub."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+SHARD_BYTES = 4 * 2**30
+
+
+class TensorWriter:
+    """Writes float32 tensors one after another, holding at most one file's worth of them."""
+
+    def __init__(
+        self,
+        stem: str,
+        sizes: dict[str, int],
+        write: Callable[[str, bytes], None],
+        shard_bytes: int = SHARD_BYTES,
+    ) -> None:
+        """`sizes` gives the number of elements of every tensor to come, in order; `write(name, content)` stores."""
+        self._write = write
+        self._pending: dict[str, Tensor] = {}
+        self._stem = stem
+        self._shards: list[list[str]] = [[]]
+        held = 0
+        for name, size in sizes.items():
+            if self._shards[-1] and held + 4 * size > shard_bytes:
+                self._shards.append([])
+                held = 0
+            self._shards[-1].append(name)
+            held += 4 * size
+        self._files = {name: self._file_name(index) for index, shard in enumerate(self._shards) for name in shard}
+        if len(self._shards) > 1:
+            total = sum(4 * size for size in sizes.values())
+            index = {"metadata": {"total_size": total}, "weight_map": self._files}
+            write(f"{stem}.safetensors.index.json", json.dumps(index, indent=1).encode())
+        self._number = 0
+
+    def _file_name(self, index: int) -> str:
+        count = len(self._shards)
+        return f"{self._stem}.safetensors" if count == 1 else f"{self._stem}-{index + 1:05}-of-{count:05}.safetensors"
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Take the next tensor; the file is written as soon as its last one is there."""
+        shard = self._shards[self._number]
+        assert name == shard[len(self._pending)], f"{name} comes out of order"
+        self._pending[name] = tensor.detach().to("cpu", torch.float32, copy=True).contiguous()
+        if len(self._pending) == len(shard):
+            self._write(self._file_name(self._number), safetensors.torch.save(self._pending, {"format": "pt"}))
+            self._pending = {}
+            self._number += 1
+
+
+def tensor_files(folder: Path, stem: str) -> dict[str, Path]:
+    """The file that holds each tensor, by the tensor's name."""
+    index = folder / f"{stem}.safetensors.index.json"
+    if index.is_file():
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        return {name: folder / file for name, file in weight_map.items()}
+    path = folder / f"{stem}.safetensors"
+    with safe_open(path, framework="pt") as file:
+        return dict.fromkeys(file.keys(), path)
+
+
+def read_tensors(files: dict[str, Path], names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+    """The named tensors one at a time, in the order of `names`."""
+    opened = {path: safe_open(path, framework="pt") for path in dict.fromkeys(files[name] for name in names)}
+    for name in names:
+        yield name, opened[files[name]].get_tensor(name)

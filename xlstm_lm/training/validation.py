@@ -1,0 +1,37 @@
+"""The loss on held-out documents."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from xlstm_lm.data import Batch
+from xlstm_lm.parallel.process_group import World
+from xlstm_lm.training.engine import MicroBatch, TrainingEngine
+
+
+def split_rows(batch: Batch, rows: int, device: torch.device) -> list[MicroBatch]:
+    """A batch in parts of `rows` rows, on the device."""
+    tensors = (batch.tokens_BT, batch.targets_BT, batch.resets_BT)
+    return list(zip(*(tensor.to(device, non_blocking=True).split(rows) for tensor in tensors), strict=True))
+
+
+def count_targets(batch: Batch, bytes_per_token: Tensor) -> Tensor:
+    """The number of target tokens of a batch and of the bytes they stand for: int64 (2,), on the host."""
+    targets = batch.targets_BT[batch.targets_BT >= 0]
+    return torch.stack((torch.tensor(targets.numel()), bytes_per_token[targets].sum()))
+
+
+def evaluate(
+    engine: TrainingEngine, batches: Iterator[Batch], *, world: World, bytes_per_token: Tensor
+) -> tuple[float, int, int]:
+    """Nats, target tokens and their bytes of every rank's `batches` together. Collective: each rank has as many."""
+    totals = torch.zeros(3, dtype=torch.float64, device=world.device)
+    for batch in batches:
+        for micro_batch in split_rows(batch, len(batch.tokens_BT), world.device):
+            totals[0] += engine.evaluate(micro_batch).double()
+        totals[1:] += count_targets(batch, bytes_per_token).to(world.device)
+    nats, tokens, size = world.sum_(totals).tolist()
+    return nats, int(tokens), int(size)

@@ -1,0 +1,128 @@
+"""The same numbers to Weights & Biases."""
+
+from __future__ import annotations
+
+import json
+import logging
+import socket
+import uuid
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+from urllib.parse import urlsplit
+
+from xlstm_lm.training.durable_files import replace_durably
+
+logger = logging.getLogger("xlstm_lm")
+
+REACH_SECONDS = 5
+INIT_SECONDS = 60
+
+
+@dataclass(kw_only=True)
+class WandbConfig:
+    """Weights & Biases; metrics.jsonl is written in any case."""
+
+    mode: Literal["online", "offline", "disabled"] = "disabled"
+    """online sends, offline writes to run_dir/wandb for a later `wandb sync`, disabled does neither."""
+    project: str = "xlstm-lm"
+    """Project."""
+    entity: str | None = None
+    """User or team; null for the account's own."""
+    name: str | None = None
+    """Name of the run; null for the name of run_dir."""
+    group: str | None = None
+    """Group of runs that belong together."""
+    tags: list[str] = field(default_factory=list)
+    """Tags."""
+    id: str | None = None
+    """Id of the run; null for one that is drawn once and kept in run_dir/wandb.json."""
+
+
+class WandbRun:
+    """Logs records of metrics.jsonl. Continues the same wandb run when the training run is continued."""
+
+    def __init__(self, config: WandbConfig, run_dir: Path, run_config: dict[str, Any]) -> None:
+        """`run_config` is the whole configuration, as nested mappings.
+
+        Online without network becomes offline, with a warning: a run does not wait for a log.
+        """
+        self._run: Any = None
+        self._best: float | None = None
+        if config.mode == "disabled":
+            return
+        import wandb  # a second of start-up that a run without it should not pay
+
+        settings = wandb.Settings(init_timeout=INIT_SECONDS, console="off", silent=True)
+        mode = config.mode
+        if mode == "online" and not _reachable(settings.base_url):
+            mode = "offline"
+            logger.warning(
+                "wandb: %s cannot be reached; logging offline. Send it later with: wandb sync %s",
+                settings.base_url,
+                run_dir / "wandb" / "offline-run-*",
+            )
+        arguments = {
+            "entity": config.entity,
+            "project": config.project,
+            "name": config.name or run_dir.resolve().name,
+            "group": config.group,
+            "tags": config.tags or None,
+            "id": config.id or _kept_id(run_dir),
+            "dir": str(run_dir),
+            "config": run_config,
+            "resume": "allow",
+            "settings": settings,
+        }
+        try:
+            self._run = wandb.init(mode=mode, **arguments)
+        except wandb.errors.Error as error:  # no account, wrong key, time-out
+            if mode == "offline":
+                raise
+            logger.warning("wandb: %s Logging offline instead.", error)
+            self._run = wandb.init(mode="offline", **arguments)
+        # Offline, and after a kill, wandb's own step counter knows nothing of ours.
+        self._run.define_metric("step")
+        for split in ("train", "validation"):
+            self._run.define_metric(f"{split}/*", step_metric="step")
+
+    @property
+    def active(self) -> bool:
+        return self._run is not None
+
+    def log(self, record: dict[str, Any]) -> None:
+        """One record: {"split": "train", "step": 10, "loss": 2.5} becomes train/loss at step 10."""
+        if not self._run:
+            return
+        split = record["split"]
+        values = {f"{split}/{key}": value for key, value in record.items() if key not in ("split", "step")}
+        self._run.log({"step": record["step"], **values})
+        if split == "validation":
+            loss = record["loss"]
+            self._best = loss if self._best is None else min(self._best, loss)
+            self._run.summary.update({"validation/final_loss": loss, "validation/best_loss": self._best})
+
+    def close(self) -> None:
+        if self._run:
+            self._run.finish()
+
+
+def _kept_id(run_dir: Path) -> str:
+    """The id of the run in this folder, drawn at first use: wandb itself remembers none when offline."""
+    path = run_dir / "wandb.json"
+    if path.is_file():
+        return json.loads(path.read_text(encoding="utf-8"))["id"]
+    drawn = uuid.uuid4().hex[:12]
+    replace_durably(path, json.dumps({"id": drawn}).encode())
+    return drawn
+
+
+def _reachable(url: str) -> bool:
+    """Whether something listens at the address of `url`."""
+    parts = urlsplit(url)
+    port = parts.port or (443 if parts.scheme == "https" else 80)
+    try:
+        socket.create_connection((parts.hostname, port), timeout=REACH_SECONDS).close()
+    except OSError:
+        return False
+    return True

@@ -1,10 +1,11 @@
 """From sources of documents to packed rows of tokens, in an order that does not depend on the number of ranks."""
 
 from xlstm_lm.data.batch import IGNORED_TARGET, Batch
+from xlstm_lm.data.bpe import train_bpe
 from xlstm_lm.data.config import DataConfig
 from xlstm_lm.data.sources import SourceConfig
 from xlstm_lm.data.stream import TrainingStream, open_source
-from xlstm_lm.data.tokenizer import Tokenizer, TokenizerConfig, build_tokenizer, load_tokenizer, train_bpe
+from xlstm_lm.data.tokenizer import Tokenizer, TokenizerConfig, build_tokenizer, load_tokenizer
 from xlstm_lm.data.validation import validation_batches
 
 __all__ = [

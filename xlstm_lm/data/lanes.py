@@ -15,7 +15,7 @@ from typing import Any
 
 from xlstm_lm.data.config import DataConfig
 from xlstm_lm.data.packing import Document, Row, pack
-from xlstm_lm.data.sources import ONE_DOCUMENT_A_FILE, Piece, Record, Source
+from xlstm_lm.data.sources import ONE_DOCUMENT_A_FILE, Piece, Record, Source, refuse
 from xlstm_lm.data.tokenizer import Tokenizer
 from xlstm_lm.ops.announce import announce_once
 
@@ -128,20 +128,6 @@ class DealtSource:
             if len(block) == self._block_documents:
                 return block, record, skipped
         return block, None, skipped
-
-
-def refuse(source: Source, record: Record) -> None:
-    """Stop at a bad document, or say once that such are skipped.
-
-    Raises:
-        ValueError: bad documents are errors in this source.
-    """
-    assert record.problem is not None
-    if source.config.on_bad_document == "error":
-        raise ValueError(f"{record.problem}. Mend it, or set on_bad_document: skip for this source")
-    if not getattr(source, "skips_announced", False):
-        source.skips_announced = True
-        announce_once(f"bad documents of {source.config.description} are skipped; the first: {record.problem}")
 
 
 class Lane:

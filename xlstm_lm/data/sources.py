@@ -19,6 +19,8 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 import fsspec
 
+from xlstm_lm.ops.announce import announce_once
+
 LOCAL_KINDS = ("text", "text_lines", "jsonl", "parquet")
 ONE_DOCUMENT_A_FILE = ("text", "python_stdlib")
 # Not text a person would read first: tests hold files that are broken on purpose, site-packages is not the library.
@@ -121,6 +123,20 @@ class Source(Protocol):
 
     def identity(self) -> dict[str, Any]:
         """What it reads, in JSON: differs where the documents or their order would."""
+
+
+def refuse(source: Source, record: Record) -> None:
+    """Stop at a bad document, or say once that such are skipped.
+
+    Raises:
+        ValueError: bad documents are errors in this source.
+    """
+    assert record.problem is not None
+    if source.config.on_bad_document == "error":
+        raise ValueError(f"{record.problem}. Mend it, or set on_bad_document: skip for this source")
+    if not getattr(source, "skips_announced", False):
+        source.skips_announced = True
+        announce_once(f"bad documents of {source.config.description} are skipped; the first: {record.problem}")
 
 
 class FileSource:

@@ -1,4 +1,4 @@
-"""Text to token ids and back: bytes, or any Hugging Face tokenizer; and training a byte-level BPE."""
+"""Text to token ids and back: bytes, or any Hugging Face tokenizer."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ class ByteTokenizer:
         backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         backend.decoder = decoders.ByteLevel()
         backend.add_special_tokens([END_OF_DOCUMENT])
-        _save(backend, TokenizerConfig(kind="bytes"), END_OF_DOCUMENT, Path(folder))
+        save_tokenizer(backend, TokenizerConfig(kind="bytes"), END_OF_DOCUMENT, Path(folder))
 
     @staticmethod
     def _token_bytes() -> list[bytes]:
@@ -192,6 +192,10 @@ class HuggingFaceTokenizer:
         self.bytes_per_token = torch.tensor([len(token) for token in self._token_bytes], dtype=torch.int64)
         self.bytes_per_token[end_id] = 0
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._backend.encode_special_tokens = True  # the library's pickle forgets it
+
     def encode(self, text: str) -> list[int]:
         return self._backend.encode(text, add_special_tokens=False).ids
 
@@ -211,7 +215,7 @@ class HuggingFaceTokenizer:
     def save(self, folder: str | Path) -> None:
         end = self._config.end_of_document
         assert end is not None
-        _save(self._backend, self._config, end, Path(folder))
+        save_tokenizer(self._backend, self._config, end, Path(folder))
 
 
 class _BackendDecoder:
@@ -253,51 +257,8 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     return HuggingFaceTokenizer(TokenizerConfig(kind="huggingface", name=str(folder), end_of_document=end))
 
 
-def train_bpe(texts: Iterable[str], vocab_size: int, folder: str | Path) -> Tokenizer:
-    """Train a byte-level BPE on `texts` and write it to `folder` in Hugging Face's layout.
-
-    Args:
-        texts: the documents, read once.
-        vocab_size: number of ids to reach, the 256 bytes and the end-of-document token included.
-        folder: made if it is not there; `transformers.AutoTokenizer.from_pretrained(folder)` reads it.
-
-    Raises:
-        ValueError: a vocabulary too small to hold the bytes, or no text at all.
-    """
-    from tokenizers import Tokenizer as Backend
-    from tokenizers import decoders, models, pre_tokenizers, trainers
-
-    if vocab_size < 257:
-        raise ValueError(
-            f"vocab_size {vocab_size} is too small: 256 bytes and the end of a document need 257: choose that or more"
-        )
-    empty = True
-
-    def counted() -> Iterable[str]:
-        nonlocal empty
-        for text in texts:
-            empty = empty and not text
-            yield text
-
-    backend = Backend(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    backend.train_from_iterator(
-        counted(),
-        trainers.BpeTrainer(
-            vocab_size=vocab_size,
-            special_tokens=[END_OF_DOCUMENT],
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-            show_progress=False,
-        ),
-    )
-    if empty:
-        raise ValueError("a tokenizer cannot be trained without text: the sources gave no document")
-    _save(backend, TokenizerConfig(kind="huggingface", name=str(folder)), END_OF_DOCUMENT, Path(folder))
-    return load_tokenizer(folder)
-
-
-def _save(backend: Any, config: TokenizerConfig, end_of_document: str, folder: Path) -> None:
+def save_tokenizer(backend: Any, config: TokenizerConfig, end_of_document: str, folder: Path) -> None:
+    """Write a tokenizer of the `tokenizers` library in Hugging Face's layout, and `config` beside it."""
     folder.mkdir(parents=True, exist_ok=True)
     backend.save(str(folder / "tokenizer.json"))
     # This class name is known to every version of transformers that has fast tokenizers.

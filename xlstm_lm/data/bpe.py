@@ -1,0 +1,52 @@
+"""Training a byte-level BPE tokenizer on text files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from xlstm_lm.data.sources import FileSource, Piece, SourceConfig, refuse
+from xlstm_lm.data.tokenizer import END_OF_DOCUMENT, TokenizerConfig, save_tokenizer
+
+
+def train_bpe(files: Sequence[str], *, vocab_size: int, out: str | Path) -> Path:
+    """Train a byte-level BPE and write it in Hugging Face's layout.
+
+    Args:
+        files: text files or glob patterns, compressed or not; each file is read whole.
+        vocab_size: number of ids to reach, the 256 bytes and the end-of-document token included. A small text may give
+            fewer.
+        out: folder, made if it is not there; `load_tokenizer` and `transformers.AutoTokenizer.from_pretrained` read it.
+
+    Returns:
+        the folder.
+
+    Raises:
+        ValueError: a vocabulary too small for the bytes, or a file that is missing, empty or not UTF-8.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    if vocab_size < 257:
+        raise ValueError(f"vocab_size {vocab_size} is too small: 256 bytes and the end of a document need 257")
+    source = FileSource(SourceConfig(kind="text", paths=list(files)))
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_DOCUMENT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(_texts(source), trainer)
+    folder = Path(out)
+    config = TokenizerConfig(kind="huggingface", name=str(folder), end_of_document=END_OF_DOCUMENT)
+    save_tokenizer(backend, config, END_OF_DOCUMENT, folder)
+    return folder
+
+
+def _texts(source: FileSource) -> Iterator[str]:
+    for record in source.read([Piece(shard) for shard in range(source.num_shards)]):
+        if record.problem is not None:
+            refuse(source, record)
+        yield record.text

@@ -1,5 +1,5 @@
-"""The command line: `xlstm-lm train | generate | export | tokenizer | doctor`. Each command imports what it needs when it
-is called, so that `--help` is quick."""
+"""The command line: `xlstm-lm train | generate | export | tokenizer | doctor`. Each command imports what it needs when
+it is called, so that `--help` is quick."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from typing import Any
 from xlstm_lm import __version__
 
 SAMPLE_PROMPT = "def "  # what the sample at the end of a run continues
+SAMPLE_TOKENS = 400
 
 
 class _Parser(argparse.ArgumentParser):
@@ -87,13 +88,17 @@ def _make_parser(with_fields: bool) -> _Parser:
     generate.add_argument("--seed", type=int, default=0, metavar="S", help="Default: 0.")
 
     export = command("export", _export, "Write a run's model and tokenizer to a folder of their own.")
-    export.add_argument("--run", required=True, dest="source", metavar="FOLDER", help="A run or one of its checkpoints.")
+    export.add_argument(
+        "--run", required=True, dest="source", metavar="FOLDER", help="A run or one of its checkpoints."
+    )
     export.add_argument("--out", required=True, metavar="FOLDER", help="A new folder.")
 
     tokenizer = command("tokenizer", _tokenizer, "Train a byte-level BPE tokenizer on text files.")
     tokenizer.add_argument("action", choices=["train"])
     tokenizer.add_argument("--files", nargs="+", required=True, metavar="FILE", help="Text files or glob patterns.")
-    tokenizer.add_argument("--vocab-size", type=int, required=True, metavar="N", help="Vocabulary, end of document included.")
+    tokenizer.add_argument(
+        "--vocab-size", type=int, required=True, metavar="N", help="Vocabulary, end of document included."
+    )
     tokenizer.add_argument("--out", required=True, metavar="FOLDER", help="A new folder, as transformers reads it.")
 
     command("doctor", _doctor, "Versions, devices, kernels, and whether each computes what it should.")
@@ -106,13 +111,44 @@ def _train(options: argparse.Namespace) -> None:
 
     overrides = {name: value for name, value in vars(options).items() if "." in name or name == "deepspeed"}
     run = load_run_config(options.config, overrides)
-    result = train(run)
-    if result.is_main:
-        _tell_what_next(result, options.config, overrides)
+    run_dir = train(run)
+    if int(os.environ.get("RANK", "0")) == 0:
+        _conclude(run_dir, options.config, overrides)
+
+
+def _conclude(run_dir: Path, recipes: list[str], overrides: dict[str, Any]) -> None:
+    """Print what came out of a finished run, a sample, and the commands that go on from here."""
+    from xlstm_lm.generation import SamplingConfig, continue_text
+    from xlstm_lm.hub import load
+
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    last = lines[-1]
+    final = next((line for line in reversed(lines) if line["split"] == "validation"), None)
+    if final:
+        print(f"\nFinal validation: {final['bits_per_byte']:.4f} bits per byte, {final['loss']:.4f} nats a token")
+    trained = load(run_dir)
+    sampling = SamplingConfig(max_new_tokens=SAMPLE_TOKENS)
+    text = "".join(continue_text(trained.model, trained.tokenizer, SAMPLE_PROMPT, sampling))
+    print(f"\nA sample:\n{SAMPLE_PROMPT}{text}")
+    with (run_dir / "samples.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"step": last["step"], "prompt": SAMPLE_PROMPT, "text": text}) + "\n")
+    again = [part for recipe in recipes for part in ("--config", recipe)]
+    again += [part for name, value in overrides.items() for part in (f"--{name}", _as_flag(value))]
+    folder, export = shlex.quote(str(run_dir)), shlex.quote(f"{run_dir}-export")
+    print(f"\nLearning curve: {run_dir / 'learning_curve.png'}")
+    print("Resume or go on:  " + shlex.join(["xlstm-lm", "train", *again, "--training.steps", str(2 * last["step"])]))
+    print(f"Generate:         xlstm-lm generate --model {folder} --prompt {shlex.quote(SAMPLE_PROMPT)}")
+    print(f"Export:           xlstm-lm export --run {folder} --out {export}")
+
+
+def _as_flag(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def _generate(options: argparse.Namespace) -> None:
-    from xlstm_lm.generation import SamplingConfig
+    import torch
+
+    from xlstm_lm.generation import SamplingConfig, continue_text
 
     sampling = SamplingConfig(
         max_new_tokens=options.max_new_tokens,
@@ -124,8 +160,10 @@ def _generate(options: argparse.Namespace) -> None:
         raise ValueError("--prompt is empty; give at least one character to continue.")
     from xlstm_lm.hub import load
 
+    trained = load(options.model)
+    trained.to("cuda" if torch.cuda.is_available() else "cpu")
     print(options.prompt, end="", flush=True)
-    for text in continue_text(load(options.model), options.prompt, sampling):
+    for text in continue_text(trained.model, trained.tokenizer, options.prompt, sampling):
         print(text, end="", flush=True)
     print()
 

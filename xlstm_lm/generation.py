@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -67,3 +68,20 @@ def generate(
             return
         yield token
         hidden_BTD, state = model(torch.tensor([[token]], device=device), state=state, return_state=True)
+
+
+def continue_text(model: nn.Module, tokenizer: Any, prompt: str, config: SamplingConfig) -> Iterator[str]:
+    """Yield the text that follows `prompt`, in pieces, each as soon as it is known.
+
+    The model sees the prompt as the beginning of a document, as in training.
+
+    Raises:
+        ValueError: the prompt is empty.
+    """
+    tokens = tokenizer.encode(prompt)
+    if not tokens:
+        raise ValueError("The prompt is empty; give at least one character to continue.")
+    decoder = tokenizer.decoder()
+    for token in generate(model, [tokenizer.end_of_document, *tokens], config, stop_token=tokenizer.end_of_document):
+        yield decoder.push(token)
+    yield decoder.finish()

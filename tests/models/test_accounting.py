@@ -1,0 +1,115 @@
+"""Exact sizes of the presets and of the published models."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from xlstm_lm.models import XLSTMConfig, build_model
+from xlstm_lm.models.accounting import count_parameters, state_bytes, training_flops_per_token
+
+PRESETS = Path(__file__).parents[2] / "configs" / "model"
+
+
+def up64(value: float) -> int:
+    return -(-int(-(-value // 1)) // 64) * 64
+
+
+def mlstm_total(d: int, blocks: int, heads: int, vocab: int = 50304) -> int:
+    """The parameter count of xLSTM-7B style models, written out term by term."""
+    d_qk, d_v, d_ff = d // 2 // heads, d // heads, up64(2.667 * d)
+    block = d * heads * (2 * d_qk + d_v) + (2 * d * heads + 2 * heads) + 2 * d * d + 2 * d + 3 * d * d_ff + d
+    return 2 * vocab * d + blocks * block + d
+
+
+def paper_total(d: int, blocks: int, num_slstm: int, vocab: int = 50304) -> int:
+    """The parameter count of the first paper's models, written out term by term."""
+    di, ff, heads = up64(2 * d), up64(1.3 * d), 4
+    mlstm = d + 2 * d * di + di * d + 12 * di + 5 * di + di + 2 * (3 * di * heads + heads) + di
+    slstm = d + 5 * d + 8 * d * d // heads + 4 * d + d + d + 3 * d * ff
+    return 2 * vocab * d + (blocks - num_slstm) * mlstm + num_slstm * slstm + d
+
+
+@pytest.mark.parametrize(
+    ("sizes", "total"),
+    [((768, 12, 6), 164_110_224), ((2048, 24, 4), 1_420_839_104), ((4096, 32, 8), 6_865_424_896)],
+)
+def test_published_totals(sizes, total):
+    d, blocks, heads = sizes
+    assert count_parameters(XLSTMConfig(embedding_dim=d, num_blocks=blocks, num_heads=heads)) == total
+    assert mlstm_total(*sizes) == total
+
+
+@pytest.mark.parametrize(
+    ("preset", "sizes"),
+    [
+        ("xlstm-165m", (768, 12, 4)),
+        ("xlstm-400m", (1024, 24, 4)),
+        ("xlstm-1.3b", (2048, 24, 4)),
+        ("xlstm-2.7b", (2560, 32, 5)),
+        ("xlstm-7b", (4096, 32, 8)),
+    ],
+)
+def test_presets_of_xlstm_7b_style(preset, sizes):
+    assert count_parameters(PRESETS / f"{preset}.yaml") == mlstm_total(*sizes)
+
+
+@pytest.mark.parametrize(
+    ("size", "d", "blocks"), [("125m", 768, 24), ("350m", 1024, 48), ("760m", 1536, 48), ("1.3b", 2048, 48)]
+)
+def test_presets_of_the_first_paper(size, d, blocks):
+    num_slstm = 2 if size == "125m" else 6
+    assert count_parameters(PRESETS / f"xlstm-paper-{size}-1-0.yaml") == paper_total(d, blocks, 0)
+    assert count_parameters(str(PRESETS / f"xlstm-paper-{size}-7-1.yaml")) == paper_total(d, blocks, num_slstm)
+
+
+def test_paper_125m_has_the_published_total():
+    assert count_parameters(PRESETS / "xlstm-paper-125m-1-0.yaml") == 163_806_144
+
+
+def test_every_preset_says_its_size():
+    for preset in PRESETS.glob("*.yaml"):
+        assert f"{count_parameters(preset):,} parameters" in preset.read_text().splitlines()[0], preset
+
+
+def test_tied_head_counts_once():
+    untied = XLSTMConfig(embedding_dim=64, num_blocks=1, vocab_size=100)
+    tied = XLSTMConfig(embedding_dim=64, num_blocks=1, vocab_size=100, tie_embeddings=True)
+    assert count_parameters(untied) - count_parameters(tied) == 6400
+
+
+def test_flops_are_those_of_the_projections_plus_the_cell():
+    """torch's own counter sees the matrix products outside the cells; the rest must be the documented cell terms."""
+    config = XLSTMConfig(
+        embedding_dim=64, num_blocks=2, num_heads=2, vocab_size=100, mlstm_backend="recurrence", cell_eps=0.0
+    )
+    torch.manual_seed(0)
+    model = build_model(config)
+    tokens_BT = torch.zeros(1, 32, dtype=torch.long)
+    counter = FlopCounterMode(display=False)
+    with counter, torch.no_grad():
+        model.logits(model(tokens_BT))
+    linear = counter.get_flop_counts()["Global"][torch.ops.aten.mm] / 32
+    if torch.ops.aten.addmm in counter.get_flop_counts()["Global"]:
+        linear += counter.get_flop_counts()["Global"][torch.ops.aten.addmm] / 32
+    k, v, chunk = 16, 32, 32
+    cell = 2 * 2 * (chunk * (k + v) + 4 * k * v + 4 * k + 4 * chunk)
+    assert training_flops_per_token(config, 32) == 3 * (linear + cell)
+
+
+def test_state_bytes_are_those_of_the_state():
+    config = XLSTMConfig(
+        embedding_dim=64, num_blocks=3, num_heads=2, vocab_size=100, pattern=["mlstm", "slstm", "mlstm_paper"]
+    )
+    torch.manual_seed(0)
+    _, state = build_model(config)(torch.zeros(1, 5, dtype=torch.long), return_state=True)
+    assert state_bytes(config, bytes_per_activation=4) == sum(tensor.nbytes for each in state for tensor in each)
+
+
+def test_a_recipe_without_a_model_is_refused(tmp_path):
+    (tmp_path / "recipe.yaml").write_text("training: {steps: 3}\n")
+    with pytest.raises(ValueError, match="has no section 'model'; it has training"):
+        count_parameters(tmp_path / "recipe.yaml")

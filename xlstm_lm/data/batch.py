@@ -30,7 +30,7 @@ class Batch:
 def stack_rows(rows: Sequence[Row]) -> Batch:
     """Lay packed rows one under the other."""
     elements = torch.from_numpy(np.stack([row.elements for row in rows]).astype(np.int64))
-    targets_BT = elements[:, 1:].contiguous()
+    targets_BT = elements[:, 1:].clone()
     for index, row in enumerate(rows):
         targets_BT[index, row.num_targets :] = IGNORED_TARGET
     return Batch(

@@ -6,14 +6,19 @@ from collections.abc import Callable
 
 import torch
 
+from xlstm_lm.ops.announce import announce_once
+from xlstm_lm.ops.slstm.compiled import kernel_available, slstm_compiled
 from xlstm_lm.ops.slstm.recurrence import SLSTMState, slstm_recurrence
 
-BACKENDS: dict[str, Callable] = {"recurrence": slstm_recurrence}
+BACKENDS: dict[str, Callable] = {"recurrence": slstm_recurrence, "compiled": slstm_compiled}
 """Every implementation by its name; all take the arguments of `slstm` but `backend`."""
 
 
 def choose_backend(wx: torch.Tensor) -> str:
-    """The name of the backend that `backend="auto"` takes for an input like `wx`."""
+    """The backend that `backend="auto"` takes for an input like `wx`. Builds the CPU kernel on first use."""
+    if wx.device.type == "cpu":
+        return "compiled" if kernel_available() else "recurrence"
+    announce_once(f"no fused sLSTM kernel for {wx.device.type}: the cell runs step by step in Python (`recurrence`)")
     return "recurrence"
 
 
@@ -34,7 +39,7 @@ def slstm(
         gates_t = wx_t + einsum("bhd,ghde->bghe", y_{t-1}, r) + bias
 
     Args:
-        wx: (B, T, 4, H, D), what the input contributes to the gates; float32, float64, bfloat16 or float16. Any strides.
+        wx: (B, T, 4, H, D), what the input contributes to the gates; float32, float64, bfloat16 or float16.
         r: (4, H, D, D), the recurrent weights of each gate and head.
         bias: (4, H, D).
         resets: (B, T) bool; true where the state before the step is emptied (a document starts).
@@ -53,6 +58,8 @@ def slstm(
     _check(wx, r, bias, resets, initial_state)
     if backend == "auto":
         backend = choose_backend(wx)
+    elif backend == "compiled" and wx.device.type != "cpu":
+        raise ValueError(f"the sLSTM backend 'compiled' takes CPU tensors, but wx is on {wx.device}; choose 'auto'")
     elif backend not in BACKENDS:
         raise ValueError(f"unknown sLSTM backend {backend!r}: choose 'auto' or one of {', '.join(map(repr, BACKENDS))}")
     return BACKENDS[backend](wx, r, bias, resets_BT=resets, initial_state=initial_state, return_state=return_state)

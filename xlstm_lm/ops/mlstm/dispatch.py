@@ -1,0 +1,131 @@
+"""The mLSTM as the rest of the package calls it: checks what it is given and picks a backend."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from xlstm_lm.ops.mlstm.chunkwise import mlstm_chunkwise
+from xlstm_lm.ops.mlstm.recurrence import State, mlstm_recurrence
+from xlstm_lm.ops.mlstm.step import mlstm_step
+
+BACKENDS: dict[str, Callable[..., tuple[Tensor, State | None]]] = {
+    "recurrence": mlstm_recurrence,
+    "chunkwise": mlstm_chunkwise,
+    "step": mlstm_step,
+}
+"""The mLSTM's forms by name: the definition, one to train with, one to generate with (one token, no gradient)."""
+
+INPUT_GATES = ("exp", "sigmoid")
+
+
+def mlstm(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    i: Tensor,
+    f: Tensor,
+    *,
+    resets: Tensor | None = None,
+    initial_state: State | None = None,
+    return_state: bool = False,
+    input_gate: str = "exp",
+    normalize: bool = True,
+    chunk_length: int | None = None,
+    eps: float = 1e-6,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, State]:
+    """The mLSTM cell over a sequence (arXiv 2405.04517, eq. 19-27; sigmoid input gate: arXiv 2503.14376).
+
+    With f' = sigmoid(f), i' = exp(i) or sigmoid(i), and C = n = 0 before the first step, each head computes
+
+        C_t = f'_t C_(t-1) + i'_t k_t v_t^T        n_t = f'_t n_(t-1) + i'_t k_t        q'_t = q_t / sqrt(K)
+        h_t = C_t^T q'_t / (max(|n_t . q'_t|, 1) + eps e^m_t)
+
+    in a stabilized form: the state holds C e^-m and n e^-m, where m is the running maximum of the log weights for the
+    exp gate, and 0 for the sigmoid gate. Inputs may be views of any strides.
+
+    Args:
+        q: queries (B, T, H, K), floating point. k: keys of the same shape. v: values (B, T, H, V). i: input gates (B,
+        T, H) before their activation. f: forget gates, likewise; a gate of -inf is refused by no check
+            but gives NaN: to empty the state use `resets`. Both are computed in float32 at least.
+        resets: (B, T) bool; where True the state before that step is empty. initial_state: (C (B, H, K, V), n (B, H,
+        K), m (B, H)) before the first step, as an earlier call returned it. return_state: whether to return the state
+        after the last step too, in float32 (float64 for float64 inputs). input_gate: "exp" or "sigmoid". normalize:
+        False leaves the denominator away: h_t = C_t^T q'_t as written above (with e^m), for either gate; eps is
+            not used.
+        chunk_length: steps a chunk of the chunkwise backend; None picks one.
+        eps: added to the stabilized denominator, so that in true units it is eps e^m.
+        backend: a name of `BACKENDS`, or "auto" (see `choose_backend`).
+
+    Returns:
+        h (B, T, H, V) in the type of v, or (h, state). Gradients reach q, k, v, i, f and C and n of the initial
+        state, from h and C and n of the returned one. m carries none: it is a unit, not a value, and handing all
+        three on keeps the gradients exact.
+
+    Raises:
+        ValueError: shapes, types or names that do not fit, T = 0, or a chunk length below 1.
+    """
+    _check(q, k, v, i, f, resets, initial_state)
+    if input_gate not in INPUT_GATES:
+        raise ValueError(f"Unknown input_gate {input_gate!r}: choose one of {', '.join(map(repr, INPUT_GATES))}.")
+    if chunk_length is not None and chunk_length < 1:
+        raise ValueError(f"chunk_length must be at least 1, got {chunk_length}; None picks a good one.")
+    if backend == "auto":
+        state = () if initial_state is None else initial_state
+        backend = choose_backend(q, k, v, i, f, *state)
+    elif backend not in BACKENDS:
+        raise ValueError(
+            f"Unknown mLSTM backend {backend!r}: choose 'auto' or one of {', '.join(map(repr, BACKENDS))}."
+        )
+    h_BTHV, state = BACKENDS[backend](
+        q,
+        k,
+        v,
+        i,
+        f,
+        resets_BT=resets,
+        initial_state=initial_state,
+        return_state=return_state,
+        input_gate=input_gate,
+        normalize=normalize,
+        chunk_length=chunk_length,
+        eps=eps,
+    )
+    return (h_BTHV, state) if return_state else h_BTHV
+
+
+def choose_backend(q_BTHK: Tensor, *others: Tensor) -> str:
+    """What "auto" means for such inputs (`others`: k, v, i, f, the state): "step" for one token without gradient."""
+    needs_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in (q_BTHK, *others))
+    return "step" if q_BTHK.shape[1] == 1 and not needs_gradient else "chunkwise"
+
+
+def _check(
+    q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, resets: Tensor | None, initial_state: State | None
+) -> None:
+    if q.dim() != 4 or v.dim() != 4:
+        raise ValueError(f"q and v must be (B, T, H, K) and (B, T, H, V), got {tuple(q.shape)} and {tuple(v.shape)}.")
+    B, T, H, K = q.shape
+    V = v.shape[-1]
+    if T == 0:
+        raise ValueError("The sequence is empty (T = 0): give at least one step.")
+    if not q.is_floating_point():
+        raise ValueError(f"q must be floating point, got {q.dtype}.")
+    expected = {"k": (k, (B, T, H, K)), "v": (v, (B, T, H, V)), "i": (i, (B, T, H)), "f": (f, (B, T, H))}
+    if resets is not None:
+        expected["resets"] = (resets, (B, T))
+        if resets.dtype != torch.bool:
+            raise ValueError(f"resets must be bool, got {resets.dtype}.")
+    if initial_state is not None:
+        if len(initial_state) != 3:
+            raise ValueError(f"initial_state must be (C, n, m), got {len(initial_state)} tensors.")
+        for name, x, shape in zip("Cnm", initial_state, ((B, H, K, V), (B, H, K), (B, H))):
+            expected[f"initial_state {name}"] = (x, shape)
+    for name, (x, shape) in expected.items():
+        if tuple(x.shape) != shape:
+            raise ValueError(
+                f"{name} must be {shape} to go with q {tuple(q.shape)} and v {tuple(v.shape)}, got {tuple(x.shape)}."
+            )

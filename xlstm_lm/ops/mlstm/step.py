@@ -1,0 +1,65 @@
+"""One token of the mLSTM for generation: state in, state out, in few passes over it. No gradient."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from xlstm_lm.ops.mlstm.recurrence import State, empty_state, gate_dtype, unit_stabilizer
+
+
+@torch.no_grad()
+def mlstm_step(
+    q_B1HK: Tensor,
+    k_B1HK: Tensor,
+    v_B1HV: Tensor,
+    i_B1H: Tensor,
+    f_B1H: Tensor,
+    *,
+    resets_BT: Tensor | None = None,
+    initial_state: State | None = None,
+    return_state: bool = True,
+    input_gate: str = "exp",
+    normalize: bool = True,
+    chunk_length: int | None = None,
+    eps: float = 1e-6,
+) -> tuple[Tensor, State | None]:
+    """One step of the definition (arXiv 2405.04517, eq. 19-27) for inputs with T = 1; the caller's state stays as it
+    was.
+
+    Shapes, options and returns as in `xlstm_lm.ops.mlstm.mlstm`. `chunk_length` has no meaning here.
+
+    Raises: ValueError for more than one token.
+    """
+    del chunk_length
+    if q_B1HK.shape[1] != 1:
+        raise ValueError(f"The step backend takes one token, T = 1, got T = {q_B1HK.shape[1]}: use 'chunkwise'.")
+    dtype = gate_dtype(q_B1HK)
+    B, _, H, K = q_B1HK.shape
+    V = v_B1HV.shape[-1]
+    q_GK, k_GK, v_GV = (x.to(dtype).reshape(B * H, -1) for x in (q_B1HK, k_B1HK, v_B1HV))
+    log_input_G, log_forget_G = i_B1H.to(dtype).reshape(B * H), F.logsigmoid(f_B1H.to(dtype)).reshape(B * H)
+    state = empty_state(q_B1HK, v_B1HV, input_gate) if initial_state is None else initial_state
+    if input_gate == "sigmoid":
+        log_input_G, state = F.logsigmoid(log_input_G), unit_stabilizer(state)
+    C_GKV, n_GK, m_G = (x.to(dtype).flatten(0, 1) for x in state)
+
+    forget_exponent_G = log_forget_G + m_G
+    if resets_BT is not None:
+        forget_exponent_G = forget_exponent_G.masked_fill(resets_BT.expand(B, H).reshape(B * H), float("-inf"))
+    if input_gate == "exp":
+        m_G = torch.maximum(forget_exponent_G, log_input_G).clamp_min(torch.finfo(dtype).min)
+    F_G1 = (forget_exponent_G - m_G).exp()[:, None]
+    k_GK = k_GK * (log_input_G - m_G).exp()[:, None]
+    C_GKV = (C_GKV * F_G1[..., None]).baddbmm_(k_GK[:, :, None], v_GV[:, None])
+    n_GK = n_GK * F_G1 + k_GK
+
+    h_GV = torch.bmm(q_GK[:, None], C_GKV)[:, 0] * K**-0.5
+    if normalize:
+        d_G = (q_GK * n_GK).sum(-1).abs() * K**-0.5
+        h_GV /= (torch.maximum(d_G, (-m_G).exp()) + eps)[:, None]
+    else:
+        h_GV *= m_G.exp()[:, None]
+    h_B1HV = h_GV.view(B, 1, H, V).to(v_B1HV.dtype)
+    return h_B1HV, (C_GKV.view(B, H, K, V), n_GK.view(B, H, K), m_G.view(B, H)) if return_state else None

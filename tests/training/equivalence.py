@@ -1,0 +1,167 @@
+"""Steps through DeepSpeed beside the same steps of a plain PyTorch loop; also a program for torchrun.
+
+Every rank computes the plain loop on the whole batch, so that each comparison is against one process and no sharding.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import sys
+from pathlib import Path
+
+import torch
+from tiny import VOCABULARY, TinyModel
+
+from xlstm_lm.parallel.process_group import World, join_world
+from xlstm_lm.training.engine import MOMENTS, TrainingEngine
+from xlstm_lm.training.optimizer import OptimizerConfig
+from xlstm_lm.training.schedule import ScheduleConfig, learning_rate_ratio
+
+ROWS, MICRO_ROWS, STEPS = 8, 2, 5
+OPTIMIZER = OptimizerConfig(learning_rate=0.05, weight_decay=0.3, gradient_clip=0.2)
+SCHEDULE = ScheduleConfig(kind="cosine", warmup_steps=2, cooldown_steps=1)
+
+
+def batches(steps: int = STEPS) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Tokens and targets; the first rows have few targets, so that ranks and micro batches weigh differently."""
+    generator = torch.Generator().manual_seed(1)
+    made = []
+    for _ in range(steps):
+        tokens_BT, targets_BT = torch.randint(0, VOCABULARY, (2, ROWS, 5), generator=generator)
+        targets_BT[:3, 1:] = -100
+        made.append((tokens_BT, targets_BT))
+    return made
+
+
+def build_engine(
+    world: World, stage: int, *, tied: bool = False, precision: str = "fp32", offload: bool = False, seed: int = 0
+) -> tuple[TinyModel, TrainingEngine]:
+    torch.manual_seed(seed)
+    model = TinyModel(tied)
+    zero = {"stage": stage} | ({"offload_optimizer": {"device": "cpu"}} if offload else {})
+    engine = TrainingEngine(
+        model,
+        OPTIMIZER,
+        {"zero_optimization": zero},
+        world=world,
+        precision=precision,
+        micro_batch_size=MICRO_ROWS,
+        accumulation_steps=ROWS // world.size // MICRO_ROWS,
+    )
+    return model, engine
+
+
+def engine_step(world: World, engine: TrainingEngine, batch: tuple[torch.Tensor, torch.Tensor], step: int):
+    """The step, and the loss of the whole batch."""
+    tokens_BT, targets_BT = batch
+    count = (targets_BT >= 0).sum()
+    own = ROWS // world.size
+    parts = [tensor[world.rank * own :][:own].split(MICRO_ROWS) for tensor in (tokens_BT, targets_BT)]
+    micro_batches = [(tokens, targets, None) for tokens, targets in zip(*parts, strict=True)]
+    rate = OPTIMIZER.learning_rate * learning_rate_ratio(SCHEDULE, step, STEPS)
+    result = engine.train_step(micro_batches, world.size / count, rate)
+    return result, float(world.sum_(result.loss_sum.clone()) / count)
+
+
+class PlainLoop:
+    """torch.optim.AdamW on one device, whole batch at once."""
+
+    def __init__(self, model: TinyModel) -> None:
+        self.model = copy.deepcopy(model)
+        no_decay = self.model.no_decay_parameter_names()
+        groups = [
+            {
+                "params": [p for name, p in self.model.named_parameters() if (name in no_decay) == kept],
+                "weight_decay": 0.0 if kept else OPTIMIZER.weight_decay,
+            }
+            for kept in (False, True)
+        ]
+        groups = [group for group in groups if group["params"]]
+        self.adamw = torch.optim.AdamW(groups, betas=OPTIMIZER.betas, eps=OPTIMIZER.eps, foreach=False)
+
+    def step(self, batch: tuple[torch.Tensor, torch.Tensor], step: int) -> tuple[float, float]:
+        tokens_BT, targets_BT = batch
+        for group in self.adamw.param_groups:
+            group["lr"] = OPTIMIZER.learning_rate * learning_rate_ratio(SCHEDULE, step, STEPS)
+        self.adamw.zero_grad()
+        loss = self.model.loss(self.model(tokens_BT), targets_BT, reduction="mean")
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), OPTIMIZER.gradient_clip)
+        self.adamw.step()
+        return loss.item(), norm.item()
+
+    def difference(self, engine: TrainingEngine) -> dict[str, float]:
+        """Largest absolute difference in weights and moments."""
+        parameters = dict(self.model.named_parameters())
+        weights, moments = dict(engine.weights()), dict(engine.moments())
+        assert weights.keys() == parameters.keys()
+        found = {"weights": max((weights[n] - p).abs().max().item() for n, p in parameters.items())}
+        for key in MOMENTS:
+            expected = {n: self.adamw.state[p].get(key, torch.zeros_like(p)) for n, p in parameters.items()}
+            found[key] = max((moments[f"{n}.{key}"] - value).abs().max().item() for n, value in expected.items())
+        return found
+
+
+def compare(world: World, stage: int, tied: bool, offload: bool = False) -> dict[str, float]:
+    """Largest differences between the two over some steps. The moments of the first step are its gradients."""
+    _, engine = build_engine(world, stage, tied=tied, offload=offload)
+    torch.manual_seed(0)
+    plain = PlainLoop(TinyModel(tied))
+    worst: dict[str, float] = {}
+    norms = []
+    for step, batch in enumerate(batches()):
+        result, loss = engine_step(world, engine, batch, step)
+        plain_loss, plain_norm = plain.step(batch, step)
+        norms.append(plain_norm)
+        found = plain.difference(engine)
+        found |= {"loss": abs(loss - plain_loss), "norm": abs(float(result.gradient_norm) - plain_norm)}
+        worst = {key: max(value, worst.get(key, 0.0)) for key, value in found.items()}
+        assert result.applied and engine.optimizer_steps == step + 1
+    assert max(norms) > OPTIMIZER.gradient_clip  # clipping took place
+    tokens_BT, targets_BT = batches(STEPS + 1)[-1]
+    held_out = engine.evaluate((tokens_BT, targets_BT, None)) / (targets_BT >= 0).sum()
+    expected = plain.model.loss(plain.model(tokens_BT), targets_BT, reduction="mean")
+    worst["held-out loss"] = abs(held_out - expected).item()
+    gates, expected_gates = engine.gate_statistics((tokens_BT, None, None)), plain.model.gate_statistics(tokens_BT)
+    worst["gate statistics"] = abs(gates["mean"] - expected_gates["mean"]).item()
+    engine.close()
+    return worst
+
+
+def compare_with_faults(world: World, stage: int, fault: str) -> dict[str, float]:
+    """As `compare`, with a fault on the last rank in the second and third step, which the plain loop never sees."""
+    model, engine = build_engine(world, stage)
+    torch.manual_seed(0)
+    plain = PlainLoop(TinyModel())
+    for step, batch in enumerate(batches()):
+        faulty = step in (1, 2)
+        model.fault = fault if faulty and world.rank == world.size - 1 else ""
+        result, _ = engine_step(world, engine, batch, step)
+        assert result.applied == (not faulty)
+        if not faulty:
+            plain.step(batch, step)
+        if step == 2:
+            at_fault = plain.difference(engine)
+            assert engine.optimizer_steps == 1
+    found = plain.difference(engine) | {f"{key} right after": value for key, value in at_fault.items()}
+    engine.close()
+    return found
+
+
+def main(output: str) -> None:
+    world = join_world()
+    report = {}
+    for stage in range(4):
+        for tied in (False, True):
+            report[f"stage {stage}, {'tied' if tied else 'untied'}"] = compare(world, stage, tied)
+        for fault in ("loss", "gradient"):
+            report[f"stage {stage}, {fault} not finite"] = compare_with_faults(world, stage, fault)
+    report["stage 2, offloaded"] = compare(world, 2, False, offload=True)
+    report["stage 3, offloaded"] = compare(world, 3, False, offload=True)
+    if world.rank == 0:
+        Path(output).write_text(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,35 @@
+"""Start programs beside the tests: on several ranks, or as someone at a terminal would."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).parent
+REPOSITORY = HERE.parents[1]
+
+
+def environment() -> dict[str, str]:
+    """One thread, no launcher's variables of whoever runs the tests, and the package of this checkout."""
+    kept = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    path = os.pathsep.join([str(REPOSITORY), str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return kept | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+
+
+def run_ranks(count: int, program: str, *arguments: object) -> str:
+    """Run a program of this folder on `count` gloo processes; gives what it printed."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
+    command += [str(HERE / program), *map(str, arguments)]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    return done.stdout
+
+
+def start(program: str, *arguments: object, **options) -> subprocess.Popen:
+    """Start a program of this folder in one process."""
+    command = [sys.executable, str(HERE / program), *map(str, arguments)]
+    return subprocess.Popen(
+        command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
+    )

@@ -1,0 +1,111 @@
+"""DeepSpeed computes what a plain PyTorch loop computes, at every ZeRO stage, in one process and in two."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from equivalence import batches, build_engine, compare, compare_with_faults, engine_step
+from processes import run_ranks
+from tiny import TinyModel
+
+from xlstm_lm.parallel.process_group import join_world
+from xlstm_lm.training.deepspeed_config import check_deepspeed_section, choose_precision
+
+TOLERANCE = 2e-6
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_steps_equal_a_plain_loop(stage, tied):
+    for name, difference in compare(join_world(), stage, tied).items():
+        assert difference < TOLERANCE, name
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_steps_equal_a_plain_loop_with_offload(stage):
+    for name, difference in compare(join_world(), stage, tied=False, offload=True).items():
+        assert difference < TOLERANCE, name
+
+
+@pytest.mark.parametrize("fault", ["loss", "gradient"])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_a_step_that_is_not_finite_changes_nothing(stage, fault):
+    for name, difference in compare_with_faults(join_world(), stage, fault).items():
+        assert difference < TOLERANCE, name
+
+
+def test_two_processes_equal_a_plain_loop(tmp_path):
+    run_ranks(2, "equivalence.py", tmp_path / "report.json")
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert len(report) == 18
+    for case, differences in report.items():
+        for name, difference in differences.items():
+            assert difference < TOLERANCE, (case, name)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_bf16_keeps_float32_weights_and_moments(stage):
+    """Updates far below bf16's resolution add up, and training goes as in float32 but for rounding."""
+    world = join_world()
+    losses = {}
+    for precision in ("fp32", "bf16"):
+        model, engine = build_engine(world, stage, precision=precision)
+        before = {name: value.clone() for name, value in engine.weights()}
+        assert engine.stage == (1 if precision == "bf16" and stage == 0 else stage)
+        losses[precision] = [engine_step(world, engine, batch, 1)[1] for batch in batches()]
+        weights = dict(engine.weights())
+        assert any((value != value.bfloat16()).any() for value in weights.values())
+        assert all((weights[name] != before[name]).any() for name in weights)
+        if precision == "bf16":
+            assert next(model.parameters()).dtype == torch.bfloat16
+        engine.close()
+    assert losses["bf16"] == pytest.approx(losses["fp32"], rel=0.02)
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_activation_checkpointing_changes_nothing(stage):
+    world = join_world()
+    losses = []
+    for checkpointing in (False, True):
+        model, engine = build_engine(world, stage)
+        model.activation_checkpointing = checkpointing
+        losses.append([engine_step(world, engine, batch, step)[1] for step, batch in enumerate(batches())])
+        engine.close()
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_weights_before_the_first_step_are_the_models(stage):
+    """Setting up an optimizer must not step it: no decay, no step counted."""
+    _, engine = build_engine(join_world(), stage)
+    torch.manual_seed(0)
+    expected = dict(TinyModel().named_parameters())
+    for name, value in engine.weights():
+        assert torch.equal(value, expected[name])
+    assert all(not value.any() for _, value in engine.moments())
+    assert engine.optimizer_steps == 0
+    engine.close()
+
+
+@pytest.mark.parametrize("key", ["train_batch_size", "gradient_accumulation_steps", "bf16", "optimizer", "scheduler"])
+def test_what_a_field_of_ours_says_is_refused_in_the_deepspeed_section(key):
+    with pytest.raises(ValueError, match=rf"deepspeed\.{key} .*use "):
+        check_deepspeed_section({key: 1})
+
+
+def test_unknown_stage_and_unreadable_offload_are_refused():
+    with pytest.raises(ValueError, match="stage is 4; it must be 0, 1, 2 or 3"):
+        check_deepspeed_section({"zero_optimization": {"stage": 4}})
+    with pytest.raises(ValueError, match=r"offload_optimizer .*device cpu"):
+        check_deepspeed_section({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}})
+
+
+def test_precision_is_taken_from_the_device(monkeypatch):
+    device = torch.device("cpu")
+    assert choose_precision("bf16", device) == "bf16"
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True})
+    assert choose_precision("auto", device) == "bf16"
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
+    assert choose_precision("auto", device) == "fp32"

@@ -133,10 +133,11 @@ def _conclude(run_dir: Path, recipes: list[str], overrides: dict[str, Any]) -> N
     with (run_dir / "samples.jsonl").open("a", encoding="utf-8") as file:
         file.write(json.dumps({"step": last["step"], "prompt": SAMPLE_PROMPT, "text": text}) + "\n")
     again = [part for recipe in recipes for part in ("--config", recipe)]
-    again += [part for name, value in overrides.items() for part in (f"--{name}", _as_flag(value))]
+    longer = overrides | {"training.steps": 2 * last["step"]}
+    again += [part for name, value in longer.items() for part in (f"--{name}", _as_flag(value))]
     folder, export = shlex.quote(str(run_dir)), shlex.quote(f"{run_dir}-export")
     print(f"\nLearning curve: {run_dir / 'learning_curve.png'}")
-    print("Resume or go on:  " + shlex.join(["xlstm-lm", "train", *again, "--training.steps", str(2 * last["step"])]))
+    print(f"Resume, longer:   {shlex.join(['xlstm-lm', 'train', *again])}")
     print(f"Generate:         xlstm-lm generate --model {folder} --prompt {shlex.quote(SAMPLE_PROMPT)}")
     print(f"Export:           xlstm-lm export --run {folder} --out {export}")
 

@@ -13,7 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from xlstm_lm.data import DataConfig
 from xlstm_lm.models.xlstm_config import XLSTMConfig
-from xlstm_lm.recipe import merge, parse_yaml, read_recipe
+from xlstm_lm.recipe import dotted_items, merge, parse_yaml, read_recipe
 from xlstm_lm.training.config import TrainingConfig
 from xlstm_lm.training.optimizer import OptimizerConfig
 from xlstm_lm.training.safeguards import SafeguardsConfig
@@ -130,6 +130,11 @@ def load_run_config(paths: list[str | Path], overrides: dict[str, Any] | None = 
             value = {key: value}
         values = merge(values, value)
         origins[name] = f"flag --{name}"
+    # pydantic would take true for 1.
+    numbers = {each.name for each in fields() if {"INT", "NUMBER"} & set(each.type_name.split("|"))}
+    for name, value in dotted_items(values).items():
+        if name in numbers and isinstance(value, bool):
+            raise ValueError(f"{_origin(name, origins)}{name} = {value}: Input should be a number.")
     try:
         return _RUN.validate_python(values)
     except ValidationError as error:

@@ -50,7 +50,7 @@ def assert_equal_logits(ours, theirs, vocab_size: int, seed: int) -> None:
                 "num_hidden_layers": 1,
                 "num_heads": 3,
                 "vocab_size": 60,
-                "qk_dim_factor": 1 / 3,
+                "qk_dim_factor": 1.0,
                 "v_dim_factor": 2.0,
             },
         ),

@@ -12,6 +12,7 @@ import functools
 import hashlib
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -128,6 +129,8 @@ def _load_once() -> str | None:
             path.parent.mkdir(parents=True, exist_ok=True)
             with _only_one_process(path.parent / "building"):
                 if not path.exists():
+                    for left_by_a_killed_process in path.parent.glob("build_*"):
+                        shutil.rmtree(left_by_a_killed_process, ignore_errors=True)
                     _build(path)
                     return None
         torch.ops.load_library(path)
@@ -172,7 +175,7 @@ def _build(path: Path) -> None:
     search_path = os.environ.get("PATH", "")
     os.environ["PATH"] = os.pathsep.join([search_path, str(Path(sys.executable).parent)])
     try:
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix="build_") as folder:
             cpp_extension.load(
                 name=path.stem,
                 sources=[str(_SOURCES[0])],

@@ -1,0 +1,67 @@
+"""Building the compiled sLSTM cell: without a compiler, by several processes at once, and after a killed build."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+CHOOSE = """
+import torch
+from xlstm_lm.ops.slstm import choose_backend, slstm
+wx = torch.zeros(1, 2, 4, 1, 3)
+print(choose_backend(wx), choose_backend(wx), slstm(wx, torch.zeros(4, 1, 3, 3), torch.zeros(4, 1, 3)).sum().item())
+"""
+
+
+def start(extensions: Path, **environment: str) -> subprocess.Popen:
+    """A fresh process that asks for the kernel, with torch's extension directory at `extensions`."""
+    environment = os.environ | {"TORCH_EXTENSIONS_DIR": str(extensions), "MAX_JOBS": "1"} | environment
+    return subprocess.Popen(
+        [sys.executable, "-c", CHOOSE],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        cwd=Path(__file__).parents[2],
+    )
+
+
+def test_without_a_compiler_the_definition_runs_and_says_so_once(tmp_path):
+    output, log = start(tmp_path, CXX="/nonexistent/c++").communicate(timeout=120)
+    assert output.split() == ["recurrence", "recurrence", "0.0"]
+    assert log.count("no compiled sLSTM CPU kernel, so the cell runs step by step in Python") == 1
+    assert "C++20 compiler" in log
+
+
+def test_an_extension_directory_that_cannot_be_written_is_named(tmp_path):
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    output, log = start(blocked).communicate(timeout=120)
+    assert output.split()[0] == "recurrence"
+    assert str(blocked) in log
+
+
+@pytest.mark.slow
+def test_a_killed_build_neither_blocks_nor_misleads_the_next_processes(tmp_path):
+    killed = start(tmp_path)
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.glob("xlstm_lm/*/build.ninja")):
+        assert killed.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    time.sleep(2.0)  # into the compiler's run
+    os.killpg(killed.pid, signal.SIGKILL)
+    killed.communicate()
+    assert not list(tmp_path.glob("xlstm_lm/*.so"))
+
+    both = [start(tmp_path), start(tmp_path)]
+    results = [process.communicate(timeout=400) for process in both]
+    assert [output.split()[0] for output, _ in results] == ["compiled", "compiled"]
+    assert sum(log.count("building the sLSTM CPU kernel") for _, log in results) == 1
+    assert sorted(path.suffix for path in (tmp_path / "xlstm_lm").iterdir()) == ["", ".so"]  # the lock, the library

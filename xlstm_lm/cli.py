@@ -71,6 +71,7 @@ def _make_parser(with_fields: bool) -> _Parser:
         return sub
 
     train = command("train", _train, "Train a model from recipes; the same command continues a run that was stopped.")
+    train.usage = "xlstm-lm train --config RECIPE [--config RECIPE ...] [--section.field VALUE ...]"
     train.add_argument(
         "--config", action="append", required=True, metavar="RECIPE", help="YAML recipe; given again, later ones win."
     )

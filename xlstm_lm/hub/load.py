@@ -37,7 +37,10 @@ class TrainedModel(nn.Module):
             ValueError: the folder has none.
         """
         own = self.folder / "tokenizer"
-        return load_tokenizer(own if own.is_dir() else self.folder)
+        folder = own if own.is_dir() else self.folder
+        if not any(folder.glob("*tokenizer*")):  # transformers would make an empty one up
+            raise ValueError(f"{self.folder} holds a model but no tokenizer; put its tokenizer files there.")
+        return load_tokenizer(folder)
 
 
 def load(path: str | Path) -> TrainedModel:

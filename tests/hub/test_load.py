@@ -1,0 +1,124 @@
+"""Loading what is on disk, and what is said when it is not what it should be."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import safetensors.torch
+import torch
+import transformers.utils
+
+from xlstm_lm import hub
+from xlstm_lm.data import TokenizerConfig, build_tokenizer
+from xlstm_lm.models import XLSTMConfig, build_model
+
+transformers.utils.is_xlstm_available = lambda: False  # else transformers would run the xlstm package's kernels
+
+
+def make_trained(tmp_path, **changes) -> hub.TrainedModel:
+    torch.manual_seed(0)
+    settings = {"vocab_size": 257, "embedding_dim": 32, "num_blocks": 2, "num_heads": 2, "pattern": ["mlstm", "slstm"]}
+    folder = tmp_path / "source"
+    build_tokenizer(TokenizerConfig()).save(folder / "tokenizer")
+    return hub.TrainedModel(build_model(XLSTMConfig(**(settings | changes))).eval(), folder)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_an_export_loads_back_equal(tmp_path, tied):
+    trained = make_trained(tmp_path, tie_embeddings=tied)
+    hub.save_export(trained, tmp_path / "export")
+    loaded = hub.load(str(tmp_path / "export"))
+    tokens_BT = torch.randint(0, 257, (2, 19))
+    assert torch.equal(loaded(tokens_BT), trained(tokens_BT))
+    assert loaded(tokens_BT).shape == (2, 19, 257)
+    assert loaded.tokenizer.encode("xLSTM é") == trained.tokenizer.encode("xLSTM é")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["export", "source"]
+
+
+def test_an_export_overwrites_nothing(tmp_path):
+    (tmp_path / "export").mkdir()
+    (tmp_path / "export" / "precious.txt").write_text("x")
+    with pytest.raises(ValueError, match="export exists and is not empty; choose another folder"):
+        hub.save_export(make_trained(tmp_path), tmp_path / "export")
+
+
+def edit_weights(folder, edit) -> None:
+    weights = safetensors.torch.load_file(folder / "model.safetensors")
+    edit(weights)
+    safetensors.torch.save_file(weights, folder / "model.safetensors")
+
+
+def test_all_tensors_that_do_not_fit_are_named(tmp_path):
+    hub.save_export(make_trained(tmp_path), tmp_path / "export")
+
+    def edit(weights):
+        weights["blocks.0.extra"] = weights.pop("final_norm.weight")
+        weights["head.weight"] = torch.zeros(3, 3)
+
+    edit_weights(tmp_path / "export", edit)
+    with pytest.raises(
+        ValueError, match=r"blocks.0.extra is not part.* final_norm.weight is missing; head.weight is \(3, 3\)"
+    ):
+        hub.load(tmp_path / "export")
+
+
+def test_a_truncated_file_is_named(tmp_path):
+    hub.save_export(make_trained(tmp_path), tmp_path / "export")
+    file = tmp_path / "export" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(ValueError, match="model.safetensors cannot be read as safetensors"):
+        hub.load(tmp_path / "export")
+
+
+def test_folders_that_hold_no_model(tmp_path):
+    with pytest.raises(ValueError, match="nowhere is not a folder; give a run"):
+        hub.load(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match=r"is no model: it has neither checkpoints/ \(a run\)"):
+        hub.load(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    safetensors.torch.save_file({"x": torch.zeros(1)}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="has model_type 'llama'; known are xlstm_lm and xlstm"):
+        hub.load(tmp_path)
+
+
+def make_transformers_folder(tmp_path, **options):
+    config = transformers.xLSTMConfig(
+        hidden_size=64, embedding_dim=64, num_hidden_layers=2, num_blocks=2, num_heads=2, vocab_size=50
+    )
+    torch.manual_seed(0)
+    transformers.xLSTMForCausalLM(config).save_pretrained(tmp_path, **options)
+
+
+def test_sizes_of_a_transformers_folder_come_from_its_tensors(tmp_path):
+    make_transformers_folder(tmp_path)
+    values = json.loads((tmp_path / "config.json").read_text())
+    for key in ("hidden_size", "num_hidden_layers"):
+        del values[key]  # as in the published configurations
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    assert hub.load(tmp_path)(torch.zeros(1, 3, dtype=torch.long)).shape == (1, 3, 50)
+
+
+def test_a_sharded_transformers_folder_loads(tmp_path):
+    make_transformers_folder(tmp_path / "whole")
+    make_transformers_folder(tmp_path / "sharded", max_shard_size="100KB")
+    assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 1
+    tokens_BT = torch.randint(0, 50, (1, 9))
+    assert torch.equal(hub.load(tmp_path / "sharded")(tokens_BT), hub.load(tmp_path / "whole")(tokens_BT))
+
+
+def test_a_transformers_folder_with_renamed_tensors_or_biases_is_refused(tmp_path):
+    make_transformers_folder(tmp_path)
+    edit_weights(tmp_path, lambda weights: weights.update(odd=weights.pop("backbone.out_norm.weight")))
+    with pytest.raises(ValueError, match=r"missing \['backbone.out_norm.weight'\], left over \['odd'\]"):
+        hub.load(tmp_path)
+    values = json.loads((tmp_path / "config.json").read_text()) | {"use_bias": True}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    with pytest.raises(ValueError, match="use_bias: true"):
+        hub.load(tmp_path)
+
+
+def test_a_folder_without_tokenizer_says_so_when_it_is_needed(tmp_path):
+    make_transformers_folder(tmp_path)
+    with pytest.raises(ValueError, match="holds a model but no tokenizer"):
+        _ = hub.load(tmp_path).tokenizer

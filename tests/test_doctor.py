@@ -1,0 +1,60 @@
+"""The self-check passes for what is right and fails for what is wrong."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from xlstm_lm import doctor
+from xlstm_lm.ops import mlstm as mlstm_ops
+
+
+def test_every_kernel_on_this_machine_computes_what_it_should():
+    checks = doctor.check_operations("cpu")
+    assert {(check.operation, check.backend) for check in checks} >= {
+        ("mlstm", "recurrence"),
+        ("mlstm", "chunkwise"),
+        ("mlstm", "step"),
+        ("slstm", "recurrence"),
+        ("slstm", "compiled"),
+        ("loss", "chunked"),
+        ("causal convolution", "torch"),
+    }
+    assert all(check.passed for check in checks), [check for check in checks if not check.passed]
+
+
+def wrong_value(*inputs, **options):
+    return mlstm_ops.mlstm(*inputs, **options, backend="recurrence") * 1.01
+
+
+def wrong_gradient(*inputs, **options):
+    q, k, v, i, f = inputs
+    return mlstm_ops.mlstm(q, k, v, i, f.detach() + 0 * f, **options, backend="recurrence")
+
+
+@pytest.mark.parametrize("wrong", [wrong_value, wrong_gradient])
+def test_a_wrong_kernel_is_found(wrong):
+    inputs = doctor._mlstm_inputs("cpu", torch.float32)
+    assert doctor.compare(mlstm_ops.mlstm, mlstm_ops.mlstm, inputs) < 1e-5
+    assert doctor.compare(wrong, mlstm_ops.mlstm, inputs) > 1e-3
+
+
+def test_a_value_that_is_not_finite_is_found():
+    inputs = doctor._mlstm_inputs("cpu", torch.float32)
+    assert doctor.compare(lambda *each: mlstm_ops.mlstm(*each) * float("nan"), mlstm_ops.mlstm, inputs) == float("inf")
+
+
+def test_the_report_on_the_terminal():
+    run = subprocess.run([sys.executable, "-m", "xlstm_lm", "doctor"], capture_output=True, text=True, check=True)
+    for expected in (
+        "torch 2.",
+        "CPU: ",
+        "mlstm: chunkwise",
+        "slstm: compiled",
+        "ok  slstm / compiled",
+        "nothing to mend.",
+    ):
+        assert expected in run.stdout

@@ -32,7 +32,7 @@ class DatasetSource:
         self._revision: str | None = None
         self._paths: list[str] = []
         if config.kind == "parquet":
-            _, self._paths = list_files(config)
+            self._paths = list_files(config)
         else:
             self._revision = Patience(config).call(self._newest_revision)
         self._dataset = Patience(config).call(self._open)

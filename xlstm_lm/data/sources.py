@@ -6,8 +6,11 @@ Every source is read through `datasets` in streaming mode and shows the same fac
 
 from __future__ import annotations
 
+import bz2
 import glob
+import gzip
 import hashlib
+import io
 import json
 import lzma
 import sysconfig
@@ -15,9 +18,9 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import IO, Any, Literal, NamedTuple, Protocol
 
-import fsspec
+import pyarrow
 
 from xlstm_lm.ops.announce import announce_once
 
@@ -150,13 +153,11 @@ class FileSource:
         """
         self.config = config
         # Names identify documents wherever the files lie: an installation's own path is no part of them.
-        self.names, self._paths = _stdlib_files(config) if config.kind == "python_stdlib" else list_files(config)
+        if config.kind == "python_stdlib":
+            self.names, self._paths = _stdlib_files(config.split)
+        else:
+            self.names = self._paths = list_files(config)
         self.shard_sizes = [Path(path).stat().st_size for path in self._paths]
-        if config.on_bad_document == "error":
-            empty = [path for path, size in zip(self._paths, self.shard_sizes) if size == 0]
-            if empty:
-                raise ValueError(f"data file {empty[0]} is empty: remove it, or set on_bad_document: skip")
-        _check_compression(self._paths)
         self.num_shards = len(self._paths)
 
     def read(self, pieces: list[Piece], first_piece: int = 0, first_document: int = 0) -> Iterator[Record]:
@@ -189,24 +190,26 @@ class FileSource:
         return identity | ({"text_field": self.config.text_field} if self.config.kind == "jsonl" else {})
 
 
-def list_files(config: SourceConfig) -> tuple[list[str], list[str]]:
-    """Files that the patterns of a local source match, as (names, paths), sorted, each once.
+def list_files(config: SourceConfig) -> list[str]:
+    """Files that the patterns of a local source match, sorted, each once.
 
     Raises:
-        ValueError: a pattern that matches nothing.
+        ValueError: a pattern that matches nothing, or an empty file unless bad documents are skipped.
     """
     found: set[str] = set()
     for pattern in config.paths:
         matches = [path for path in glob.iglob(pattern, recursive=True) if Path(path).is_file()]  # noqa: PTH207
         if not matches:
-            raise ValueError(f"data file {pattern} is missing: no file matches it in {Path.cwd()}")
+            raise ValueError(f"data file {pattern} is missing: no file matches it (in {Path.cwd()})")
         found.update(matches)
-    paths = sorted(found)
-    return paths, paths
+    for path in sorted(found):
+        if config.on_bad_document == "error" and Path(path).stat().st_size == 0:
+            raise ValueError(f"data file {path} is empty: remove it, or set on_bad_document: skip for this source")
+    return sorted(found)
 
 
-def _stdlib_files(config: SourceConfig) -> tuple[list[str], list[str]]:
-    """The standard library's source files of a split. Held out by name alone, so splits never overlap."""
+def _stdlib_files(split: str) -> tuple[list[str], list[str]]:
+    """Names and paths of the standard library's files of a split. Held out by name alone: splits never overlap."""
     root = Path(sysconfig.get_path("stdlib"))
     names = sorted(
         path.relative_to(root).as_posix()
@@ -220,7 +223,7 @@ def _stdlib_files(config: SourceConfig) -> tuple[list[str], list[str]]:
         )
     digests = {name: hashlib.sha256(name.encode()).digest() for name in names}
     held_out = [name for name in names if digests[name][0] % STDLIB_HELD_OUT == 0]
-    if config.split == "validation":
+    if split == "validation":
         # In the order of the digests, so that the first few are a fair sample.
         names = sorted(held_out, key=digests.__getitem__)
     else:
@@ -228,10 +231,13 @@ def _stdlib_files(config: SourceConfig) -> tuple[list[str], list[str]]:
     return names, [str(root / name) for name in names]
 
 
-def _check_compression(paths: list[str]) -> None:
-    compressed = next((path for path in paths if path.endswith((".zst", ".zstd"))), None)
-    if compressed and "zstd" not in fsspec.available_compressions():
-        raise ValueError(f"data file {compressed} is compressed by zstd: pip install zstandard to read it")
+def open_file(path: str) -> IO[bytes]:
+    """Open a local file to read its bytes, decompressed as its name says."""
+    suffix = Path(path).suffix
+    if suffix in (".zst", ".zstd"):
+        return io.BufferedReader(pyarrow.input_stream(path, compression="zstd"))  # type: ignore[arg-type]
+    opener = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}.get(suffix, open)
+    return opener(path, "rb")  # type: ignore[operator]
 
 
 def read_whole_files(shards: list[tuple[int, str, str, Piece, int]]) -> Iterator[dict[str, Any]]:
@@ -241,7 +247,7 @@ def read_whole_files(shards: list[tuple[int, str, str, Piece, int]]) -> Iterator
             continue
         record = Record(index, 0, "", name)
         try:
-            with fsspec.open(path, "rb", compression=_compression(path)) as file:
+            with open_file(path) as file:
                 text = file.read().decode()
             if piece.parts > 1:
                 cuts = [len(text) * part // piece.parts for part in (piece.part, piece.part + 1)]
@@ -262,7 +268,7 @@ def read_lines(shards: list[tuple[int, str, str, Piece, int]], text_field: str |
     for index, path, name, piece, first_document in shards:
         number = -1
         try:
-            with fsspec.open(path, "rb", compression=_compression(path)) as file:
+            with open_file(path) as file:
                 for number, line in enumerate(file):
                     if number < first_document or number % piece.parts != piece.part or not line.strip():
                         continue
@@ -284,7 +290,7 @@ def _parse_line(line: bytes, text_field: str | None) -> tuple[str, str | None]:
     if text_field is None:
         return text.rstrip("\r\n"), None
     try:
-        value = json.loads(text)
+        value = json.loads(text.rstrip())
     except json.JSONDecodeError as error:
         return "", f"not JSON ({error.msg} at column {error.colno})"
     if not isinstance(value, dict):
@@ -304,11 +310,6 @@ def text_of(fields: dict[str, Any], text_field: str) -> tuple[str, str | None]:
     if text_field not in fields:
         return "", f"no field {text_field!r} among {', '.join(fields) or 'none'}; the setting is text_field"
     return "", f"field {text_field!r} holds {type(text).__name__}, not text"
-
-
-def _compression(path: str) -> str | None:
-    known = {".gz": "gzip", ".bz2": "bz2", ".xz": "xz", ".zst": "zstd", ".zstd": "zstd"}
-    return known.get(Path(path).suffix)
 
 
 def digest(value: Any) -> str:

@@ -133,7 +133,12 @@ class Patience:
         """
         reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"
         if not _may_pass(error):
-            raise ValueError(f"{self._config.description} cannot be read ({reason})") from error
+            mend = (
+                "; check dataset, config_name, split, revision and data_files, and that your account may read it"
+                if self._config.kind == "hub"
+                else "; mend or remove the file"
+            )
+            raise ValueError(f"{self._config.description} cannot be read ({reason}){mend}") from error
         now = time.monotonic()
         self._began = self._began or now
         if now - self._began + self._pause > self._config.retry_seconds:

@@ -1,0 +1,193 @@
+"""Data sets on the hub, against a hub on loopback: read, continued, waited for, and refused with a reason."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from conftest import make_documents
+from loopback_hub import COMMIT, LoopbackHub
+
+from xlstm_lm.data import SourceConfig
+from xlstm_lm.data.hub import Patience
+
+# HF_ENDPOINT is read when huggingface_hub is imported, hence a process of its own: each input line is an expression,
+# each output line its value.
+PROGRAM = """
+import json, logging, sys
+logging.basicConfig()
+from xlstm_lm.data import *
+
+def open_stream(num_workers=0, **fields):
+    global stream
+    source = SourceConfig(kind="hub", dataset="org/texts", **fields)
+    settings = dict(context_length=64, global_batch_size=2, shuffle_documents=8, num_workers=num_workers)
+    config = DataConfig(sources=[source], **settings)
+    stream = TrainingStream(config, build_tokenizer(config.tokenizer), lanes=range(2), seed=0)
+    return stream.fingerprint()
+
+def tokens(count):
+    return [stream.next_batch().tokens_BT.tolist() for _ in range(count)]
+
+for line in sys.stdin:
+    try:
+        value = eval(line)
+    except Exception as error:
+        value = f"{type(error).__name__}: {error}"
+    print(json.dumps(value), flush=True)
+"""
+
+
+class Asker:
+    """A program that reads from the hub."""
+
+    def __init__(self, hub: LoopbackHub, home: Path) -> None:
+        environment = {**os.environ, "HF_ENDPOINT": hub.endpoint, "HF_HOME": str(home)}
+        environment["PYTHONPATH"] = str(Path(__file__).parents[2])
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": (home / "stderr").open("w")}
+        self._process = subprocess.Popen([sys.executable, "-c", PROGRAM], env=environment, text=True, **pipes)
+
+    def __call__(self, expression: str):
+        print(expression, file=self._process.stdin, flush=True)
+        return json.loads(self._process.stdout.readline())
+
+    def close(self) -> None:
+        self._process.stdin.close()
+        self._process.stdout.close()
+        self._process.wait()
+
+
+@pytest.fixture(scope="module")
+def hub():
+    def json_lines(seed: int) -> bytes:
+        return gzip.compress("".join(json.dumps({"text": t}) + "\n" for t in make_documents(60, seed)).encode())
+
+    parquet = io.BytesIO()
+    pq.write_table(pa.table({"text": make_documents(60, 9), "n": list(range(60))}), parquet, row_group_size=20)
+    files = {f"data/train-{seed}.jsonl.gz": json_lines(seed) for seed in range(3)}
+    files["rows/one.parquet"] = parquet.getvalue()
+    with LoopbackHub("org/texts", files) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def ask(hub, tmp_path_factory):
+    asker = Asker(hub, tmp_path_factory.mktemp("hf_home"))
+    yield asker
+    asker.close()
+
+
+JSON_LINES = "data_files=['data/*']"
+
+
+def test_documents_come_from_the_hub_and_continue_exactly(ask):
+    fingerprint = ask(f"open_stream({JSON_LINES})")
+    assert fingerprint["sources"][0]["revision"] == COMMIT and fingerprint["sources"][0]["files"] == 3
+    whole = ask("tokens(60)")
+    written = {text for seed in range(3) for text in make_documents(60, seed)}
+    # What stands between two ends in a lane is one of the documents.
+    pieces = [piece for lane in lanes_of(whole) for piece in lane.split("\0")[1:-1]]
+    assert len(pieces) > 50 and set(pieces) <= written
+    ask(f"open_stream({JSON_LINES})")
+    ask("tokens(25)")
+    states = ask("stream.state_dict()")
+    ask(f"open_stream(num_workers=1, {JSON_LINES})")
+    ask(f"stream.load_state_dict({states})")
+    assert ask("tokens(35)") == whole[25:]
+    ask("stream.close()")
+
+
+def lanes_of(batches: list[list[list[int]]]) -> list[str]:
+    """The text of each lane, with a null character where a document ends."""
+    lanes = [[token % 256 for row in rows for token in row] for rows in zip(*batches)]
+    return [bytes(lane).decode(errors="replace") for lane in lanes]
+
+
+def test_parquet_on_the_hub(ask):
+    assert ask("open_stream(data_files=['rows/*.parquet'])")["sources"][0]["files"] == 1
+    pieces = [piece for lane in lanes_of(ask("tokens(30)")) for piece in lane.split("\0")[1:-1]]
+    assert len(pieces) > 20 and set(pieces) <= set(make_documents(60, 9))
+
+
+def test_a_short_failure_is_waited_for(ask, hub):
+    ask(f"open_stream({JSON_LINES})")
+    whole = ask("tokens(4)")
+    hub.unavailable_until = time.monotonic() + 2
+    ask(f"open_stream(retry_seconds=60, {JSON_LINES})")
+    assert time.monotonic() > hub.unavailable_until
+    hub.unavailable_until = time.monotonic() + 2
+    assert ask("tokens(4)") == whole
+
+
+def test_a_hub_that_stays_away_is_said(ask, hub):
+    hub.unavailable_until = time.monotonic() + 100
+    try:
+        message = ask("open_stream(retry_seconds=1.5)")
+    finally:
+        hub.unavailable_until = 0
+    assert message.startswith("ConnectionError: hub data set org/texts has not answered for 2 s (HfHubHTTPError: ")
+    assert "503" in message and "goes on from the last checkpoint" in message
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ("data_files=['no/*.jsonl']", "DataFilesNotFoundError: No (supported) data files found"),
+        ("split='nope', " + JSON_LINES, "ValueError: Bad split: nope. Available splits: ['train']"),
+        ("revision='v2'", "404"),
+        ("config_name='abc', " + JSON_LINES, "ValueError: BuilderConfig 'abc' not found"),
+        ("text_field='body', " + JSON_LINES, "has no column 'body': set text_field to one of text"),
+    ],
+)
+def test_what_no_waiting_mends_is_said_at_once(fields, reason, ask):
+    begin = time.monotonic()
+    message = ask(f"open_stream({fields})")
+    assert message.startswith("ValueError: hub data set org/texts ") and reason in message
+    assert time.monotonic() - begin < 10
+
+
+@pytest.mark.slow
+def test_a_long_failure_while_reading_loses_nothing(ask, hub):
+    """Longer than the libraries' own patience: the shard is opened again where it broke off."""
+    ask(f"open_stream({JSON_LINES})")
+    whole = ask("tokens(60)")
+    ask(f"open_stream(retry_seconds=300, {JSON_LINES})")
+    hub.unavailable_until = time.monotonic() + 45
+    assert ask("tokens(60)") == whole
+    assert time.monotonic() > hub.unavailable_until
+
+
+def test_pauses_grow_and_end(monkeypatch):
+    pauses = []
+    monkeypatch.setattr("xlstm_lm.data.hub.time.sleep", pauses.append)
+    monkeypatch.setattr("xlstm_lm.data.hub.time.monotonic", lambda: 1000.0 + sum(pauses))
+    config = SourceConfig(kind="hub", dataset="org/texts", retry_seconds=200)
+    answers = iter([ConnectionError("down"), TimeoutError(), ConnectionResetError(), "answer"])
+
+    def action():
+        answer = next(answers)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    assert Patience(config).call(action) == "answer"
+    assert pauses == [1, 2, 4]
+
+    def never():
+        raise ConnectionError("down for good")
+
+    pauses.clear()
+    with pytest.raises(ConnectionError, match=r"has not answered for 200 s \(ConnectionError: down for good\)"):
+        Patience(config).call(never)
+    assert pauses == [1, 2, 4, 8, 16, 32, 60, 60]
+    with pytest.raises(ValueError, match=r"cannot be read \(FileNotFoundError: gone\); check dataset"):
+        Patience(config).wait(FileNotFoundError("gone"))

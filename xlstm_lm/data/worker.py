@@ -7,6 +7,7 @@ included, so is the worker.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 import queue
@@ -40,9 +41,16 @@ class Worker:
         self._process = subprocess.Popen(
             [sys.executable, "-c", START], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment
         )
+        # Sent on a thread: the pipe holds less than this, and the worker begins to read only when it has started.
+        work = pickle.dumps((lanes, states, prefetch_batches))
+        self._sender = threading.Thread(target=self._send, args=(work,), daemon=True)
+        self._sender.start()
+
+    def _send(self, work: bytes) -> None:
         assert self._process.stdin is not None
-        pickle.dump((lanes, states, prefetch_batches), self._process.stdin)
-        self._process.stdin.flush()
+        with contextlib.suppress(BrokenPipeError):  # it has been closed before it had started
+            self._process.stdin.write(work)
+            self._process.stdin.flush()
 
     def __next__(self) -> list[Row]:
         """The next row of every lane of this worker.
@@ -67,9 +75,11 @@ class Worker:
         """End the process."""
         self._process.kill()
         self._process.wait()
+        self._sender.join()
         assert self._process.stdin is not None and self._process.stdout is not None
         self._process.stdout.close()
-        self._process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.close()
 
 
 def serve() -> None:
@@ -82,15 +92,16 @@ def serve() -> None:
     lanes, states, prefetch_batches = pickle.load(sys.stdin.buffer)
     threading.Thread(target=_leave_with_parent, daemon=True).start()
     ready: queue.Queue[list[Row] | Exception] = queue.Queue(maxsize=prefetch_batches)
-    sender = threading.Thread(target=_send, args=(ready, output))
+    sender = threading.Thread(target=_send, args=(ready, output), daemon=True)
     sender.start()
     try:
         for rows in produce(lanes, states):
             ready.put(rows)
     except (ValueError, ConnectionError) as error:
-        # Only type and message travel: the user's mistake needs no trace of ours.
-        ready.put(type(error)(str(error)) if type(error) in (ValueError, ConnectionError) else ValueError(str(error)))
-    sender.join()
+        # Only the message travels: the user's mistake needs no trace of ours.
+        kind = ConnectionError if isinstance(error, ConnectionError) else ValueError
+        ready.put(kind(str(error)))
+        sender.join()
 
 
 def _leave_with_parent() -> None:

@@ -25,7 +25,7 @@ from torch.autograd.function import once_differentiable
 from xlstm_lm.ops.announce import announce_once
 from xlstm_lm.ops.slstm.recurrence import SLSTMState, compute_dtype
 
-_SOURCES = [Path(__file__).with_name(name) for name in ("slstm_cpu.cpp", "simd.h")]
+_SOURCES = [Path(__file__).with_name(name) for name in ("slstm_cpu.cpp", "cell.h", "simd.h")]
 # Nothing that would let the compiler assume away infinities and NaNs: m = -inf is the empty state.
 _FLAGS = ["-std=c++20", "-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-Wno-psabi"]
 _NATIVE_FLAG = "-mcpu=native" if platform.machine() in ("aarch64", "arm64") else "-march=native"
@@ -50,19 +50,19 @@ def slstm_compiled(
     """
     load_kernel()
     dtype = compute_dtype(wx_BTGHD.dtype)
-    wx_BTGHD_ = wx_BTGHD.to(dtype)
-    if wx_BTGHD_.stride(-1) != 1:
-        wx_BTGHD_ = wx_BTGHD_.contiguous()
+    gates_BTGHD = wx_BTGHD.to(dtype)
+    if gates_BTGHD.stride(-1) != 1:
+        gates_BTGHD = gates_BTGHD.contiguous()
     r_GHDE, bias_GHD = r_GHDE.to(dtype).contiguous(), bias_GHD.to(dtype).contiguous()
     resets_BT = None if resets_BT is None else resets_BT.contiguous()
     state = () if initial_state is None else tuple(part.to(dtype).contiguous() for part in initial_state)
 
-    differentiable = (wx_BTGHD_, r_GHDE, bias_GHD, *state[:3])
+    differentiable = (gates_BTGHD, r_GHDE, bias_GHD, *state[:3])
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in differentiable):
-        y_BTHD, c_BHD, n_BHD, m_BHD = _CompiledSLSTM.apply(wx_BTGHD_, r_GHDE, bias_GHD, resets_BT, *state)
+        y_BTHD, c_BHD, n_BHD, m_BHD = _CompiledSLSTM.apply(gates_BTGHD, r_GHDE, bias_GHD, resets_BT, *state)
     else:
         y_BTHD, c_BHD, n_BHD, m_BHD, _ = torch.ops.xlstm_lm.slstm_forward(
-            wx_BTGHD_, r_GHDE, bias_GHD, resets_BT, state, False
+            gates_BTGHD, r_GHDE, bias_GHD, resets_BT, state, False
         )
     final_state = (y_BTHD[:, -1], c_BHD, n_BHD, m_BHD)
     y_BTHD = y_BTHD.to(wx_BTGHD.dtype)
@@ -135,8 +135,12 @@ def _load_once() -> str | None:
                     return None
         torch.ops.load_library(path)
     except (OSError, RuntimeError, ImportError, subprocess.SubprocessError) as error:
-        reason = next((line for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)
-        return f"{reason.strip()} (it needs a C++20 compiler such as g++ 11 or newer, and ninja)"
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        reason = next((line for line in lines if "error:" in line or "not found" in line), lines[-1])
+        return (
+            f"{reason} (the kernel needs a C++20 compiler such as g++ 11 or newer, ninja, and a folder to write to, "
+            "which TORCH_EXTENSIONS_DIR can name)"
+        )
     return None
 
 

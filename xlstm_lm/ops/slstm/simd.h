@@ -9,14 +9,24 @@
 #include <cstring>
 #include <type_traits>
 
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
 namespace {
 
 #if defined(__AVX512F__)
-constexpr int kVectorBytes = 64, kTileRows = 4;
+constexpr int kVectorBytes = 64;
 #elif defined(__AVX__)
-constexpr int kVectorBytes = 32, kTileRows = 2;
+constexpr int kVectorBytes = 32;
 #else
-constexpr int kVectorBytes = 16, kTileRows = 4;
+constexpr int kVectorBytes = 16;
+#endif
+// A tile of the products is kTileRows rows by four vectors of sums; with its operands it has to fit the registers.
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int kTileRows = 4;
+#else
+constexpr int kTileRows = 2;
 #endif
 
 template <typename T> struct Simd {
@@ -97,13 +107,24 @@ inline Vec<float> hyperbolic_tangent(Vec<float> x) {
   return size < 0.6f ? near : (x < 0.0f ? -far : far);
 }
 
-// out[r][v] += sum over k of a[r * a_row + k * a_step] * b[k * b_step + v * b_vector ...]: the heart of every product
+// Denormal numbers are flushed to zero on this thread as long as the object lives; on x86, where they are slow.
+class FlushDenormals {
+#if defined(__x86_64__)
+  unsigned int before_ = _mm_getcsr();
+
+ public:
+  FlushDenormals() { _mm_setcsr(before_ | 0x8040); }
+  ~FlushDenormals() { _mm_setcsr(before_); }
+#endif
+};
+
+// out[r][v] += sum over k of a[r * a_row + k * a_step] * b[k * b_step + v * b_vector]: the heart of every product
 // here. Few rows take several k at a time, so that enough sums are under way.
 template <typename T, int ROWS, int VECTORS>
 inline void multiply_add(
     Vec<T> (&out)[ROWS][VECTORS], int64_t depth, const T* a, int64_t a_row, int64_t a_step, const T* b, int64_t b_step,
     int64_t b_vector) {
-  constexpr int SPLIT = ROWS >= 3 ? 1 : (ROWS == 2 ? 2 : 4);
+  constexpr int SPLIT = kTileRows / ROWS;
   Vec<T> sums[SPLIT][ROWS][VECTORS] = {};
   int64_t k = 0;
   for (; k + SPLIT <= depth; k += SPLIT)
@@ -117,7 +138,8 @@ inline void multiply_add(
     }
   for (; k < depth; ++k)
     for (int r = 0; r < ROWS; ++r)
-      for (int v = 0; v < VECTORS; ++v) sums[0][r][v] += a[r * a_row + k * a_step] * load(b + k * b_step + v * b_vector);
+      for (int v = 0; v < VECTORS; ++v)
+        sums[0][r][v] += a[r * a_row + k * a_step] * load(b + k * b_step + v * b_vector);
   for (int s = 0; s < SPLIT; ++s)
     for (int r = 0; r < ROWS; ++r)
       for (int v = 0; v < VECTORS; ++v) out[r][v] += sums[s][r][v];

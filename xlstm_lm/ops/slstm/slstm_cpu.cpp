@@ -11,7 +11,6 @@
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -20,69 +19,20 @@
 #include <numeric>
 #include <optional>
 #include <tuple>
-#include <type_traits>
 #include <vector>
 
+#include "cell.h"
 #include "simd.h"
-
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
 
 namespace {
 
-constexpr int64_t kBlock = 32;                  // steps between two checkpoints
-constexpr int64_t kScratchBytes = 768 << 10;    // of a task in the backward pass, to stay in the L2 cache
-constexpr int kFactors = 9;                     // of each unit and step, for the reverse recurrence
+constexpr int64_t kBlock = 32;                // steps between two checkpoints
+constexpr int64_t kScratchBytes = 768 << 10;  // of a task in the backward pass, to stay in the L2 cache
+constexpr int64_t kAhead = 8;                 // pairs of step and row by which inputs are fetched early
+constexpr int64_t kFactors = 9;               // of each unit and step, for the reverse recurrence
 
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
-
-template <typename T> struct Cell {
-  Vec<T> c, n, m;
-};
-
-// What the gates of a step are, and what the backward pass can make of them.
-template <typename T> struct Step {
-  Vec<T> input, forget, squashed, y, per_normalizer, forget_closed_odds, closed_odds, c_before, n_before;
-};
-
-// One step of the cell. Of exp(i - m) and exp(logsigmoid(f) + m' - m) one is always 1. From an empty state, m' = -inf,
-// the other is exactly 0.
-template <typename T> inline Step<T> advance(Cell<T>& cell, const Vec<T> gates[4]) {
-  const Vec<T> f = gates[1];
-  const Vec<T> odds = exponential(f < T(0) ? f : -f);  // e^-|f|
-  const Vec<T> decayed = (f < T(0) ? f : Vec<T>{}) - log_one_plus(odds) + cell.m;
-  const Vec<T> lead = gates[0] - decayed;
-  const auto input_leads = lead >= T(0);
-  const Vec<T> smaller = exponential(input_leads ? -lead : lead);
-  const Vec<T> one = splat(T(1));
-  Step<T> step;
-  step.input = input_leads ? one : smaller;
-  step.forget = input_leads ? smaller : one;
-  step.squashed = hyperbolic_tangent(gates[2]);
-  step.c_before = cell.c;
-  step.n_before = cell.n;
-  cell.c = step.forget * cell.c + step.input * step.squashed;
-  cell.n = step.forget * cell.n + step.input;
-  cell.m = input_leads ? gates[0] : decayed;
-  step.closed_odds = exponential(-gates[3]);  // (1 - sigmoid(o)) / sigmoid(o)
-  step.per_normalizer = T(1) / (cell.n * (step.closed_odds + T(1)));
-  step.y = cell.c * step.per_normalizer;
-  step.forget_closed_odds = odds;
-  return step;
-}
-
-// Denormal numbers are flushed to zero on this thread as long as the object lives.
-class FlushDenormals {
-#if defined(__x86_64__)
-  unsigned int before_ = _mm_getcsr();
-
- public:
-  FlushDenormals() { _mm_setcsr(before_ | 0x8040); }
-  ~FlushDenormals() { _mm_setcsr(before_); }
-#endif
-};
 
 // The sizes, the input with its strides, and how the work is shared out.
 template <typename T> struct Problem {
@@ -109,7 +59,7 @@ template <typename T> struct Problem {
   const T* input(int64_t row, int64_t step, int64_t head) const {
     return wx + row * wx_row + step * wx_step + head * wx_head;
   }
-  int64_t unit(int64_t row, int64_t head) const { return (row * H + head) * D; }              // in (B, H, D)
+  int64_t unit(int64_t row, int64_t head) const { return (row * H + head) * D; }
   int64_t unit(int64_t row, int64_t step, int64_t head) const { return ((row * steps + step) * H + head) * D; }
 
   template <typename F> void for_each_task(F body) const {
@@ -239,6 +189,12 @@ template <typename T> void backward(const Problem<T>& p, const Saved<T>& saved, 
     std::vector<T> factors(kBlock * rows * slot), y_before(kBlock * rows * width, T(0));
     std::vector<T> dr(p.D * 4 * width, T(0)), dbias(4 * width, T(0));
     std::vector<T> dy(rows * width, T(0)), dc(dy), dn(dy);
+    struct Pair {
+      const T* input;
+      int64_t state;
+      bool reset;
+    };
+    std::vector<Pair> pairs(kBlock * rows + kAhead);  // (step, row) of a block: one row of its products
     if (saved.dc_final)
       for (int64_t row = 0; row < rows; ++row) {
         std::copy_n(saved.dc_final + p.unit(first + row, head), p.D, &dc[row * width]);
@@ -247,14 +203,15 @@ template <typename T> void backward(const Problem<T>& p, const Saved<T>& saved, 
 
     for (int64_t block = (p.steps - 1) / kBlock; block >= 0; --block) {
       const int64_t start = block * kBlock, length = std::min(kBlock, p.steps - start);
-      // y before each step of the block; a (step, row) pair is one row of the products below.
       for (int64_t t = 0; t < length; ++t)
         for (int64_t row = 0; row < rows; ++row) {
+          const bool reset = p.reset(first + row, start + t);
+          pairs[t * rows + row] = {p.input(first + row, start + t, head), row * width, reset};
           T* to = &y_before[(t * rows + row) * width];
           const T* from = start + t > 0 ? saved.y + p.unit(first + row, start + t - 1, head)
               : saved.y_initial         ? saved.y_initial + p.unit(first + row, head)
                                         : nullptr;
-          if (from && !p.reset(first + row, start + t)) std::copy_n(from, p.D, to);
+          if (from && !reset) std::copy_n(from, p.D, to);
           else std::fill_n(to, p.D, T(0));
         }
       GroupState<T> state(rows, width);
@@ -270,15 +227,16 @@ template <typename T> void backward(const Problem<T>& p, const Saved<T>& saved, 
         in_tiles(length * rows, [&](int64_t pair, auto tile) {
           Vec<T> gates[tile.value][4];
           for (int r = 0; r < tile.value; ++r)
-            for (int g = 0; g < 4; ++g)
-              gates[r][g] = load(p.bias + (g * p.H + head) * p.D + v * W, count) +
-                  load(p.input(first + (pair + r) % rows, start + (pair + r) / rows, head) + g * p.wx_gate + v * W,
-                       count);
+            for (int g = 0; g < 4; ++g) {
+              gates[r][g] = load(pairs[pair + r].input + g * p.wx_gate + v * W, count) +
+                  load(p.bias + (g * p.H + head) * p.D + v * W, count);
+              __builtin_prefetch(pairs[pair + r + kAhead].input + g * p.wx_gate + v * W);
+            }
           multiply_add<T, tile.value, 4>(
               gates, p.D, &y_before[pair * width], width, 1, &weights[v * p.D * 4 * W], 4 * W, W);
           for (int r = 0; r < tile.value; ++r) {
-            const int64_t row = (pair + r) % rows, at = row * width + v * W;
-            if (p.reset(first + row, start + (pair + r) / rows)) {
+            const int64_t at = pairs[pair + r].state + v * W;
+            if (pairs[pair + r].reset) {
               store(&state.c[at], Vec<T>{});
               store(&state.n[at], Vec<T>{});
               store(&state.m[at], splat(-std::numeric_limits<T>::infinity()));
@@ -288,12 +246,12 @@ template <typename T> void backward(const Problem<T>& p, const Saved<T>& saved, 
             state.keep(at, cell);
             // sigmoid(-f), from e^-|f|
             const Vec<T> forget_closed =
-                (gates[r][1] < T(0) ? splat(T(1)) : s.forget_closed_odds) / (s.forget_closed_odds + T(1));
+                (gates[r][1] < T(0) ? splat(T(1)) : s.forget_odds) / (s.forget_odds + T(1));
             const Vec<T> values[kFactors] = {
                 s.input * s.squashed,                                  // di from dc
                 s.forget * forget_closed * s.c_before,                 // df from dc
                 s.input * (T(1) - s.squashed * s.squashed),            // dz from dc
-                s.y * s.closed_odds * s.per_normalizer * cell.n,       // do from dy
+                s.y * s.output_odds * s.per_normalizer * cell.n,       // do from dy
                 s.input,                                               // di from dn
                 s.forget * forget_closed * s.n_before,                 // df from dn
                 s.per_normalizer,                                      // dc from dy
@@ -335,8 +293,11 @@ template <typename T> void backward(const Problem<T>& p, const Saved<T>& saved, 
         for (int64_t row = 0; row < rows; ++row)
           if (p.reset(first + row, start + t)) std::fill_n(&dy[row * width], width, T(0));
       }
-      product<true>(
-          dr.data(), 4 * width, p.D, 4 * p.vectors, length * rows, y_before.data(), 1, width, factors.data(), slot);
+      constexpr int64_t depth = 64;  // so that the panels of the gate gradients stay in the L1 cache
+      for (int64_t pair = 0; pair < length * rows; pair += depth)
+        product<true>(
+            dr.data(), 4 * width, p.D, 4 * p.vectors, std::min(depth, length * rows - pair), &y_before[pair * width], 1,
+            width, &factors[pair * slot], slot);
     }
 
     for (int64_t g = 0; g < 4; ++g) {
@@ -414,11 +375,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> slstm_backward(
 TORCH_LIBRARY_FRAGMENT(xlstm_lm, library) {
   library.def(
       "slstm_forward(Tensor wx, Tensor r, Tensor bias, Tensor? resets, Tensor[] initial_state, bool save)"
-      " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-      &slstm_forward);
+      " -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   library.def(
       "slstm_backward(Tensor wx, Tensor r, Tensor bias, Tensor? resets, Tensor? y_initial, Tensor y,"
       " Tensor checkpoints, Tensor dy, Tensor? dc_final, Tensor? dn_final)"
-      " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-      &slstm_backward);
+      " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+}
+
+TORCH_LIBRARY_IMPL(xlstm_lm, CPU, library) {
+  library.impl("slstm_forward", &slstm_forward);
+  library.impl("slstm_backward", &slstm_backward);
 }

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from xlstm_lm.ops.slstm import BACKENDS, slstm
+from xlstm_lm.ops.slstm import BACKENDS, choose_backend, slstm
 from xlstm_lm.ops.slstm.compiled import load_kernel
 
 BACKEND_NAMES = pytest.mark.parametrize("backend", sorted(BACKENDS))
@@ -274,3 +274,10 @@ def test_compiled_refuses_another_device():
     wx, r, bias = (torch.zeros(shape, device="meta") for shape in ((1, 2, 4, 1, 3), (4, 1, 3, 3), (4, 1, 3)))
     with pytest.raises(ValueError, match="takes CPU tensors, but wx is on meta"):
         slstm(wx, r, bias, backend="compiled")
+
+
+def test_auto_is_compiled_on_a_cpu_and_says_so_where_it_is_slow(caplog):
+    assert choose_backend(torch.zeros(1, 2, 4, 1, 3)) == "compiled"
+    assert not caplog.messages
+    assert choose_backend(torch.zeros(1, 2, 4, 1, 3, device="meta")) == "recurrence"
+    assert "no fused sLSTM kernel for meta" in caplog.text

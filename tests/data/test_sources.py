@@ -190,6 +190,8 @@ def test_a_missing_file_is_named_before_any_work(tmp_path):
     missing = SourceConfig(kind="text", paths=[str(good), str(tmp_path / "none*.txt")])
     with pytest.raises(ValueError, match=re.escape(f"data file {tmp_path}/none*.txt is missing")):
         train_on(missing)
+    with pytest.raises(ValueError, match=re.escape(f"{tmp_path} is a folder: name the files in it")):
+        train_on(SourceConfig(kind="text", paths=[str(tmp_path)]))
     # The validation files too.
     data = DataConfig(sources=[SourceConfig(kind="text", paths=[str(good)])], validation=[missing])
     tokenizer = build_tokenizer(data.tokenizer)

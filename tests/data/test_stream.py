@@ -113,10 +113,18 @@ def test_order_does_not_depend_on_workers_and_the_state_is_of_what_was_consumed(
     one = stream_of(config_of("mixture", folder, num_workers=1, prefetch_batches=5))
     two = stream_of(config_of("mixture", folder, num_workers=2))
     try:
-        batches = take(one, 15)
+        batches = take(one, 5)
+        # When to stop is up to the training process, whoever else gets its signals.
+        worker = one._producers[0][1]._process
+        worker.send_signal(signal.SIGINT)
+        worker.send_signal(signal.SIGTERM)
+        batches += take(one, 10)
         # The worker is further by now, but the state is not.
         two.load_state_dict(one.state_dict())
         batches += take(two, 15)
+        worker.kill()
+        with pytest.raises(RuntimeError, match="a data worker ended with exit code -9"):
+            take(one, 100)
     finally:
         one.close()
         two.close()

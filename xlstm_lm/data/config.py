@@ -27,7 +27,7 @@ class DataConfig:
     shuffle: bool = True
     """Shuffle files and documents by the run's seed; otherwise they come in the order of the sources."""
     shuffle_documents: int = 256
-    """Documents that a lane reads ahead and shuffles as a block; 1 shuffles only the order of files."""
+    """Documents of a file that a lane reads ahead and shuffles as a block; 1 shuffles only the order of files."""
     num_workers: int = 1
     """Background processes a rank that read and tokenize ahead; 0 does it in the training process."""
     prefetch_batches: int = 8

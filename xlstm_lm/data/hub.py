@@ -29,6 +29,7 @@ class DatasetSource:
             ConnectionError: the hub does not answer for `retry_seconds`.
         """
         self.config = config
+        self.announced_skipping = False
         self._revision: str | None = None
         self._paths: list[str] = []
         if config.kind == "parquet":

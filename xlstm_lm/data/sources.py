@@ -120,6 +120,8 @@ class Source(Protocol):
     num_shards: int
     shard_sizes: list[int]
     """Relative sizes by which shards are dealt to lanes."""
+    announced_skipping: bool
+    """Whether it was said that bad documents are skipped."""
 
     def read(self, pieces: list[Piece], first_piece: int = 0, first_document: int = 0) -> Iterator[Record]:
         """Records of `pieces` in order, from document `first_document` of piece `first_piece` on."""
@@ -137,8 +139,8 @@ def refuse(source: Source, record: Record) -> None:
     assert record.problem is not None
     if source.config.on_bad_document == "error":
         raise ValueError(f"{record.problem}. Mend it, or set on_bad_document: skip for this source")
-    if not getattr(source, "skips_announced", False):
-        source.skips_announced = True
+    if not source.announced_skipping:
+        source.announced_skipping = True
         announce_once(f"bad documents of {source.config.description} are skipped; the first: {record.problem}")
 
 
@@ -152,6 +154,7 @@ class FileSource:
             ValueError: a pattern without a file, or an empty file (unless bad documents are to be skipped).
         """
         self.config = config
+        self.announced_skipping = False
         # Names identify documents wherever the files lie: an installation's own path is no part of them.
         if config.kind == "python_stdlib":
             self.names, self._paths = _stdlib_files(config.split)
@@ -161,7 +164,7 @@ class FileSource:
         self.num_shards = len(self._paths)
 
     def read(self, pieces: list[Piece], first_piece: int = 0, first_document: int = 0) -> Iterator[Record]:
-        from datasets import IterableDataset
+        from datasets.iterable_dataset import ExamplesIterable, IterableDataset
 
         shards = [
             (
@@ -181,7 +184,8 @@ class FileSource:
         if self.config.kind not in ONE_DOCUMENT_A_FILE:
             reader = read_lines
             arguments["text_field"] = self.config.text_field if self.config.kind == "jsonl" else None
-        for record in IterableDataset.from_generator(reader, gen_kwargs=arguments):
+        # IterableDataset.from_generator would leave a lock file in the user's cache for every lane, epoch and restart.
+        for record in IterableDataset(ExamplesIterable(reader, arguments)):
             yield Record(**record)
 
     def identity(self) -> dict[str, Any]:
@@ -199,6 +203,8 @@ def list_files(config: SourceConfig) -> list[str]:
     found: set[str] = set()
     for pattern in config.paths:
         matches = [path for path in glob.iglob(pattern, recursive=True) if Path(path).is_file()]  # noqa: PTH207
+        if not matches and Path(pattern).is_dir():
+            raise ValueError(f"{pattern} is a folder: name the files in it, such as {pattern.rstrip('/')}/*.txt")
         if not matches:
             raise ValueError(f"data file {pattern} is missing: no file matches it (in {Path.cwd()})")
         found.update(matches)
@@ -240,7 +246,7 @@ def open_file(path: str) -> IO[bytes]:
     return opener(path, "rb")  # type: ignore[operator]
 
 
-def read_whole_files(shards: list[tuple[int, str, str, Piece, int]]) -> Iterator[dict[str, Any]]:
+def read_whole_files(shards: list[tuple[int, str, str, Piece, int]]) -> Iterator[tuple[str, dict[str, Any]]]:
     """Records of files that are one document each; a part is that part of the characters."""
     for index, path, name, piece, first_document in shards:
         if first_document > 0:
@@ -260,10 +266,12 @@ def read_whole_files(shards: list[tuple[int, str, str, Piece, int]]) -> Iterator
             record = record._replace(problem=f"data file {path} is not UTF-8 (byte {error.start}: {error.reason})")
         except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
             record = record._replace(problem=f"data file {path} cannot be read ({error})")
-        yield record._asdict()
+        yield record.id, record._asdict()
 
 
-def read_lines(shards: list[tuple[int, str, str, Piece, int]], text_field: str | None) -> Iterator[dict[str, Any]]:
+def read_lines(
+    shards: list[tuple[int, str, str, Piece, int]], text_field: str | None
+) -> Iterator[tuple[str, dict[str, Any]]]:
     """Records of files with a document a line, plain or (with `text_field`) a JSON object; parts take turns."""
     for index, path, name, piece, first_document in shards:
         number = -1
@@ -275,10 +283,11 @@ def read_lines(shards: list[tuple[int, str, str, Piece, int]], text_field: str |
                     text, problem = _parse_line(line, text_field)
                     if problem is not None:
                         problem = f"data file {path}, line {number + 1}: {problem}"
-                    yield Record(index, number, text, f"{name}:{number + 1}", problem)._asdict()
+                    record = Record(index, number, text, f"{name}:{number + 1}", problem)
+                    yield record.id, record._asdict()
         except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
             problem = f"data file {path} cannot be read after line {number + 1} ({error})"
-            yield Record(index, number + 1, "", name, problem)._asdict()
+            yield name, Record(index, number + 1, "", name, problem)._asdict()
 
 
 def _parse_line(line: bytes, text_field: str | None) -> tuple[str, str | None]:

@@ -62,7 +62,7 @@ class Worker:
         assert self._process.stdout is not None
         try:
             answer = pickle.load(self._process.stdout)
-        except EOFError:
+        except (EOFError, pickle.UnpicklingError):
             raise RuntimeError(
                 f"a data worker ended with exit code {self._process.wait()} (its messages stand above; -9 may mean "
                 "that memory ran out: lower data.shuffle_documents or data.prefetch_batches)"

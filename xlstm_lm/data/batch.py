@@ -17,11 +17,11 @@ IGNORED_TARGET = -100
 class Batch:
     """Packed rows, one a lane (training) or consecutive ones (validation)."""
 
-    tokens_BT: torch.Tensor  # noqa: N815
+    tokens_BT: torch.Tensor
     """Inputs, int64."""
-    targets_BT: torch.Tensor  # noqa: N815
+    targets_BT: torch.Tensor
     """The token that follows each input, int64; -100 where nothing is to be predicted."""
-    resets_BT: torch.Tensor  # noqa: N815
+    resets_BT: torch.Tensor
     """True where a document starts and the model's state is therefore emptied, bool."""
     document_ids: list[list[str]]
     """For each row, the documents with a token in it."""

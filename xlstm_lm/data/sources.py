@@ -13,6 +13,7 @@ import hashlib
 import io
 import json
 import lzma
+import os
 import sysconfig
 import zlib
 from collections.abc import Iterator
@@ -217,23 +218,23 @@ def list_files(config: SourceConfig) -> list[str]:
 def _stdlib_files(split: str) -> tuple[list[str], list[str]]:
     """Names and paths of the standard library's files of a split. Held out by name alone: splits never overlap."""
     root = Path(sysconfig.get_path("stdlib"))
-    names = sorted(
-        path.relative_to(root).as_posix()
-        for path in root.rglob("*.py")
-        if not STDLIB_EXCLUDED & set(path.relative_to(root).parts) and path.stat().st_size > 0
-    )
+    names = []
+    for folder, subfolders, files in os.walk(root):
+        subfolders[:] = [name for name in subfolders if name not in STDLIB_EXCLUDED]  # site-packages can be very large
+        paths = [Path(folder) / name for name in files if name.endswith(".py")]
+        names += [path.relative_to(root).as_posix() for path in paths if path.stat().st_size > 0]
     if not names:
         raise ValueError(
             f"no Python source files in {root}: this Python comes without its standard library's source; "
             "use a source of kind text with files of yours"
         )
     digests = {name: hashlib.sha256(name.encode()).digest() for name in names}
-    held_out = [name for name in names if digests[name][0] % STDLIB_HELD_OUT == 0]
+    held_out = {name for name in names if digests[name][0] % STDLIB_HELD_OUT == 0}
     if split == "validation":
         # In the order of the digests, so that the first few are a fair sample.
         names = sorted(held_out, key=digests.__getitem__)
     else:
-        names = sorted(set(names) - set(held_out))
+        names = sorted(set(names) - held_out)
     return names, [str(root / name) for name in names]
 
 

@@ -6,15 +6,16 @@ the normalizer only: num and d are those of the unscaled query throughout.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from xlstm_lm.ops.mlstm.gates import BlockGates, weights_between_steps
+from xlstm_lm.ops.mlstm.gates import BlockGates, drop_unseen_, weights_between_steps
 from xlstm_lm.ops.mlstm.recurrence import State
 
-CPU_PART_STEPS = 2048
+CPU_PART_STEPS = 1024
 """Steps (of any rows and heads) in a part, for each CPU thread: few enough for the cache, enough to hide the calls."""
 
 
@@ -36,12 +37,12 @@ class Parts:
     """
 
     def __init__(self, gates: BlockGates) -> None:
-        _, self.H, B, self.N, L = gates.steps_5HBNL.shape
-        self.heads, self.rows = self.H, B
+        _, H, B, self.N, L = gates.steps_FHBNL.shape
+        self.heads, self.rows = H, B
         if gates.m_HB.device.type == "cpu":
             sequences = max(1, CPU_PART_STEPS * torch.get_num_threads() // (self.N * L))
-            self.heads, self.rows = min(self.H, max(1, sequences // B)), min(B, sequences)
-        self.weights = [part.flatten(1, 3)[..., None].unbind() for part in self.of(gates.steps_5HBNL, 1)]
+            self.heads, self.rows = min(H, max(1, sequences // B)), min(B, sequences)
+        self.weights = [part.flatten(1, 3)[..., None].unbind() for part in self.of(gates.steps_FHBNL, 1)]
         self.decay = [part.flatten(0, 1) for part in self.of(gates.decay_HBPS)]
         if gates.segment_BNL is None:
             self.segments = [None] * len(self.decay)
@@ -74,10 +75,10 @@ def forward_block(
 
     `has_state` is False where `state` is known to be the empty one.
     """
-    parts, N, dtype = Parts(gates), gates.steps_5HBNL.shape[3], d_HBNL.dtype
+    parts, N, dtype = Parts(gates), gates.steps_FHBNL.shape[3], d_HBNL.dtype
     scale = inputs[0].shape[-1] ** -0.5
     next_C, next_n = torch.empty_like(state[0]), torch.empty_like(state[1])
-    for (c, x, query, key, bound), decay, segment, q, k, v, h, d_out, C_in, n_in, C_out, n_out in zip(
+    for (key, bound, unit, *apart), decay, segment, q, k, v, h, d_out, C_in, n_in, C_out, n_out in zip(
         parts.weights,
         parts.decay,
         parts.segments,
@@ -85,22 +86,21 @@ def forward_block(
         *(parts.of(x) for x in (d_HBNL, state[0], state[1], next_C, next_n)),
     ):
         q, k, v = _matrices(q, dtype), _matrices(k, dtype), _matrices(v, dtype)
-        C, n = (C_in.flatten(0, 1), n_in.flatten(0, 1)) if has_state else (None, None)
-        if needs_next or N > 1:
-            weighted_k = k * key
-            added_C, added_n = torch.bmm(weighted_k.mT, v), weighted_k.sum(1)
-            if needs_next:
-                C_out.copy_(_decayed(added_C, C, decay[:, N:]).view_as(C_out))
-                n_out.copy_(_decayed(added_n, n, decay[:, N:]).view_as(n_out))
-            if N > 1:  # else the one chunk meets the state as it came
-                C, n = _decayed(added_C, C, decay[:, :N]), _decayed(added_n, n, decay[:, :N])
-        weight = torch.bmm(q, k.mT).mul_(weights_between_steps(c, x, segment))
+        if not has_state:
+            C_in = n_in = None
+        weighted_q, weighted_k, weight, *_ = _weighted(q, k, key, apart, segment)
         num, d = torch.bmm(weight, v), weight.sum(-1, keepdim=True)
-        if C is not None:
-            weighted_q = q * query
-            num.baddbmm_(weighted_q, C)
-            d.baddbmm_(weighted_q, n[..., None])
-        inverse = _inverse_normalizer(d, bound, scale, options)
+        if needs_next or N > 1:
+            added_C, added_n = torch.bmm(weighted_k.mT, v), weighted_k.sum(1)
+        if needs_next:
+            C_out.copy_(_decayed(added_C, C_in, decay[:, N:]).view_as(C_out))
+            n_out.copy_(_decayed(added_n, n_in, decay[:, N:]).view_as(n_out))
+        if has_state or N > 1:
+            if N == 1:
+                added_C = added_n = None
+            num.baddbmm_(weighted_q, _decayed(added_C, C_in, decay[:, :N]))
+            d.baddbmm_(weighted_q, _decayed(added_n, n_in, decay[:, :N])[..., None])
+        inverse = _inverse_normalizer(d, bound, unit, scale, options)
         torch.mul(num.view(h.shape), inverse.view(*h.shape[:-1], 1), out=h)
         d_out.copy_(d.view(d_out.shape))
     return next_C, next_n, gates.m_HB
@@ -125,70 +125,90 @@ def backward_block(
     gradients of the log forget gates up to and with its own; and the gradients of C and n before the block (None
     unless `has_state`).
     """
-    parts, N, dtype = Parts(gates), gates.steps_5HBNL.shape[3], d_HBNL.dtype
-    reads_state, adds_to_state = has_state or N > 1, dstate is not None or N > 1
-    bound_HBNL = gates.steps_5HBNL[4]
-    inverse_HBNL = _inverse_normalizer(d_HBNL, bound_HBNL, inputs[0].shape[-1] ** -0.5, options)
+    parts = Parts(gates)
+    _, bound_HBNL, unit_HBNL, *_ = gates.steps_FHBNL
+    inverse_HBNL = _inverse_normalizer(d_HBNL, bound_HBNL, unit_HBNL, inputs[0].shape[-1] ** -0.5, options)
     if options.normalize:
         towards_d_HBNL = d_HBNL.sign().neg_().mul_(d_HBNL.abs() > bound_HBNL)
     else:
         towards_d_HBNL = torch.zeros_like(d_HBNL)
     k_dk_HBNL, q_dq_HBNL = torch.empty_like(d_HBNL), torch.empty_like(d_HBNL)
-    before = (torch.empty_like(state[0]), torch.empty_like(state[1])) if has_state else None
+    before = (torch.empty_like(state[0]), torch.empty_like(state[1])) if has_state else (None, None)
     nothing = [None] * len(parts.decay)
-    for (
-        ((c, x, query, key, _), decay, segment, q, k, v, h, dh, dq_out, dk_out, dv_out),
-        (inverse, towards_d, k_dk, q_dq, C_in, n_in, C_dout, n_dout, C_din, n_din),
-    ) in zip(
-        zip(
-            parts.weights,
-            parts.decay,
-            parts.segments,
-            *(parts.of_block(x) for x in (*inputs, h_BTHV, dh_BTHV, *gradients)),
-        ),
-        zip(
-            *(parts.of(x) for x in (inverse_HBNL, towards_d_HBNL, k_dk_HBNL, q_dq_HBNL, state[0], state[1])),
-            *((nothing, nothing) if dstate is None else (parts.of(x) for x in dstate)),
-            *((nothing, nothing) if before is None else (parts.of(x) for x in before)),
-        ),
+    for tensors in zip(
+        parts.weights,
+        parts.decay,
+        parts.segments,
+        *(parts.of_block(x) for x in (*inputs, h_BTHV, dh_BTHV, *gradients)),
+        *(parts.of(x) for x in (inverse_HBNL, towards_d_HBNL, k_dk_HBNL, q_dq_HBNL)),
+        *(parts.of(x) if has_state else nothing for x in state[:2]),
+        *(nothing if x is None else parts.of(x) for x in dstate or (None, None)),
+        *(nothing if x is None else parts.of(x) for x in before),
     ):
-        q, k, v, h, dh = (_matrices(x, dtype) for x in (q, k, v, h, dh))
-        dnum = dh * inverse.flatten(0, 2)[..., None]
-        dv = dnum * h  # in the place where dv comes to stand
-        delta = dv.sum(-1, keepdim=True).mul_(towards_d.flatten(0, 2)[..., None])  # dL/dd
+        _backward_part(*tensors)
+    return k_dk_HBNL, q_dq_HBNL.sub_(k_dk_HBNL), before if has_state else None
 
-        between = weights_between_steps(c, x, segment)
-        weight = torch.bmm(q, k.mT).mul_(between)
-        torch.bmm(weight.mT, dnum, out=dv)
-        dscores = torch.bmm(dnum, v.mT, out=weight).add_(delta).mul_(between)
-        dq, dk = torch.bmm(dscores, k), torch.bmm(dscores.mT, q)
 
-        # Here C is kept as V x K: then but one product with it has to transpose.
-        if adds_to_state:
-            weighted_k = k * key
-        C, n = (C_in.mT.flatten(0, 1), n_in.flatten(0, 1)) if has_state else (None, None)
-        if N > 1:
-            C = _decayed(torch.bmm(v.mT, weighted_k), C, decay[:, :N])
-            n = _decayed(weighted_k.sum(1), n, decay[:, :N])
-        dC = dn = None
-        if reads_state:
-            dq.addcmul_(torch.bmm(dnum, C).addcmul_(delta, n[:, None]), query)
-            weighted_q = q * query
-            dC, dn = torch.bmm(dnum.mT, weighted_q), torch.bmm(delta.mT, weighted_q)[:, 0]
-        dC_out, dn_out = (C_dout.mT, n_dout) if adds_to_state and dstate is not None else (None, None)
-        if has_state:
-            C_din.copy_(_decayed_back(dC, dC_out, decay[..., :1]).mT.view(C_din.shape))
-            n_din.copy_(_decayed_back(dn, dn_out, decay[..., :1]).view(n_din.shape))
-        if adds_to_state:
-            dC, dn = _decayed_back(dC, dC_out, decay[..., 1:]), _decayed_back(dn, dn_out, decay[..., 1:])
-            dv.baddbmm_(weighted_k, dC.mT)
-            dk.addcmul_(torch.bmm(v, dC).add_(dn[:, None]), key)
+def _backward_part(
+    weights: Sequence[Tensor],
+    decay: Tensor,
+    segment: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    h: Tensor,
+    dh: Tensor,
+    dq_out: Tensor,
+    dk_out: Tensor,
+    dv_out: Tensor,
+    inverse: Tensor,
+    towards_d: Tensor,
+    k_dk: Tensor,
+    q_dq: Tensor,
+    C_in: Tensor | None,
+    n_in: Tensor | None,
+    dC_out: Tensor | None,
+    dn_out: Tensor | None,
+    dC_in: Tensor | None,
+    dn_in: Tensor | None,
+) -> None:
+    """Write the gradients of a part: `dq_out` to `dv_out`, `k_dk`, `q_dq`, and `dC_in` and `dn_in` if given."""
+    key, _, _, *apart = weights
+    N, dtype = decay.shape[-1] - 1, inverse.dtype
+    q, k, v, h, dh = (_matrices(x, dtype) for x in (q, k, v, h, dh))
+    dnum = dh * inverse.flatten(0, 2)[..., None]
+    dv = dnum * h  # in the place where dv comes to stand
+    delta = dv.sum(-1, keepdim=True).mul_(towards_d.flatten(0, 2)[..., None])  # dL/dd
 
-        for out, gradient in ((dq_out, dq), (dk_out, dk), (dv_out, dv)):
-            out.copy_(gradient.view(out.shape))
-        torch.sum(dk.mul_(k), -1, out=k_dk.flatten(0, 2))
-        torch.sum(dq.mul_(q), -1, out=q_dq.flatten(0, 2))
-    return k_dk_HBNL, q_dq_HBNL.sub_(k_dk_HBNL), before
+    weighted_q, weighted_k, weight, seen_k, between = _weighted(q, k, key, apart, segment)
+    torch.bmm(weight.mT, dnum, out=dv)
+    dscores = torch.bmm(dnum, v.mT, out=weight).add_(delta)
+    if between is None:
+        drop_unseen_(dscores, segment)
+    else:
+        dscores.mul_(between)
+
+    # Here C is kept as V x K: then but one product with it has to transpose.
+    C_in, dC_out = (None if x is None else x.mT for x in (C_in, dC_out))
+    dq_state = dk_state = dC = dn = None
+    if C_in is not None or N > 1:
+        added_C, added_n = (torch.bmm(v.mT, weighted_k), weighted_k.sum(1)) if N > 1 else (None, None)
+        C, n = _decayed(added_C, C_in, decay[:, :N]), _decayed(added_n, n_in, decay[:, :N])
+        dq_state = torch.bmm(dnum, C).addcmul_(delta, n[:, None])
+        dC, dn = torch.bmm(dnum.mT, weighted_q, out=C), torch.bmm(delta.mT, weighted_q)[:, 0]
+    if C_in is not None:
+        dC_in.copy_(_decayed_back(dC, dC_out, decay[..., :1]).view(dC_in.mT.shape).mT)
+        dn_in.copy_(_decayed_back(dn, dn_out, decay[..., :1]).view(dn_in.shape))
+    if dC_out is not None or N > 1:
+        dC, dn = _decayed_back(dC, dC_out, decay[..., 1:]), _decayed_back(dn, dn_out, decay[..., 1:])
+        dv.baddbmm_(weighted_k, dC.mT)
+        dk_state = torch.bmm(v, dC).add_(dn[:, None])
+    dq, dk = _unweighted(q, seen_k, key, apart, segment, dscores, dq_state, dk_state)
+
+    for out, gradient in ((dq_out, dq), (dk_out, dk), (dv_out, dv)):
+        out.copy_(gradient.view(out.shape))
+    torch.sum(dk.mul_(k), -1, out=k_dk.flatten(0, 2))
+    torch.sum(dq.mul_(q), -1, out=q_dq.flatten(0, 2))
 
 
 def _matrices(x_HBNLX: Tensor, dtype: torch.dtype) -> Tensor:
@@ -198,16 +218,75 @@ def _matrices(x_HBNLX: Tensor, dtype: torch.dtype) -> Tensor:
     return x_HBNLX.flatten(0, 2)
 
 
-def _inverse_normalizer(d: Tensor, bound: Tensor, scale: float, options: Options) -> Tensor:
+def _weighted(
+    q: Tensor, k: Tensor, key: Tensor, apart: Sequence[Tensor], segment: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """q as it reads the state, k as it adds to it, the values' weights in the chunk, k as q meets it there, the factor.
+
+    `apart` (query, c, x) is empty where one stabilizer serves each segment: then weighing k is all there is to do, and
+    no L x L factor stands between q and k.
+    """
+    if apart:
+        query, c, x = apart
+        between = weights_between_steps(c, x, segment)
+        return q * query, k * key, torch.bmm(q, k.mT).mul_(between), k, between
+    seen_k = weighted_k = k * key
+    weight = drop_unseen_(torch.bmm(q, seen_k.mT), segment)
+    if segment is not None:
+        first, last = _ends(segment)
+        q, weighted_k = _masked(q, first), _masked(seen_k, last)
+    return q, weighted_k, weight, seen_k, None
+
+
+def _unweighted(
+    q: Tensor,
+    seen_k: Tensor,
+    key: Tensor,
+    apart: Sequence[Tensor],
+    segment: Tensor | None,
+    dscores: Tensor,
+    dq_state: Tensor | None,
+    dk_state: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of q and k through `_weighted`: from `dscores` of the products in the chunk and from the states."""
+    if apart:
+        dq, dk = torch.bmm(dscores, seen_k), torch.bmm(dscores.mT, q)
+        if dq_state is not None:
+            dq.addcmul_(dq_state, apart[0])
+        if dk_state is not None:
+            dk.addcmul_(dk_state, key)
+        return dq, dk
+    if segment is not None:
+        first, last = _ends(segment)
+        dq_state = None if dq_state is None else _masked(dq_state, first)
+        dk_state = None if dk_state is None else _masked(dk_state, last)
+    dq = torch.bmm(dscores, seen_k) if dq_state is None else dq_state.baddbmm_(dscores, seen_k)
+    dk = torch.bmm(dscores.mT, q) if dk_state is None else dk_state.baddbmm_(dscores.mT, q)
+    return dq, dk.mul_(key)
+
+
+def _ends(segment_BNL: Tensor) -> tuple[Tensor, Tensor]:
+    """Where a chunk's first segment is, which reads the state before it, and its last one, which adds to the state."""
+    return segment_BNL == 0, segment_BNL == segment_BNL[..., -1:]
+
+
+def _masked(x_GLX: Tensor, mask_BNL: Tensor) -> Tensor:
+    """x where the mask of its row is True, else 0."""
+    return (x_GLX.view(-1, *mask_BNL.shape, x_GLX.shape[-1]) * mask_BNL[..., None]).view(x_GLX.shape)
+
+
+def _inverse_normalizer(d: Tensor, bound: Tensor, unit: Tensor, scale: float, options: Options) -> Tensor:
     """What num is multiplied with for h. Without normalization that takes it back to true units."""
     if not options.normalize:
         return bound.reciprocal()
-    return torch.maximum(d.abs(), bound).add_(options.eps / scale).reciprocal_()
+    return torch.maximum(d.abs(), bound).add_(unit, alpha=options.eps / scale).reciprocal_()
 
 
-def _decayed(added: Tensor, initial: Tensor | None, decay: Tensor) -> Tensor:
+def _decayed(added: Tensor | None, initial: Tensor | None, decay: Tensor) -> Tensor:
     """States at the positions P of `decay` (sequences, P, 1 + N): of what N chunks each add, and of an initial one."""
     sequences, positions, sources = decay.shape
+    if added is None:
+        return (decay[..., :1] * initial.reshape(sequences, 1, -1)).view(sequences * positions, *initial.shape[2:])
     states = torch.bmm(decay[..., 1:], added.view(sequences, sources - 1, -1))
     if initial is not None:
         states.baddbmm_(decay[..., :1], initial.reshape(sequences, 1, -1))

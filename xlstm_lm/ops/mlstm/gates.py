@@ -4,28 +4,35 @@ Within a chunk let b be the running sum of the log forget gates and c = log inpu
 exp(b_t + c_s - m_t) at a later step t of its chunk, where m_t is the recurrent stabilizer. With x_t = m_t - b_t that is
 exp(c_s - x_t), and x_t is simply the running maximum of c that starts at the m before the chunk. (Chunkwise form: arXiv
 2503.14376.)
-"""
 
-# ruff: noqa: N815  (tensor names carry their shape)
+Any stabilizer will do that lets nothing overflow or vanish. Where x rises little in a chunk, its last value z (in each
+segment between resets) serves all steps: then exp(c_s - z) is a weight of the key alone, and no L x L exponentials are
+needed. Only eps must be told, for it is meant beside exp(x_t - z).
+"""
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+LARGEST_RISE = 40.0
+"""How far x may rise within a segment for one stabilizer to serve it: float32 has room for exp(40) squared."""
+
 
 class BlockGates(NamedTuple):
     """The weights of one block of N chunks of L steps. Heads lead, so that what belongs to a head lies together."""
 
-    steps_5HBNL: Tensor
-    """Five numbers a step: c; x; `query`, the weight of the state before the chunk at this step (0 behind a reset);
-    `key`, the weight of the step in what its chunk adds to the state (0 before the chunk's last reset); and `bound`,
-    the lower bound exp(-m) / scale of the normalizer of an unscaled query."""
+    steps_FHBNL: Tensor
+    """F numbers a step: `key`, the weight of the step in what its chunk adds to the state; `bound`, the lower bound
+    exp(-stabilizer) / scale of the normalizer of an unscaled query; `unit`, what eps counts for beside it; and, unless
+    one stabilizer serves whole segments, `query`, the weight of the state before the chunk at this step, c and x."""
     decay_HBPS: Tensor
-    """Weight in the state at position p = 0..N of source s: 0 the initial state, else what chunk s - 1 adds."""
+    """Weight in the state at position p = 0..N of source s: 0 the initial state, else what chunk s - 1 adds. With one
+    stabilizer a segment the weight of the state before a chunk at each of its steps is in here too (p < N)."""
     m_HB: Tensor
     """Stabilizer of the state after the block."""
     segment_BNL: Tensor | None
@@ -36,7 +43,12 @@ def weights_between_steps(c_GL1: Tensor, x_GL1: Tensor, segment_BNL: Tensor | No
     """Weight of step s at step t of its chunk, (G, L, L) for G = heads * B * N; 0 unless s reaches t."""
     weight_GLL = c_GL1.mT - x_GL1
     # Above the diagonal the difference may be anything: keep exp finite there, then drop it.
-    weight_GLL.clamp_max_(0.0).exp_().tril_()
+    return drop_unseen_(weight_GLL.clamp_max_(0.0).exp_(), segment_BNL)
+
+
+def drop_unseen_(weight_GLL: Tensor, segment_BNL: Tensor | None) -> Tensor:
+    """Set to 0 in place what step t does not see: steps after it or before a reset."""
+    weight_GLL.tril_()
     if segment_BNL is not None:
         same_BNLL = segment_BNL[..., :, None] == segment_BNL[..., None, :]
         weight_GLL.view(-1, *same_BNLL.shape).mul_(same_BNLL)
@@ -92,16 +104,26 @@ def block_gates(
     decay_HBPS = (
         (between_HBPS + m_of_source_HBS[..., None, :]).sub_(m_HBP[..., None]).exp_().masked_fill_(apart_PS, 0.0)
     )
-    exponents = torch.stack([m_HBP[..., :-1, None] - x_HBNL, c_HBNL - last_HBN1]).clamp_max_(0.0)
-    query_HBNL, key_HBNL = exponents.exp_()
-    if segment_BNL is not None:
-        query_HBNL, key_HBNL = query_HBNL * before_first, key_HBNL * after_last
-    bound_HBNL = (b_HBNL + x_HBNL).neg_().exp_().div_(scale)
+    if segment_BNL is None:
+        serving_HBNL = last_HBN1.expand_as(x_HBNL)
+    else:  # x does not fall within a segment: its last value is the maximum seen from the end
+        serving_HBNL = _cummax_in_segments(x_HBNL.flip(-1), segment_BNL.flip(-1)).flip(-1)
+    # Not on a GPU, which would have to wait for the answer.
+    if m_HB.device.type == "cpu" and (serving_HBNL - x_HBNL).amax() <= LARGEST_RISE:
+        decay_HBPS[..., :-1, :].mul_((m_HBP[..., :-1] - serving_HBNL[..., 0]).clamp_max_(0.0).exp_()[..., None])
+        exponents = torch.stack(
+            [c_HBNL - serving_HBNL, -b_HBNL - serving_HBNL - math.log(scale), x_HBNL - serving_HBNL]
+        )
+        steps_FHBNL = exponents.exp_()
+    else:
+        query_HBNL = (m_HBP[..., :-1, None] - x_HBNL).clamp_max_(0.0).exp_()
+        key_HBNL = (c_HBNL - last_HBN1).clamp_max_(0.0).exp_()
+        if segment_BNL is not None:
+            query_HBNL, key_HBNL = query_HBNL * before_first, key_HBNL * after_last
+        bound_HBNL = (-b_HBNL - x_HBNL).exp_().div_(scale)
+        steps_FHBNL = torch.stack([key_HBNL, bound_HBNL, torch.ones_like(b_HBNL), query_HBNL, c_HBNL, x_HBNL])
     return BlockGates(
-        steps_5HBNL=torch.stack([c_HBNL, x_HBNL, query_HBNL, key_HBNL, bound_HBNL]),
-        decay_HBPS=decay_HBPS.to(m_HB.dtype),
-        m_HB=m_HBP[..., -1],
-        segment_BNL=segment_BNL,
+        steps_FHBNL=steps_FHBNL, decay_HBPS=decay_HBPS.to(m_HB.dtype), m_HB=m_HBP[..., -1], segment_BNL=segment_BNL
     )
 
 

@@ -20,16 +20,16 @@ def environment() -> dict[str, str]:
 
 def run_ranks(count: int, program: str, *arguments: object) -> str:
     """Run a program of this folder on `count` gloo processes; gives what it printed."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
-    command += [str(HERE / program), *map(str, arguments)]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300, check=False)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
+    return _run([sys.executable, *launcher, str(HERE / program), *map(str, arguments)])
+
+
+def run_alone(program: str, *arguments: object) -> str:
+    """Run a program of this folder in one process; gives what it printed."""
+    return _run([sys.executable, str(HERE / program), *map(str, arguments)])
+
+
+def _run(command: list[str]) -> str:
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     return done.stdout
-
-
-def start(program: str, *arguments: object, **options) -> subprocess.Popen:
-    """Start a program of this folder in one process."""
-    command = [sys.executable, str(HERE / program), *map(str, arguments)]
-    return subprocess.Popen(
-        command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
-    )

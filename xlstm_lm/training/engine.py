@@ -84,9 +84,9 @@ class TrainingEngine:
             gradient_clip=self._clip,
         )
         self.stage = config["zero_optimization"]["stage"]
-        if world.device.type == "cpu":
-            # Otherwise DeepSpeed spends a minute on compiling a shared-memory all-reduce that gloo makes unnecessary.
-            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        # Only its shared-memory all-reduce for CPUs asks for this list. Made by DeepSpeed itself, it takes a probe of
+        # all compiled operations, and a minute to compile that one, which gloo makes unnecessary.
+        deepspeed.ops.__compatible_ops__ = {}
         deepspeed.init_distributed(dist_backend="nccl" if world.device.type == "cuda" else "gloo")
         # Moved first, so that torch sees parameters on the device they will stay on when it picks its fused kernel.
         module = TrainingModule(model).to(world.device)

@@ -62,7 +62,11 @@ class MetricsFile:
         kept = [line for line in lines if _step_of(line) <= step]
         with disk_errors_explained(self.path):
             replace_durably(self.path, "".join(f"{line}\n" for line in kept).encode())
-            self._file = self.path.open("a", encoding="utf-8")
+            self.open()
+
+    def open(self) -> None:
+        """Get ready to append. Unbuffered, so that no half of a line is left over to fail at the end."""
+        self._file = self.path.open("ab", buffering=0)
 
     def append(self, record: dict[str, Any]) -> None:
         """Add a line. A number that is not finite becomes null, which JSON has no other word for."""
@@ -71,8 +75,7 @@ class MetricsFile:
             for key, value in record.items()
         }
         with disk_errors_explained(self.path):
-            self._file.write(json.dumps(finite, allow_nan=False) + "\n")
-            self._file.flush()
+            self._file.write(json.dumps(finite, allow_nan=False).encode() + b"\n")
 
     def sync(self) -> None:
         """Write all lines through to the disk, so that no checkpoint is newer than they are."""

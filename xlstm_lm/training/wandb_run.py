@@ -55,13 +55,15 @@ class WandbRun:
 
         settings = wandb.Settings(init_timeout=INIT_SECONDS, console="off", silent=True)
         mode = config.mode
-        if mode == "online" and not _reachable(settings.base_url):
-            mode = "offline"
-            logger.warning(
-                "wandb: %s cannot be reached; logging offline. Send it later with: wandb sync %s",
-                settings.base_url,
-                run_dir / "wandb" / "offline-run-*",
-            )
+        if mode == "online":
+            address = wandb.setup().settings.base_url
+            if not _reachable(address):
+                mode = "offline"
+                logger.warning(
+                    "wandb: %s cannot be reached; logging offline. Send it later with: wandb sync %s",
+                    address,
+                    run_dir / "wandb" / "offline-run-*",
+                )
         arguments = {
             "entity": config.entity,
             "project": config.project,

@@ -1,0 +1,78 @@
+"""Learning rates at the corners of every schedule."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from xlstm_lm.training.schedule import ScheduleConfig, learning_rate_ratio
+
+
+def ratios(config: ScheduleConfig, steps: int) -> list[float]:
+    return [learning_rate_ratio(config, step, steps) for step in range(steps)]
+
+
+def test_warm_up_is_linear_and_ends_at_the_peak():
+    found = ratios(ScheduleConfig(kind="constant", warmup_steps=4), 10)
+    assert found == [0.25, 0.5, 0.75] + [1.0] * 7
+
+
+def test_cosine_passes_the_middle_and_ends_at_the_final_ratio():
+    found = ratios(ScheduleConfig(kind="cosine", warmup_steps=0, final_ratio=0.1), 100)
+    assert found[49] == pytest.approx(0.55) and found[-1] == pytest.approx(0.1)
+    assert found[24] == pytest.approx(0.1 + 0.9 * (1 + math.cos(math.pi / 4)) / 2)
+
+
+def test_exponential_falls_by_the_same_factor_each_step():
+    found = ratios(ScheduleConfig(kind="exponential", warmup_steps=0, final_ratio=0.01), 50)
+    factors = {round(after / before, 9) for before, after in itertools.pairwise(found)}
+    assert len(factors) == 1 and found[-1] == pytest.approx(0.01)
+
+
+def test_cool_down_is_linear_to_zero_from_where_the_middle_ends():
+    found = ratios(ScheduleConfig(kind="exponential", warmup_steps=2, final_ratio=0.1, cooldown_steps=4), 20)
+    assert found[15] == pytest.approx(0.1)
+    assert found[16:] == pytest.approx([0.08, 0.06, 0.04, 0.02])  # and 0 behind the last step
+
+
+def test_wsd_is_flat_between_warm_up_and_decay():
+    found = ratios(ScheduleConfig(kind="wsd", warmup_steps=3, cooldown_steps=5), 20)
+    assert found[2:15] == [1.0] * 13 and found[15] < 1 and found[-1] > 0
+
+
+@given(
+    st.sampled_from(["cosine", "exponential", "wsd", "constant"]),
+    st.integers(0, 40),
+    st.integers(1, 40),
+    st.integers(0, 100),
+    st.floats(0.01, 1),
+)
+def test_rises_then_never_rises_again_and_stays_between_zero_and_one(kind, warmup, cooldown, middle, final_ratio):
+    config = ScheduleConfig(kind=kind, warmup_steps=warmup, cooldown_steps=cooldown, final_ratio=final_ratio)
+    found = ratios(config, warmup + middle + cooldown)
+    assert all(0 < ratio <= 1 for ratio in found)
+    falling = found[max(warmup - 1, 0) :]
+    assert all(before >= after - 1e-12 for before, after in itertools.pairwise(falling))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"warmup_steps": -1}, "warmup_steps is -1; it must be at least 0"),
+        ({"final_ratio": 1.5}, "final_ratio is 1.5; it must lie between 0 and 1"),
+        ({"kind": "exponential", "final_ratio": 0.0}, "above 0 where schedule.kind is exponential"),
+        ({"kind": "wsd"}, "cooldown_steps is 0: give the decay some steps"),
+    ],
+)
+def test_what_cannot_be_scheduled_is_refused(values, message):
+    with pytest.raises(ValueError, match=message):
+        ScheduleConfig(**values)
+
+
+def test_a_run_too_short_for_its_schedule_is_refused():
+    with pytest.raises(ValueError, match=r"together exceed training.steps \(100\)"):
+        ScheduleConfig(warmup_steps=60, cooldown_steps=60).check_steps(100)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import random
@@ -99,6 +100,7 @@ def in_a_process(run: RunConfig, calls_path: Path, kill_at: int = 0) -> int:
 
 def train_then_kill_another(folder: Path, seed: int, kills: int, overrides: dict[str, Any]) -> None:
     """Train in folder/whole; train in folder/killed, dying at random points, then to the end. Prints how each ended."""
+    importlib.import_module("torch._dynamo")  # torch.optim wants it: imported once for all that are forked off
     generator = random.Random(seed)
     for name in ("whole", "killed"):
         (folder / name).mkdir()

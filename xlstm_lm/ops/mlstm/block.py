@@ -12,11 +12,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from xlstm_lm.ops.mlstm.gates import BlockGates, drop_unseen_, weights_between_steps
+from xlstm_lm.ops.mlstm.gates import BlockGates, Reach, drop_unseen_, weights_between_steps
 from xlstm_lm.ops.mlstm.recurrence import State
 
-CPU_PART_STEPS = 1024
-"""Steps (of any rows and heads) in a part, for each CPU thread: few enough for the cache, enough to hide the calls."""
+CPU_PART_SIZE = 2**18
+"""Numbers of k and v in a part, for each CPU thread: few enough for its cache, enough to hide what the calls cost."""
 
 
 class Options(NamedTuple):
@@ -36,18 +36,20 @@ class Parts:
     contiguous.
     """
 
-    def __init__(self, gates: BlockGates) -> None:
+    def __init__(self, gates: BlockGates, k_BTHK: Tensor, v_BTHV: Tensor) -> None:
         _, H, B, self.N, L = gates.steps_FHBNL.shape
         self.heads, self.rows = H, B
         if gates.m_HB.device.type == "cpu":
-            sequences = max(1, CPU_PART_STEPS * torch.get_num_threads() // (self.N * L))
+            size = self.N * L * (k_BTHK.shape[-1] + v_BTHV.shape[-1])
+            sequences = max(1, CPU_PART_SIZE * torch.get_num_threads() // size)
             self.heads, self.rows = min(H, max(1, sequences // B)), min(B, sequences)
         self.weights = [part.flatten(1, 3)[..., None].unbind() for part in self.of(gates.steps_FHBNL, 1)]
         self.decay = [part.flatten(0, 1) for part in self.of(gates.decay_HBPS)]
         if gates.segment_BNL is None:
-            self.segments = [None] * len(self.decay)
+            self.reach = [None] * len(self.decay)
         else:
-            self.segments = list(gates.segment_BNL.split(self.rows)) * len(gates.m_HB.split(self.heads))
+            reach = Reach.of(gates.segment_BNL, gates.m_HB.dtype)
+            self.reach = list(map(Reach, *(x.split(self.rows) for x in reach))) * len(gates.m_HB.split(self.heads))
 
     def of(self, x_HBX: Tensor, head_dim: int = 0) -> list[Tensor]:
         """The parts of a tensor whose rows follow its heads."""
@@ -75,20 +77,20 @@ def forward_block(
 
     `has_state` is False where `state` is known to be the empty one.
     """
-    parts, N, dtype = Parts(gates), gates.steps_FHBNL.shape[3], d_HBNL.dtype
+    parts, N, dtype = Parts(gates, *inputs[1:]), gates.steps_FHBNL.shape[3], d_HBNL.dtype
     scale = inputs[0].shape[-1] ** -0.5
     next_C, next_n = torch.empty_like(state[0]), torch.empty_like(state[1])
-    for (key, bound, unit, *apart), decay, segment, q, k, v, h, d_out, C_in, n_in, C_out, n_out in zip(
+    for (key, bound, unit, *apart), decay, reach, q, k, v, h, d_out, C_in, n_in, C_out, n_out in zip(
         parts.weights,
         parts.decay,
-        parts.segments,
+        parts.reach,
         *(parts.of_block(x) for x in (*inputs, h_BTHV)),
         *(parts.of(x) for x in (d_HBNL, state[0], state[1], next_C, next_n)),
     ):
         q, k, v = _matrices(q, dtype), _matrices(k, dtype), _matrices(v, dtype)
         if not has_state:
             C_in = n_in = None
-        weighted_q, weighted_k, weight, *_ = _weighted(q, k, key, apart, segment)
+        weighted_q, weighted_k, weight, *_ = _weighted(q, k, key, apart, reach)
         num, d = torch.bmm(weight, v), weight.sum(-1, keepdim=True)
         if needs_next or N > 1:
             added_C, added_n = torch.bmm(weighted_k.mT, v), weighted_k.sum(1)
@@ -125,7 +127,7 @@ def backward_block(
     gradients of the log forget gates up to and with its own; and the gradients of C and n before the block (None
     unless `has_state`).
     """
-    parts = Parts(gates)
+    parts = Parts(gates, *inputs[1:])
     _, bound_HBNL, unit_HBNL, *_ = gates.steps_FHBNL
     inverse_HBNL = _inverse_normalizer(d_HBNL, bound_HBNL, unit_HBNL, inputs[0].shape[-1] ** -0.5, options)
     if options.normalize:
@@ -138,7 +140,7 @@ def backward_block(
     for tensors in zip(
         parts.weights,
         parts.decay,
-        parts.segments,
+        parts.reach,
         *(parts.of_block(x) for x in (*inputs, h_BTHV, dh_BTHV, *gradients)),
         *(parts.of(x) for x in (inverse_HBNL, towards_d_HBNL, k_dk_HBNL, q_dq_HBNL)),
         *(parts.of(x) if has_state else nothing for x in state[:2]),
@@ -152,7 +154,7 @@ def backward_block(
 def _backward_part(
     weights: Sequence[Tensor],
     decay: Tensor,
-    segment: Tensor | None,
+    reach: Reach | None,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -180,11 +182,11 @@ def _backward_part(
     dv = dnum * h  # in the place where dv comes to stand
     delta = dv.sum(-1, keepdim=True).mul_(towards_d.flatten(0, 2)[..., None])  # dL/dd
 
-    weighted_q, weighted_k, weight, seen_k, between = _weighted(q, k, key, apart, segment)
+    weighted_q, weighted_k, weight, seen_k, between = _weighted(q, k, key, apart, reach)
     torch.bmm(weight.mT, dnum, out=dv)
     dscores = torch.bmm(dnum, v.mT, out=weight).add_(delta)
     if between is None:
-        drop_unseen_(dscores, segment)
+        drop_unseen_(dscores, reach)
     else:
         dscores.mul_(between)
 
@@ -203,7 +205,7 @@ def _backward_part(
         dC, dn = _decayed_back(dC, dC_out, decay[..., 1:]), _decayed_back(dn, dn_out, decay[..., 1:])
         dv.baddbmm_(weighted_k, dC.mT)
         dk_state = torch.bmm(v, dC).add_(dn[:, None])
-    dq, dk = _unweighted(q, seen_k, key, apart, segment, dscores, dq_state, dk_state)
+    dq, dk = _unweighted(q, seen_k, key, apart, reach, dscores, dq_state, dk_state)
 
     for out, gradient in ((dq_out, dq), (dk_out, dk), (dv_out, dv)):
         out.copy_(gradient.view(out.shape))
@@ -219,7 +221,7 @@ def _matrices(x_HBNLX: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _weighted(
-    q: Tensor, k: Tensor, key: Tensor, apart: Sequence[Tensor], segment: Tensor | None
+    q: Tensor, k: Tensor, key: Tensor, apart: Sequence[Tensor], reach: Reach | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
     """q as it reads the state, k as it adds to it, the values' weights in the chunk, k as q meets it there, the factor.
 
@@ -228,13 +230,12 @@ def _weighted(
     """
     if apart:
         query, c, x = apart
-        between = weights_between_steps(c, x, segment)
+        between = weights_between_steps(c, x, reach)
         return q * query, k * key, torch.bmm(q, k.mT).mul_(between), k, between
     seen_k = weighted_k = k * key
-    weight = drop_unseen_(torch.bmm(q, seen_k.mT), segment)
-    if segment is not None:
-        first, last = _ends(segment)
-        q, weighted_k = _masked(q, first), _masked(seen_k, last)
+    weight = drop_unseen_(torch.bmm(q, seen_k.mT), reach)
+    if reach is not None:
+        q, weighted_k = _by_row(q, reach.first_BNL1), _by_row(seen_k, reach.last_BNL1)
     return q, weighted_k, weight, seen_k, None
 
 
@@ -243,7 +244,7 @@ def _unweighted(
     seen_k: Tensor,
     key: Tensor,
     apart: Sequence[Tensor],
-    segment: Tensor | None,
+    reach: Reach | None,
     dscores: Tensor,
     dq_state: Tensor | None,
     dk_state: Tensor | None,
@@ -256,23 +257,17 @@ def _unweighted(
         if dk_state is not None:
             dk.addcmul_(dk_state, key)
         return dq, dk
-    if segment is not None:
-        first, last = _ends(segment)
-        dq_state = None if dq_state is None else _masked(dq_state, first)
-        dk_state = None if dk_state is None else _masked(dk_state, last)
+    if reach is not None:
+        dq_state = None if dq_state is None else _by_row(dq_state, reach.first_BNL1)
+        dk_state = None if dk_state is None else _by_row(dk_state, reach.last_BNL1)
     dq = torch.bmm(dscores, seen_k) if dq_state is None else dq_state.baddbmm_(dscores, seen_k)
     dk = torch.bmm(dscores.mT, q) if dk_state is None else dk_state.baddbmm_(dscores.mT, q)
     return dq, dk.mul_(key)
 
 
-def _ends(segment_BNL: Tensor) -> tuple[Tensor, Tensor]:
-    """Where a chunk's first segment is, which reads the state before it, and its last one, which adds to the state."""
-    return segment_BNL == 0, segment_BNL == segment_BNL[..., -1:]
-
-
-def _masked(x_GLX: Tensor, mask_BNL: Tensor) -> Tensor:
-    """x where the mask of its row is True, else 0."""
-    return (x_GLX.view(-1, *mask_BNL.shape, x_GLX.shape[-1]) * mask_BNL[..., None]).view(x_GLX.shape)
+def _by_row(x_GLX: Tensor, factor_BNL1: Tensor) -> Tensor:
+    """x times a factor for each row, the same for all heads."""
+    return (x_GLX.unflatten(0, (-1, *factor_BNL1.shape[:2])) * factor_BNL1).view(x_GLX.shape)
 
 
 def _inverse_normalizer(d: Tensor, bound: Tensor, unit: Tensor, scale: float, options: Options) -> Tensor:

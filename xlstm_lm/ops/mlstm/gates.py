@@ -39,19 +39,36 @@ class BlockGates(NamedTuple):
     """Number of resets in the chunk up to and with this step (None without resets)."""
 
 
-def weights_between_steps(c_GL1: Tensor, x_GL1: Tensor, segment_BNL: Tensor | None) -> Tensor:
+class Reach(NamedTuple):
+    """What resets leave in reach within each chunk, as ones and zeros to multiply with."""
+
+    seen_BNLL: Tensor
+    """1 where step t sees step s: not after it, and no reset in between."""
+    first_BNL1: Tensor
+    """1 before the first reset, where the state before the chunk is read."""
+    last_BNL1: Tensor
+    """1 from the last reset on, where steps add to the state after the chunk."""
+
+    @classmethod
+    def of(cls, segment_BNL: Tensor, dtype: torch.dtype) -> Reach:
+        """From the number of resets up to each step."""
+        seen_BNLL = (segment_BNL[..., :, None] == segment_BNL[..., None, :]).to(dtype).tril_()
+        first_BNL, last_BNL = segment_BNL == 0, segment_BNL == segment_BNL[..., -1:]
+        return cls(seen_BNLL, first_BNL[..., None].to(dtype), last_BNL[..., None].to(dtype))
+
+
+def weights_between_steps(c_GL1: Tensor, x_GL1: Tensor, reach: Reach | None) -> Tensor:
     """Weight of step s at step t of its chunk, (G, L, L) for G = heads * B * N; 0 unless s reaches t."""
     weight_GLL = c_GL1.mT - x_GL1
     # Above the diagonal the difference may be anything: keep exp finite there, then drop it.
-    return drop_unseen_(weight_GLL.clamp_max_(0.0).exp_(), segment_BNL)
+    return drop_unseen_(weight_GLL.clamp_max_(0.0).exp_(), reach)
 
 
-def drop_unseen_(weight_GLL: Tensor, segment_BNL: Tensor | None) -> Tensor:
+def drop_unseen_(weight_GLL: Tensor, reach: Reach | None) -> Tensor:
     """Set to 0 in place what step t does not see: steps after it or before a reset."""
-    weight_GLL.tril_()
-    if segment_BNL is not None:
-        same_BNLL = segment_BNL[..., :, None] == segment_BNL[..., None, :]
-        weight_GLL.view(-1, *same_BNLL.shape).mul_(same_BNLL)
+    if reach is None:
+        return weight_GLL.tril_()
+    weight_GLL.view(-1, *reach.seen_BNLL.shape).mul_(reach.seen_BNLL)
     return weight_GLL
 
 

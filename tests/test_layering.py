@@ -1,0 +1,66 @@
+"""The house rules: imports go one way, and the operations, the models and their benchmark need torch alone."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+MAY_IMPORT = {
+    "ops": set(),
+    "parallel": {"ops"},
+    "data": {"ops"},
+    "models": {"ops", "recipe"},
+    "training": {"ops", "models", "data", "parallel", "config", "recipe"},
+    "hub": {"ops", "models", "data", "training", "recipe"},
+}
+
+
+def own_imports(file: Path) -> set[str]:
+    """Modules of the package that a file imports, anywhere in it."""
+    nodes = list(ast.walk(ast.parse(file.read_text())))
+    names = {node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module}
+    names |= {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    return {name for name in names if name.split(".")[0] in ("xlstm_lm", "eval")}
+
+
+@pytest.mark.parametrize("part", MAY_IMPORT)
+def test_imports_go_one_way(part):
+    for file in (ROOT / "xlstm_lm" / part).rglob("*.py"):
+        parts = {name.split(".")[1] for name in own_imports(file) if name.startswith("xlstm_lm.")}
+        assert parts <= MAY_IMPORT[part] | {part}, file
+
+
+def test_the_package_never_imports_its_studies():
+    assert not [file for file in (ROOT / "xlstm_lm").rglob("*.py") if "eval" in str(own_imports(file))]
+
+
+def test_no_two_files_import_each_other():
+    files = list((ROOT / "xlstm_lm").rglob("*.py"))
+    names = {".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): file for file in files}
+    imports = {name: own_imports(file) - {name} for name, file in names.items()}
+    assert not [(a, b) for a, of_a in imports.items() for b in of_a if a in imports.get(b, set())]
+
+
+def test_operations_and_models_need_torch_alone():
+    others = [
+        "deepspeed",
+        "datasets",
+        "transformers",
+        "tokenizers",
+        "wandb",
+        "pydantic",
+        "yaml",
+        "safetensors",
+        "fsspec",
+    ]
+    script = f"""
+import sys
+sys.modules.update(dict.fromkeys({others!r}))
+import eval.kernels, xlstm_lm.doctor, xlstm_lm.ops.conv, xlstm_lm.ops.loss, xlstm_lm.models.accounting
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=ROOT)

@@ -15,7 +15,7 @@ from torch import Tensor
 from xlstm_lm.ops.mlstm.gates import BlockGates, Reach, drop_unseen_, weights_between_steps
 from xlstm_lm.ops.mlstm.recurrence import State
 
-CPU_PART_SIZE = 2**18
+CPU_PART_SIZE = 2**19
 """Numbers of k and v in a part, for each CPU thread: few enough for its cache, enough to hide what the calls cost."""
 
 
@@ -54,6 +54,8 @@ class Parts:
     def of(self, x_HBX: Tensor, head_dim: int = 0) -> list[Tensor]:
         """The parts of a tensor whose rows follow its heads."""
         some_heads = x_HBX.split(self.heads, head_dim)
+        if self.rows == x_HBX.shape[head_dim + 1]:
+            return list(some_heads)
         return [part for heads in some_heads for part in heads.split(self.rows, head_dim + 1)]
 
     def of_block(self, x_BTHX: Tensor) -> list[Tensor]:

@@ -1,0 +1,381 @@
+"""Triton kernels on one number a step and head: what the gates weigh before the mLSTM's products, and their gradients
+after them.
+
+Exponents are kept in base 2. Within a chunk of L steps let b be the running sum of the log forget gates and m_t the
+recurrent stabilizer. Step s counts exp2(c_s - x_t) at a later step t of its chunk, with c = log input gate - b and
+x = m - b; the state before the chunk counts exp2(m_before - x_t), and step s counts exp2(c_s - x_last) in the state
+after it. (Chunkwise form: arXiv 2503.14376.)
+
+Sequences of "borders" have T + 1 entries: entry t stands before step t.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+LOG2E = tl.constexpr(1.4426950408889634)
+SMALLEST = tl.constexpr(-3.4028234663852886e38)
+BLOCK = 512
+"""Steps that one program of these kernels takes at a time."""
+
+
+class Gates(NamedTuple):
+    """What the products need of the gates, all but `segment` float32 (B, H, ...)."""
+
+    c_BHT: Tensor
+    """Log weight of a step's key."""
+    x_BHT: Tensor
+    """What is subtracted from it at the step that reads."""
+    m_BHT1: Tensor
+    """Stabilizer at each border."""
+    segment_BT1: Tensor | None
+    """Number of resets up to each border, int32; None without resets."""
+
+
+@triton.jit
+def log2_sigmoid(x):
+    """log2(sigmoid(x)), to full precision at both ends."""
+    small = tl.exp(-tl.abs(x))
+    rounded = 1.0 + small
+    log1p = tl.where(rounded == 1.0, small, tl.log(rounded) * (small / (rounded - 1.0)))
+    return (tl.minimum(x, 0.0) - log1p) * LOG2E
+
+
+@triton.jit
+def _later(forget_1, m_1, forget_2, m_2):
+    """Two spans of steps as one: what it forgets, and the stabilizer after it from an empty state."""
+    return forget_1 + forget_2, tl.maximum(m_1 + forget_2, m_2)
+
+
+@triton.jit
+def chunk_weights(c_ptr, x_ptr, x_query_ptr, m_ptr, segment_ptr, first, T, L: tl.constexpr, HAS_RESETS: tl.constexpr):
+    """The chunk from step `first`: c, x as queries use it, segment, weight of the state before at each step, weight of
+    each step in the state after, and what is left in that of the state before."""
+    t = first + tl.arange(0, L)
+    inside = t < T
+    c = tl.load(c_ptr + t, inside, float("-inf"))
+    x_query = tl.load(x_query_ptr + t, inside, float("inf"))
+    last = tl.minimum(first + L, T)
+    x_last = tl.load(x_ptr + last - 1)
+    m_before = tl.load(m_ptr + first)
+    query = tl.exp2(m_before - x_query)
+    key = tl.exp2(c - x_last)
+    kept = tl.exp2(m_before - x_last)
+    segment = t
+    if HAS_RESETS:
+        segment = tl.load(segment_ptr + t + 1, inside, -1)
+        segment_before = tl.load(segment_ptr + first)
+        segment_last = tl.load(segment_ptr + last)
+        query = tl.where(segment == segment_before, query, 0.0)
+        key = tl.where(segment == segment_last, key, 0.0)
+        kept = tl.where(segment_before == segment_last, kept, 0.0)
+    return c, x_query, segment, query, key, kept
+
+
+@triton.jit
+def weights_between(c, x, segment, REVERSE: tl.constexpr, L: tl.constexpr, HAS_RESETS: tl.constexpr):
+    """Weight (reader, source) of each step in a chunk at each other: readers are queries, or keys if REVERSE."""
+    step = tl.arange(0, L)
+    if REVERSE:
+        seen = step[:, None] <= step[None, :]
+        exponent = c[:, None] - x[None, :]
+    else:
+        seen = step[:, None] >= step[None, :]
+        exponent = c[None, :] - x[:, None]
+    if HAS_RESETS:
+        seen = seen & (segment[:, None] == segment[None, :])
+    return tl.where(seen, tl.exp2(exponent), 0.0)
+
+
+@triton.jit(do_not_specialize=["T"])
+def gates_kernel(
+    i_ptr,
+    f_ptr,
+    segment_ptr,
+    c_ptr,
+    x_ptr,
+    m_ptr,
+    i_strides,
+    f_strides,
+    T,
+    H,
+    L: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SIGMOID: tl.constexpr,
+    HAS_RESETS: tl.constexpr,
+):
+    """One head's c, x and m from its gates, all steps in order. The first entry of m is there already."""
+    pair = tl.program_id(0).to(tl.int64)
+    row, head = pair // H, pair % H
+    i_ptr += row * i_strides[0] + head * i_strides[2]
+    f_ptr += row * f_strides[0] + head * f_strides[2]
+    segment_ptr += row * (T + 1)
+    c_ptr += pair * T
+    x_ptr += pair * T
+    m_ptr += pair * (T + 1)
+    m_before = tl.load(m_ptr)
+    for first in range(0, T, BLOCK):
+        t = first + tl.arange(0, BLOCK)
+        inside = t < T
+        log_input = tl.load(i_ptr + t.to(tl.int64) * i_strides[1], inside, float("-inf")).to(tl.float32)
+        forget = tl.load(f_ptr + t.to(tl.int64) * f_strides[1], inside, 0.0).to(tl.float32)
+        log_forget = tl.where(inside, log2_sigmoid(forget), 0.0)
+        if SIGMOID:
+            log_input = log2_sigmoid(log_input)
+        else:
+            log_input = log_input * LOG2E
+        passing = log_forget
+        if HAS_RESETS:
+            restarts = tl.load(segment_ptr + t, inside, 0) != tl.load(segment_ptr + t + 1, inside, 0)
+            passing = tl.where(restarts, float("-inf"), log_forget)
+            log_forget = tl.where(restarts, 0.0, log_forget)  # what is forgotten is empty already
+        b = tl.reshape(tl.cumsum(tl.reshape(log_forget, [BLOCK // L, L]), 1), [BLOCK])
+        if SIGMOID:
+            m = tl.zeros([BLOCK], tl.float32)
+        else:
+            passed, m = tl.associative_scan((passing, log_input), 0, _later)
+            m = tl.maximum(tl.maximum(m, passed + m_before), SMALLEST)
+            m_before = tl.sum(tl.where(tl.arange(0, BLOCK) == BLOCK - 1, m, 0.0))
+        tl.store(c_ptr + t, log_input - b, inside)
+        tl.store(x_ptr + t, m - b, inside)
+        tl.store(m_ptr + t + 1, m, inside)
+
+
+@triton.jit
+def normalizer(d, m, eps):
+    """What num is divided by: max(|d|, 1 in units of e^m), and eps in units of 1."""
+    return tl.maximum(tl.abs(d), tl.exp2(-m)) + eps
+
+
+@triton.jit(do_not_specialize=["T", "eps", "scale"])
+def rows_kernel(
+    h_ptr,
+    dh_ptr,
+    d_ptr,
+    x_ptr,
+    m_ptr,
+    x_divided_ptr,
+    delta_ptr,
+    q_dq_ptr,
+    h_strides,
+    dh_strides,
+    T,
+    H,
+    eps,
+    scale,
+    V: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    ROWS: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+):
+    """What the backward needs of each output row, from h . dh, the normalizer d and the stabilizer.
+
+    x_divided is x with the division of num by the normalizer, and the scale of q, put into the exponent. delta is dL/dd
+    times what num is divided by. q . dq follows because num and d are linear in q.
+    """
+    blocks = tl.cdiv(T, ROWS)
+    program = tl.program_id(0).to(tl.int64)
+    pair = program // blocks
+    row, head = pair // H, pair % H
+    t = (program % blocks) * ROWS + tl.arange(0, ROWS)
+    inside = t < T
+    h_ptr += row * h_strides[0] + head * h_strides[2]
+    dh_ptr += row * dh_strides[0] + head * dh_strides[2]
+    value = tl.arange(0, BLOCK_V)
+    mask = inside[:, None] & (value < V)[None, :]
+    h = tl.load(h_ptr + t[:, None] * h_strides[1] + value[None, :] * h_strides[3], mask, 0.0).to(tl.float32)
+    dh = tl.load(dh_ptr + t[:, None] * dh_strides[1] + value[None, :] * dh_strides[3], mask, 0.0).to(tl.float32)
+    h_dh = tl.sum(h * dh, 1)
+    m = tl.load(m_ptr + pair * (T + 1) + t + 1, inside, 0.0)
+    x = tl.load(x_ptr + pair * T + t, inside, 0.0)
+    if NORMALIZE:
+        d = tl.load(d_ptr + pair * T + t, inside, 0.0)
+        divisor = normalizer(d, m, eps)
+        active = tl.abs(d) > tl.exp2(-m)
+        x += tl.log2(divisor) - tl.log2(scale)
+        delta = tl.where(active, tl.where(d > 0, -h_dh, h_dh), 0.0)
+        q_dq = tl.where(active, h_dh * (eps / divisor), h_dh)
+    else:
+        x -= m + tl.log2(scale)
+        delta = tl.zeros([ROWS], tl.float32)
+        q_dq = h_dh
+    tl.store(delta_ptr + pair * T + t, delta, inside)
+    tl.store(x_divided_ptr + pair * T + t, x, inside)
+    tl.store(q_dq_ptr + pair * T + t, q_dq, inside)
+
+
+@triton.jit(do_not_specialize=["T", "steps", "has_border"])
+def gate_gradients_kernel(
+    i_ptr,
+    f_ptr,
+    segment_ptr,
+    q_dq_ptr,
+    k_dk_ptr,
+    border_ptr,
+    di_ptr,
+    df_ptr,
+    i_strides,
+    f_strides,
+    di_strides,
+    df_strides,
+    T,
+    H,
+    steps,
+    pairs,
+    has_border,
+    PARTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SIGMOID: tl.constexpr,
+    HAS_RESETS: tl.constexpr,
+):
+    """The gradients of both gates in one super-chunk of `steps` steps, last steps first.
+
+    Step t's log forget gate acts on all that later steps get from earlier ones: within the super-chunk that is the
+    sum of q . dq - k . dk from t on, beyond it the product of the state at the border and its gradient.
+    """
+    supers = tl.cdiv(T, steps)
+    program = tl.program_id(0).to(tl.int64)
+    pair, super_chunk = program // supers, (program % supers).to(tl.int32)
+    row, head = pair // H, pair % H
+    i_ptr += row * i_strides[0] + head * i_strides[2]
+    f_ptr += row * f_strides[0] + head * f_strides[2]
+    di_ptr += row * di_strides[0] + head * di_strides[2]
+    df_ptr += row * df_strides[0] + head * df_strides[2]
+    segment_ptr += row * (T + 1)
+    beyond = 0.0
+    if has_border:
+        beyond = tl.load(border_ptr + pair * (supers + 1) + super_chunk + 1)
+    end = tl.minimum((super_chunk + 1) * steps, T)
+    blocks = tl.cdiv(end - super_chunk * steps, BLOCK)
+    for block in range(0, blocks):
+        t = super_chunk * steps + (blocks - 1 - block) * BLOCK + tl.arange(0, BLOCK)
+        inside = t < end
+        k_dk = tl.zeros([BLOCK], tl.float32)
+        for part in tl.static_range(PARTS):
+            k_dk += tl.load(k_dk_ptr + (part * tl.cast(pairs, tl.int64) + pair) * T + t, inside, 0.0)
+        difference = tl.load(q_dq_ptr + pair * T + t, inside, 0.0) - k_dk
+        dforget = tl.cumsum(difference, 0, reverse=True) + beyond
+        beyond += tl.sum(difference)
+        t_long = t.to(tl.int64)
+        dforget *= tl.sigmoid(-tl.load(f_ptr + t_long * f_strides[1], inside, 0.0).to(tl.float32))
+        if HAS_RESETS:
+            restarts = tl.load(segment_ptr + t, inside, 0) != tl.load(segment_ptr + t + 1, inside, 0)
+            dforget = tl.where(restarts, 0.0, dforget)
+        if SIGMOID:
+            k_dk *= tl.sigmoid(-tl.load(i_ptr + t_long * i_strides[1], inside, 0.0).to(tl.float32))
+        tl.store(di_ptr + t_long * di_strides[1], k_dk.to(di_ptr.dtype.element_ty), inside)
+        tl.store(df_ptr + t_long * df_strides[1], dforget.to(df_ptr.dtype.element_ty), inside)
+
+
+def make_gates(
+    i_BTH: Tensor, f_BTH: Tensor, resets_BT: Tensor | None, m_BH: Tensor | None, L: int, *, sigmoid: bool
+) -> Gates:
+    """The weights of chunks of L steps (a divisor of 512), from the gates and the stabilizer before the first step."""
+    assert BLOCK % L == 0
+    B, T, H = i_BTH.shape
+    c_BHT, x_BHT = (torch.empty(B, H, T, dtype=torch.float32, device=i_BTH.device) for _ in range(2))
+    m_BHT1 = torch.empty(B, H, T + 1, dtype=torch.float32, device=i_BTH.device)
+    if m_BH is None or sigmoid:
+        m_BHT1[..., 0] = 0.0 if sigmoid else float("-inf")
+    else:
+        m_BHT1[..., 0] = m_BH * LOG2E.value
+    segment_BT1 = None
+    if resets_BT is not None:
+        segment_BT1 = torch.nn.functional.pad(resets_BT.cumsum(1, dtype=torch.int32), (1, 0))
+    gates_kernel[(B * H,)](
+        i_BTH,
+        f_BTH,
+        c_BHT if segment_BT1 is None else segment_BT1,
+        c_BHT,
+        x_BHT,
+        m_BHT1,
+        i_BTH.stride(),
+        f_BTH.stride(),
+        T,
+        H,
+        L=L,
+        BLOCK=BLOCK,
+        SIGMOID=sigmoid,
+        HAS_RESETS=segment_BT1 is not None,
+        num_warps=4,
+    )
+    return Gates(c_BHT, x_BHT, m_BHT1, segment_BT1)
+
+
+def row_terms(
+    h_BTHV: Tensor, dh_BTHV: Tensor, d_BHT: Tensor, gates: Gates, *, K: int, normalize: bool, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """x with the division by the normalizer in it, delta and q . dq, each (B, H, T): see `rows_kernel`."""
+    B, T, H, V = h_BTHV.shape
+    x_divided_BHT, delta_BHT, q_dq_BHT = (torch.empty_like(gates.x_BHT) for _ in range(3))
+    rows = 16
+    rows_kernel[(B * H * triton.cdiv(T, rows),)](
+        h_BTHV,
+        dh_BTHV,
+        d_BHT,
+        gates.x_BHT,
+        gates.m_BHT1,
+        x_divided_BHT,
+        delta_BHT,
+        q_dq_BHT,
+        h_BTHV.stride(),
+        dh_BTHV.stride(),
+        T,
+        H,
+        eps,
+        K**-0.5,
+        V=V,
+        BLOCK_V=triton.next_power_of_2(V),
+        ROWS=rows,
+        NORMALIZE=normalize,
+        num_warps=4,
+    )
+    return x_divided_BHT, delta_BHT, q_dq_BHT
+
+
+def gate_gradients(
+    i_BTH: Tensor,
+    f_BTH: Tensor,
+    gates: Gates,
+    q_dq_BHT: Tensor,
+    k_dk_PBHT: Tensor,
+    border_BHS1: Tensor | None,
+    steps: int,
+    *,
+    sigmoid: bool,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of i and f: from k . dk in P parts, q . dq, and at each border the product of the state and its
+    gradient (None where no super-chunk of `steps` steps is followed by anything)."""
+    B, T, H = i_BTH.shape
+    di_BTH, df_BTH = torch.empty_like(i_BTH), torch.empty_like(f_BTH)
+    segment = gates.c_BHT if gates.segment_BT1 is None else gates.segment_BT1
+    gate_gradients_kernel[(B * H * triton.cdiv(T, steps),)](
+        i_BTH,
+        f_BTH,
+        segment,
+        q_dq_BHT,
+        k_dk_PBHT,
+        q_dq_BHT if border_BHS1 is None else border_BHS1,
+        di_BTH,
+        df_BTH,
+        i_BTH.stride(),
+        f_BTH.stride(),
+        di_BTH.stride(),
+        df_BTH.stride(),
+        T,
+        H,
+        steps,
+        B * H,
+        int(border_BHS1 is not None),
+        PARTS=k_dk_PBHT.shape[0],
+        BLOCK=BLOCK,
+        SIGMOID=sigmoid,
+        HAS_RESETS=gates.segment_BT1 is not None,
+        num_warps=4,
+    )
+    return di_BTH, df_BTH

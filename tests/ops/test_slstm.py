@@ -6,15 +6,15 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from xlstm_lm.ops.native import load_kernels
 from xlstm_lm.ops.slstm import BACKENDS, choose_backend, slstm
-from xlstm_lm.ops.slstm.compiled import load_kernel
 
 BACKEND_NAMES = pytest.mark.parametrize("backend", sorted(BACKENDS))
 
 
 @pytest.fixture(autouse=True, scope="module")
 def compiled_kernel():
-    load_kernel()  # not being able to build it is a failure here, with the reason
+    load_kernels()  # not being able to build it is a failure here, with the reason
 
 
 def inputs(B, T, H, D, *, dtype=torch.float64, seed=0, state=False, scale=1.5):

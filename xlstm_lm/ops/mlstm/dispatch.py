@@ -8,15 +8,19 @@ import torch
 from torch import Tensor
 
 from xlstm_lm.ops.mlstm.chunkwise import mlstm_chunkwise
+from xlstm_lm.ops.mlstm.compiled import mlstm_compiled
 from xlstm_lm.ops.mlstm.recurrence import State, mlstm_recurrence
 from xlstm_lm.ops.mlstm.step import mlstm_step
+from xlstm_lm.ops.native import kernels_available
 
 BACKENDS: dict[str, Callable[..., tuple[Tensor, State | None]]] = {
     "recurrence": mlstm_recurrence,
     "chunkwise": mlstm_chunkwise,
+    "compiled": mlstm_compiled,
     "step": mlstm_step,
 }
-"""The mLSTM's forms by name: the definition, one to train with, one to generate with (one token, no gradient)."""
+"""The mLSTM's forms by name: the definition, two to train with (on any device; on a CPU, faster), one to generate with
+(one token, no gradient)."""
 
 INPUT_GATES = ("exp", "sigmoid")
 
@@ -56,7 +60,7 @@ def mlstm(
         after the last step too, in float32 (float64 for float64 inputs). input_gate: "exp" or "sigmoid". normalize:
         False leaves the denominator away: h_t = C_t^T q'_t as written above (with e^m), for either gate; eps is
             not used.
-        chunk_length: steps a chunk of the chunkwise backend; None picks one.
+        chunk_length: steps a chunk of the chunkwise and compiled backends; None picks one.
         eps: added to the stabilized denominator, so that in true units it is eps e^m.
         backend: a name of `BACKENDS`, or "auto" (see `choose_backend`).
 
@@ -76,6 +80,8 @@ def mlstm(
     if backend == "auto":
         state = () if initial_state is None else initial_state
         backend = choose_backend(q, k, v, i, f, *state)
+    elif backend == "compiled" and q.device.type != "cpu":
+        raise ValueError(f"The mLSTM backend 'compiled' takes CPU tensors, but q is on {q.device}: choose 'auto'.")
     elif backend not in BACKENDS:
         raise ValueError(
             f"Unknown mLSTM backend {backend!r}: choose 'auto' or one of {', '.join(map(repr, BACKENDS))}."
@@ -98,9 +104,14 @@ def mlstm(
 
 
 def choose_backend(q_BTHK: Tensor, *others: Tensor) -> str:
-    """What "auto" means for such inputs (`others`: k, v, i, f, the state): "step" for one token without gradient."""
+    """What "auto" means for such inputs (`others`: k, v, i, f, the state): "step" for one token without gradient, else
+    on a CPU "compiled", which is built on first use. "chunkwise" where that cannot be and on other devices.
+    """
     needs_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in (q_BTHK, *others))
-    return "step" if q_BTHK.shape[1] == 1 and not needs_gradient else "chunkwise"
+    if q_BTHK.shape[1] == 1 and not needs_gradient:
+        return "step"
+    slow = "the mLSTM runs as batched matrix products in PyTorch (`chunkwise`), which is slower"
+    return "compiled" if q_BTHK.device.type == "cpu" and kernels_available(slow) else "chunkwise"
 
 
 def _check(

@@ -2,7 +2,7 @@
 
 #pragma once
 
-#include "simd.h"
+#include "../simd.h"
 
 namespace {
 

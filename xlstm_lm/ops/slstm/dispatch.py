@@ -7,7 +7,8 @@ from collections.abc import Callable
 import torch
 
 from xlstm_lm.ops.announce import announce_once
-from xlstm_lm.ops.slstm.compiled import kernel_available, slstm_compiled
+from xlstm_lm.ops.native import kernels_available
+from xlstm_lm.ops.slstm.compiled import slstm_compiled
 from xlstm_lm.ops.slstm.recurrence import SLSTMState, slstm_recurrence
 
 BACKENDS: dict[str, Callable] = {"recurrence": slstm_recurrence, "compiled": slstm_compiled}
@@ -17,7 +18,8 @@ BACKENDS: dict[str, Callable] = {"recurrence": slstm_recurrence, "compiled": sls
 def choose_backend(wx: torch.Tensor) -> str:
     """The backend that `backend="auto"` takes for an input like `wx`. Builds the CPU kernel on first use."""
     if wx.device.type == "cpu":
-        return "compiled" if kernel_available() else "recurrence"
+        slow = "the sLSTM runs step by step in Python, which is far slower"
+        return "compiled" if kernels_available(slow) else "recurrence"
     announce_once(f"no fused sLSTM kernel for {wx.device.type}: the cell runs step by step in Python (`recurrence`)")
     return "recurrence"
 

@@ -22,7 +22,7 @@
 #include <vector>
 
 #include "cell.h"
-#include "simd.h"
+#include "../simd.h"
 
 namespace {
 

@@ -1,4 +1,4 @@
-// Vectors as wide as the machine's, the elementary functions that the cell needs on them, and small matrix products.
+// Vectors as wide as the machine's, the elementary functions that the cells need on them, and small matrix products.
 
 #pragma once
 
@@ -7,7 +7,10 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <memory>
+#include <new>
 #include <type_traits>
+#include <utility>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -22,12 +25,13 @@ constexpr int kVectorBytes = 32;
 #else
 constexpr int kVectorBytes = 16;
 #endif
-// A tile of the products is kTileRows rows by four vectors of sums; with its operands it has to fit the registers.
+// A tile of the products holds kTileSums vectors of sums; with its operands it has to fit the registers.
 #if defined(__AVX512F__) || defined(__aarch64__)
-constexpr int kTileRows = 4;
+constexpr int kTileSums = 16;
 #else
-constexpr int kTileRows = 2;
+constexpr int kTileSums = 8;
 #endif
+constexpr int kTileRows = kTileSums / 4;  // of a tile four vectors wide
 
 template <typename T> struct Simd {
   static constexpr int width = kVectorBytes / sizeof(T);
@@ -53,6 +57,83 @@ template <typename T> inline void store(T* to, Vec<T> value) { std::memcpy(to, &
 template <typename T> inline void store(T* to, Vec<T> value, int64_t count) {
   std::memcpy(to, &value, std::min<int64_t>(count, Simd<T>::width) * sizeof(T));
 }
+#if defined(__AVX512F__)
+inline unsigned lanes(int64_t count, int width) { return count >= width ? ~0u : (1u << count) - 1; }
+template <> inline Vec<float> load(const float* from, int64_t count) {
+  return Vec<float>(_mm512_maskz_loadu_ps(__mmask16(lanes(count, 16)), from));
+}
+template <> inline Vec<double> load(const double* from, int64_t count) {
+  return Vec<double>(_mm512_maskz_loadu_pd(__mmask8(lanes(count, 8)), from));
+}
+template <> inline void store(float* to, Vec<float> value, int64_t count) {
+  _mm512_mask_storeu_ps(to, __mmask16(lanes(count, 16)), __m512(value));
+}
+template <> inline void store(double* to, Vec<double> value, int64_t count) {
+  _mm512_mask_storeu_pd(to, __mmask8(lanes(count, 8)), __m512d(value));
+}
+#endif
+
+// Lanes LANE(0), LANE(1), ... of a and, from `width` on, of b.
+template <typename T, auto LANE, std::size_t... J>
+inline Vec<T> shuffle(Vec<T> a, Vec<T> b, std::index_sequence<J...>) {
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, LANE(int(J))...);
+#else
+  return __builtin_shuffle(a, b, typename Simd<T>::ivec{LANE(int(J))...});
+#endif
+}
+template <typename T, auto LANE> inline Vec<T> shuffle(Vec<T> a, Vec<T> b) {
+  return shuffle<T, LANE>(a, b, std::make_index_sequence<Simd<T>::width>());
+}
+
+// The sum of a vector's lanes.
+template <typename T, int HALF = Simd<T>::width / 2> inline T total(Vec<T> x) {
+  if constexpr (HALF == 0) return x[0];
+  else return total<T, HALF / 2>(x + shuffle<T, [](int lane) { return lane ^ HALF; }>(x, x));
+}
+
+// Transposes a square of as many rows as a vector has lanes: halves swap places, then halves of the halves.
+template <int HALF, typename T> inline void swap_halves(Vec<T> (&rows)[Simd<T>::width]) {
+  constexpr int W = Simd<T>::width;
+  for (int i = 0; i < W; ++i)
+    if ((i & HALF) == 0) {
+      const Vec<T> a = rows[i], b = rows[i + HALF];
+      rows[i] = shuffle<T, [](int lane) { return lane & HALF ? W + lane - HALF : lane; }>(a, b);
+      rows[i + HALF] = shuffle<T, [](int lane) { return lane & HALF ? W + lane : lane + HALF; }>(a, b);
+    }
+  if constexpr (HALF > 1) swap_halves<HALF / 2, T>(rows);
+}
+
+// to (columns, rows) = from (rows, columns) transposed; both sizes are multiples of the vector width.
+template <typename T>
+void transpose(T* to, int64_t to_row, const T* from, int64_t from_row, int64_t rows, int64_t columns) {
+  constexpr int W = Simd<T>::width;
+  for (int64_t row = 0; row < rows; row += W)
+    for (int64_t column = 0; column < columns; column += W) {
+      Vec<T> square[W];
+      for (int i = 0; i < W; ++i) square[i] = load(from + (row + i) * from_row + column);
+      swap_halves<W / 2, T>(square);
+      for (int i = 0; i < W; ++i) store(to + (column + i) * to_row + row, square[i]);
+    }
+}
+
+// Zeroed memory of one thread, handed out in pieces that begin on cache lines.
+template <typename T> class Scratch {
+  static constexpr int64_t kLine = 64 / sizeof(T);
+  struct Free {
+    void operator()(T* memory) const { ::operator delete(memory, std::align_val_t(64)); }
+  };
+  std::unique_ptr<T, Free> memory_;
+  T* next_;
+
+ public:
+  static int64_t rounded(int64_t count) { return (count + kLine - 1) / kLine * kLine; }
+  explicit Scratch(int64_t count)
+      : memory_(static_cast<T*>(::operator new(count * sizeof(T), std::align_val_t(64)))), next_(memory_.get()) {
+    std::fill_n(next_, count, T(0));
+  }
+  T* take(int64_t count) { return std::exchange(next_, next_ + rounded(count)); }
+};
 
 // Elementary functions. float: polynomials fitted by reweighted least squares to a relative error below 1e-8, before
 // rounding. double: the standard library's, lane by lane; it is there to be exact. NaN stays NaN.
@@ -119,12 +200,12 @@ class FlushDenormals {
 };
 
 // out[r][v] += sum over k of a[r * a_row + k * a_step] * b[k * b_step + v * b_vector]: the heart of every product
-// here. Few rows take several k at a time, so that enough sums are under way.
+// here. Small tiles take several k at a time, so that enough sums are under way.
 template <typename T, int ROWS, int VECTORS>
 inline void multiply_add(
     Vec<T> (&out)[ROWS][VECTORS], int64_t depth, const T* a, int64_t a_row, int64_t a_step, const T* b, int64_t b_step,
     int64_t b_vector) {
-  constexpr int SPLIT = kTileRows / ROWS;
+  constexpr int SPLIT = std::max(1, std::min(4, kTileSums / (ROWS * VECTORS)));
   Vec<T> sums[SPLIT][ROWS][VECTORS] = {};
   int64_t k = 0;
   for (; k + SPLIT <= depth; k += SPLIT)
@@ -145,39 +226,40 @@ inline void multiply_add(
       for (int v = 0; v < VECTORS; ++v) out[r][v] += sums[s][r][v];
 }
 
-// Calls body(first row, number of rows as a compile-time constant) for rows in tiles.
-template <typename F> inline void in_tiles(int64_t rows, F body) {
-  int64_t row = 0;
-  for (; row + kTileRows <= rows; row += kTileRows) body(row, std::integral_constant<int, kTileRows>{});
-  if constexpr (kTileRows > 2)
-    if (row + 2 <= rows) {
-      body(row, std::integral_constant<int, 2>{});
-      row += 2;
-    }
-  if (row < rows) body(row, std::integral_constant<int, 1>{});
+// Calls body(first row, number of rows as a compile-time constant) for rows in tiles of ROWS, a power of two, and
+// what is left over in smaller ones.
+template <int ROWS = kTileRows, typename F> inline void in_tiles(int64_t rows, F body, int64_t row = 0) {
+  for (; row + ROWS <= rows; row += ROWS) body(row, std::integral_constant<int, ROWS>{});
+  if constexpr (ROWS > 1)
+    if (row < rows) in_tiles<ROWS / 2>(rows, body, row);
 }
 
-// out (rows, vectors) = or += a b, tile by tile; `b` panels of four vectors and then of one.
+// out (rows, vectors) = a b, or with ACCUMULATE keep * out + a b, tile by tile, `b` in panels of up to four vectors.
 template <bool ACCUMULATE, typename T>
 void product(
     T* out, int64_t out_row, int64_t rows, int64_t vectors, int64_t depth, const T* a, int64_t a_row, int64_t a_step,
-    const T* b, int64_t b_step) {
+    const T* b, int64_t b_step, T keep = T(1)) {
   constexpr int W = Simd<T>::width;
   auto panel = [&](int64_t first, auto count) {
-    in_tiles(rows, [&](int64_t row, auto tile) {
+    constexpr int ROWS = std::min<int>(8, std::bit_floor(unsigned(kTileSums / count.value)));
+    in_tiles<ROWS>(rows, [&](int64_t row, auto tile) {
       Vec<T> sums[tile.value][count.value] = {};
       multiply_add<T, tile.value, count.value>(
           sums, depth, a + row * a_row, a_row, a_step, b + first * W, b_step, W);
       for (int r = 0; r < tile.value; ++r)
         for (int v = 0; v < count.value; ++v) {
           T* to = out + (row + r) * out_row + (first + v) * W;
-          store(to, ACCUMULATE ? load(to) + sums[r][v] : sums[r][v]);
+          store(to, ACCUMULATE ? keep * load(to) + sums[r][v] : sums[r][v]);
         }
     });
   };
   int64_t v = 0;
   for (; v + 4 <= vectors; v += 4) panel(v, std::integral_constant<int, 4>{});
-  for (; v < vectors; ++v) panel(v, std::integral_constant<int, 1>{});
+  switch (vectors - v) {
+    case 3: panel(v, std::integral_constant<int, 3>{}); break;
+    case 2: panel(v, std::integral_constant<int, 2>{}); break;
+    case 1: panel(v, std::integral_constant<int, 1>{}); break;
+  }
 }
 
 }  // namespace

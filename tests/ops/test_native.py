@@ -1,4 +1,4 @@
-"""Building the compiled sLSTM cell: without a compiler, by several processes at once, and after a killed build."""
+"""Building the compiled kernels: without a compiler, by several processes at once, and after a killed build."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def start(extensions: Path, **environment: str) -> subprocess.Popen:
 def test_without_a_compiler_the_definition_runs_and_says_so_once(tmp_path):
     output, log = start(tmp_path, CXX="/nonexistent/c++").communicate(timeout=120)
     assert output.split() == ["recurrence", "recurrence", "0.0"]
-    assert log.count("no compiled sLSTM CPU kernel, so the cell runs step by step in Python") == 1
+    assert log.count("no compiled CPU kernels, so the sLSTM runs step by step in Python") == 1
     assert "C++20 compiler" in log
 
 
@@ -63,5 +63,5 @@ def test_a_killed_build_neither_blocks_nor_misleads_the_next_processes(tmp_path)
     both = [start(tmp_path), start(tmp_path)]
     results = [process.communicate(timeout=400) for process in both]
     assert [output.split()[0] for output, _ in results] == ["compiled", "compiled"]
-    assert sum(log.count("building the sLSTM CPU kernel") for _, log in results) == 1
+    assert sum(log.count("building the CPU kernels") for _, log in results) == 1
     assert sorted(path.suffix for path in (tmp_path / "xlstm_lm").iterdir()) == ["", ".so"]  # the lock, the library

@@ -1,0 +1,103 @@
+// How a row is cut into chunks, and what the gates of a chunk amount to.
+
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <limits>
+#include <vector>
+
+#include "../simd.h"
+
+namespace {
+
+constexpr int64_t kSpan = 4;  // chunks between two states that the forward pass keeps
+
+// Steps start, ..., start + length - 1. A reset begins a new chunk, so that no chunk holds steps of two documents;
+// `empty` says that the state before it is. Chunks and spans are numbered through all rows.
+struct Chunk {
+  int64_t start, length, index, span;
+  bool empty;
+};
+
+// The chunks of a row, after `chunks` and `spans` of the rows before it.
+inline std::vector<Chunk> cut_row(
+    const bool* resets, int64_t steps, int64_t longest, bool has_initial_state, int64_t chunks, int64_t spans) {
+  std::vector<Chunk> out;
+  for (int64_t start = 0; start < steps; start += out.back().length) {
+    const int64_t end = std::min(start + longest, steps);
+    const int64_t next = resets ? std::find(resets + start + 1, resets + end, true) - resets : end;
+    const bool empty = (resets && resets[start]) || (start == 0 && !has_initial_state);
+    const int64_t before = out.size();
+    out.push_back({start, next - start, chunks + before, spans + before / kSpan, empty});
+  }
+  return out;
+}
+
+// e^x, infinite where it overflows.
+template <typename T> inline Vec<T> unbounded_exponential(Vec<T> x) {
+  const T highest = sizeof(T) == 4 ? T(88) : T(709.7);
+  return x > highest ? splat(std::numeric_limits<T>::infinity()) : exponential(x);
+}
+
+template <typename T> inline Vec<T> log_sigmoid(Vec<T> x) {
+  return (x < T(0) ? x : Vec<T>{}) - log_one_plus(exponential(x < T(0) ? x : -x));
+}
+
+// e^(c - x), which is at most 1 wherever a step is seen.
+template <typename T> inline Vec<T> weight(Vec<T> c, T x) {
+  const Vec<T> exponent = c - x;
+  return exponential(exponent > T(0) ? Vec<T>{} : exponent);
+}
+
+// Within a chunk let b be the running sum of the log forget gates and c = log input gate - b. At step t step s weighs
+// exp(c_s - x_t), with x the running maximum of c that starts at the m before the chunk; m_t = b_t + x_t is the
+// recurrent stabilizer. The sigmoid input gate needs no stabilizer: m = 0, x = -b.
+template <typename T> struct Gates {
+  T *forget, *input;  // before their activation
+  T *c, *x, *m;
+  T *query, *key;  // weight of the state before the chunk at each step; of each step in the state after it
+  T decay;         // weight of the state before the chunk in the one after it
+
+  static int64_t scratch(int64_t longest) { return 7 * Scratch<T>::rounded(longest); }
+  Gates(Scratch<T>& memory, int64_t longest) {
+    for (T** part : {&forget, &input, &c, &x, &m, &query, &key}) *part = memory.take(longest);
+  }
+
+  // Makes all else from `forget` and `input`.
+  void prepare(const Chunk& chunk, T m_before, bool sigmoid_gate) {
+    constexpr int W = Simd<T>::width;
+    const T lowest = std::numeric_limits<T>::lowest(), infinity = std::numeric_limits<T>::infinity();
+    for (int64_t t = 0; t < chunk.length; t += W) {
+      store(x + t, log_sigmoid<T>(load(forget + t)));
+      store(c + t, sigmoid_gate ? log_sigmoid<T>(load(input + t)) : load(input + t));
+    }
+    if (chunk.empty) x[0] = T(0);  // there is nothing to forget
+    double b = 0.0;
+    T highest = std::max(m_before, lowest);
+    for (int64_t t = 0; t < chunk.length; ++t) {
+      b += x[t];
+      c[t] -= T(b);
+      highest = std::max(highest, c[t]);
+      x[t] = sigmoid_gate ? T(-b) : highest;
+      m[t] = sigmoid_gate ? T(0) : std::max(T(b) + highest, lowest);
+    }
+    for (int64_t t = chunk.length; t % W; ++t) c[t] = -infinity;
+    const T last = x[chunk.length - 1];
+    for (int64_t t = 0; t < chunk.length; t += W) {
+      store(query + t, exponential(m_before - load(x + t)));
+      store(key + t, weight<T>(load(c + t), last));
+    }
+    decay = query[chunk.length - 1];
+  }
+
+  // The weights of a vector of steps from `first` on at step t; the steps after t have none.
+  Vec<T> weights(int64_t t, int64_t first) const {
+    using integer = typename Simd<T>::integer;
+    typename Simd<T>::ivec lane;
+    for (int j = 0; j < Simd<T>::width; ++j) lane[j] = integer(j);
+    return lane <= integer(t - first) ? weight<T>(load(c + first), x[t]) : Vec<T>{};
+  }
+};
+
+}  // namespace

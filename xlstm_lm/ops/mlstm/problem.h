@@ -1,0 +1,107 @@
+// What a call computes, how it is shared out, and how its tensors are read into tiles and written from them.
+
+#pragma once
+
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+
+#include <cmath>
+#include <optional>
+#include <vector>
+
+#include "../simd.h"
+#include "chunk.h"
+
+namespace {
+
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+template <typename T> T* pointer(const Tensor& x) { return x.data_ptr<T>(); }
+
+// Elements (row, step, head) of an input or output of any strides; the last dimension is contiguous.
+template <typename T> struct Strided {
+  T* data;
+  int64_t row, step, head;
+  Strided(const Tensor& x) : data(pointer<T>(x)), row(x.stride(0)), step(x.stride(1)), head(x.stride(2)) {}
+  T* at(int64_t b, int64_t t, int64_t h) const { return data + b * row + t * step + h * head; }
+};
+
+struct Options {
+  bool sigmoid_gate, normalize;
+  double eps;
+};
+
+template <typename T> struct Problem {
+  static constexpr int64_t W = Simd<T>::width;
+  int64_t B, steps, H, K, V, longest, kp, vp;  // kp, vp: K and V in whole vectors
+  T scale;
+  Options options;
+  Strided<T> q, k, v, i, f;
+  std::vector<std::vector<Chunk>> rows;
+  int64_t chunks = 0, spans = 0;
+
+  Problem(
+      const Tensor& q_, const Tensor& k_, const Tensor& v_, const Tensor& i_, const Tensor& f_,
+      const OptionalTensor& resets, bool has_initial_state, int64_t chunk_length, const Options& options_)
+      : B(q_.size(0)), steps(q_.size(1)), H(q_.size(2)), K(q_.size(3)), V(v_.size(3)),
+        longest(padded(std::min(chunk_length, steps))), kp(padded(K)), vp(padded(V)),
+        scale(T(1.0 / std::sqrt(double(K)))), options(options_), q(q_), k(k_), v(v_), i(i_), f(f_) {
+    for (int64_t b = 0; b < B; ++b) {
+      const bool* row = resets ? resets->const_data_ptr<bool>() + b * steps : nullptr;
+      rows.push_back(cut_row(row, steps, chunk_length, has_initial_state, chunks, spans));
+      chunks = rows.back().back().index + 1;
+      spans = rows.back().back().span + 1;
+    }
+  }
+
+  static int64_t padded(int64_t count) { return (count + W - 1) / W * W; }
+  T empty_m() const { return options.sigmoid_gate ? T(0) : -std::numeric_limits<T>::infinity(); }
+  int64_t state_size() const { return kp * vp + kp; }  // C and n in scratch memory
+  int64_t C_at(int64_t b, int64_t h) const { return (b * H + h) * K * V; }
+  int64_t n_at(int64_t b, int64_t h) const { return (b * H + h) * K; }
+
+  int64_t state_at(const Chunk& chunk, int64_t h) const { return (chunk.span * H + h) * state_size(); }
+
+  template <typename F> void for_each_task(int64_t scratch, F body) const {
+    at::parallel_for(0, B * H, 1, [&](int64_t begin, int64_t end) {
+      FlushDenormals flush;
+      for (int64_t task = begin; task < end; ++task) {
+        Scratch<T> memory(scratch);
+        body(memory, task / H, task % H);
+      }
+    });
+  }
+
+  void load_gates(Gates<T>& gates, const Chunk& chunk, T m_before, int64_t b, int64_t h) const {
+    for (int64_t t = 0; t < chunk.length; ++t) {
+      gates.forget[t] = *f.at(b, chunk.start + t, h);
+      gates.input[t] = *i.at(b, chunk.start + t, h);
+    }
+    gates.prepare(chunk, m_before, options.sigmoid_gate);
+  }
+};
+
+// to (rows, whole vectors) = factor * from; the rest of the last vector of a row becomes zero.
+template <typename T>
+void copy_in(T* to, int64_t to_row, const T* from, int64_t from_row, int64_t rows, int64_t columns, T factor = T(1)) {
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t j = 0; j < columns; j += Simd<T>::width)
+      store(to + r * to_row + j, factor * load(from + r * from_row + j, columns - j));
+}
+
+template <typename T>
+void copy_out(T* to, int64_t to_row, const T* from, int64_t from_row, int64_t rows, int64_t columns, T factor = T(1)) {
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t j = 0; j < columns; j += Simd<T>::width)
+      store(to + r * to_row + j, factor * load(from + r * from_row + j), columns - j);
+}
+
+// to = weight of its row * from
+template <typename T> void weigh_rows(T* to, const T* from, const T* weight, int64_t rows, int64_t row) {
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t j = 0; j < row; j += Simd<T>::width)
+      store(to + r * row + j, weight[r] * load(from + r * row + j));
+}
+
+}  // namespace

@@ -1,0 +1,130 @@
+"""The C++ kernels of the CPU: all built into one library, once, and loaded into the process that asks first.
+
+The library is built in a folder of its own and moved to its final name in torch's extension directory when it is whole,
+so a build that is killed leaves nothing that a later process could load or wait for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from xlstm_lm.ops.announce import announce_once
+
+_OPS = Path(__file__).parent
+_SOURCES = [_OPS / name for name in ("mlstm/mlstm_cpu.cpp", "slstm/slstm_cpu.cpp")]
+_HEADERS = [_OPS / name for name in ("simd.h", "mlstm/chunk.h", "mlstm/problem.h", "slstm/cell.h")]
+# Nothing that would let the compiler assume away infinities and NaNs: m = -inf is the empty state.
+_FLAGS = ["-std=c++20", "-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-Wno-psabi"]
+_NATIVE_FLAG = "-mcpu=native" if platform.machine() in ("aarch64", "arm64") else "-march=native"
+_OPENMP_FLAGS = ["-fopenmp"] if platform.system() == "Linux" else []  # Apple's clang has none; one thread there
+
+
+def kernels_available(consequence: str) -> bool:
+    """Whether the compiled kernels can be used here; builds them if need be.
+
+    Where they cannot be used, says so once, with the `consequence` for the operation that asks.
+    """
+    try:
+        load_kernels()
+    except RuntimeError as error:
+        announce_once(f"no compiled CPU kernels, so {consequence}: {error}")
+        return False
+    return True
+
+
+def load_kernels() -> None:
+    """Load the kernels' library into this process, after building it where nobody has yet.
+
+    Raises:
+        RuntimeError: it can be neither built nor loaded; says why and what to install.
+    """
+    problem = _load_once()
+    if problem is not None:
+        raise RuntimeError(problem)
+
+
+@functools.cache
+def _load_once() -> str | None:
+    """None when the library is loaded, else what went wrong; cached, so that a failing build is not tried each call."""
+    try:
+        path = _library_path()
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with _only_one_process(path.parent / "building"):
+                if not path.exists():
+                    for left_by_a_killed_process in path.parent.glob("build_*"):
+                        shutil.rmtree(left_by_a_killed_process, ignore_errors=True)
+                    _build(path)
+                    return None
+        torch.ops.load_library(path)
+    except (OSError, RuntimeError, ImportError, subprocess.SubprocessError) as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        reason = next((line for line in lines if "error:" in line or "not found" in line), lines[-1])
+        return (
+            f"{reason} (the kernels need a C++20 compiler such as g++ 11 or newer, ninja, and a folder to write to, "
+            "which TORCH_EXTENSIONS_DIR can name)"
+        )
+    return None
+
+
+def _library_path() -> Path:
+    """Where the library for these sources, these flags, this torch and this processor belongs."""
+    root = os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "torch_extensions"
+    parts = [torch.__version__, platform.machine(), _processor_features(), _NATIVE_FLAG, *_FLAGS, *_OPENMP_FLAGS]
+    parts += [source.read_text() for source in (*_SOURCES, *_HEADERS)]
+    digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+    return Path(root) / "xlstm_lm" / f"cpu_kernels_{digest}.so"
+
+
+def _processor_features() -> str:
+    """What `-march=native` depends on: a home directory may be shared by machines with different processors."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith(("flags", "Features")):
+                return line
+    return f"{platform.processor()} {torch.backends.cpu.get_cpu_capability()}"
+
+
+@contextlib.contextmanager
+def _only_one_process(path: Path) -> Iterator[None]:
+    """Hold an advisory lock on `path`; the system drops it with the process, however that ends."""
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _build(path: Path) -> None:
+    """Compile the library, load it, and move it to `path`."""
+    from torch.utils import cpp_extension  # slow to import, and only needed here
+
+    announce_once(f"building the CPU kernels, once, about a minute, into {path}")
+    # ninja from the registry lies beside the interpreter, which is not on PATH when that is called by its full name.
+    search_path = os.environ.get("PATH", "")
+    os.environ["PATH"] = os.pathsep.join([search_path, str(Path(sys.executable).parent)])
+    try:
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix="build_") as folder:
+            cpp_extension.load(
+                name=path.stem,
+                sources=[str(source) for source in _SOURCES],
+                extra_cflags=[*_FLAGS, _NATIVE_FLAG, *_OPENMP_FLAGS],
+                extra_ldflags=_OPENMP_FLAGS,
+                build_directory=folder,
+                is_python_module=False,
+                with_cuda=False,
+            )
+            (Path(folder) / path.name).replace(path)
+    finally:
+        os.environ["PATH"] = search_path

@@ -39,13 +39,13 @@ def test_a_step_that_is_not_finite_changes_nothing(stage, fault):
 def test_two_processes_equal_a_plain_loop(tmp_path):
     run_ranks(2, "equivalence.py", tmp_path / "report.json")
     report = json.loads((tmp_path / "report.json").read_text())
-    assert len(report) == 18
+    assert len(report) == 14
     for case, differences in report.items():
         for name, difference in differences.items():
             assert difference < TOLERANCE, (case, name)
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("stage", [0, 2, 3])
 def test_bf16_keeps_float32_weights_and_moments(stage):
     """Updates far below bf16's resolution add up, and training goes as in float32 but for rounding."""
     world = join_world()
@@ -100,6 +100,13 @@ def test_unknown_stage_and_unreadable_offload_are_refused():
         check_deepspeed_section({"zero_optimization": {"stage": 4}})
     with pytest.raises(ValueError, match=r"offload_optimizer .*device cpu"):
         check_deepspeed_section({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}})
+
+
+def test_half_of_a_launchers_variables_is_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    with pytest.raises(ValueError, match=r"WORLD_SIZE is 2 but .*MASTER_ADDR.* is not set: start .* torchrun"):
+        join_world()
 
 
 def test_precision_is_taken_from_the_device(monkeypatch):

@@ -245,7 +245,7 @@ def kill_again_and_again(folder: Path, seed: int, kills: int, overrides: dict) -
 
 
 def test_killed_at_random_points_the_run_is_the_same_to_the_last_digit(tmp_path):
-    kill_again_and_again(tmp_path, seed=1, kills=6, overrides={})
+    kill_again_and_again(tmp_path, seed=1, kills=4, overrides={})
 
 
 @pytest.mark.slow
@@ -258,4 +258,4 @@ def test_killed_many_times_with_workers_at_any_stage(stage, tmp_path):
         "training__checkpoint_every": 2,
         "training__steps": 20,
     }
-    kill_again_and_again(tmp_path, seed=stage, kills=25, overrides=overrides)
+    kill_again_and_again(tmp_path, seed=stage, kills=8, overrides=overrides)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -94,5 +95,11 @@ def join_world() -> World:
             # No port and no network: a store inside this process.
             store = torch.distributed.HashStore()
             torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1, timeout=TIMEOUT)
+        atexit.register(_leave_world)
     rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
     return World(rank=rank, size=size, local_rank=local_rank, device=device)
+
+
+def _leave_world() -> None:
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

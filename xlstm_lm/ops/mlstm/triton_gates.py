@@ -252,7 +252,7 @@ def gate_gradients_kernel(
         beyond = tl.load(border_ptr + pair * (supers + 1) + super_chunk + 1)
     end = tl.minimum((super_chunk + 1) * steps, T)
     blocks = tl.cdiv(end - super_chunk * steps, BLOCK)
-    for block in range(0, blocks):
+    for block in range(blocks):
         t = super_chunk * steps + (blocks - 1 - block) * BLOCK + tl.arange(0, BLOCK)
         inside = t < end
         k_dk = tl.zeros([BLOCK], tl.float32)

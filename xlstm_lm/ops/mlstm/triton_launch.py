@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 
 class Launch(NamedTuple):
@@ -52,13 +51,18 @@ class Plan(NamedTuple):
 
 def launches(K: int, V: int, dtype: torch.dtype, architecture: str) -> Launches:
     wide_k, wide_v = padded(K), padded(V)
+
     def walk(rows, columns):
         return Launch(rows, min(columns, 64), 8 if rows >= 128 else 4, 1)
+
     return Launches(
         64 if dtype != torch.float32 else 32,
         "ieee",
         Launch(min(wide_k, 128), min(wide_v, 128), 4, 2),
-        walk(wide_k, wide_v), walk(wide_v, wide_k), walk(wide_v, wide_k), walk(wide_k, wide_v),
+        walk(wide_k, wide_v),
+        walk(wide_v, wide_k),
+        walk(wide_v, wide_k),
+        walk(wide_k, wide_v),
     )
 
 

@@ -54,7 +54,7 @@ def mlstm_triton(
     if initial_state is not None:
         state = unit_stabilizer(initial_state) if input_gate == "sigmoid" else initial_state
         C_BHKV, n_BHK, m_BH = (x.float() for x in state)
-    h_BTHV, C, n, m, *_ = torch.ops.xlstm_lm.mlstm_forward(
+    h_BTHV, C, n, m, *_ = forward(
         q_BTHK.to(dtype),
         k_BTHK.to(dtype),
         v_BTHV.to(dtype),
@@ -72,8 +72,7 @@ def mlstm_triton(
     return h_BTHV.to(v_BTHV.dtype), (C, n, m.detach()) if return_state else None
 
 
-@torch.library.custom_op("xlstm_lm::mlstm_forward", mutates_args=())
-def _forward(
+def launch_forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -93,9 +92,7 @@ def _forward(
     chosen = launches(K, v.shape[-1], q.dtype, architecture(q.device))
     plan = make_plan(chosen, B, T, H, q.device)
     gates = make_gates(i, f, resets, m, plan.L, sigmoid=sigmoid)
-    borders = border_states(
-        k, v, gates, None if C is None else (C, n), plan, chosen.states, to_the_end=return_state
-    )
+    borders = border_states(k, v, gates, None if C is None else (C, n), plan, chosen.states, to_the_end=return_state)
     h, d = walk_forward(
         q, k, v, gates, borders, plan, chosen.forward, has_state=C is not None, normalize=normalize, eps=eps
     )
@@ -105,7 +102,10 @@ def _forward(
     return h, *last, gates.c_BHT, gates.x_BHT, gates.m_BHT1, d
 
 
-@_forward.register_fake
+forward = torch.library.custom_op("xlstm_lm::mlstm_forward", launch_forward, mutates_args=())
+
+
+@forward.register_fake
 def _(q, k, v, i, f, resets, C, n, m, return_state, sigmoid, normalize, eps):
     B, T, H, K = q.shape
     shapes = ((B, H, K, v.shape[-1]), (B, H, K), (B, H)) if return_state else ((0,),) * 3
@@ -113,8 +113,7 @@ def _(q, k, v, i, f, resets, C, n, m, return_state, sigmoid, normalize, eps):
     return torch.empty_like(v), *(q.new_empty(shape, dtype=torch.float32) for shape in shapes)
 
 
-@torch.library.custom_op("xlstm_lm::mlstm_backward", mutates_args=())
-def _backward(
+def launch_backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -171,7 +170,10 @@ def _backward(
     return dq, dk, dv, di, df, d.new_empty(0), d.new_empty(0)
 
 
-@_backward.register_fake
+backward = torch.library.custom_op("xlstm_lm::mlstm_backward", launch_backward, mutates_args=())
+
+
+@backward.register_fake
 def _(q, k, v, i, f, resets, C, n, h, c, x, m, d, dh, dC_last, dn_last, sigmoid, normalize, eps):
     dstate = (torch.empty_like(C), torch.empty_like(n)) if C is not None else (d.new_empty(0), d.new_empty(0))
     return *(torch.empty_like(each) for each in (q, k, v, i, f)), *dstate
@@ -187,9 +189,9 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
 
 def _backward_of_forward(ctx: Any, dh: Tensor, dC: Tensor, dn: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     dlast = (dC, dn) if ctx.return_state else (None, None)
-    *gradients, dC_first, dn_first = torch.ops.xlstm_lm.mlstm_backward(*ctx.saved_tensors, dh, *dlast, *ctx.options)
+    *gradients, dC_first, dn_first = backward(*ctx.saved_tensors, dh, *dlast, *ctx.options)
     has_first = ctx.saved_tensors[6] is not None
     return *gradients, None, *((dC_first, dn_first) if has_first else (None, None)), *(None,) * 5
 
 
-_forward.register_autograd(_backward_of_forward, setup_context=_setup_context)
+forward.register_autograd(_backward_of_forward, setup_context=_setup_context)

@@ -146,7 +146,7 @@ def join_kernel(
     state = tl.zeros([BLOCK], tl.float32)
     if has_state:
         state = tl.load(state_ptr + border.to(tl.int64) * SIZE, inside, 0.0)
-    for _ in range(0, count):
+    for _ in range(count):
         border += step
         here = state_ptr + border.to(tl.int64) * SIZE
         state = state * tl.load(kept_ptr + pair * supers + super_chunk) + tl.load(here, inside, 0.0)

@@ -77,6 +77,11 @@ def test_text_is_continued_as_the_beginning_of_a_document(model):
     assert text == bytes(tokens).decode("utf-8", errors="replace")
 
 
+def test_only_tokens_of_the_tokenizer_are_drawn(model):
+    tokens = list(generate(model, [256], SamplingConfig(max_new_tokens=200, temperature=5.0), num_tokens=5))
+    assert set(tokens) == set(range(5))
+
+
 def test_an_empty_prompt_is_refused(model):
     with pytest.raises(ValueError, match="prompt is empty; give at least one character"):
         next(continue_text(model, build_tokenizer(TokenizerConfig()), "", SamplingConfig()))

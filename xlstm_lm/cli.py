@@ -44,7 +44,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run one command; a user's mistake ends with exit code 2 and one message."""
+    """Run one command; a user's mistake ends with exit code 2 and one message, a run that cannot go on with 1."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     # DeepSpeed's launcher puts its own flag before the command; the rank is in the environment as well.
@@ -110,9 +110,15 @@ def _train(options: argparse.Namespace) -> None:
     from xlstm_lm.config import load_run_config
     from xlstm_lm.training.loop import train
 
+    from xlstm_lm.training.durable_files import RunError
+
     overrides = {name: value for name, value in vars(options).items() if "." in name or name == "deepspeed"}
     run = load_run_config(options.config, overrides)
-    run_dir = train(run)
+    try:
+        run_dir = train(run)
+    except RunError as error:
+        print(f"xlstm-lm train: {error}", file=sys.stderr)
+        sys.exit(1)
     if int(os.environ.get("RANK", "0")) == 0:
         _conclude(run_dir, options.config, overrides)
 

@@ -46,11 +46,16 @@ def sample(logits_V: Tensor, config: SamplingConfig, generator: torch.Generator)
 
 @torch.inference_mode()
 def generate(
-    model: nn.Module, prompt: list[int], config: SamplingConfig, stop_token: int | None = None
+    model: nn.Module,
+    prompt: list[int],
+    config: SamplingConfig,
+    stop_token: int | None = None,
+    num_tokens: int | None = None,
 ) -> Iterator[int]:
     """Yield the tokens that follow `prompt`, each as soon as it is known, until `stop_token` or `max_new_tokens`.
 
-    Time and memory for a token do not depend on how many came before it.
+    Only ids below `num_tokens` are drawn: a model may have more rows in its head than the tokenizer has tokens. Time
+    and memory for a token do not depend on how many came before it.
 
     Raises:
         ValueError: the prompt is empty.
@@ -63,7 +68,7 @@ def generate(
     for piece_T in torch.tensor(prompt, device=device).split(PREFILL_TOKENS):
         hidden_BTD, state = model(piece_T.unsqueeze(0), state=state, return_state=True)
     for _ in range(config.max_new_tokens):
-        token = sample(model.logits(hidden_BTD[:, -1:])[0, -1], config, generator)
+        token = sample(model.logits(hidden_BTD[:, -1:])[0, -1, :num_tokens], config, generator)
         if token == stop_token:
             return
         yield token
@@ -82,6 +87,7 @@ def continue_text(model: nn.Module, tokenizer: Any, prompt: str, config: Samplin
     if not tokens:
         raise ValueError("The prompt is empty; give at least one character to continue.")
     decoder = tokenizer.decoder()
-    for token in generate(model, [tokenizer.end_of_document, *tokens], config, stop_token=tokenizer.end_of_document):
+    end = tokenizer.end_of_document
+    for token in generate(model, [end, *tokens], config, stop_token=end, num_tokens=tokenizer.vocab_size):
         yield decoder.push(token)
     yield decoder.finish()

@@ -8,10 +8,11 @@ import pytest
 import torch
 from equivalence import batches, build_engine, compare, compare_with_faults, engine_step
 from processes import run_ranks
-from tiny import TinyModel
+from tiny import VOCABULARY, TinyModel
 
 from xlstm_lm.parallel.process_group import join_world
 from xlstm_lm.training.deepspeed_config import check_deepspeed_section, choose_precision
+from xlstm_lm.training.engine import TrainingModule
 
 TOLERANCE = 2e-6
 
@@ -43,6 +44,17 @@ def test_two_processes_equal_a_plain_loop(tmp_path):
     for case, differences in report.items():
         for name, difference in differences.items():
             assert difference < TOLERANCE, (case, name)
+
+
+def test_the_z_loss_is_part_of_the_training_loss_alone():
+    tokens_BT = torch.randint(0, VOCABULARY, (2, 5))
+    plain, module = TrainingModule(TinyModel()), TrainingModule(TinyModel(), z_loss=0.1)
+    plain.model.load_state_dict(module.model.state_dict())
+    arguments = (tokens_BT, tokens_BT, torch.zeros(2, 5, dtype=torch.bool))
+    logits_BTV = module.model.head(module.model(tokens_BT))
+    penalty = 0.1 * logits_BTV.logsumexp(-1).square().sum()
+    torch.testing.assert_close(module(*arguments), plain(*arguments) + penalty)
+    torch.testing.assert_close(module.eval()(*arguments), plain(*arguments))
 
 
 @pytest.mark.parametrize("stage", [0, 2, 3])

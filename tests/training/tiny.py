@@ -50,9 +50,10 @@ class TinyModel(nn.Module):
     def layer(self, x_BTD: Tensor) -> Tensor:
         return self.down(torch.tanh(self.up(x_BTD)))
 
-    def loss(self, hidden_BTD: Tensor, targets_BT: Tensor, reduction: str = "sum") -> Tensor:
+    def loss(self, hidden_BTD: Tensor, targets_BT: Tensor, reduction: str = "sum", z_loss: float = 0.0) -> Tensor:
         logits_BTV = F.linear(hidden_BTD, self.head.weight).float()
         loss = F.cross_entropy(logits_BTV.flatten(0, 1), targets_BT.flatten(), reduction=reduction)
+        loss = loss + z_loss * logits_BTV.logsumexp(-1).square().sum()
         return loss + {"": 0.0, "gradient": 0.0, "loss": torch.inf}[self.fault]
 
     def no_decay_parameter_names(self) -> set[str]:

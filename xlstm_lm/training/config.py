@@ -35,6 +35,8 @@ class TrainingConfig:
     """bf16 with float32 master weights, or fp32; auto takes bf16 where the device computes it natively."""
     activation_checkpointing: bool = False
     """Whether each block's activations are recomputed in the backward pass instead of kept."""
+    z_loss: float = 0.0
+    """Weight of the squared log-normalizer of the logits in each token's training loss; 0 for none."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "log_every", "checkpoint_every", "keep_checkpoints"):
@@ -48,6 +50,8 @@ class TrainingConfig:
                 f"training.micro_batch_size is {self.micro_batch_size}; it must be at least 1, or null for all rows "
                 "of a device at once."
             )
+        if not self.z_loss >= 0:
+            raise ValueError(f"training.z_loss is {self.z_loss}; it must be at least 0 (none).")
         if not self.run_dir:
             raise ValueError("training.run_dir is empty; give the folder that the run shall write to.")
 

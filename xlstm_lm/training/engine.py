@@ -33,15 +33,18 @@ MicroBatch = tuple[Tensor, Tensor, Tensor]  # tokens_BT, targets_BT, resets_BT
 class TrainingModule(nn.Module):
     """A model with its loss in `forward`, because ZeRO-3 gathers weights only there."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, z_loss: float = 0.0) -> None:
         super().__init__()
         self.model = model
+        self.z_loss = z_loss
 
     def forward(self, tokens_BT: Tensor, targets_BT: Tensor | None, resets_BT: Tensor) -> Tensor | dict[str, Tensor]:
-        """The sum of the target tokens' losses in nats; without targets the gate statistics."""
+        """The sum of the target tokens' losses in nats, in training with the z-loss; without targets the gate
+        statistics."""
         if targets_BT is None:
             return self.model.gate_statistics(tokens_BT, resets_BT)
-        return self.model.loss(self.model(tokens_BT, resets_BT), targets_BT, reduction="sum")
+        z_loss = self.z_loss if self.training else 0.0
+        return self.model.loss(self.model(tokens_BT, resets_BT), targets_BT, reduction="sum", z_loss=z_loss)
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,7 @@ class TrainingEngine:
         precision: Precision,
         micro_batch_size: int,
         accumulation_steps: int,
+        z_loss: float = 0.0,
     ) -> None:
         """`model` has been built alike on every rank; `deepspeed_section` has passed `check_deepspeed_section`."""
         persistent = set(model.state_dict()) - {name for name, _ in model.named_parameters(remove_duplicate=False)}
@@ -89,7 +93,7 @@ class TrainingEngine:
         deepspeed.ops.__compatible_ops__ = {}
         deepspeed.init_distributed(dist_backend="nccl" if world.device.type == "cuda" else "gloo")
         # Moved first, so that torch sees parameters on the device they will stay on when it picks its fused kernel.
-        module = TrainingModule(model).to(world.device)
+        module = TrainingModule(model, z_loss).to(world.device)
         self._adamw = build_optimizer(optimizer_config, model.named_parameters(), model.no_decay_parameter_names())
         self._engine, *_ = deepspeed.initialize(model=module, optimizer=self._adamw, config=config)
         self._create_optimizer_state()

@@ -115,6 +115,7 @@ class Trainer:
             precision=choose_precision(run.training.precision, world.device),
             micro_batch_size=self.micro_rows,
             accumulation_steps=micro_batches,
+            z_loss=run.training.z_loss,
         )
         resources.callback(self.engine.close)
 

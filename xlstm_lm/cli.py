@@ -108,9 +108,8 @@ def _make_parser(with_fields: bool) -> _Parser:
 
 def _train(options: argparse.Namespace) -> None:
     from xlstm_lm.config import load_run_config
-    from xlstm_lm.training.loop import train
-
     from xlstm_lm.training.durable_files import RunError
+    from xlstm_lm.training.loop import train
 
     overrides = {name: value for name, value in vars(options).items() if "." in name or name == "deepspeed"}
     run = load_run_config(options.config, overrides)

@@ -9,6 +9,7 @@ because a failed assertion in the compiler takes its process with it.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import multiprocessing
 import os
@@ -47,7 +48,7 @@ class Case:
         return f"K{self.K} V{self.V} {self.dtype}{' resets' if self.resets else ''}"
 
 
-QUICK = (Case(K=256, V=512), Case(K=128, V=128, dtype="float32"))
+QUICK = (Case(K=256, V=512),)
 SHIPPED = tuple(
     Case(K=K, V=V, dtype=dtype, resets=resets)
     for dtype in ("bfloat16", "float16", "float32")
@@ -241,10 +242,8 @@ def compile_all(cases: tuple[Case, ...], targets: tuple[str, ...], only: str = "
                 sender.close()
                 result = {"problem": "the compiler ended its process, or took too long"}
                 if receiver.poll(TIME_LIMIT):
-                    try:
+                    with contextlib.suppress(EOFError):
                         result = receiver.recv()
-                    except EOFError:
-                        pass
                 else:
                     process.kill()
                 process.join()

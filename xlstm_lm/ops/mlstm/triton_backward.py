@@ -13,6 +13,7 @@ with readers r, sources s and what they carry w, all three gradients are outputs
 which is how the output h itself comes about, from r = q, s = k, w = v.
 """
 
+# ruff: noqa: RUF005 (Triton knows no starred expressions)
 from __future__ import annotations
 
 from typing import NamedTuple
@@ -22,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from xlstm_lm.ops.mlstm.triton_gates import Gates, chunk_weights, weights_between
+from xlstm_lm.ops.mlstm.triton_gates import Gates, chunk_weights, load_tile, store_tile, weights_between
 from xlstm_lm.ops.mlstm.triton_launch import Launch, Plan
 from xlstm_lm.ops.mlstm.triton_states import Borders
 
@@ -66,6 +67,7 @@ def backward_kernel(
     L: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_W: tl.constexpr,
+    PARTS: tl.constexpr,
     REVERSE: tl.constexpr,
     HAS_NORMALIZER: tl.constexpr,
     HAS_PRODUCT: tl.constexpr,
@@ -83,7 +85,6 @@ def backward_kernel(
     block, rest = (program % blocks).to(tl.int32), program // blocks
     super_chunk, pair = (rest % supers).to(tl.int32), rest // supers
     row, head = pair // H, pair % H
-    entry = tl.arange(0, BLOCK_S)
     carried = block * BLOCK_W + tl.arange(0, BLOCK_W)
     r_ptr += row * r_strides[0] + head * r_strides[2]
     s_ptr += row * s_strides[0] + head * s_strides[2]
@@ -104,16 +105,20 @@ def backward_kernel(
         there = (super_chunk < supers - 1) | (has_state != 0)
     else:
         there = (super_chunk > 0) | (has_state != 0)
-    state = tl.zeros([BLOCK_S, BLOCK_W], tl.float32)
+    state = ()
+    for part in tl.static_range(PARTS):
+        entry = part * BLOCK_S + tl.arange(0, BLOCK_S)
+        state_part = tl.zeros([BLOCK_S, BLOCK_W], tl.float32)
+        if there:
+            state_part = tl.load(
+                state_ptr + border * S * W + entry[:, None] * state_strides[0] + carried[None, :] * state_strides[1],
+                (entry < S)[:, None] & (carried < W)[None, :],
+                0.0,
+            )
+        state = state + (state_part,)
     n = tl.zeros([BLOCK_W], tl.float32)
-    if there:
-        state = tl.load(
-            state_ptr + border * S * W + entry[:, None] * state_strides[0] + carried[None, :] * state_strides[1],
-            (entry < S)[:, None] & (carried < W)[None, :],
-            0.0,
-        )
-        if HAS_NORMALIZER:
-            n = tl.load(n_ptr + border * W + carried, carried < W, 0.0)
+    if HAS_NORMALIZER and there:
+        n = tl.load(n_ptr + border * W + carried, carried < W, 0.0)
     begin = super_chunk * chunks
     end = tl.minimum(begin + chunks, tl.cdiv(T, L))
     for index in range(begin, end):
@@ -121,58 +126,39 @@ def backward_kernel(
         if REVERSE:
             chunk = end - 1 - (index - begin)
         first = chunk * L
-        first_long = first.to(tl.int64)
         t = tl.arange(0, L)
         inside = first + t < T
-        entries_inside = inside[:, None] & (entry < S)[None, :]
-        carried_inside = inside[:, None] & (carried < W)[None, :]
-        r = tl.load(
-            r_ptr + first_long * r_strides[1] + t[:, None] * r_strides[1] + entry[None, :] * r_strides[3],
-            entries_inside,
-            0.0,
-        )
-        s = tl.load(
-            s_ptr + first_long * s_strides[1] + t[:, None] * s_strides[1] + entry[None, :] * s_strides[3],
-            entries_inside,
-            0.0,
-        )
-        w = tl.load(
-            w_ptr + first_long * w_strides[1] + t[:, None] * w_strides[1] + carried[None, :] * w_strides[3],
-            carried_inside,
-            0.0,
-        )
+        w = load_tile(w_ptr, w_strides, first, block * BLOCK_W, T, W, L, BLOCK_W)
         c, x, segment, as_query, as_key, kept = chunk_weights(
             c_ptr, x_ptr, x_divided_ptr, m_ptr, segment_ptr, first, T, L, HAS_RESETS
         )
         reading, adding = as_query, as_key
         if REVERSE:
             reading, adding = as_key, as_query
-        scores = tl.dot(r, tl.trans(s), input_precision=PRECISION)
+        weighted_w = (w * adding[:, None]).to(w.dtype)
+        scores = tl.zeros([L, L], tl.float32)
+        out = tl.zeros([L, BLOCK_W], tl.float32)
+        state_next = ()
+        for part in tl.static_range(PARTS):
+            r = load_tile(r_ptr, r_strides, first, part * BLOCK_S, T, S, L, BLOCK_S)
+            s = load_tile(s_ptr, s_strides, first, part * BLOCK_S, T, S, L, BLOCK_S)
+            scores = tl.dot(r, tl.trans(s), scores, input_precision=PRECISION)
+            out = tl.dot(r, state[part].to(r.dtype), out, input_precision=PRECISION)
+            state_part = tl.dot(tl.trans(s), weighted_w, state[part] * kept, input_precision=PRECISION)
+            state_next = state_next + (state_part,)
+        state = state_next
         if HAS_NORMALIZER:
             delta = tl.load(delta_ptr + first + t, inside, 0.0)
             scores += delta[None, :] if REVERSE else delta[:, None]
         scores *= weights_between(c, x, segment, REVERSE, L, HAS_RESETS)
-        out = tl.dot(r, state.to(r.dtype), input_precision=PRECISION) * reading[:, None]
-        out = tl.dot(scores.to(w.dtype), w, out, input_precision=PRECISION)
+        out = tl.dot(scores.to(w.dtype), w, out * reading[:, None], input_precision=PRECISION)
         if HAS_NORMALIZER:
             out += (reading if REVERSE else reading * delta)[:, None] * n[None, :]
             n = n * kept + tl.sum(w * (adding * delta if REVERSE else adding)[:, None], 0)
         if HAS_PRODUCT:
-            other = tl.load(
-                other_ptr
-                + first_long * other_strides[1]
-                + t[:, None] * other_strides[1]
-                + carried[None, :] * other_strides[3],
-                carried_inside,
-                0.0,
-            )
+            other = load_tile(other_ptr, other_strides, first, block * BLOCK_W, T, W, L, BLOCK_W)
             tl.store(product_ptr + first + t, tl.sum(out * other, 1), inside)
-        tl.store(
-            out_ptr + first_long * out_strides[1] + t[:, None] * out_strides[1] + carried[None, :] * out_strides[3],
-            out.to(out_ptr.dtype.element_ty),
-            carried_inside,
-        )
-        state = tl.dot(tl.trans(s), (w * adding[:, None]).to(s.dtype), state * kept, input_precision=PRECISION)
+        store_tile(out_ptr, out_strides, first, block * BLOCK_W, T, out, W, L, BLOCK_W)
 
 
 def _walk(
@@ -226,6 +212,7 @@ def _walk(
         L=plan.L,
         BLOCK_S=launch.block_k,
         BLOCK_W=launch.block_v,
+        PARTS=triton.cdiv(r_BTHS.shape[-1], launch.block_k),
         REVERSE=reverse,
         HAS_NORMALIZER=has_normalizer,
         HAS_PRODUCT=other_BTHW is not None,

@@ -5,6 +5,7 @@ takes chunk after chunk: the output from the steps of the chunk and from the sta
 So the state never goes through device memory within a super-chunk.
 """
 
+# ruff: noqa: RUF005 (Triton knows no starred expressions)
 from __future__ import annotations
 
 import torch
@@ -12,7 +13,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from xlstm_lm.ops.mlstm.triton_gates import Gates, chunk_weights, normalizer, weights_between
+from xlstm_lm.ops.mlstm.triton_gates import (
+    Gates,
+    chunk_weights,
+    load_tile,
+    normalizer,
+    store_tile,
+    weights_between,
+)
 from xlstm_lm.ops.mlstm.triton_launch import Launch, Plan
 from xlstm_lm.ops.mlstm.triton_states import Borders
 
@@ -45,6 +53,7 @@ def forward_kernel(
     L: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_V: tl.constexpr,
+    PARTS: tl.constexpr,
     NORMALIZE: tl.constexpr,
     HAS_RESETS: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -59,7 +68,6 @@ def forward_kernel(
     block, rest = (program % blocks).to(tl.int32), program // blocks
     super_chunk, pair = (rest % supers).to(tl.int32), rest // supers
     row, head = pair // H, pair % H
-    key = tl.arange(0, BLOCK_K)
     value = block * BLOCK_V + tl.arange(0, BLOCK_V)
     q_ptr += row * q_strides[0] + head * q_strides[2]
     k_ptr += row * k_strides[0] + head * k_strides[2]
@@ -72,58 +80,57 @@ def forward_kernel(
     segment_ptr += row * (T + 1)
 
     border = pair * (supers + 1) + super_chunk
-    C = tl.zeros([BLOCK_K, BLOCK_V], tl.float32)
-    n = tl.zeros([BLOCK_K], tl.float32)
-    if (super_chunk > 0) | (has_state != 0):
-        C = tl.load(
-            C_ptr + border * K * V + key[:, None] * V + value[None, :], (key < K)[:, None] & (value < V)[None, :], 0.0
-        )
-        n = tl.load(n_ptr + border * K + key, key < K, 0.0)
+    there = (super_chunk > 0) | (has_state != 0)
+    C, n = (), ()
+    for part in tl.static_range(PARTS):
+        key = part * BLOCK_K + tl.arange(0, BLOCK_K)
+        C_part = tl.zeros([BLOCK_K, BLOCK_V], tl.float32)
+        n_part = tl.zeros([BLOCK_K], tl.float32)
+        if there:
+            C_part = tl.load(
+                C_ptr + border * K * V + key[:, None] * V + value[None, :],
+                (key < K)[:, None] & (value < V)[None, :],
+                0.0,
+            )
+            n_part = tl.load(n_ptr + border * K + key, key < K, 0.0)
+        C, n = C + (C_part,), n + (n_part,)
     begin = super_chunk * chunks
     for chunk in range(begin, tl.minimum(begin + chunks, tl.cdiv(T, L))):
         first = chunk * L
-        first_long = first.to(tl.int64)
         t = tl.arange(0, L)
         inside = first + t < T
-        keys_inside = inside[:, None] & (key < K)[None, :]
-        values_inside = inside[:, None] & (value < V)[None, :]
-        q = tl.load(
-            q_ptr + first_long * q_strides[1] + t[:, None] * q_strides[1] + key[None, :] * q_strides[3],
-            keys_inside,
-            0.0,
-        )
-        k = tl.load(
-            k_ptr + first_long * k_strides[1] + t[:, None] * k_strides[1] + key[None, :] * k_strides[3],
-            keys_inside,
-            0.0,
-        )
-        v = tl.load(
-            v_ptr + first_long * v_strides[1] + t[:, None] * v_strides[1] + value[None, :] * v_strides[3],
-            values_inside,
-            0.0,
-        )
+        v = load_tile(v_ptr, v_strides, first, block * BLOCK_V, T, V, L, BLOCK_V)
         c, x, segment, as_query, as_key, kept = chunk_weights(
             c_ptr, x_ptr, x_ptr, m_ptr, segment_ptr, first, T, L, HAS_RESETS
         )
-        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        weighted_v = (v * as_key[:, None]).to(v.dtype)
+        scores = tl.zeros([L, L], tl.float32)
+        num = tl.zeros([L, BLOCK_V], tl.float32)
+        d = tl.zeros([L], tl.float32)
+        C_next, n_next = (), ()
+        for part in tl.static_range(PARTS):
+            q = load_tile(q_ptr, q_strides, first, part * BLOCK_K, T, K, L, BLOCK_K)
+            k = load_tile(k_ptr, k_strides, first, part * BLOCK_K, T, K, L, BLOCK_K)
+            scores = tl.dot(q, tl.trans(k), scores, input_precision=PRECISION)
+            num = tl.dot(q, C[part].to(q.dtype), num, input_precision=PRECISION)
+            C_part = tl.dot(tl.trans(k), weighted_v, C[part] * kept, input_precision=PRECISION)
+            C_next = C_next + (C_part,)
+            if NORMALIZE:
+                d += tl.sum(q * n[part][None, :], 1)
+                n_next = n_next + (n[part] * kept + tl.sum(k * as_key[:, None], 0),)
+        C = C_next
         scores *= weights_between(c, x, segment, False, L, HAS_RESETS)
-        num = tl.dot(q, C.to(q.dtype), input_precision=PRECISION) * as_query[:, None]
-        num = tl.dot(scores.to(v.dtype), v, num, input_precision=PRECISION)
+        num = tl.dot(scores.to(v.dtype), v, num * as_query[:, None], input_precision=PRECISION)
         m = tl.load(m_ptr + first + t + 1, inside, 0.0)
         if NORMALIZE:
-            d = (tl.sum(scores, 1) + tl.sum(q * n[None, :], 1) * as_query) * scale
+            n = n_next
+            d = (tl.sum(scores, 1) + d * as_query) * scale
             h = num * (scale / normalizer(d, m, eps))[:, None]
             if block == 0:
                 tl.store(d_ptr + first + t, d, inside)
         else:
             h = num * (scale * tl.exp2(m))[:, None]
-        tl.store(
-            h_ptr + first_long * h_strides[1] + t[:, None] * h_strides[1] + value[None, :] * h_strides[3],
-            h.to(h_ptr.dtype.element_ty),
-            values_inside,
-        )
-        C = tl.dot(tl.trans(k), (v * as_key[:, None]).to(k.dtype), C * kept, input_precision=PRECISION)
-        n = n * kept + tl.sum(k * as_key[:, None], 0)
+        store_tile(h_ptr, h_strides, first, block * BLOCK_V, T, h, V, L, BLOCK_V)
 
 
 def walk_forward(
@@ -171,6 +178,7 @@ def walk_forward(
         L=plan.L,
         BLOCK_K=launch.block_k,
         BLOCK_V=launch.block_v,
+        PARTS=triton.cdiv(K, launch.block_k),
         NORMALIZE=normalize,
         HAS_RESETS=gates.segment_BT1 is not None,
         PRECISION=plan.precision,

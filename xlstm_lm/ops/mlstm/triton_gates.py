@@ -78,6 +78,31 @@ def chunk_weights(c_ptr, x_ptr, x_query_ptr, m_ptr, segment_ptr, first, T, L: tl
 
 
 @triton.jit
+def _tile(ptr, strides, first, start, T, SIZE: tl.constexpr, L: tl.constexpr, BLOCK: tl.constexpr):
+    """Where one head's steps from `first` and entries from `start` are, and which of them there are."""
+    step, entry = tl.arange(0, L), tl.arange(0, BLOCK)
+    ptr += first.to(tl.int64) * strides[1] + start * strides[3]
+    inside = (step < T - first)[:, None]
+    if SIZE % BLOCK != 0:
+        inside = inside & (entry < SIZE - start)[None, :]
+    return ptr + step[:, None] * strides[1] + entry[None, :] * strides[3], inside
+
+
+@triton.jit
+def load_tile(ptr, strides, first, start, T, SIZE: tl.constexpr, L: tl.constexpr, BLOCK: tl.constexpr):
+    """(L, BLOCK) of one head of a (B, T, H, SIZE) tensor with such strides, 0 outside it."""
+    where, inside = _tile(ptr, strides, first, start, T, SIZE, L, BLOCK)
+    return tl.load(where, inside, 0.0)
+
+
+@triton.jit
+def store_tile(ptr, strides, first, start, T, x, SIZE: tl.constexpr, L: tl.constexpr, BLOCK: tl.constexpr):
+    """The counterpart of `load_tile`."""
+    where, inside = _tile(ptr, strides, first, start, T, SIZE, L, BLOCK)
+    tl.store(where, x.to(ptr.dtype.element_ty), inside)
+
+
+@triton.jit
 def weights_between(c, x, segment, REVERSE: tl.constexpr, L: tl.constexpr, HAS_RESETS: tl.constexpr):
     """Weight (reader, source) of each step in a chunk at each other: readers are queries, or keys if REVERSE."""
     step = tl.arange(0, L)

@@ -20,6 +20,8 @@ from xlstm_lm.ops.mlstm.triton_launch import architecture, launches, make_plan
 from xlstm_lm.ops.mlstm.triton_states import border_states
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+INTERPRETED = triton.knobs.runtime.interpret
+"""Whether Triton's interpreter stands in for a GPU, as TRITON_INTERPRET=1 makes it: slow, for tests."""
 
 
 def mlstm_triton(
@@ -48,7 +50,7 @@ def mlstm_triton(
     dtype = torch.promote_types(torch.promote_types(q_BTHK.dtype, k_BTHK.dtype), v_BTHV.dtype)
     if dtype not in DTYPES:
         raise ValueError(f"The triton backend takes float32, bfloat16 or float16, got {dtype}: use 'chunkwise'.")
-    if q_BTHK.device.type != "cuda" and not triton.knobs.runtime.interpret:
+    if q_BTHK.device.type != "cuda" and not INTERPRETED:
         raise ValueError(f"The triton backend takes tensors of a GPU, got {q_BTHK.device}: use 'chunkwise'.")
     C_BHKV = n_BHK = m_BH = None
     if initial_state is not None:
@@ -189,8 +191,9 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
 
 def _backward_of_forward(ctx: Any, dh: Tensor, dC: Tensor, dn: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     dlast = (dC, dn) if ctx.return_state else (None, None)
-    *gradients, dC_first, dn_first = backward(*ctx.saved_tensors, dh, *dlast, *ctx.options)
-    has_first = ctx.saved_tensors[6] is not None
+    saved = ctx.saved_tensors  # to be asked for once in activation checkpointing
+    *gradients, dC_first, dn_first = backward(*saved, dh, *dlast, *ctx.options)
+    has_first = saved[6] is not None
     return *gradients, None, *((dC_first, dn_first) if has_first else (None, None)), *(None,) * 5
 
 

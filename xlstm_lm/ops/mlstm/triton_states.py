@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from xlstm_lm.ops.mlstm.triton_gates import Gates, chunk_weights
+from xlstm_lm.ops.mlstm.triton_gates import Gates, chunk_weights, load_tile
 from xlstm_lm.ops.mlstm.triton_launch import Launch, Plan
 
 JOINED = 1024
@@ -67,8 +67,7 @@ def contributions_kernel(
     block, rest = (program % blocks).to(tl.int32), program // blocks
     super_chunk, pair = first_super + (rest % count).to(tl.int32), rest // count
     row, head = pair // H, pair % H
-    key = (block // blocks_v) * BLOCK_K + tl.arange(0, BLOCK_K)
-    value = (block % blocks_v) * BLOCK_V + tl.arange(0, BLOCK_V)
+    block_k, block_v = block // blocks_v, block % blocks_v
     k_ptr += row * k_strides[0] + head * k_strides[2]
     v_ptr += row * v_strides[0] + head * v_strides[2]
     c_ptr += pair * T
@@ -88,26 +87,17 @@ def contributions_kernel(
         if REVERSE:
             chunk = end - 1 - (index - begin)
         first = chunk * L
-        t = tl.arange(0, L)
-        inside = first + t < T
-        k = tl.load(
-            k_ptr + first.to(tl.int64) * k_strides[1] + t[None, :] * k_strides[1] + key[:, None] * k_strides[3],
-            inside[None, :] & (key < K)[:, None],
-            0.0,
-        )
-        v = tl.load(
-            v_ptr + first.to(tl.int64) * v_strides[1] + t[:, None] * v_strides[1] + value[None, :] * v_strides[3],
-            inside[:, None] & (value < V)[None, :],
-            0.0,
-        )
+        k = load_tile(k_ptr, k_strides, first, block_k * BLOCK_K, T, K, L, BLOCK_K)
+        v = load_tile(v_ptr, v_strides, first, block_v * BLOCK_V, T, V, L, BLOCK_V)
         _, _, _, as_query, as_key, kept_here = chunk_weights(
             c_ptr, x_ptr, x_query_ptr, m_ptr, segment_ptr, first, T, L, HAS_RESETS
         )
         weight = as_query if REVERSE else as_key
-        C = tl.dot(k, (v * weight[:, None]).to(k.dtype), C * kept_here, input_precision=PRECISION)
+        C = tl.dot(tl.trans(k), (v * weight[:, None]).to(k.dtype), C * kept_here, input_precision=PRECISION)
         if REVERSE:
-            weight *= tl.load(delta_ptr + first + t, inside, 0.0)
-        n = n * kept_here + tl.sum(k * weight[None, :], 1)
+            t = first + tl.arange(0, L)
+            weight *= tl.load(delta_ptr + t, t < T, 0.0)
+        n = n * kept_here + tl.sum(k * weight[:, None], 0)
         kept *= kept_here
 
     border = pair * (supers + 1) + super_chunk
@@ -115,9 +105,11 @@ def contributions_kernel(
         tl.store(kept_ptr + pair * supers + super_chunk, kept)
     if not REVERSE:
         border += 1
+    key = block_k * BLOCK_K + tl.arange(0, BLOCK_K)
+    value = block_v * BLOCK_V + tl.arange(0, BLOCK_V)
     mask = (key < K)[:, None] & (value < V)[None, :]
     tl.store(C_ptr + border * K * V + key[:, None] * V + value[None, :], C, mask)
-    if block % blocks_v == 0:
+    if block_v == 0:
         tl.store(n_ptr + border * K + key, n, key < K)
 
 

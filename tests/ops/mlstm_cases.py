@@ -8,6 +8,7 @@ from torch import Tensor
 from xlstm_lm.ops.mlstm import mlstm
 
 NAMES = ("q", "k", "v", "i", "f", "C", "n")
+FAST = ("chunkwise", "compiled")  # the backends that are made for training on a CPU
 
 
 def make_inputs(
@@ -71,16 +72,16 @@ def gradients(outputs: tuple[Tensor, ...], inputs: dict[str, Tensor], seed: int 
 
 
 def assert_equal_to_definition(
-    inputs: dict[str, Tensor], rtol: float = 1e-9, atol: float = 1e-10, **options: object
+    inputs: dict[str, Tensor], rtol: float = 1e-9, atol: float = 1e-10, *, backend: str, **options: object
 ) -> None:
-    """Values, state and all gradients of the chunkwise form against the recurrence in float64.
+    """Values, state and all gradients of a backend against the recurrence in float64.
 
     The tolerance is relative to the largest element of each tensor.
     """
     exact = {name: x.detach().double().requires_grad_(x.requires_grad) for name, x in inputs.items()}
     definition_options = {name: x for name, x in options.items() if name != "chunk_length"}
     expected = run(exact, backend="recurrence", **definition_options)
-    actual = run(inputs, backend="chunkwise", **options)
+    actual = run(inputs, backend=backend, **options)
     expected_gradients, actual_gradients = gradients(expected[:3], exact), gradients(actual[:3], inputs)
     pairs = {name: (a, e) for name, a, e in zip(("h", "C", "n", "m"), actual, expected)}
     pairs |= {f"d{name}": (actual_gradients[name], expected_gradients[name]) for name in actual_gradients}

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 from types import ModuleType
 from unittest import mock
 
 import pytest
 import torch
-from mlstm_cases import gradients, make_inputs, make_resets, run
+from mlstm_cases import FAST, gradients, make_inputs, make_resets, run
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -30,13 +31,13 @@ def in_true_units(
 def test_gradients_by_finite_differences(
     T: int, positions: tuple[int, ...], state: bool, normalize: bool, input_gate: str
 ) -> None:
-    """With eps = 0, where m leaves no trace. Every element for the chunkwise form, random directions for the other."""
+    """With eps = 0, where m leaves no trace. Every element for the fast forms, random directions for the definition."""
     inputs = make_inputs(B=1, T=T, H=1, K=2, V=3, gate_spread=1.0, forget_mean=1.0, state=state)
     names = [name for name in inputs if name != "m"]
     options = {"eps": 0.0, "input_gate": input_gate, "normalize": normalize}
     if positions:
         options["resets"] = make_resets(1, T, *positions)
-    for backend in ("chunkwise", "recurrence"):
+    for backend in ("recurrence", *FAST):
         torch.autograd.gradcheck(
             lambda *leaves, backend=backend: in_true_units(
                 inputs, names, *leaves, backend=backend, chunk_length=3, **options
@@ -46,7 +47,7 @@ def test_gradients_by_finite_differences(
         )
 
 
-@pytest.mark.parametrize("backend", ["recurrence", "chunkwise"])
+@pytest.mark.parametrize("backend", ["recurrence", *FAST])
 @pytest.mark.parametrize("input_gate", ["exp", "sigmoid"])
 @pytest.mark.parametrize("cut", [1, 16, 30, 49])
 def test_two_halves_are_one_whole(backend: str, input_gate: str, cut: int) -> None:
@@ -67,18 +68,19 @@ def test_two_halves_are_one_whole(backend: str, input_gate: str, cut: int) -> No
         torch.testing.assert_close(actual[name], expected[name])
 
 
+@pytest.mark.parametrize("backend", FAST)
 @pytest.mark.parametrize("output", ["h", "C", "n"])
-def test_a_gradient_of_one_output_only(output: str) -> None:
+def test_a_gradient_of_one_output_only(output: str, backend: str) -> None:
     inputs = make_inputs(T=20, state=True)
     index = "hCn".index(output)
     leaves = [inputs[name] for name in {"h": "qkvifCn", "C": "kvifC", "n": "kifn"}[output]]
     expected = torch.autograd.grad(run(inputs, backend="recurrence")[index].sin().sum(), leaves)
-    actual = torch.autograd.grad(run(inputs, backend="chunkwise", chunk_length=8)[index].sin().sum(), leaves)
+    actual = torch.autograd.grad(run(inputs, backend=backend, chunk_length=8)[index].sin().sum(), leaves)
     for a, e in zip(actual, expected):
         torch.testing.assert_close(a, e)
 
 
-@pytest.mark.parametrize("backend", ["recurrence", "chunkwise"])
+@pytest.mark.parametrize("backend", ["recurrence", *FAST])
 def test_packed_documents_are_the_documents_alone(backend: str) -> None:
     lengths = [1, 30, 64, 5, 28, 2]
     T = sum(lengths)
@@ -103,14 +105,16 @@ def test_packed_documents_are_the_documents_alone(backend: str) -> None:
     assert not found["n"].any()
 
 
+@pytest.mark.parametrize("backend", FAST)
 @pytest.mark.parametrize("use_reentrant", [True, False])
-def test_activation_checkpointing(use_reentrant: bool) -> None:
+def test_activation_checkpointing(use_reentrant: bool, backend: str) -> None:
     inputs = make_inputs(T=40, dtype=torch.float32)
     leaves = [inputs[name] for name in "qkvif"]
-    expected = torch.autograd.grad(mlstm(*leaves).sin().sum(), leaves)
+    cell = functools.partial(mlstm, backend=backend)
+    expected = torch.autograd.grad(cell(*leaves).sin().sum(), leaves)
     for x in leaves:
         x.grad = None
-    checkpoint(mlstm, *leaves, use_reentrant=use_reentrant).sin().sum().backward()
+    checkpoint(cell, *leaves, use_reentrant=use_reentrant).sin().sum().backward()
     for x, e in zip(leaves, expected):
         assert torch.equal(x.grad, e)
 
@@ -141,12 +145,13 @@ def test_steps_equal_the_whole_sequence(input_gate: str, normalize: bool) -> Non
 def test_the_backend_is_chosen_by_what_is_asked() -> None:
     inputs = make_inputs(T=1)
     leaves = [inputs[name] for name in "qkvif"]
-    assert choose_backend(*leaves) == "chunkwise"
+    assert choose_backend(*leaves) == "compiled"
     with torch.no_grad():
         assert choose_backend(*leaves) == "step"
     assert choose_backend(*(x.detach() for x in leaves)) == "step"
-    assert choose_backend(*(x.detach() for x in leaves), torch.zeros(1, requires_grad=True)) == "chunkwise"
-    assert choose_backend(*(x.detach() for x in make_inputs(T=2).values())) == "chunkwise"
+    assert choose_backend(*(x.detach() for x in leaves), torch.zeros(1, requires_grad=True)) == "compiled"
+    assert choose_backend(*(x.detach() for x in make_inputs(T=2).values())) == "compiled"
+    assert choose_backend(*(x.to("meta") for x in leaves)) == "chunkwise"
 
 
 @pytest.fixture(scope="module")
@@ -156,7 +161,7 @@ def transformers_mlstm() -> ModuleType:
         return importlib.import_module("transformers.models.xlstm.modeling_xlstm")
 
 
-@pytest.mark.parametrize("backend", ["recurrence", "chunkwise"])
+@pytest.mark.parametrize("backend", ["recurrence", *FAST])
 @pytest.mark.parametrize("input_mean", [0.0, 10.0])
 def test_transformers_computes_the_same(transformers_mlstm: ModuleType, backend: str, input_mean: float) -> None:
     """Its recurrent form starts from m = 0, not -inf, which shows in m itself; elsewhere only eps would tell."""
@@ -182,7 +187,7 @@ def test_m_is_the_recurrent_stabilizer() -> None:
     m = torch.full((2, 2), float("-inf"), dtype=torch.float64)
     for t in range(30):
         m = torch.maximum(log_forget[:, t] + m, inputs["i"][:, t].detach())
-    for backend in ("recurrence", "chunkwise"):
+    for backend in ("recurrence", *FAST):
         torch.testing.assert_close(run(inputs, backend=backend)[3], m)
 
 

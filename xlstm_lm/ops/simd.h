@@ -27,11 +27,10 @@ constexpr int kVectorBytes = 16;
 #endif
 // A tile of the products holds kTileSums vectors of sums; with its operands it has to fit the registers.
 #if defined(__AVX512F__) || defined(__aarch64__)
-constexpr int kTileSums = 16;
+constexpr int kTileSums = 24, kTileRows = 4;
 #else
-constexpr int kTileSums = 8;
+constexpr int kTileSums = 8, kTileRows = 2;
 #endif
-constexpr int kTileRows = kTileSums / 4;  // of a tile four vectors wide
 
 template <typename T> struct Simd {
   static constexpr int width = kVectorBytes / sizeof(T);
@@ -117,9 +116,9 @@ void transpose(T* to, int64_t to_row, const T* from, int64_t from_row, int64_t r
     }
 }
 
-// Zeroed memory of one thread, handed out in pieces that begin on cache lines.
+// Zeroed memory of one thread, handed out in up to 32 pieces that begin on cache lines.
 template <typename T> class Scratch {
-  static constexpr int64_t kLine = 64 / sizeof(T);
+  static constexpr int64_t kLine = 64 / sizeof(T), kPieces = 32;
   struct Free {
     void operator()(T* memory) const { ::operator delete(memory, std::align_val_t(64)); }
   };
@@ -127,12 +126,13 @@ template <typename T> class Scratch {
   T* next_;
 
  public:
-  static int64_t rounded(int64_t count) { return (count + kLine - 1) / kLine * kLine; }
-  explicit Scratch(int64_t count)
-      : memory_(static_cast<T*>(::operator new(count * sizeof(T), std::align_val_t(64)))), next_(memory_.get()) {
+  explicit Scratch(int64_t count) {
+    count += kPieces * kLine;
+    next_ = static_cast<T*>(::operator new(count * sizeof(T), std::align_val_t(64)));
+    memory_.reset(next_);
     std::fill_n(next_, count, T(0));
   }
-  T* take(int64_t count) { return std::exchange(next_, next_ + rounded(count)); }
+  T* take(int64_t count) { return std::exchange(next_, next_ + (count + kLine - 1) / kLine * kLine); }
 };
 
 // Elementary functions. float: polynomials fitted by reweighted least squares to a relative error below 1e-8, before
@@ -206,32 +206,33 @@ inline void multiply_add(
     Vec<T> (&out)[ROWS][VECTORS], int64_t depth, const T* a, int64_t a_row, int64_t a_step, const T* b, int64_t b_step,
     int64_t b_vector) {
   constexpr int SPLIT = std::max(1, std::min(4, kTileSums / (ROWS * VECTORS)));
-  Vec<T> sums[SPLIT][ROWS][VECTORS] = {};
-  int64_t k = 0;
-  for (; k + SPLIT <= depth; k += SPLIT)
-    for (int s = 0; s < SPLIT; ++s) {
-      Vec<T> column[VECTORS];
-      for (int v = 0; v < VECTORS; ++v) column[v] = load(b + (k + s) * b_step + v * b_vector);
-      for (int r = 0; r < ROWS; ++r) {
-        const T factor = a[r * a_row + (k + s) * a_step];
-        for (int v = 0; v < VECTORS; ++v) sums[s][r][v] += factor * column[v];
-      }
+  Vec<T> others[SPLIT][ROWS][VECTORS] = {};  // the first stays unused
+  auto add = [&](Vec<T> (&sums)[ROWS][VECTORS]) {
+    Vec<T> column[VECTORS];
+    for (int v = 0; v < VECTORS; ++v) column[v] = load(b + v * b_vector);
+    for (int r = 0; r < ROWS; ++r) {
+      const T factor = a[r * a_row];
+      for (int v = 0; v < VECTORS; ++v) sums[r][v] += factor * column[v];
     }
-  for (; k < depth; ++k)
+    a += a_step;
+    b += b_step;
+  };
+  for (; depth >= SPLIT; depth -= SPLIT) {
+    add(out);
+    for (int s = 1; s < SPLIT; ++s) add(others[s]);
+  }
+  for (; depth > 0; --depth) add(out);
+  for (int s = 1; s < SPLIT; ++s)
     for (int r = 0; r < ROWS; ++r)
-      for (int v = 0; v < VECTORS; ++v)
-        sums[0][r][v] += a[r * a_row + k * a_step] * load(b + k * b_step + v * b_vector);
-  for (int s = 0; s < SPLIT; ++s)
-    for (int r = 0; r < ROWS; ++r)
-      for (int v = 0; v < VECTORS; ++v) out[r][v] += sums[s][r][v];
+      for (int v = 0; v < VECTORS; ++v) out[r][v] += others[s][r][v];
 }
 
-// Calls body(first row, number of rows as a compile-time constant) for rows in tiles of ROWS, a power of two, and
-// what is left over in smaller ones.
+// Calls body(first row, number of rows as a compile-time constant) for rows in tiles of ROWS, and what is left
+// over in smaller ones.
 template <int ROWS = kTileRows, typename F> inline void in_tiles(int64_t rows, F body, int64_t row = 0) {
   for (; row + ROWS <= rows; row += ROWS) body(row, std::integral_constant<int, ROWS>{});
   if constexpr (ROWS > 1)
-    if (row < rows) in_tiles<ROWS / 2>(rows, body, row);
+    if (row < rows) in_tiles<int(std::bit_floor(unsigned(ROWS - 1)))>(rows, body, row);
 }
 
 // out (rows, vectors) = a b, or with ACCUMULATE keep * out + a b, tile by tile, `b` in panels of up to four vectors.
@@ -240,13 +241,15 @@ void product(
     T* out, int64_t out_row, int64_t rows, int64_t vectors, int64_t depth, const T* a, int64_t a_row, int64_t a_step,
     const T* b, int64_t b_step, T keep = T(1)) {
   constexpr int W = Simd<T>::width;
-  auto panel = [&](int64_t first, auto count) {
-    constexpr int ROWS = std::min<int>(8, std::bit_floor(unsigned(kTileSums / count.value)));
-    in_tiles<ROWS>(rows, [&](int64_t row, auto tile) {
+  auto panel = [=](int64_t first, auto count) {
+    constexpr int ROWS = std::min(8, kTileSums / count.value);
+    in_tiles<ROWS>(rows, [=](int64_t row, auto tile) {
       Vec<T> sums[tile.value][count.value] = {};
       multiply_add<T, tile.value, count.value>(
           sums, depth, a + row * a_row, a_row, a_step, b + first * W, b_step, W);
+#pragma GCC unroll 8
       for (int r = 0; r < tile.value; ++r)
+#pragma GCC unroll 4
         for (int v = 0; v < count.value; ++v) {
           T* to = out + (row + r) * out_row + (first + v) * W;
           store(to, ACCUMULATE ? keep * load(to) + sums[r][v] : sums[r][v]);

@@ -59,7 +59,7 @@ template <typename T> struct Gates {
   T *query, *key;  // weight of the state before the chunk at each step; of each step in the state after it
   T decay;         // weight of the state before the chunk in the one after it
 
-  static int64_t scratch(int64_t longest) { return 7 * Scratch<T>::rounded(longest); }
+  static int64_t scratch(int64_t longest) { return 7 * longest; }
   Gates(Scratch<T>& memory, int64_t longest) {
     for (T** part : {&forget, &input, &c, &x, &m, &query, &key}) *part = memory.take(longest);
   }
@@ -73,14 +73,14 @@ template <typename T> struct Gates {
       store(c + t, sigmoid_gate ? log_sigmoid<T>(load(input + t)) : load(input + t));
     }
     if (chunk.empty) x[0] = T(0);  // there is nothing to forget
-    double b = 0.0;
-    T highest = std::max(m_before, lowest);
+    double b = 0.0, highest = std::max(m_before, lowest);  // their sum may be small where they are not
     for (int64_t t = 0; t < chunk.length; ++t) {
       b += x[t];
-      c[t] -= T(b);
-      highest = std::max(highest, c[t]);
-      x[t] = sigmoid_gate ? T(-b) : highest;
-      m[t] = sigmoid_gate ? T(0) : std::max(T(b) + highest, lowest);
+      const double difference = c[t] - b;
+      highest = std::max(highest, difference);
+      c[t] = T(difference);
+      x[t] = T(sigmoid_gate ? -b : highest);
+      m[t] = sigmoid_gate ? T(0) : T(std::max(b + highest, double(lowest)));
     }
     for (int64_t t = chunk.length; t % W; ++t) c[t] = -infinity;
     const T last = x[chunk.length - 1];

@@ -60,7 +60,7 @@ void forward(
     const Kept<T>& kept) {
   constexpr int64_t W = Simd<T>::width;
   const int64_t L = p.longest, kp = p.kp, vp = p.vp;
-  const int64_t scratch = 4 * L * kp + 2 * L * vp + L * L + p.state_size() + 2 * Scratch<T>::rounded(L);
+  const int64_t scratch = 4 * L * kp + 2 * L * vp + L * L + p.state_size() + 2 * L;
   p.for_each_task(scratch + Gates<T>::scratch(L), [&](Scratch<T>& memory, int64_t b, int64_t h) {
     T *q = memory.take(L * kp), *weighed_q = memory.take(L * kp);
     T *k = memory.take(L * kp), *k_transposed = memory.take(kp * L);
@@ -68,6 +68,7 @@ void forward(
     T *d = memory.take(L), *inverse = memory.take(L);
     T *C = memory.take(p.state_size()), *n = C + kp * vp;
     Gates<T> gates(memory, L);
+    Ahead ahead;
     T m = p.empty_m();
     if (initial.C) {
       copy_in(C, vp, initial.C + p.C_at(b, h), p.V, p.K, p.V);
@@ -84,6 +85,9 @@ void forward(
         if (number % kSpan == 0 && !chunk.empty) std::copy_n(C, p.state_size(), kept.states + p.state_at(chunk, h));
       }
       p.load_gates(gates, chunk, m, b, h);
+      ahead.clear();
+      ahead.add(h_out, b, h, chunk, p.V, true);
+      if (number + 1 < chunks.size()) p.add_inputs(ahead, chunks[number + 1], b, h);
       copy_in(q, kp, p.q.at(b, chunk.start, h), p.q.step, length, p.K, p.scale);
       copy_in(k, kp, p.k.at(b, chunk.start, h), p.k.step, length, p.K);
       copy_in(v, vp, p.v.at(b, chunk.start, h), p.v.step, length, p.V);
@@ -95,6 +99,7 @@ void forward(
         const int64_t count = std::min(W, length - first);
         product<false>(weights + first * L, L, count, first / W + 1, p.K, q + first * kp, kp, 1, k_transposed, L);
         for (int64_t t = first; t < first + count; ++t) {
+          ahead.fetch(6);
           Vec<T> sum{};
           for (int64_t s = 0; s <= first; s += W) {
             T* at = weights + t * L + s;
@@ -142,7 +147,7 @@ void backward(
     const State<T>& final_gradient, const Kept<T>& kept, const Gradients<T>& out) {
   constexpr int64_t W = Simd<T>::width;
   const int64_t L = p.longest, kp = p.kp, vp = p.vp, state_size = p.state_size();
-  const int64_t scratch = 7 * L * kp + 3 * L * vp + 2 * L * L + (kSpan + 2) * state_size + 5 * Scratch<T>::rounded(L);
+  const int64_t scratch = 7 * L * kp + 3 * L * vp + 2 * L * L + (kSpan + 2) * state_size + 4 * L;
   p.for_each_task(scratch + Gates<T>::scratch(L), [&](Scratch<T>& memory, int64_t b, int64_t h) {
     T *q = memory.take(L * kp), *weighed_q = memory.take(L * kp), *dq = memory.take(L * kp);
     T *k = memory.take(L * kp), *weighed_k = memory.take(L * kp), *dk = memory.take(L * kp);
@@ -153,6 +158,7 @@ void backward(
     T* states = memory.take(kSpan * state_size);  // C transposed, and n, before each chunk of a span
     T *dC = memory.take(state_size), *dn = dC + kp * vp, *dC_transposed = memory.take(kp * vp);
     Gates<T> gates(memory, L);
+    Ahead ahead;
 
     double later = 0.0;  // the sum over later steps of q.dq - k.dk, and what the returned state adds
     bool has_later = final_gradient.C;
@@ -197,6 +203,14 @@ void backward(
       }
       const T *C_transposed = states + (number - first_of_span) * state_size, *n = C_transposed + kp * vp;
 
+      ahead.clear();
+      for (const Strided<T>* x : {&out.q, &out.k}) ahead.add(*x, b, h, chunk, p.K, true);
+      ahead.add(out.v, b, h, chunk, p.V, true);
+      if (number > 0) {
+        const Chunk& next = chunks[number - 1];
+        for (const Strided<T>* x : {&h_in, &dh_in}) ahead.add(*x, b, h, next, p.V, false);
+        p.add_inputs(ahead, next, b, h);
+      }
       load_chunk(chunk);
       copy_in(q, kp, p.q.at(b, chunk.start, h), p.q.step, length, p.K, p.scale);
       std::fill(k + length * kp, k + p.padded(length) * kp, T(0));
@@ -228,13 +242,15 @@ void backward(
         const int64_t count = std::min(W, length - first);
         product<false>(weights + first * L, L, count, first / W + 1, p.K, q + first * kp, kp, 1, k_transposed, L);
         product<false>(dscores + first * L, L, count, first / W + 1, p.V, dnum + first * vp, vp, 1, v_transposed, L);
-        for (int64_t t = first; t < first + count; ++t)
+        for (int64_t t = first; t < first + count; ++t) {
+          ahead.fetch(10);
           for (int64_t s = 0; s <= first; s += W) {
             const Vec<T> weight = gates.weights(t, s);
             T *score = weights + t * L + s, *dscore = dscores + t * L + s;
             store(score, load(score) * weight);
             store(dscore, (load(dscore) + dd[t]) * weight);
           }
+        }
       }
 
       // Through the states, as far as there are any, then within the chunk.

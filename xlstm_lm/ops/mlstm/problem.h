@@ -27,6 +27,40 @@ template <typename T> struct Strided {
   T* at(int64_t b, int64_t t, int64_t h) const { return data + b * row + t * step + h * head; }
 };
 
+// Rows of memory that are needed a little later, to be fetched between other work, a few at a time.
+class Ahead {
+  struct Rows {
+    const char* data;
+    int64_t row, bytes, left;
+    bool write;
+  };
+  std::vector<Rows> queue_;
+  std::size_t first_ = 0;
+
+ public:
+  void clear() {
+    queue_.clear();
+    first_ = 0;
+  }
+  // The rows of a chunk of x, each of `size` elements.
+  template <typename T>
+  void add(const Strided<T>& x, int64_t b, int64_t h, const Chunk& chunk, int64_t size, bool write) {
+    const int64_t bytes = size * sizeof(T), row = x.step * sizeof(T);
+    queue_.push_back({reinterpret_cast<const char*>(x.at(b, chunk.start, h)), row, bytes, chunk.length, write});
+  }
+  void fetch(int64_t rows) {
+    for (; rows > 0 && first_ < queue_.size(); --rows) {
+      Rows& next = queue_[first_];
+      for (int64_t byte = 0; byte < next.bytes; byte += 64) {
+        if (next.write) __builtin_prefetch(next.data + byte, 1);
+        else __builtin_prefetch(next.data + byte);
+      }
+      next.data += next.row;
+      if (--next.left == 0) ++first_;
+    }
+  }
+};
+
 struct Options {
   bool sigmoid_gate, normalize;
   double eps;
@@ -71,6 +105,13 @@ template <typename T> struct Problem {
         body(memory, task / H, task % H);
       }
     });
+  }
+
+  // Lets the inputs of a chunk be fetched early.
+  void add_inputs(Ahead& ahead, const Chunk& chunk, int64_t b, int64_t h) const {
+    for (const Strided<T>* x : {&i, &f}) ahead.add(*x, b, h, chunk, 1, false);
+    for (const Strided<T>* x : {&q, &k}) ahead.add(*x, b, h, chunk, K, false);
+    ahead.add(v, b, h, chunk, V, false);
   }
 
   void load_gates(Gates<T>& gates, const Chunk& chunk, T m_before, int64_t b, int64_t h) const {

@@ -12,6 +12,7 @@ from xlstm_lm.ops.mlstm.block import Options
 from xlstm_lm.ops.mlstm.recurrence import State, gate_dtype, unit_stabilizer
 from xlstm_lm.ops.native import load_kernels
 
+
 def mlstm_compiled(
     q_BTHK: Tensor,
     k_BTHK: Tensor,

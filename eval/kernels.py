@@ -20,8 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from xlstm_lm.doctor import compare
 from xlstm_lm.ops.mlstm import mlstm
+from xlstm_lm.ops.selfcheck import compare
 from xlstm_lm.ops.slstm import slstm
 
 Step = Callable[[], None]

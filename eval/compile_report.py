@@ -48,7 +48,7 @@ class Case:
         return f"K{self.K} V{self.V} {self.dtype}{' resets' if self.resets else ''}"
 
 
-QUICK = (Case(K=256, V=512),)
+QUICK = (Case(K=256, V=512), Case(K=64, V=128, dtype="float32", resets=True))
 SHIPPED = tuple(
     Case(K=K, V=V, dtype=dtype, resets=resets)
     for dtype in ("bfloat16", "float16", "float32")

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
+
+PROGRAMS = 1
+"""Super-chunks for each processor to aim at, over all rows and heads (each is several programs)."""
+SHORTEST = 16
+"""Chunks in a super-chunk, at least, where there are as many."""
 
 
 class Launch(NamedTuple):
     """How one kernel is launched."""
 
     block_k: int
-    """Rows of the state that a program has (all of them in the walks)."""
+    """Rows of the state that a program has; in the walks, of each of the parts that make up all of them."""
     block_v: int
     """Columns of the state that a program has."""
     warps: int
@@ -24,7 +30,8 @@ class Launches(NamedTuple):
     L: int
     """Steps a chunk."""
     precision: str
-    """Of float32 products: "ieee", or "tf32x3" (three tensor core products, as exact as float32 to a few bits)."""
+    """Of float32 products: "ieee", which is float32 throughout, or "tf32x3", three products on tensor cores that are
+    nearly as exact. Without meaning for 16-bit types."""
     states: Launch
     forward: Launch
     dq: Launch
@@ -49,20 +56,36 @@ class Plan(NamedTuple):
         return -(-T // self.steps)
 
 
-def launches(K: int, V: int, dtype: torch.dtype, architecture: str) -> Launches:
-    wide_k, wide_v = padded(K), padded(V)
+TABLE = {
+    # (16-bit?, architecture): L, rows of a part, columns of a walk, its stages, edge of a contribution
+    (True, "sm_80"): (32, 128, 32, 2, 128),
+    (True, "sm_90"): (32, 128, 32, 2, 128),
+    (True, "sm_100"): (32, 128, 32, 2, 128),
+    (True, "gfx942"): (32, 64, 32, 1, 64),
+    (False, "sm_80"): (32, 64, 16, 1, 64),
+    (False, "sm_90"): (32, 64, 16, 1, 64),
+    (False, "sm_100"): (32, 64, 16, 1, 64),
+    (False, "gfx942"): (32, 64, 16, 1, 64),
+}
+"""Chosen so that nothing spills on sm_90 and sm_100 and everything fits (`eval.kernels --compile-report`); their speed
+has not been measured."""
 
-    def walk(rows, columns):
-        return Launch(rows, min(columns, 64), 8 if rows >= 128 else 4, 1)
+
+def launches(K: int, V: int, dtype: torch.dtype, architecture: str) -> Launches:
+    """The launch parameters for such heads. An unknown architecture gets those of the nearest one known."""
+    L, part, columns, stages, edge = TABLE[dtype != torch.float32, architecture]
+
+    def walk(rows: int, width: int) -> Launch:
+        return Launch(min(padded(rows), part), min(padded(width), columns), 8, stages)
 
     return Launches(
-        64 if dtype != torch.float32 else 32,
-        "ieee",
-        Launch(min(wide_k, 128), min(wide_v, 128), 4, 2),
-        walk(wide_k, wide_v),
-        walk(wide_v, wide_k),
-        walk(wide_v, wide_k),
-        walk(wide_k, wide_v),
+        L=L,
+        precision="ieee" if dtype == torch.float32 else "tf32",
+        states=Launch(min(padded(K), edge), min(padded(V), edge), 8, stages),
+        forward=walk(K, V),
+        dq=walk(V, K),
+        dk=walk(V, K),
+        dv=walk(K, V),
     )
 
 
@@ -71,9 +94,27 @@ def padded(width: int) -> int:
     return max(16, 1 << (width - 1).bit_length())
 
 
+@functools.cache
 def architecture(device: torch.device) -> str:
-    return "sm_90"
+    """The name in `TABLE` that stands for a device."""
+    if device.type != "cuda":
+        return "sm_80"
+    if torch.version.hip:
+        return "gfx942"
+    major, _ = torch.cuda.get_device_capability(device)
+    return "sm_80" if major < 9 else "sm_90" if major == 9 else "sm_100"
 
 
 def make_plan(chosen: Launches, B: int, T: int, H: int, device: torch.device) -> Plan:
-    return Plan(chosen.L, -(-T // chosen.L), chosen.precision)
+    """Super-chunks that are as long as they can be with PROGRAMS programs for each processor, but at least
+    SHORTEST chunks: each costs a state written and read."""
+    chunks = -(-T // chosen.L)
+    processors = _processors(device)
+    wanted = max(1, -(-PROGRAMS * processors // (B * H)))
+    longest = -(-chunks // wanted)
+    return Plan(chosen.L, min(chunks, max(longest, SHORTEST)), chosen.precision)
+
+
+@functools.cache
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132

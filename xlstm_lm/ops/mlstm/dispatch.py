@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from xlstm_lm.ops.announce import announce_once
 from xlstm_lm.ops.mlstm.chunkwise import mlstm_chunkwise
 from xlstm_lm.ops.mlstm.compiled import mlstm_compiled
 from xlstm_lm.ops.mlstm.recurrence import State, mlstm_recurrence
 from xlstm_lm.ops.mlstm.step import mlstm_step
 from xlstm_lm.ops.native import kernels_available
+from xlstm_lm.ops.selfcheck import TOLERANCE, compare
+
+
+def _mlstm_triton(*inputs: Tensor, **options: object) -> tuple[Tensor, State | None]:
+    """`triton_op.mlstm_triton`, imported on first use."""
+    from xlstm_lm.ops.mlstm.triton_op import mlstm_triton
+
+    return mlstm_triton(*inputs, **options)
+
 
 BACKENDS: dict[str, Callable[..., tuple[Tensor, State | None]]] = {
     "recurrence": mlstm_recurrence,
@@ -20,7 +32,9 @@ BACKENDS: dict[str, Callable[..., tuple[Tensor, State | None]]] = {
     "step": mlstm_step,
 }
 """The mLSTM's forms by name: the definition, two to train with (on any device; on a CPU, faster), one to generate with
-(one token, no gradient)."""
+(one token, no gradient). Where Triton is installed also "triton", to train with on a GPU."""
+if importlib.util.find_spec("triton") is not None:
+    BACKENDS["triton"] = _mlstm_triton
 
 INPUT_GATES = ("exp", "sigmoid")
 
@@ -105,13 +119,52 @@ def mlstm(
 
 def choose_backend(q_BTHK: Tensor, *others: Tensor) -> str:
     """What "auto" means for such inputs (`others`: k, v, i, f, the state): "step" for one token without gradient, else
-    on a CPU "compiled", which is built on first use. "chunkwise" where that cannot be and on other devices.
+    on a CPU "compiled", which is built on first use, and on a GPU "triton", for types that it takes and if it proves
+    right there. "chunkwise" where that cannot be and on other devices.
     """
     needs_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in (q_BTHK, *others))
     if q_BTHK.shape[1] == 1 and not needs_gradient:
         return "step"
     slow = "the mLSTM runs as batched matrix products in PyTorch (`chunkwise`), which is slower"
-    return "compiled" if q_BTHK.device.type == "cpu" and kernels_available(slow) else "chunkwise"
+    if q_BTHK.device.type == "cpu":
+        return "compiled" if kernels_available(slow) else "chunkwise"
+    if q_BTHK.device.type == "cuda" and q_BTHK.dtype in TOLERANCE and triton_is_right(q_BTHK.device, q_BTHK.dtype):
+        return "triton"
+    return "chunkwise"
+
+
+@torch.compiler.assume_constant_result
+@functools.cache
+def triton_is_right(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the Triton kernels compute the definition on this device, values and gradients; if not, says so.
+
+    Looked at once a process: a compiler that gets them wrong on a newer GPU must not go unnoticed.
+    """
+    slow = "the mLSTM runs as batched matrix products in PyTorch (`chunkwise`), which is slower"
+    if "triton" not in BACKENDS:
+        announce_once(f"Triton is not installed (pip install 'xlstm-lm[gpu]'): {slow}")
+        return False
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices), torch.enable_grad():
+        torch.manual_seed(0)
+        B, T, H, K, V = 2, 100, 2, 64, 128
+        inputs = [torch.randn(B, T, H, size, device=device, dtype=dtype) for size in (K, K, V)]
+        inputs += [torch.randn(B, T, H, device=device) + shift for shift in (-1.0, 3.0)]
+        resets_BT = torch.zeros(B, T, dtype=torch.bool, device=device)
+        resets_BT[:, [31, 64, 99]] = True
+        ours, definition = (
+            functools.partial(mlstm, resets=resets_BT, backend=name) for name in ("triton", "recurrence")
+        )
+        try:
+            error = compare(ours, definition, inputs)
+        except Exception as caught:  # whatever a compiler, an assembler or a driver comes up with
+            problem = (str(caught).strip() or type(caught).__name__).splitlines()[0]
+            announce_once(f"the mLSTM's Triton kernels do not run on {device}, {dtype} ({problem}): {slow}")
+            return False
+    if not error <= TOLERANCE[dtype]:
+        announce_once(f"the mLSTM's Triton kernels are wrong on {device}, {dtype} (error {error:.1e}): {slow}")
+        return False
+    return True
 
 
 def _check(

@@ -11,6 +11,7 @@ import functools
 import json
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -20,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from eval import compile_report
 from xlstm_lm.ops.mlstm import mlstm
 from xlstm_lm.ops.selfcheck import compare
 from xlstm_lm.ops.slstm import slstm
@@ -160,8 +162,13 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default 1)")
     parser.add_argument("--rounds", type=int, default=15, help="timed rounds (default 15)")
     parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 2048, 4096, 8192, 16384])
+    parser.add_argument(
+        "--compile-report", action="store_true", help="what the Triton kernels compile to; no GPU needed"
+    )
     parser.add_argument("--out", type=Path, help="also write the rows to this JSON file")
     options = parser.parse_args()
+    if options.compile_report:
+        sys.exit(compile_report.main([]))
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     print(f"torch {torch.__version__}, {options.device}, {options.threads} thread(s), forward + backward, float32\n")

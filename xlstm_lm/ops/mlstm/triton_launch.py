@@ -62,10 +62,10 @@ TABLE = {
     (True, "sm_90"): (32, 128, 32, 2, 128),
     (True, "sm_100"): (32, 128, 32, 2, 128),
     (True, "gfx942"): (32, 64, 32, 1, 64),
-    (False, "sm_80"): (32, 64, 16, 1, 64),
-    (False, "sm_90"): (32, 64, 16, 1, 64),
-    (False, "sm_100"): (32, 64, 16, 1, 64),
-    (False, "gfx942"): (32, 64, 16, 1, 64),
+    (False, "sm_80"): (16, 32, 32, 1, 64),
+    (False, "sm_90"): (16, 32, 32, 1, 64),
+    (False, "sm_100"): (16, 32, 32, 1, 64),
+    (False, "gfx942"): (16, 32, 32, 1, 64),
 }
 """Chosen so that nothing spills on sm_90 and sm_100 and everything fits (`eval.kernels --compile-report`); their speed
 has not been measured."""

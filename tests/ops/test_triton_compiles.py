@@ -1,0 +1,49 @@
+"""The Triton kernels compile for every target, within its shared memory, and nothing spills where that costs most."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("Triton is not installed (pip install 'xlstm-lm[gpu]')", allow_module_level=True)
+
+TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+
+
+def compiled(*arguments: str) -> list[dict]:
+    """What `eval.compile_report` says, from a process where Triton compiles (in ours it may interpret)."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "eval.compile_report", "--json", *arguments]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode in (0, 1), run.stderr
+    return [json.loads(line) for line in run.stdout.splitlines() if line.startswith("{")]
+
+
+def check(rows: list[dict], kernels: set[str]) -> None:
+    assert {row["kernel"] for row in rows} == kernels
+    assert all(row["passed"] for row in rows), [row for row in rows if not row["passed"]]
+
+
+def test_the_walks_compile_for_hopper() -> None:
+    rows = compiled("--quick", "--targets", "sm_90", "--only", "ward_kernel")
+    check(rows, {"forward_kernel", "backward_kernel"})
+    assert len(rows) == 4, "forward, and backward for q, k and v"
+    assert all("HMMA" in row["instructions"] or "HGMMA" in row["instructions"] for row in rows)
+
+
+@pytest.mark.parametrize("target", [name for name in TARGETS if name != "sm_90"])
+def test_the_output_compiles_for_other_targets(target: str) -> None:
+    check(compiled("--quick", "--targets", target, "--only", "forward_kernel"), {"forward_kernel"})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", TARGETS)
+def test_everything_that_we_ship_compiles(target: str) -> None:
+    kernels = {"gates_kernel", "contributions_kernel", "join_kernel", "forward_kernel", "rows_kernel"}
+    check(compiled("--targets", target), kernels | {"backward_kernel", "gate_gradients_kernel"})

@@ -57,26 +57,26 @@ class Plan(NamedTuple):
 
 
 TABLE = {
-    # (16-bit?, architecture): L, rows of a part, columns of a walk, its stages, edge of a contribution
-    (True, "sm_80"): (32, 128, 32, 2, 128),
-    (True, "sm_90"): (32, 128, 32, 2, 128),
-    (True, "sm_100"): (32, 128, 32, 2, 128),
-    (True, "gfx942"): (32, 64, 32, 1, 64),
-    (False, "sm_80"): (16, 32, 32, 1, 64),
-    (False, "sm_90"): (16, 32, 32, 1, 64),
-    (False, "sm_100"): (16, 32, 32, 1, 64),
-    (False, "gfx942"): (16, 32, 32, 1, 64),
+    # (16-bit?, architecture): L, rows of a part, columns of a walk, its warps and stages, edge of a contribution
+    (True, "sm_80"): (32, 128, 32, 8, 2, 128),
+    (True, "sm_90"): (32, 128, 32, 8, 2, 128),
+    (True, "sm_100"): (32, 128, 16, 8, 2, 128),
+    (True, "gfx942"): (32, 64, 32, 8, 1, 64),
+    (False, "sm_80"): (16, 32, 32, 8, 1, 64),
+    (False, "sm_90"): (16, 32, 32, 8, 1, 64),
+    (False, "sm_100"): (16, 32, 32, 8, 1, 64),
+    (False, "gfx942"): (16, 32, 32, 8, 1, 64),
 }
-"""Chosen so that nothing spills on sm_90 and sm_100 and everything fits (`eval.kernels --compile-report`); their speed
-has not been measured."""
+"""Chosen so that everything fits and nothing (in float32, next to nothing) spills on sm_90 and sm_100, as
+`eval.kernels --compile-report` shows. Their speed has not been measured."""
 
 
 def launches(K: int, V: int, dtype: torch.dtype, architecture: str) -> Launches:
-    """The launch parameters for such heads. An unknown architecture gets those of the nearest one known."""
-    L, part, columns, stages, edge = TABLE[dtype != torch.float32, architecture]
+    """The launch parameters for such heads on an architecture of `TABLE`."""
+    L, part, columns, warps, stages, edge = TABLE[dtype != torch.float32, architecture]
 
     def walk(rows: int, width: int) -> Launch:
-        return Launch(min(padded(rows), part), min(padded(width), columns), 8, stages)
+        return Launch(min(max(padded(rows) // 2, 16), part), min(padded(width), columns), warps, stages)
 
     return Launches(
         L=L,

@@ -1,5 +1,6 @@
 """The mLSTM in Triton kernels as two operators of PyTorch, forward and exact backward.
 
+Their namespace is not that of our C++ operators, which have such names too.
 As operators of the dispatcher they stay whole under torch.compile and in activation checkpointing. The forward keeps
 four numbers a step and head (c, x, m, d); the states at the borders between super-chunks are rebuilt in the backward.
 """
@@ -104,7 +105,7 @@ def launch_forward(
     return h, *last, gates.c_BHT, gates.x_BHT, gates.m_BHT1, d
 
 
-forward = torch.library.custom_op("xlstm_lm::mlstm_forward", launch_forward, mutates_args=())
+forward = torch.library.custom_op("xlstm_lm_triton::mlstm_forward", launch_forward, mutates_args=())
 
 
 @forward.register_fake
@@ -172,7 +173,7 @@ def launch_backward(
     return dq, dk, dv, di, df, d.new_empty(0), d.new_empty(0)
 
 
-backward = torch.library.custom_op("xlstm_lm::mlstm_backward", launch_backward, mutates_args=())
+backward = torch.library.custom_op("xlstm_lm_triton::mlstm_backward", launch_backward, mutates_args=())
 
 
 @backward.register_fake

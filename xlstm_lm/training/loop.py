@@ -58,6 +58,8 @@ def train(run: RunConfig) -> Path:
     run.schedule.check_steps(run.training.steps)
     check_deepspeed_section(run.deepspeed)
     world = join_world()
+    # Gates let moments and states fade through numbers that a CPU computes with a hundred times more slowly.
+    torch.set_flush_denormal(True)
     split_batch(run.data.global_batch_size, world.size, run.training.micro_batch_size)
     with StopRequest() as stop_request, contextlib.ExitStack() as resources:
         trainer = Trainer(run, world, stop_request, resources)

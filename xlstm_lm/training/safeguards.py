@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import signal
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import FrameType
@@ -55,12 +56,16 @@ class SkipCounter:
 
 
 class StopRequest:
-    """SIGTERM or Ctrl-C: noted, so that the running step can be finished and saved. A second one acts at once."""
+    """SIGTERM or Ctrl-C: noted, so that the running step can be finished and saved. A second one acts at once.
+
+    What comes within a second of the first is the same request: launchers pass on what the terminal has sent already.
+    """
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
     def __init__(self) -> None:
         self.received = 0
+        self._first_at = 0.0
 
     def __enter__(self) -> StopRequest:
         self._before = {number: signal.signal(number, self._note) for number in self.SIGNALS}
@@ -71,7 +76,10 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _note(self, number: int, _: FrameType | None) -> None:
-        self.received = number
-        for each in self.SIGNALS:
-            signal.signal(each, self._before[each])
+        if self.received:
+            if time.monotonic() - self._first_at > 1:
+                signal.signal(number, self._before[number])
+                signal.raise_signal(number)
+            return
+        self.received, self._first_at = number, time.monotonic()
         logger.warning("%s: finishing this step, then saving. Once more to stop at once.", signal.Signals(number).name)

@@ -47,8 +47,8 @@ def training_flops_per_token(config: XLSTMConfig, context_length: int) -> float:
     """Floating-point operations of forward and backward for one token of a row of `context_length` tokens.
 
     A product of (m, k) and (k, n) counts 2 m k n, the backward twice the forward. Counted are all projections,
-    convolutions and the logits; not embedding look-ups, norms, activations, skips and soft caps. The cells, for a token and a
-    head:
+    convolutions and the logits; not embedding look-ups, norms, activations, skips and soft caps. The cells, for a
+    token and a head:
 
     * mLSTM, chunks of L (at most the context): 2 L (K + V) / 2 for the causal half of Q K^T and W V; 4 K V to read C
       and to write it; 4 K for the normalizer and 4 L for gates and row sums within the chunk.

@@ -14,29 +14,12 @@ import pytest
 from xlstm_lm import cli
 
 DEMO = str(Path(__file__).parents[1] / "configs" / "train" / "demo.yaml")
-TINY = [
-    *(
-        "--model.embedding_dim",
-        "32",
-        "--model.num_blocks",
-        "2",
-        "--model.num_heads",
-        "2",
-        "--data.context_length",
-        "32",
-    ),
-    *(
-        "--data.global_batch_size",
-        "4",
-        "--data.validation_tokens",
-        "2000",
-        "--training.steps",
-        "6",
-        "--training.log_every",
-        "2",
-    ),
-    *("--schedule.warmup_steps", "2", "--schedule.cooldown_steps", "2", "--training.checkpoint_every", "3"),
-]
+TINY = """
+    --model.embedding_dim 32 --model.num_blocks 2 --model.slstm_positions [0] --model.num_heads 2
+    --data.context_length 32 --data.global_batch_size 4 --data.validation_tokens 2000
+    --training.steps 6 --training.log_every 2 --training.checkpoint_every 3
+    --schedule.warmup_steps 2 --schedule.cooldown_steps 2
+""".split()
 
 
 def run_command(*arguments: str, launcher: tuple[str, ...] = ("-m", "xlstm_lm")) -> subprocess.CompletedProcess:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from xlstm_lm.config import fields, load_run_config, save_run_config
+from xlstm_lm.config import as_recipe, fields, load_run_config
 from xlstm_lm.recipe import parse_yaml, read_recipe
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -42,8 +42,8 @@ def test_a_saved_run_reads_back_equal(tmp_path):
     run = load_run_config(
         [DEMO], {"optimizer.betas": [0.8, 0.9], "model.pattern": ["mlstm", "slstm"], "model.num_blocks": 2}
     )
-    save_run_config(run, tmp_path / "config.yaml")
-    assert load_run_config([tmp_path / "config.yaml"]) == run
+    saved = write(tmp_path / "config.yaml", as_recipe(run))
+    assert load_run_config([saved]) == run
 
 
 @pytest.mark.parametrize("recipe", sorted((CONFIGS / "train").glob("*.yaml")), ids=lambda path: path.stem)

@@ -143,9 +143,9 @@ def load_run_config(paths: list[str | Path], overrides: dict[str, Any] | None = 
         raise ValueError("\n".join(messages)) from None
 
 
-def save_run_config(run: RunConfig, path: Path) -> None:
-    """Write the resolved run as a recipe that `load_run_config` reads back to an equal one."""
-    path.write_text(yaml.safe_dump(as_dict(run), sort_keys=False, allow_unicode=True), encoding="utf-8")
+def as_recipe(run: RunConfig) -> str:
+    """The resolved run as the text of a recipe, which `load_run_config` reads back to an equal one."""
+    return yaml.safe_dump(as_dict(run), sort_keys=False, allow_unicode=True)
 
 
 def as_dict(run: RunConfig) -> dict[str, Any]:

@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
-from xlstm_lm.config import RunConfig, as_dict
+from xlstm_lm.config import RunConfig, as_dict, as_recipe
 from xlstm_lm.data import Batch, TrainingStream, build_tokenizer, validation_batches
 from xlstm_lm.models import build_model
 from xlstm_lm.models.accounting import training_flops_per_token
@@ -84,7 +83,7 @@ class Trainer:
         self.run, self.world, self.stop_request = run, world, stop_request
         self.run_dir = Path(run.training.run_dir)
         config = as_dict(run)
-        self.config_yaml = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
+        self.config_yaml = as_recipe(run)
         self.tokenizer = build_tokenizer(run.data.tokenizer)
         if self.tokenizer.vocab_size > run.model.vocab_size:
             raise ValueError(

@@ -5,12 +5,11 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from xlstm_lm.models.layers import GatedFeedForward, make_norm, soft_cap
+from xlstm_lm.models.language_model import LanguageModel, State
+from xlstm_lm.models.layers import GatedFeedForward, make_norm
 from xlstm_lm.models.xlstm_config import XLSTMConfig
-from xlstm_lm.models.xlstm_mixers import MIXERS, MLSTMMixer, Observer, PaperMLSTMMixer, State
-from xlstm_lm.ops.loss import linear_cross_entropy
+from xlstm_lm.models.xlstm_mixers import MIXERS, MLSTMMixer, Observer, PaperMLSTMMixer
 
 SATURATED = 0.95  # a gate beyond this share of its soft cap counts as being at the cap
 
@@ -46,65 +45,13 @@ class Block(nn.Module):
         return x_BTD, state
 
 
-class XLSTM(nn.Module):
-    """Embedding, blocks, final norm and head. Weights are uninitialised until `init_weights`."""
+class XLSTM(LanguageModel):
+    """A stack of the blocks that the configuration's pattern names."""
 
     def __init__(self, config: XLSTMConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.embedding = nn.Embedding(config.vocab_size, config.embedding_dim)
-        self.blocks = nn.ModuleList(Block(config, kind) for kind in config.block_kinds())
-        self.final_norm = make_norm(config.norm, config.embedding_dim, config.norm_eps)
-        self.head = nn.Linear(config.embedding_dim, config.vocab_size, bias=False)
-        if config.tie_embeddings:
-            self.head.weight = self.embedding.weight
-        self.activation_checkpointing = False
-
-    def forward(
-        self,
-        tokens_BT: Tensor,
-        resets_BT: Tensor | None = None,
-        state: list[State] | None = None,
-        return_state: bool = False,
-    ) -> Tensor | tuple[Tensor, list[State]]:
-        """Hidden states (B, T, D) behind the final norm and, on request, the state after the last token.
-
-        Where `resets_BT` is true a document starts: nothing before it, nor in `state`, reaches it. The state holds a
-        tuple of tensors for each block, of a size that does not depend on T.
-        """
-        return self._run(tokens_BT, resets_BT, state, return_state)
-
-    def _run(self, tokens_BT, resets_BT, state=None, return_state=False, observe=None):
-        x_BTD = self.embedding(tokens_BT)
-        states = []
-        for block, block_state in zip(self.blocks, state or [None] * len(self.blocks), strict=True):
-            arguments = (x_BTD, resets_BT, block_state, return_state, observe)
-            if self.activation_checkpointing and torch.is_grad_enabled():
-                x_BTD, block_state = checkpoint(block, *arguments, use_reentrant=False)
-            else:
-                x_BTD, block_state = block(*arguments)
-            states.append(block_state)
-        hidden_BTD = self.final_norm(x_BTD)
-        return (hidden_BTD, states) if return_state else hidden_BTD
-
-    def logits(self, hidden_BTD: Tensor) -> Tensor:
-        """Logits (B, T, vocabulary), in float32 at least, of hidden states (B, T, D)."""
-        logits_BTV = self.head(hidden_BTD)
-        return soft_cap(logits_BTV.to(torch.promote_types(logits_BTV.dtype, torch.float32)), self.config.logit_soft_cap)
-
-    def loss(self, hidden_BTD: Tensor, targets_BT: Tensor, reduction: str = "sum", z_loss: float = 0.0) -> Tensor:
-        """Cross entropy, in nats, of the targets (B, T) given hidden states (B, T, D), without forming all logits.
-
-        A target of -100 is left out. `reduction` is sum, mean or none.
-        """
-        return linear_cross_entropy(
-            hidden_BTD,
-            self.head.weight,
-            targets_BT,
-            soft_cap=self.config.logit_soft_cap,
-            z_loss=z_loss,
-            reduction=reduction,
-        )
+        blocks = (Block(config, kind) for kind in config.block_kinds())
+        final_norm = make_norm(config.norm, config.embedding_dim, config.norm_eps)
+        super().__init__(config, blocks, final_norm, config.embedding_dim)
 
     @torch.no_grad()
     def init_weights(self) -> None:
@@ -150,22 +97,16 @@ class XLSTM(nn.Module):
                 mixer.bias[1] = 5 - 12 * unit ** (0.3 + 1.3 * (index / max(depth - 1, 1)))
 
     def no_decay_parameter_names(self) -> set[str]:
-        """Names of the parameters that weight decay leaves alone: the embedding and all that is no matrix."""
-        no_decay = {name for name, parameter in self.named_parameters() if parameter.ndim < 2}
-        return (
-            no_decay
-            | {"embedding.weight"}
-            | {name for name, _ in self.named_parameters() if name.endswith("mixer.bias")}
-        )
+        """As for every family; the sLSTM's biases have a dimension for each gate and head, and are no matrices."""
+        biases = {name for name, _ in self.named_parameters() if name.endswith("mixer.bias")}
+        return super().no_decay_parameter_names() | biases
 
     @torch.no_grad()
     def gate_statistics(self, tokens_BT: Tensor, resets_BT: Tensor | None = None) -> dict[str, Tensor]:
         """Means over tokens, heads and blocks (scalars): forget gate, input gate pre-activation, and the share of
         gates at the mLSTM's soft cap."""
         records: list[tuple[Tensor, Tensor]] = []
-        self._run(
-            tokens_BT, resets_BT, observe=lambda input_gate, forget_gate: records.append((input_gate, forget_gate))
-        )
+        self(tokens_BT, resets_BT, observe=lambda input_gate, forget_gate: records.append((input_gate, forget_gate)))
         inputs = torch.cat([input_gate.flatten() for input_gate, _ in records]).float()
         forgets = torch.cat([forget_gate.flatten() for _, forget_gate in records]).float()
         statistics = {"forget_gate": torch.sigmoid(forgets).mean(), "input_gate_preactivation": inputs.mean()}

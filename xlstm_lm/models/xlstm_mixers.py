@@ -12,12 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from xlstm_lm.models.language_model import State
 from xlstm_lm.models.layers import BlockDiagonalLinear, CausalConv, HeadNorm, soft_cap
 from xlstm_lm.models.xlstm_config import XLSTMConfig
 from xlstm_lm.ops.mlstm import mlstm
 from xlstm_lm.ops.slstm import slstm
 
-State = tuple[Tensor, ...]
 Observer = Callable[[Tensor, Tensor], None]
 
 

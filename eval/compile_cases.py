@@ -1,0 +1,71 @@
+"""The configurations of each operation that we ship, as the kernels that each launches.
+
+An operation is an entry of `CASES`: a function without arguments that returns its cases. A case's `calls(target)` gives
+the kernels launched on "sm_80", "sm_90", "sm_100" or "gfx942" (none where the operation has no kernel for it):
+
+    Case("slstm D64 bfloat16", lambda target: recorded(lambda: launch_forward(...tensors of device "meta"...)))
+    Case("slstm cluster D256", lambda target: [CudaCall(kernel=..., launch=..., binary=..., dynamic_shared_bytes=...)])
+
+Cases with `quick=True` are compiled in the quick tests too: one or two an operation, because each kernel takes seconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from unittest import mock
+
+import torch
+
+from eval.compile_calls import CudaCall, TritonCall, recorded
+
+Calls = Callable[[str], Sequence[TritonCall | CudaCall]]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One configuration of an operation."""
+
+    name: str
+    calls: Calls
+    quick: bool = False
+
+
+def _mlstm_calls(K: int, V: int, dtype: torch.dtype, resets: bool, target: str) -> list[TritonCall]:
+    """Every kernel that a forward and a backward pass launches, in a long sequence with all states asked for."""
+    from xlstm_lm.ops.mlstm import triton_op
+
+    B, T, H = 2, 8192, 4
+    meta = partial(torch.empty, device="meta")
+    q, k, v = (meta(B, T, H, size, dtype=dtype) for size in (K, K, V))
+    i, f = (meta(B, T, H) for _ in range(2))
+    resets_BT = meta(B, T, dtype=torch.bool) if resets else None
+    C, n, m = meta(B, H, K, V), meta(B, H, K), meta(B, H)
+
+    def both() -> None:
+        h, *last, c, x, m_BHT, d = triton_op.launch_forward(
+            q, k, v, i, f, resets_BT, C, n, m, True, False, True, 1e-6
+        )  # fmt: skip
+        triton_op.launch_backward(
+            q, k, v, i, f, resets_BT, C, n, h, c, x, m_BHT, d, h, *last[:2], False, True, 1e-6
+        )  # fmt: skip
+
+    with mock.patch.object(triton_op, "architecture", lambda device: target):
+        return recorded(both)
+
+
+def mlstm_cases() -> list[Case]:
+    """The heads of our models and of the published ones, and two whose sizes are no powers of two."""
+    cases = []
+    for K, V in ((64, 128), (128, 256), (256, 512), (48, 96), (80, 160)):
+        for dtype in (torch.bfloat16, torch.float16, torch.float32):
+            for resets in (False, True):
+                name = f"mlstm K{K} V{V} {str(dtype).removeprefix('torch.')}{' resets' if resets else ''}"
+                quick = (K, dtype, resets) == (256, torch.bfloat16, True)
+                cases.append(Case(name, partial(_mlstm_calls, K, V, dtype, resets), quick))
+    return cases
+
+
+CASES: dict[str, Callable[[], list[Case]]] = {"mlstm": mlstm_cases}
+"""The cases of each operation."""

@@ -44,6 +44,14 @@ class HeadNorm(nn.Module):
         return norm(h_BTHV, (self.head_dim,), eps=self.eps).flatten(-2) * self.weight
 
 
+class Float32Linear(nn.Linear):
+    """A linear layer that computes in float32 at least, whatever the type of its input and weights."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        dtype = torch.promote_types(self.weight.dtype, torch.float32)
+        return F.linear(x.to(dtype), self.weight.to(dtype), self.bias.to(dtype))
+
+
 class BlockDiagonalLinear(nn.Module):
     """`num_blocks` independent projections of `width / num_blocks` units each, without bias: (..., D) -> (..., D).
 
@@ -66,6 +74,12 @@ class CausalConv(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(width, kernel_size))
         self.bias = nn.Parameter(torch.empty(width))
+
+    def init_weights(self) -> None:
+        """torch.nn.Conv1d's own start: uniform within one over the root of the taps."""
+        bound = self.weight.shape[1] ** -0.5
+        nn.init.uniform_(self.weight, -bound, bound)
+        nn.init.uniform_(self.bias, -bound, bound)
 
     def forward(
         self,

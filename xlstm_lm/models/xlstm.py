@@ -44,6 +44,45 @@ class Block(nn.Module):
             x_BTD = x_BTD + self.feedforward(self.feedforward_norm(x_BTD))
         return x_BTD, state
 
+    @torch.no_grad()
+    def init_weights(self, index: int, depth: int) -> None:
+        """Initialise every parameter of this block, number `index` from 0 of `depth`, as its kind's authors do."""
+        mixer = self.mixer
+        width, num_heads = mixer.config.embedding_dim, mixer.config.num_heads
+        small, scaled_by_depth = (2 / (5 * width)) ** 0.5, 2 / (depth * width**0.5)
+        nn.init.ones_(self.norm.weight)
+        nn.init.ones_(mixer.head_norm.weight)
+        if self.feedforward is not None:
+            nn.init.ones_(self.feedforward_norm.weight)
+            nn.init.normal_(self.feedforward.gate_up.weight, std=small)
+            nn.init.normal_(self.feedforward.down.weight, std=scaled_by_depth)
+        if isinstance(mixer, MLSTMMixer):
+            # xLSTM-7B: small q, k, v; output gate and gates start from their biases alone; input gate nearly shut.
+            qkv, output_gate = mixer.qkvo.weight.split((sum(mixer.widths[:3]), mixer.widths[3]))
+            nn.init.normal_(qkv, std=small)
+            nn.init.zeros_(output_gate)
+            nn.init.normal_(mixer.out.weight, std=scaled_by_depth)
+            _init_mlstm_gates(mixer.gates)
+            nn.init.constant_(mixer.gates.bias[:num_heads], -10.0)
+        elif isinstance(mixer, PaperMLSTMMixer):
+            # xLSTM paper: as above, but the input gate starts near 1, and the convolution as torch's own.
+            nn.init.normal_(mixer.up.weight, std=small)
+            for projection in (mixer.query, mixer.key, mixer.value):
+                nn.init.normal_(projection.weight, std=small)
+            nn.init.normal_(mixer.down.weight, std=scaled_by_depth)
+            nn.init.ones_(mixer.skip)
+            mixer.conv.init_weights()
+            _init_mlstm_gates(mixer.gates)
+            nn.init.normal_(mixer.gates.bias[:num_heads], std=0.1)
+        else:
+            # xLSTM paper: no recurrence at first; forget biases fall from 5 to -7 over a head.
+            nn.init.normal_(mixer.input_weight, std=small)
+            nn.init.zeros_(mixer.recurrent_weight)
+            nn.init.zeros_(mixer.bias)
+            mixer.conv.init_weights()
+            unit = torch.linspace(0, 1, mixer.bias.shape[-1])
+            mixer.bias[1] = 5 - 12 * unit ** (0.3 + 1.3 * (index / max(depth - 1, 1)))
+
 
 class XLSTM(LanguageModel):
     """A stack of the blocks that the configuration's pattern names."""
@@ -57,44 +96,12 @@ class XLSTM(LanguageModel):
     def init_weights(self) -> None:
         """Initialise every parameter as the authors of each kind of block do."""
         width, depth = self.config.embedding_dim, len(self.blocks)
-        small, scaled_by_depth = (2 / (5 * width)) ** 0.5, 2 / (depth * width**0.5)
+        small = (2 / (5 * width)) ** 0.5
         nn.init.normal_(self.embedding.weight, std=small)
         nn.init.normal_(self.head.weight, std=small)
         nn.init.ones_(self.final_norm.weight)
         for index, block in enumerate(self.blocks):
-            nn.init.ones_(block.norm.weight)
-            mixer = block.mixer
-            nn.init.ones_(mixer.head_norm.weight)
-            if block.feedforward is not None:
-                nn.init.ones_(block.feedforward_norm.weight)
-                nn.init.normal_(block.feedforward.gate_up.weight, std=small)
-                nn.init.normal_(block.feedforward.down.weight, std=scaled_by_depth)
-            if isinstance(mixer, MLSTMMixer):
-                # xLSTM-7B: small q, k, v; output gate and gates start from their biases alone; input gate nearly shut.
-                qkv, output_gate = mixer.qkvo.weight.split((sum(mixer.widths[:3]), mixer.widths[3]))
-                nn.init.normal_(qkv, std=small)
-                nn.init.zeros_(output_gate)
-                nn.init.normal_(mixer.out.weight, std=scaled_by_depth)
-                _init_mlstm_gates(mixer.gates)
-                nn.init.constant_(mixer.gates.bias[: self.config.num_heads], -10.0)
-            elif isinstance(mixer, PaperMLSTMMixer):
-                # xLSTM paper: as above, but the input gate starts near 1, and the convolution as torch's own.
-                nn.init.normal_(mixer.up.weight, std=small)
-                for projection in (mixer.query, mixer.key, mixer.value):
-                    nn.init.normal_(projection.weight, std=small)
-                nn.init.normal_(mixer.down.weight, std=scaled_by_depth)
-                nn.init.ones_(mixer.skip)
-                _init_conv(mixer.conv.weight, mixer.conv.bias)
-                _init_mlstm_gates(mixer.gates)
-                nn.init.normal_(mixer.gates.bias[: self.config.num_heads], std=0.1)
-            else:
-                # xLSTM paper: no recurrence at first; forget biases fall from 5 to -7 over a head.
-                nn.init.normal_(mixer.input_weight, std=small)
-                nn.init.zeros_(mixer.recurrent_weight)
-                nn.init.zeros_(mixer.bias)
-                _init_conv(mixer.conv.weight, mixer.conv.bias)
-                unit = torch.linspace(0, 1, mixer.bias.shape[-1])
-                mixer.bias[1] = 5 - 12 * unit ** (0.3 + 1.3 * (index / max(depth - 1, 1)))
+            block.init_weights(index, depth)
 
     def no_decay_parameter_names(self) -> set[str]:
         """As for every family; the sLSTM's biases have a dimension for each gate and head, and are no matrices."""
@@ -121,10 +128,3 @@ def _init_mlstm_gates(gates: nn.Linear) -> None:
     num_heads = gates.bias.shape[0] // 2
     nn.init.zeros_(gates.weight)
     gates.bias[num_heads:] = torch.linspace(3, 6, num_heads, dtype=gates.bias.dtype, device=gates.bias.device)
-
-
-def _init_conv(weight_DW: Tensor, bias_D: Tensor) -> None:
-    """torch.nn.Conv1d's own start: uniform within one over the root of the taps."""
-    bound = weight_DW.shape[1] ** -0.5
-    nn.init.uniform_(weight_DW, -bound, bound)
-    nn.init.uniform_(bias_D, -bound, bound)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from xlstm_lm.models.language_model import State
-from xlstm_lm.models.layers import BlockDiagonalLinear, CausalConv, HeadNorm, soft_cap
+from xlstm_lm.models.layers import BlockDiagonalLinear, CausalConv, Float32Linear, HeadNorm, soft_cap
 from xlstm_lm.models.xlstm_config import XLSTMConfig
 from xlstm_lm.ops.mlstm import mlstm
 from xlstm_lm.ops.slstm import slstm
@@ -29,7 +29,7 @@ class MLSTMMixer(nn.Module):
         self.config = config
         self.widths = (config.qk_dim, config.qk_dim, config.v_dim, config.v_dim)
         self.qkvo = nn.Linear(config.embedding_dim, sum(self.widths), bias=False)
-        self.gates = nn.Linear(config.embedding_dim, 2 * config.num_heads)
+        self.gates = Float32Linear(config.embedding_dim, 2 * config.num_heads)  # they reach e^15
         self.head_norm = HeadNorm(config.num_heads, config.v_dim // config.num_heads, config.cell_norm, config.norm_eps)
         self.out = nn.Linear(config.v_dim, config.embedding_dim, bias=False)
 
@@ -54,7 +54,7 @@ class PaperMLSTMMixer(nn.Module):
         self.query = BlockDiagonalLinear(inner, num_diagonal_blocks)
         self.key = BlockDiagonalLinear(inner, num_diagonal_blocks)
         self.value = BlockDiagonalLinear(inner, num_diagonal_blocks)
-        self.gates = nn.Linear(3 * inner, 2 * config.num_heads)
+        self.gates = Float32Linear(3 * inner, 2 * config.num_heads)
         self.head_norm = HeadNorm(config.num_heads, inner // config.num_heads, config.cell_norm, config.norm_eps)
         self.skip = nn.Parameter(torch.ones(inner))
         self.down = nn.Linear(inner, config.embedding_dim, bias=False)
@@ -134,10 +134,7 @@ def _mlstm_cell(
     observe: Observer | None,
 ) -> tuple[Tensor, State | None]:
     """Form the gates, split the heads and run the cell: h (B, T, H, V) and the state after the last token."""
-    # The gates reach e^15 and are kept in float32 at least.
-    dtype = torch.promote_types(gates.weight.dtype, torch.float32)
-    gates_BTG = F.linear(gate_input_BTE.to(dtype), gates.weight.to(dtype), gates.bias.to(dtype))
-    input_BTH, forget_BTH = soft_cap(gates_BTG, config.gate_soft_cap).chunk(2, dim=-1)
+    input_BTH, forget_BTH = soft_cap(gates(gate_input_BTE), config.gate_soft_cap).chunk(2, dim=-1)
     if observe is not None:
         observe(input_BTH, forget_BTH)
     h_BTHV = mlstm(

@@ -1,7 +1,7 @@
 """The sLSTM for loops that run over time in one go: everything of it that needs no recurrence, as operators of PyTorch.
 
 Such a backend gives two functions, `forward_loop` and `backward_loop` (`Loops`), in a module of its own. What is left
-is large matrix products and stands here once: the gate pre-activations of all steps, which the backward makes again from
+is large matrix products and stands here once: the gate pre-activations of all steps, which the backward makes anew from
 y, and the gradients of R and the bias. As operators of the dispatcher the passes stay whole under torch.compile and in
 activation checkpointing.
 """

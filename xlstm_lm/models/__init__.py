@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
-from torch import nn
-
+from xlstm_lm.models.language_model import LanguageModel
+from xlstm_lm.models.lstm import LSTM, LSTMConfig
+from xlstm_lm.models.mamba import Mamba, MambaConfig
+from xlstm_lm.models.transformer import Transformer, TransformerConfig
 from xlstm_lm.models.xlstm import XLSTM
 from xlstm_lm.models.xlstm_config import XLSTMConfig
 
-FAMILIES: dict[str, tuple[type, type[nn.Module]]] = {"xlstm": (XLSTMConfig, XLSTM)}
+ModelConfig = XLSTMConfig | TransformerConfig | MambaConfig | LSTMConfig
+
+FAMILIES: dict[str, tuple[type[ModelConfig], type[LanguageModel]]] = {
+    "xlstm": (XLSTMConfig, XLSTM),
+    "transformer": (TransformerConfig, Transformer),
+    "mamba": (MambaConfig, Mamba),
+    "lstm": (LSTMConfig, LSTM),
+}
 
 
-def build_model(config: XLSTMConfig) -> nn.Module:
+def build_model(config: ModelConfig) -> LanguageModel:
     """The model that `config` describes, initialised as its family's authors do, from torch's current random state."""
     model = FAMILIES[config.family][1](config)
     model.init_weights()

@@ -40,6 +40,10 @@ class LanguageModel(nn.Module):
         del tokens_BT, state
         return resets_BT
 
+    def embed(self, tokens_BT: Tensor) -> Tensor:
+        """What the first block sees: (B, T, D)."""
+        return self.embedding(tokens_BT)
+
     def forward(
         self,
         tokens_BT: Tensor,
@@ -54,7 +58,7 @@ class LanguageModel(nn.Module):
         tuple of tensors for each block; a recurrent block's has a size that does not depend on T.
         """
         context = self.make_context(tokens_BT, resets_BT, state)
-        x_BTD = self.embedding(tokens_BT)
+        x_BTD = self.embed(tokens_BT)
         states = []
         for block, block_state in zip(self.blocks, state or [None] * len(self.blocks), strict=True):
             if self.activation_checkpointing and torch.is_grad_enabled():

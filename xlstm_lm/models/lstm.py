@@ -1,0 +1,208 @@
+"""The classics: stacks of LSTM, GRU or plain recurrent layers, on torch's own kernels, restarted with each document.
+
+Documents of a row become sequences of their own for the kernel, all at once in a packed batch, the first of a row with
+the state handed in. Peepholes, which no kernel has, run step by step.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence, pack_sequence
+
+from xlstm_lm.models.language_model import LanguageModel, State
+from xlstm_lm.ops.announce import announce_once
+
+GATES = {"lstm": 4, "gru": 3, "rnn": 1}
+_KERNELS = {"lstm": torch.lstm, "gru": torch.gru, "rnn": torch.rnn_tanh}
+
+
+@dataclass(kw_only=True)
+class LSTMConfig:
+    """A stack of recurrent layers between an embedding and a head, without residual connections."""
+
+    family: Literal["lstm"] = "lstm"
+    """Model family."""
+    cell: Literal["lstm", "gru", "rnn"] = "lstm"
+    """LSTM with three gates, GRU, or plain recurrence with tanh."""
+    vocab_size: int = 50304
+    """Rows of the embedding and of the head; at least the tokenizer's vocabulary."""
+    embedding_dim: int = 768
+    """Width of the embedding."""
+    hidden_dim: int | None = None
+    """Width of the layers; null for that of the embedding."""
+    num_blocks: int = 2
+    """Number of recurrent layers."""
+    dropout: float = 0.0
+    """Share of units dropped in training, on connections that are not recurrent (arXiv 1409.2329)."""
+    layer_norm: bool = False
+    """Whether a layer norm stands behind every layer."""
+    peepholes: bool = False
+    """Whether an LSTM's gates see its cell (Gers, Schraudolph and Schmidhuber, 2002)."""
+    forget_bias: float = 1.0
+    """An LSTM's forget bias at the start (Gers, Schmidhuber and Cummins, 2000)."""
+    norm_eps: float = 1e-5
+    """Epsilon of the layer norms."""
+    logit_soft_cap: float | None = None
+    """Soft cap of the logits; null for none."""
+    tie_embeddings: bool = False
+    """Whether the head is the embedding."""
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "embedding_dim", "num_blocks"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout is {self.dropout}; it must be at least 0 and below 1.")
+        if self.peepholes and self.cell != "lstm":
+            raise ValueError(f"peepholes belong to an LSTM, but cell is {self.cell}; set one or the other.")
+        if self.tie_embeddings and self.width != self.embedding_dim:
+            raise ValueError(
+                f"tie_embeddings needs layers as wide as the embedding, but hidden_dim is {self.width} and "
+                f"embedding_dim {self.embedding_dim}."
+            )
+
+    @property
+    def width(self) -> int:
+        """Width of the layers."""
+        return self.hidden_dim or self.embedding_dim
+
+
+class Context(NamedTuple):
+    """Where the documents of packed rows lie."""
+
+    resets_BT: Tensor | None
+    places: PackedSequence | None = None
+    """The documents as packed sequences of places in the rows laid end to end; None where each row is one that may go
+    on an earlier one."""
+    first_B: Tensor | None = None
+    """The number of each row's first document, which goes on the state unless it starts there."""
+    last_B: Tensor | None = None
+    """The number of each row's last document."""
+
+
+class Layer(nn.Module):
+    """One recurrent layer, its layer norm and its dropout: (B, T, D) -> (B, T, H).
+
+    The state is (y, c) for an LSTM and (y,) otherwise, each (B, H).
+    """
+
+    def __init__(self, config: LSTMConfig, input_width: int) -> None:
+        super().__init__()
+        self.config = config
+        gates, width = GATES[config.cell], config.width
+        self.input_weight = nn.Parameter(torch.empty(gates * width, input_width))
+        self.recurrent_weight = nn.Parameter(torch.empty(gates * width, width))
+        self.bias = nn.Parameter(torch.empty(gates * width))
+        if config.peepholes:
+            self.peephole = nn.Parameter(torch.empty(3, width))
+        self.norm = nn.LayerNorm(width, eps=config.norm_eps) if config.layer_norm else nn.Identity()
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(
+        self, x_BTD: Tensor, context: Context, state: State | None = None, return_state: bool = False
+    ) -> tuple[Tensor, State | None]:
+        if state is None:
+            state = (x_BTD.new_zeros(x_BTD.shape[0], self.config.width),) * (2 if self.config.cell == "lstm" else 1)
+        if self.config.peepholes:
+            y_BTH, state = self._with_peepholes(x_BTD, context.resets_BT, state)
+        elif context.places is None:
+            y_BTH, state = self._kernel((x_BTD,), state)
+        else:
+            y_BTH, state = self._packed(x_BTD, context, state)
+        return self.dropout(self.norm(y_BTH)), state if return_state else None
+
+    def _kernel(self, x: tuple[Tensor, ...], state: State) -> tuple[Tensor, State]:
+        """torch's kernel over (B, T, D), or over packed sequences and their batch sizes."""
+        # torch's second bias adds nothing to the first, and stays zero.
+        weights = [self.input_weight, self.recurrent_weight, self.bias, torch.zeros_like(self.bias)]
+        first = tuple(each.unsqueeze(0) for each in state)
+        options = {"num_layers": 1, "dropout": 0.0, "train": self.training, "bidirectional": False}
+        if len(x) == 1:
+            options["batch_first"] = True
+        y, *last = _KERNELS[self.config.cell](
+            *x, first if self.config.cell == "lstm" else first[0], weights, has_biases=True, **options
+        )
+        return y, tuple(each[0] for each in last)
+
+    def _packed(self, x_BTD: Tensor, context: Context, state: State) -> tuple[Tensor, State]:
+        places, batch_sizes, order, back = context.places
+        starts_B1 = context.resets_BT[:, :1]
+        first = (each.masked_fill(starts_B1, 0) for each in state)
+        first = tuple(each.new_zeros(len(order), each.shape[1]).index_copy(0, context.first_B, each) for each in first)
+        y, last = self._kernel((x_BTD.flatten(0, 1)[places], batch_sizes), tuple(each[order] for each in first))
+        y_BTH = torch.empty_like(y).index_copy(0, places, y).unflatten(0, x_BTD.shape[:2])
+        return y_BTH, tuple(each[back][context.last_B] for each in last)
+
+    def _with_peepholes(self, x_BTD: Tensor, resets_BT: Tensor | None, state: State) -> tuple[Tensor, State]:
+        announce_once("no kernel has an LSTM with peepholes: it runs step by step in Python")
+        y_BH, c_BH = state
+        peek_input, peek_forget, peek_output = self.peephole
+        steps = []
+        for t, gates_BG in enumerate(nn.functional.linear(x_BTD, self.input_weight, self.bias).unbind(1)):
+            if resets_BT is not None:
+                starts_B1 = resets_BT[:, t, None]
+                y_BH, c_BH = y_BH.masked_fill(starts_B1, 0), c_BH.masked_fill(starts_B1, 0)
+            i, f, z, o = (gates_BG + y_BH @ self.recurrent_weight.T).chunk(4, dim=-1)
+            i, f = torch.sigmoid(i + peek_input * c_BH), torch.sigmoid(f + peek_forget * c_BH)
+            c_BH = f * c_BH + i * torch.tanh(z)
+            y_BH = torch.sigmoid(o + peek_output * c_BH) * torch.tanh(c_BH)
+            steps.append(y_BH)
+        return torch.stack(steps, dim=1), (y_BH, c_BH)
+
+
+class LSTM(LanguageModel):
+    """A stack of recurrent layers."""
+
+    def __init__(self, config: LSTMConfig) -> None:
+        widths = [config.embedding_dim] + [config.width] * (config.num_blocks - 1)
+        super().__init__(config, (Layer(config, width) for width in widths), nn.Identity(), config.width)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def embed(self, tokens_BT: Tensor) -> Tensor:
+        """Embeddings, some units dropped in training."""
+        return self.dropout(super().embed(tokens_BT))
+
+    def make_context(self, tokens_BT: Tensor, resets_BT: Tensor | None, state: list[State] | None) -> Context:
+        """The documents as sequences of their own, where there is more than one in a row."""
+        del state
+        if resets_BT is None:
+            return Context(None)
+        B, T = tokens_BT.shape
+        starts_BT = resets_BT.clone()
+        starts_BT[:, 0] = True
+        start_M = starts_BT.flatten().nonzero().flatten()
+        length_M = torch.cat((start_M[1:], start_M.new_tensor([B * T]))) - start_M
+        documents = torch.arange(B * T, device=tokens_BT.device).split(length_M.tolist())
+        documents_B = starts_BT.sum(1)
+        last_B = documents_B.cumsum(0) - 1
+        places = pack_sequence(documents, enforce_sorted=False)
+        return Context(resets_BT, places, last_B + 1 - documents_B, last_B)
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Inputs uniform within one over the root of their number (Glorot and Bengio, 2010), each gate's recurrence
+        orthogonal (arXiv 1312.6120), no biases but an LSTM's forget gate's."""
+        nn.init.normal_(self.embedding.weight, std=self.config.embedding_dim**-0.5)
+        nn.init.normal_(self.head.weight, std=self.config.width**-0.5)
+        for layer in self.blocks:
+            for gate in layer.input_weight.chunk(GATES[self.config.cell]):
+                nn.init.xavier_uniform_(gate)
+            for gate in layer.recurrent_weight.chunk(GATES[self.config.cell]):
+                nn.init.orthogonal_(gate)
+            nn.init.zeros_(layer.bias)
+            if self.config.cell == "lstm":  # gates in torch's order: input, forget, cell input, output
+                layer.bias.chunk(4)[1].fill_(self.config.forget_bias)
+            if self.config.peepholes:
+                nn.init.zeros_(layer.peephole)
+            if self.config.layer_norm:
+                nn.init.ones_(layer.norm.weight)
+                nn.init.zeros_(layer.norm.bias)
+
+    def no_decay_parameter_names(self) -> set[str]:
+        """As for every family, and the peepholes."""
+        peepholes = {name for name, _ in self.named_parameters() if name.endswith("peephole")}
+        return super().no_decay_parameter_names() | peepholes

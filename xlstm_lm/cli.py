@@ -190,6 +190,6 @@ def _tokenizer(options: argparse.Namespace) -> None:
 
 
 def _doctor(options: argparse.Namespace) -> None:
-    from xlstm_lm.doctor import report
+    from xlstm_lm.doctor import main
 
-    print(report())
+    main()

@@ -7,19 +7,33 @@ import importlib.metadata
 import os
 import platform
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
+from xlstm_lm.ops import attention as attention_ops
 from xlstm_lm.ops import mlstm as mlstm_ops
 from xlstm_lm.ops import slstm as slstm_ops
 from xlstm_lm.ops.conv import causal_conv
 from xlstm_lm.ops.loss import linear_cross_entropy
-from xlstm_lm.ops.selfcheck import TOLERANCE, compare
+from xlstm_lm.ops.selfcheck import TOLERANCE, compare, mlstm_inputs, slstm_inputs, some_resets
 
 PACKAGES = ("xlstm-lm", "torch", "deepspeed", "datasets", "transformers", "tokenizers", "wandb", "triton")
+RUNS_ON = {"compiled": ("cpu",)} | dict.fromkeys(("triton", "triton_step", "cluster", "jagged"), ("cuda",))
+"""The devices of the backends that do not run everywhere."""
+STEPS = ("step", "triton_step")
+"""The backends that take one token at a time and have no gradient."""
+SIZES = {
+    "cpu": {"mlstm": [{}], "slstm": [{}]},
+    "cuda": {
+        "mlstm": [{}, {"T": 600, "K": 128, "V": 256}],
+        "slstm": [{}, *({"T": 150, "D": D} for D in (64, 128, 256))],
+    },
+}
+"""What the cells are checked on: odd sizes everywhere, on a GPU also those that its kernels are made for."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +44,7 @@ class Check:
     backend: str
     device: str
     dtype: str
+    sizes: str
     error: float
     tolerance: float
     problem: str = ""
@@ -39,60 +54,63 @@ class Check:
         return not self.problem and self.error <= self.tolerance
 
 
-def _mlstm_inputs(device: str, dtype: torch.dtype) -> list[Tensor]:
-    batch, length, heads, k, v = 2, 100, 2, 16, 24
-    inputs = [torch.randn(batch, length, heads, size, device=device, dtype=dtype) for size in (k, k, v)]
-    gates = [torch.randn(batch, length, heads, device=device) + shift for shift in (-1.0, 3.0)]
-    return inputs + gates
-
-
-def _slstm_inputs(device: str, dtype: torch.dtype) -> list[Tensor]:
-    batch, length, heads, dim = 2, 70, 2, 24
-    shapes = ((batch, length, 4, heads, dim), (4, heads, dim, dim), (4, heads, dim))
-    return [
-        torch.randn(shape, device=device, dtype=dtype) * scale for shape, scale in zip(shapes, (1, 0.2, 1), strict=True)
-    ]
-
-
-def _resets(inputs: list[Tensor]) -> Tensor:
-    """A document starts at 0, in the middle of a chunk, at its border, and at the last token."""
-    resets_BT = torch.zeros(inputs[0].shape[:2], dtype=torch.bool, device=inputs[0].device)
-    resets_BT[:, [0, 31, 64, -1]] = True
-    return resets_BT
-
-
-def _token_by_token(*inputs: Tensor) -> Tensor:
-    """The mLSTM's decode step over a whole sequence."""
+def _token_by_token(backend: str, *inputs: Tensor) -> Tensor:
+    """One of the mLSTM's decode steps over a whole sequence."""
     state, steps = None, []
     for index in range(inputs[0].shape[1]):
         step_inputs = [each[:, index : index + 1] for each in inputs]
-        h_BTHV, state = mlstm_ops.mlstm(*step_inputs, initial_state=state, return_state=True, backend="step")
+        h_BTHV, state = mlstm_ops.mlstm(*step_inputs, initial_state=state, return_state=True, backend=backend)
         steps.append(h_BTHV)
     return torch.cat(steps, dim=1)
 
 
 def check_operations(device: str, dtype: torch.dtype = torch.float32) -> list[Check]:
-    """Every backend of every operation against its definition in float64, values and gradients, on a small shape."""
-    random_state = torch.random.get_rng_state()
-    torch.manual_seed(0)
+    """Every backend that such a device can run against the definition in float64, values and gradients."""
+    devices = [torch.cuda.current_device()] if device == "cuda" else []
     checks = []
-    for name, module, make_inputs in (("mlstm", mlstm_ops, _mlstm_inputs), ("slstm", slstm_ops, _slstm_inputs)):
-        inputs = make_inputs(device, dtype)
-        with_resets = functools.partial(getattr(module, name), resets=_resets(inputs))
-        definition = functools.partial(with_resets, backend="recurrence")
-        for backend in module.BACKENDS:
-            if backend == "triton" and device == "cpu":
-                continue
-            if backend == "step":
-                checks.append(_check(name, backend, _token_by_token, mlstm_ops.mlstm, inputs, gradients=False))
-            else:
-                checks.append(
-                    _check(name, backend, functools.partial(with_resets, backend=backend), definition, inputs)
-                )
-    checks.append(_check_loss(device, dtype))
-    checks.append(_check_conv(device, dtype))
-    torch.random.set_rng_state(random_state)
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(0)
+        for sizes in SIZES[device]["mlstm"]:
+            checks += _check_cell("mlstm", mlstm_ops, mlstm_inputs(device, dtype, **sizes))
+        for sizes in SIZES[device]["slstm"]:
+            checks += _check_cell("slstm", slstm_ops, slstm_inputs(device, dtype, **sizes))
+        checks += _check_attention(device, dtype)
+        checks.append(_check_loss(device, dtype))
+        checks.append(_check_conv(device, dtype))
     return checks
+
+
+def _check_cell(name: str, module: ModuleType, inputs: list[Tensor]) -> Iterator[Check]:
+    """The backends of one cell on one set of inputs."""
+    device = inputs[0].device.type
+    with_resets = functools.partial(getattr(module, name), resets=some_resets(inputs))
+    definition = functools.partial(with_resets, backend="recurrence")
+    for backend in module.BACKENDS:
+        if device not in RUNS_ON.get(backend, (device,)):
+            continue
+        if backend in STEPS:
+            function = functools.partial(_token_by_token, backend)
+            yield _check(name, backend, function, mlstm_ops.mlstm, inputs, gradients=False)
+        else:
+            yield _check(name, backend, functools.partial(with_resets, backend=backend), definition, inputs)
+
+
+def _check_attention(device: str, dtype: torch.dtype) -> Iterator[Check]:
+    inputs = [torch.randn(2, 100, heads, 16, device=device, dtype=dtype) for heads in (4, 2, 2)]
+    resets_BT = some_resets(inputs)
+    packing = attention_ops.pack(2, 100, inputs[0].device, resets_BT)
+    apart_BTS = resets_BT.cumsum(1)[:, :, None] != resets_BT.cumsum(1)[:, None]
+    hidden_B1TS = (apart_BTS | ~torch.ones_like(apart_BTS[0]).tril())[:, None]
+
+    def plain(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor) -> Tensor:
+        k_BTHK, v_BTHK = (each.repeat_interleave(2, dim=2) for each in (k_BTGK, v_BTGK))
+        scores_BHTS = torch.einsum("bthk,bshk->bhts", q_BTHK, k_BTHK) / 4
+        return torch.einsum("bhts,bshk->bthk", scores_BHTS.masked_fill(hidden_B1TS, -torch.inf).softmax(-1), v_BTHK)
+
+    for backend in attention_ops.BACKENDS:
+        if device in RUNS_ON.get(backend, (device,)):
+            function = functools.partial(attention_ops.attention, packing=packing, backend=backend)
+            yield _check("attention", backend, function, plain, inputs)
 
 
 def _check_loss(device: str, dtype: torch.dtype) -> Check:
@@ -131,9 +149,14 @@ def _check(
     error, problem = float("inf"), ""
     try:
         error = compare(function, definition, inputs, gradients)
-    except (RuntimeError, ValueError, ImportError) as caught:
-        problem = str(caught).strip().splitlines()[0]
-    return Check(operation, backend, device, str(dtype).removeprefix("torch."), error, TOLERANCE[dtype], problem)
+    except Exception as caught:  # whatever a compiler, an assembler or a driver comes up with
+        problem = (str(caught).strip() or type(caught).__name__).splitlines()[0]
+    sizes = " x ".join(map(str, inputs[0].shape))
+    return Check(operation, backend, device, _name(dtype), sizes, error, TOLERANCE[dtype], problem)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _version(package: str) -> str:
@@ -154,7 +177,9 @@ def _devices() -> list[str]:
 
 def _advice(checks: list[Check]) -> list[str]:
     """What would make this machine faster or right."""
-    wrong = [f"{check.operation} / {check.backend}" for check in checks if not check.passed and not check.problem]
+    wrong = dict.fromkeys(
+        f"{check.operation} / {check.backend}" for check in checks if not check.passed and not check.problem
+    )
     advice = [f"{name} does not compute what it should: do not train with it." for name in wrong]
     if shutil.which(os.environ.get("CXX", "c++")) is None:
         advice.append("No C++ compiler: on the CPU the sLSTM takes its slow Python loop. Debian: apt-get install g++.")
@@ -163,17 +188,20 @@ def _advice(checks: list[Check]) -> list[str]:
     return advice
 
 
-def report() -> str:
-    """The whole examination as text."""
+def report() -> tuple[str, bool]:
+    """The whole examination as text, and whether every kernel that runs here is right."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtypes = [torch.float32, *([torch.bfloat16] if device == "cuda" else [])]
+    dtypes = [torch.float32, *([torch.bfloat16, torch.float16] if device == "cuda" else [])]
     checks = [check for dtype in dtypes for check in check_operations(device, dtype)]
     lines = ["Versions", f"  Python {platform.python_version()} on {platform.platform()}"]
     lines += [f"  {package} {_version(package)}" for package in PACKAGES]
     lines += ["", "Devices", *(f"  {line}" for line in _devices()), "", "Kernels (taken by training on this machine)"]
-    mlstm_inputs, slstm_inputs = _mlstm_inputs(device, torch.float32), _slstm_inputs(device, torch.float32)
-    lines.append(f"  mlstm: {mlstm_ops.choose_backend(*mlstm_inputs)}")
-    lines.append(f"  slstm: {slstm_ops.choose_backend(slstm_inputs[0])}")
+    for dtype in dtypes:
+        chosen = {
+            "mlstm": mlstm_ops.choose_backend(*(each.requires_grad_() for each in mlstm_inputs(device, dtype))),
+            "slstm": slstm_ops.choose_backend(slstm_inputs(device, dtype)[0]),
+        }
+        lines += [f"  {operation}, {_name(dtype)}: {backend}" for operation, backend in chosen.items()]
     lines += ["", "Self-check: values and gradients against the definition in float64"]
     for check in checks:
         verdict = (
@@ -182,7 +210,25 @@ def report() -> str:
             else f"error {check.error:.1e} (allowed {check.tolerance:.0e})"
         )
         mark = "ok  " if check.passed else ("--  " if check.problem else "BAD ")
-        lines.append(f"  {mark}{check.operation} / {check.backend}, {check.device}, {check.dtype}: {verdict}")
+        lines.append(
+            f"  {mark}{check.operation} / {check.backend}, {check.device}, {check.dtype}, {check.sizes}: {verdict}"
+        )
     advice = _advice(checks)
     lines += ["", "Advice", *(f"  {line}" for line in advice or ["nothing to mend."])]
-    return "\n".join(lines)
+    return "\n".join(lines), all(check.passed or check.problem for check in checks)
+
+
+def main() -> None:
+    """Print the examination.
+
+    Raises:
+        SystemExit: with code 1, where a kernel computes something else than its definition.
+    """
+    text, right = report()
+    print(text)
+    if not right:
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,4 +1,4 @@
-"""Whether a function computes what its definition says, values and gradients."""
+"""Whether a function computes what its definition says, values and gradients; and small inputs to ask it with."""
 
 from __future__ import annotations
 
@@ -18,14 +18,53 @@ def compare(
 
     Each is relative to the largest entry of what it should be; infinite where anything is not finite.
     """
+    return max(errors(function, definition, inputs, gradients))
+
+
+def errors(
+    function: Callable[..., Tensor], definition: Callable[..., Tensor], inputs: list[Tensor], gradients: bool = True
+) -> tuple[float, float]:
+    """As `compare`, apart: the error of the value, and the largest of the gradients (0 where none was asked for)."""
     leaves = [each.detach().requires_grad_(gradients) for each in inputs]
     exact_leaves = [each.detach().double().requires_grad_(gradients) for each in inputs]
     value, exact = function(*leaves), definition(*exact_leaves)
-    pairs = [(value.detach(), exact.detach())]
-    if gradients:
-        upstream = torch.randn_like(exact)
-        ours = torch.autograd.grad(value, leaves, upstream.to(value.dtype))
-        pairs += zip(ours, torch.autograd.grad(exact, exact_leaves, upstream), strict=True)
-    if not all(torch.isfinite(ours).all() for ours, _ in pairs):
+    of_value = _distance(value.detach(), exact.detach())
+    if not gradients:
+        return of_value, 0.0
+    upstream = torch.randn_like(exact)
+    ours = torch.autograd.grad(value, leaves, upstream.to(value.dtype))
+    right = torch.autograd.grad(exact, exact_leaves, upstream)
+    return of_value, max(_distance(one, other) for one, other in zip(ours, right, strict=True))
+
+
+def _distance(ours: Tensor, right: Tensor) -> float:
+    if not torch.isfinite(ours).all():
         return float("inf")
-    return max(float((ours.double() - right).abs().max() / right.abs().max()) for ours, right in pairs)
+    return float((ours.double() - right).abs().max() / right.abs().max())
+
+
+def mlstm_inputs(
+    device: torch.device | str, dtype: torch.dtype, *, B: int = 2, T: int = 100, H: int = 2, K: int = 16, V: int = 24
+) -> list[Tensor]:
+    """q, k, v, i and f as a model hands them over: views of one projection, gates in float32."""
+    projected = torch.randn(B, T, H * (2 * K + V), device=device, dtype=dtype)
+    heads = [each.unflatten(-1, (H, -1)) for each in projected.split((H * K, H * K, H * V), dim=-1)]
+    gates = torch.randn(B, T, 2 * H, device=device).chunk(2, dim=-1)
+    return [*heads, *(gate + shift for gate, shift in zip(gates, (-1.0, 3.0), strict=True))]
+
+
+def slstm_inputs(
+    device: torch.device | str, dtype: torch.dtype, *, B: int = 2, T: int = 70, H: int = 2, D: int = 24
+) -> list[Tensor]:
+    """wx, r and bias."""
+    shapes = ((B, T, 4, H, D), (4, H, D, D), (4, H, D))
+    scales = (1.0, D**-0.5, 1.0)
+    return [scale * torch.randn(shape, device=device, dtype=dtype) for shape, scale in zip(shapes, scales, strict=True)]
+
+
+def some_resets(inputs: list[Tensor]) -> Tensor:
+    """(B, T) for such inputs: documents start at 0, in the middle of a chunk, at its border, and at the last token."""
+    B, T = inputs[0].shape[:2]
+    resets_BT = torch.zeros(B, T, dtype=torch.bool, device=inputs[0].device)
+    resets_BT[:, [0, 31, min(64, T - 1), -1]] = True
+    return resets_BT

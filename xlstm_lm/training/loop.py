@@ -27,6 +27,7 @@ from xlstm_lm.training.checkpoint import (
 from xlstm_lm.training.config import split_batch
 from xlstm_lm.training.deepspeed_config import check_deepspeed_section, choose_precision
 from xlstm_lm.training.engine import TrainingEngine
+from xlstm_lm.training.kernel_check import with_kernels_that_are_right
 from xlstm_lm.training.picture import draw_learning_curve
 from xlstm_lm.training.random_state import restore_random_state
 from xlstm_lm.training.report import Report
@@ -105,15 +106,18 @@ class Trainer:
             self.restore_data(checkpoint)
         self.stream.start()  # reads ahead while the model is built
 
+        precision = choose_precision(run.training.precision, world.device)
+        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        model_config = with_kernels_that_are_right(run.model, world, dtype)
         torch.manual_seed(run.training.seed)
-        model = build_model(run.model)
+        model = build_model(model_config)
         model.activation_checkpointing = run.training.activation_checkpointing
         self.engine = TrainingEngine(
             model,
             run.optimizer,
             run.deepspeed,
             world=world,
-            precision=choose_precision(run.training.precision, world.device),
+            precision=precision,
             micro_batch_size=self.micro_rows,
             accumulation_steps=micro_batches,
             z_loss=run.training.z_loss,

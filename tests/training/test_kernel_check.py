@@ -1,0 +1,114 @@
+"""A run begins with kernels that compute their definition, or says which does not and goes on without it."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+
+import pytest
+import torch
+from runs import configure, records, write_text
+
+from xlstm_lm.models.xlstm_config import XLSTMConfig
+from xlstm_lm.ops import mlstm as mlstm_ops
+from xlstm_lm.ops import slstm as slstm_ops
+from xlstm_lm.ops.announce import announce_once
+from xlstm_lm.ops.mlstm.compiled import mlstm_compiled
+from xlstm_lm.ops.slstm.compiled import slstm_compiled
+from xlstm_lm.parallel.process_group import World
+from xlstm_lm.training.kernel_check import with_kernels_that_are_right
+from xlstm_lm.training.loop import train
+
+ALONE = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
+MIXED = XLSTMConfig(vocab_size=32, embedding_dim=32, num_blocks=3, pattern=["mlstm", "mlstm_paper", "slstm"])
+
+
+@pytest.fixture(autouse=True)
+def announcements_start_afresh():
+    announce_once.cache_clear()
+
+
+def wrong_value(*inputs, **options):
+    h, state = mlstm_compiled(*inputs, **options)
+    return h * 1.01, state
+
+
+def wrong_gradient(q, k, v, i, f, **options):
+    return mlstm_compiled(q, k, v, i, f.detach(), **options)[0] + 0 * f.sum(), None
+
+
+def crashes(*inputs, **options):
+    raise RuntimeError("no kernel image is available")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_right_kernels_stay_and_the_random_state_too(dtype, caplog):
+    before = torch.random.get_rng_state()
+    assert with_kernels_that_are_right(MIXED, ALONE, dtype) is MIXED
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("kernel", [wrong_value, wrong_gradient, crashes])
+@pytest.mark.parametrize("configured", ["auto", "compiled"])
+def test_a_wrong_mlstm_is_replaced_by_name(kernel, configured, monkeypatch, caplog):
+    monkeypatch.setitem(mlstm_ops.BACKENDS, "compiled", kernel)
+    config = replace(MIXED, mlstm_backend=configured)
+    assert with_kernels_that_are_right(config, ALONE, torch.float32) == replace(config, mlstm_backend="chunkwise")
+    (record,) = caplog.records
+    assert "the mlstm kernel 'compiled' does not compute its definition on cpu" in record.getMessage()
+
+
+def test_a_wrong_slstm_is_replaced_by_name(monkeypatch, caplog):
+    monkeypatch.setitem(slstm_ops.BACKENDS, "compiled", lambda wx, *rest, **options: slstm_compiled(-wx, *rest))
+    found = with_kernels_that_are_right(MIXED, ALONE, torch.float32)
+    assert found.mlstm_backend == "auto" and found.slstm_backend in ("batched", "recurrence")
+    assert "the slstm kernel 'compiled' does not compute" in caplog.text
+
+
+def test_a_replacement_that_is_wrong_too_is_passed_over(monkeypatch):
+    monkeypatch.setitem(mlstm_ops.BACKENDS, "compiled", crashes)
+    monkeypatch.setitem(mlstm_ops.BACKENDS, "chunkwise", wrong_value)
+    assert with_kernels_that_are_right(MIXED, ALONE, torch.float32).mlstm_backend == "recurrence"
+
+
+class AmongTwo(World):
+    """One of two ranks; the other finds `elsewhere` (wrong, different) for the first kernel, then nothing."""
+
+    def from_first(self, value):
+        return value
+
+    def sum_(self, tensor):
+        tensor += torch.tensor(elsewhere.pop(0))
+        return tensor
+
+
+elsewhere: list[tuple[int, int]] = []
+
+
+@pytest.mark.parametrize(
+    ("seen_there", "expected"),
+    [([(0, 0)], "auto"), ([(1, 0), (0, 0)], "chunkwise"), ([(0, 1)], "compiled")],
+    ids=["right everywhere", "wrong there", "another one there"],
+)
+def test_what_another_rank_finds_counts_here(seen_there, expected, caplog):
+    elsewhere[:] = seen_there
+    two = AmongTwo(rank=0, size=2, local_rank=0, device=torch.device("cpu"))
+    config = XLSTMConfig(vocab_size=32, embedding_dim=32, num_blocks=1)
+    assert with_kernels_that_are_right(config, two, torch.float32).mlstm_backend == expected
+    assert ("on 1 of 2 processes" in caplog.text) == (expected == "chunkwise")
+
+
+def test_a_run_goes_on_with_the_definition(tmp_path, monkeypatch, caplog):
+    for name in ("right", "wrong"):
+        (tmp_path / name).mkdir()
+        write_text(tmp_path / name)
+    train(configure(tmp_path / "right", training__steps=3))
+    monkeypatch.setitem(mlstm_ops.BACKENDS, "compiled", wrong_gradient)
+    with caplog.at_level(logging.WARNING, logger="xlstm_lm"):
+        train(configure(tmp_path / "wrong", training__steps=3))
+    assert "the mlstm kernel 'compiled' does not compute its definition" in caplog.text
+    ours, expected = (records(tmp_path / name / "run") for name in ("wrong", "right"))
+    for one, other in zip(ours, expected, strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], abs=2e-5)
+        assert one.get("grad_norm", 0) == pytest.approx(other.get("grad_norm", 0), rel=1e-3)

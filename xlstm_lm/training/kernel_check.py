@@ -1,0 +1,110 @@
+"""The kernels of a run against their definitions, before its first step."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from xlstm_lm.models.xlstm_config import XLSTMConfig
+from xlstm_lm.ops import mlstm as mlstm_ops
+from xlstm_lm.ops import slstm as slstm_ops
+from xlstm_lm.ops.announce import announce_once
+from xlstm_lm.ops.selfcheck import TOLERANCE, compare, mlstm_inputs, slstm_inputs, some_resets
+from xlstm_lm.parallel.process_group import World
+
+T = 70  # steps: more than one chunk and no multiple of any
+STATE_ENTRIES = 2**17  # of all heads together, so that the definition's memory stays small for the widest heads
+SLOWER = ("chunkwise", "batched", "recurrence")  # what a run falls back to, the first that is right; the last is
+
+
+@dataclass(frozen=True)
+class _Case:
+    """An operation on the model's own head sizes."""
+
+    module: ModuleType
+    function: Callable[..., Tensor]
+    inputs: list[Tensor]
+
+    def problem(self, backend: str) -> str:
+        """What is wrong with a backend here; empty if nothing is."""
+        tolerance = TOLERANCE[self.inputs[0].dtype]
+        run = functools.partial(self.function, resets=some_resets(self.inputs))
+        try:
+            error = compare(
+                functools.partial(run, backend=backend), functools.partial(run, backend="recurrence"), self.inputs
+            )
+        except Exception as caught:  # whatever a compiler or a driver comes up with
+            return (str(caught).strip() or type(caught).__name__).splitlines()[0]
+        return "" if error <= tolerance else f"error {error:.1e}, allowed {tolerance:.0e}"
+
+
+def with_kernels_that_are_right(config: Any, world: World, dtype: torch.dtype) -> Any:
+    """The model configuration, with another backend named where the one it would take computes something else.
+
+    Compares, on small inputs with the model's head sizes and in `dtype`, the kernels that the model takes on this
+    world's device with their definitions in float64, values and gradients. A kernel that is wrong, or does not run, on
+    any rank is replaced on all of them, and announced. Collective; leaves the random state as it was.
+    """
+    if not isinstance(config, XLSTMConfig):
+        return config
+    devices = [world.device] if world.device.type == "cuda" else []
+    with torch.random.fork_rng(devices), torch.enable_grad():
+        torch.manual_seed(0)
+        for name, cases in _cases(config, world.device, dtype):
+            field = f"{name}_backend"
+            backend = _backend_for_all(name, getattr(config, field), cases, world)
+            if backend is not None:
+                config = dataclasses.replace(config, **{field: backend})
+    if devices:
+        torch.cuda.empty_cache()
+    return config
+
+
+def _backend_for_all(name: str, configured: str, cases: list[_Case], world: World) -> str | None:
+    """The backend to name instead of the configured one, or None if that is right on every rank."""
+    module = cases[0].module
+    own = configured
+    if configured == "auto":
+        inputs = [each.detach().requires_grad_() for each in cases[0].inputs]
+        own = module.choose_backend(*(inputs if name == "mlstm" else inputs[:1]))
+    wanted = world.from_first(own)
+    for backend in dict.fromkeys((wanted, *(each for each in SLOWER if each in module.BACKENDS))):
+        problems = [] if backend == "recurrence" else [case.problem(backend) for case in cases]
+        problem = next(filter(None, problems), "")
+        counts = torch.tensor([bool(problem), own != wanted], dtype=torch.int64, device=world.device)
+        wrong, different = world.sum_(counts).tolist()
+        if not wrong:
+            return backend if different or backend != wanted else None
+        where = f"on {wrong} of {world.size} processes" if world.size > 1 else f"on {world.device}"
+        if problem or world.is_first:
+            announce_once(
+                f"the {name} kernel {backend!r} does not compute its definition {where} ({problem or 'right here'}): "
+                "this run goes on without it, more slowly"
+            )
+    raise AssertionError("the definition is always right")
+
+
+def _cases(config: XLSTMConfig, device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, list[_Case]]]:
+    """Each operation that the model has, with its head sizes."""
+    kinds, heads = set(config.block_kinds()), config.num_heads
+    widths = {"mlstm": (config.qk_dim, config.v_dim), "mlstm_paper": (config.paper_inner_dim,) * 2}
+    sizes = [(k // heads, v // heads) for kind, (k, v) in widths.items() if kind in kinds]
+    mlstm = functools.partial(
+        mlstm_ops.mlstm, input_gate=config.input_gate, chunk_length=config.chunk_length, eps=config.cell_eps
+    )
+    if sizes:
+        inputs = [
+            mlstm_inputs(device, dtype, B=1, T=T, H=max(1, min(heads, 2, STATE_ENTRIES // (K * V))), K=K, V=V)
+            for K, V in sizes
+        ]
+        yield "mlstm", [_Case(mlstm_ops, mlstm, each) for each in inputs]
+    if "slstm" in kinds:
+        D = config.embedding_dim // heads
+        yield "slstm", [_Case(slstm_ops, slstm_ops.slstm, slstm_inputs(device, dtype, T=T, H=min(heads, 2), D=D))]

@@ -67,18 +67,18 @@ def test_a_truncated_file_is_named(tmp_path):
     hub.save_export(make_trained(tmp_path), tmp_path / "export")
     file = tmp_path / "export" / "model.safetensors"
     file.write_bytes(file.read_bytes()[:1000])
-    with pytest.raises(ValueError, match="model.safetensors cannot be read as safetensors"):
+    with pytest.raises(ValueError, match="model.safetensors is damaged: it cannot be read as safetensors"):
         hub.load(tmp_path / "export")
 
 
 def test_folders_that_hold_no_model(tmp_path):
-    with pytest.raises(ValueError, match="nowhere is not a folder; give a run"):
+    with pytest.raises(ValueError, match="nowhere does not exist. Give a run of xlstm-lm"):
         hub.load(tmp_path / "nowhere")
-    with pytest.raises(ValueError, match=r"is no model: it has neither checkpoints/ \(a run\)"):
+    with pytest.raises(ValueError, match="holds no model. Give a run of xlstm-lm or one of its checkpoints; or"):
         hub.load(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
     safetensors.torch.save_file({"x": torch.zeros(1)}, tmp_path / "model.safetensors")
-    with pytest.raises(ValueError, match="has model_type 'llama'; known are xlstm_lm and xlstm"):
+    with pytest.raises(ValueError, match="has model_type 'llama'; known are xlstm_lm, xlstm"):
         hub.load(tmp_path)
 
 
@@ -110,7 +110,7 @@ def test_a_sharded_transformers_folder_loads(tmp_path):
 def test_a_transformers_folder_with_renamed_tensors_or_biases_is_refused(tmp_path):
     make_transformers_folder(tmp_path)
     edit_weights(tmp_path, lambda weights: weights.update(odd=weights.pop("backbone.out_norm.weight")))
-    with pytest.raises(ValueError, match=r"missing \['backbone.out_norm.weight'\], left over \['odd'\]"):
+    with pytest.raises(ValueError, match="missing backbone.out_norm.weight; left over odd"):
         hub.load(tmp_path)
     values = json.loads((tmp_path / "config.json").read_text()) | {"use_bias": True}
     (tmp_path / "config.json").write_text(json.dumps(values))

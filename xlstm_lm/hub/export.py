@@ -8,7 +8,8 @@ from pathlib import Path
 
 import safetensors.torch
 
-from xlstm_lm.hub.load import MODEL_TYPE, TrainedModel
+from xlstm_lm.hub.layouts import MODEL_TYPE
+from xlstm_lm.hub.load import TrainedModel
 
 
 def save_export(trained: TrainedModel, out: str | Path) -> Path:

@@ -1,21 +1,19 @@
-"""Load a trained model: a run, one of its checkpoints, an export of ours, or a transformers `xlstm` folder."""
+"""Load a trained model from any layout that is known, ready to use."""
 
 from __future__ import annotations
 
-import json
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
+import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from xlstm_lm.data import load_tokenizer
-from xlstm_lm.hub.transformers_layout import from_transformers
+from xlstm_lm.hub.layouts import StoredModel, read_model
 from xlstm_lm.models import FAMILIES
-from xlstm_lm.recipe import read_recipe
-from xlstm_lm.training.checkpoint import newest_checkpoint
-
-MODEL_TYPE = "xlstm_lm"
 
 
 class TrainedModel(nn.Module):
@@ -33,93 +31,93 @@ class TrainedModel(nn.Module):
         """The tokenizer that the model was trained with.
 
         Raises:
-            ValueError: the folder has none.
+            ValueError: the folder has none, or one with more tokens than the model.
         """
         own = self.folder / "tokenizer"
         folder = own if own.is_dir() else self.folder
         if not any(folder.glob("*tokenizer*")):  # transformers would make an empty one up
             raise ValueError(f"{self.folder} holds a model but no tokenizer; put its tokenizer files there.")
-        return load_tokenizer(folder)
+        tokenizer = load_tokenizer(folder)
+        check_vocabulary(tokenizer, self.model, folder)
+        return tokenizer
+
+
+def check_vocabulary(tokenizer: Any, model: nn.Module, origin: object) -> None:
+    """Refuse a tokenizer, from `origin`, whose tokens the model has no embeddings for.
+
+    Raises:
+        ValueError: there are such tokens.
+    """
+    rows = model.config.vocab_size
+    if tokenizer.vocab_size > rows:
+        raise ValueError(
+            f"The tokenizer in {origin} has {tokenizer.vocab_size} tokens, but the model's embedding has {rows} rows: "
+            "it is not the tokenizer that the model was trained with."
+        )
 
 
 def load(path: str | Path) -> TrainedModel:
-    """The model in a folder, in evaluation mode, with float32 weights as they were saved.
+    """The model at a path, in evaluation mode, with float32 weights.
+
+    Whatever `xlstm_lm.hub.layouts.LAYOUTS` knows: a run or one of its checkpoints, an export, a transformers `xlstm`
+    folder, a state dict of the `xlstm` package. Weights that are stored as the model holds them stay in their files'
+    pages until they are written to, so that the model is never held twice.
 
     Raises:
-        ValueError: there is no such folder, it holds none of the known layouts, its tensors do not fit, or a file is
-            damaged.
+        ValueError: there is no model in a known layout, its tensors do not fit, or a file is damaged.
     """
-    folder = Path(path)
-    if not folder.is_dir():
-        raise ValueError(
-            f"{folder} is not a folder; give a run, one of its checkpoints, an export, or a transformers xlstm folder."
-        )
-    if (folder / "checkpoints").is_dir():
-        folder = newest_checkpoint(folder)
-    if (folder / "manifest.json").is_file():
-        config = _config_from(read_recipe(folder / "config.yaml")[0]["model"], folder)
-        weights = read_tensors(folder)
-    elif (folder / "config.json").is_file():
-        values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        weights = read_tensors(folder)
-        if values.get("model_type") == MODEL_TYPE:
-            config = _config_from(values["model"], folder)
-        elif values.get("model_type") == "xlstm":
-            config, weights = from_transformers(values, weights)
-        else:
-            found = values.get("model_type")
-            raise ValueError(f"{folder / 'config.json'} has model_type {found!r}; known are {MODEL_TYPE} and xlstm.")
-    else:
-        raise ValueError(
-            f"{folder} is no model: it has neither checkpoints/ (a run), manifest.json (a checkpoint) nor config.json "
-            "(an export or a transformers folder)."
-        )
-    model = FAMILIES[config.family][1](config)
-    _fill(model, weights, folder)
-    return TrainedModel(model.eval(), folder)
+    stored = read_model(Path(path))
+    with _parameters_without_memory():
+        model = FAMILIES[stored.config.family][1](stored.config)
+    _fill(model, stored)
+    return TrainedModel(model.eval(), stored.folder)
 
 
-def read_tensors(folder: Path) -> dict[str, Tensor]:
-    """All tensors of `model.safetensors`, in one file or in the several that an index names.
+@contextlib.contextmanager
+def _parameters_without_memory() -> Iterator[None]:
+    """Put the parameters of modules that are made in this context on the meta device; buffers stay as they are."""
 
-    Raises:
-        ValueError: a file is missing or damaged.
-    """
-    index = folder / "model.safetensors.index.json"
-    names = ["model.safetensors"]
-    if index.is_file():
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    tensors: dict[str, Tensor] = {}
-    for name in names:
-        try:
-            tensors |= safetensors.torch.load_file(folder / name)
-        except (OSError, safetensors.SafetensorError) as error:
-            raise ValueError(f"{folder / name} cannot be read as safetensors: {error}") from error
-    return tensors
+    def to_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
+        del module, name
+        if parameter is None or parameter.is_meta:
+            return None
+        return nn.Parameter(parameter.to("meta"), parameter.requires_grad)
+
+    handle = register_module_parameter_registration_hook(to_meta)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
-def _config_from(values: dict[str, Any], folder: Path) -> Any:
-    family = values.get("family")
-    if family not in FAMILIES:
-        raise ValueError(f"{folder} holds a model of family {family!r}; known are {', '.join(FAMILIES)}.")
-    return FAMILIES[family][0](**values)
-
-
-def _fill(model: nn.Module, weights: dict[str, Tensor], folder: Path) -> None:
-    """Copy the weights in; whatever is missing, left over or of another shape is named at once."""
-    wanted = model.state_dict()
-    if model.head.weight is model.embedding.weight:
-        weights = {
-            "head.weight": weights.get("embedding.weight"),
-            "embedding.weight": weights.get("head.weight"),
-        } | weights
-    problems = [f"{name} is missing" for name in wanted.keys() - weights.keys()]
+def _fill(model: nn.Module, stored: StoredModel) -> None:
+    """Put the weights in; whatever is missing, left over or of another shape is named at once."""
+    weights = dict(stored.weights)
+    wanted = dict(model.named_parameters(remove_duplicate=False))
+    tied: dict[int, list[str]] = {}
+    for name, parameter in wanted.items():
+        tied.setdefault(id(parameter), []).append(name)
+    problems = []
+    for names in tied.values():
+        there = [name for name in names if name in weights]
+        problems += [f"{name} is missing" for name in names if not there]
+        problems += [
+            f"{name} is {tuple(weights[name].shape)} instead of {tuple(wanted[name].shape)}"
+            for name in there
+            if weights[name].shape != wanted[name].shape
+        ]
+        problems += [
+            f"{name} differs from {there[0]}, which the configuration says it is"
+            for name in there[1:]
+            if not torch.equal(weights[name], weights[there[0]])
+        ]
     problems += [f"{name} is not part of the model" for name in weights.keys() - wanted.keys()]
-    problems += [
-        f"{name} is {tuple(weights[name].shape)} instead of {tuple(wanted[name].shape)}"
-        for name in wanted.keys() & weights.keys()
-        if weights[name].shape != wanted[name].shape
-    ]
     if problems:
-        raise ValueError(f"The tensors in {folder} do not fit its configuration: {'; '.join(sorted(problems))}.")
-    model.load_state_dict(weights)
+        raise ValueError(f"The tensors in {stored.folder} do not fit its configuration: {'; '.join(sorted(problems))}.")
+    stored.weights.clear()  # so that no tensor is held in two precisions for longer than its own turn
+    for names in tied.values():
+        tensor = next(weights.pop(name) for name in names if name in weights)
+        parameter = nn.Parameter(tensor.to(wanted[names[0]].dtype).contiguous())
+        for name in names:
+            module, _, last = name.rpartition(".")
+            setattr(model.get_submodule(module), last, parameter)

@@ -5,12 +5,12 @@ Sizes are read off the tensors, since published configurations leave some of the
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from xlstm_lm.hub.tensor_names import check_names, count_blocks, is_tied
 from xlstm_lm.models.xlstm_config import XLSTMConfig
 
 # Ours -> theirs, side by side in our tensor; with "weight_mode": "fused" theirs is one tensor already.
@@ -44,6 +44,10 @@ _OUTER_TENSORS = {
 def from_transformers(values: dict[str, Any], tensors: dict[str, Tensor]) -> tuple[XLSTMConfig, dict[str, Tensor]]:
     """Our configuration and weights for the `config.json` and the tensors of a transformers `xlstm` folder.
 
+    transformers ignores `tie_word_embeddings` for this type and always has a head of its own. So does this, except that
+    the head is tied where the configuration says so and no other head is there: none at all, or one equal to the
+    embedding.
+
     Raises:
         ValueError: the folder uses biases, or tensors are missing or left over; all of them are named.
     """
@@ -51,23 +55,23 @@ def from_transformers(values: dict[str, Any], tensors: dict[str, Tensor]) -> tup
         raise ValueError(
             "config.json says use_bias: true; xlstm-lm's mlstm block has no biases but those of its gates."
         )
-    num_blocks = 1 + max(
-        (int(match[1]) for match in map(re.compile(r"backbone\.blocks\.(\d+)\.").match, tensors) if match), default=-1
-    )
-    fused = values.get("weight_mode") == "fused"
+    num_blocks = count_blocks(tensors, r"backbone\.blocks\.(\d+)\.")
+    fused = any(name.endswith("mlstm_layer.qkv_opreact.weight") for name in tensors)
     wanted = {ours: (theirs,) for ours, theirs in _OUTER_TENSORS.items()}
-    for index in range(num_blocks):
+    for index in range(max(num_blocks, 1)):
         for ours, (single, one) in _BLOCK_TENSORS.items():
             theirs = (one,) if fused and one else single
             wanted[f"blocks.{index}.{ours}"] = tuple(f"backbone.blocks.{index}.{name}" for name in theirs)
-    names = {name for parts in wanted.values() for name in parts}
-    missing, left_over = sorted(names - tensors.keys()), sorted(tensors.keys() - names)
-    if missing or left_over or not num_blocks:
-        raise ValueError(
-            f"The tensors are not those of a transformers xlstm model: missing {missing or 'none'}, "
-            f"left over {left_over or 'none'}."
-        )
-    weights = {ours: torch.cat([tensors[name] for name in parts]) for ours, parts in wanted.items()}
+    embedding, head = _OUTER_TENSORS["embedding.weight"], _OUTER_TENSORS["head.weight"]
+    tied = is_tied(bool(values.get("tie_word_embeddings")), tensors, embedding, head)
+    if tied:
+        wanted["head.weight"] = (embedding,)
+        tensors = {name: tensor for name, tensor in tensors.items() if name != head}
+    check_names(tensors, {name for parts in wanted.values() for name in parts}, "a transformers xlstm model")
+    weights = {
+        ours: torch.cat([tensors[name] for name in parts]) if len(parts) > 1 else tensors[parts[0]]
+        for ours, parts in wanted.items()
+    }
     vocab_size, width = weights["embedding.weight"].shape
     v_dim = weights["blocks.0.mixer.out.weight"].shape[1]
     config = XLSTMConfig(
@@ -83,5 +87,6 @@ def from_transformers(values: dict[str, Any], tensors: dict[str, Tensor]) -> tup
         logit_soft_cap=values.get("output_logit_soft_cap", 30.0),
         norm_eps=values.get("norm_eps", 1e-6),
         cell_eps=values.get("eps", 1e-6),
+        tie_embeddings=tied,
     )
     return config, weights

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import safetensors.torch
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 SHARD_BYTES = 4 * 2**30
@@ -58,19 +58,56 @@ class TensorWriter:
             self._number += 1
 
 
-def tensor_files(folder: Path, stem: str) -> dict[str, Path]:
-    """The file that holds each tensor, by the tensor's name."""
+def tensor_files(folder: Path, stem: str = "model") -> dict[str, Path]:
+    """The file that holds each tensor, by the tensor's name: `STEM.safetensors`, or the several of its index.
+
+    Raises:
+        ValueError: a file is missing or damaged, or does not hold what the index says. Every one of them is named.
+    """
     index = folder / f"{stem}.safetensors.index.json"
-    if index.is_file():
+    if not index.is_file():
+        return tensor_names([folder / f"{stem}.safetensors"])
+    try:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        return {name: folder / file for name, file in weight_map.items()}
-    path = folder / f"{stem}.safetensors"
-    with safe_open(path, framework="pt") as file:
-        return dict.fromkeys(file.keys(), path)
+        files = {str(name): folder / file for name, file in weight_map.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{index} is damaged: it is not the JSON of an index with a weight_map.") from error
+    absent = sorted({str(path) for path in files.values() if not path.is_file()})
+    if absent:
+        raise ValueError(f"{index} names files that are missing: {', '.join(absent)}. Copy them again.")
+    there = tensor_names(files.values())
+    astray = sorted(name for name, path in files.items() if there.get(name) != path)
+    if astray:
+        raise ValueError(f"{index} names tensors that are not in their files: {', '.join(astray)}.")
+    return files
+
+
+def tensor_names(paths: Iterable[Path]) -> dict[str, Path]:
+    """The file that holds each tensor of some safetensors files, by the tensor's name.
+
+    Raises:
+        ValueError: files are missing, cut short or otherwise damaged; all are named.
+    """
+    found: dict[str, Path] = {}
+    problems = []
+    for path in dict.fromkeys(paths):
+        try:
+            with safe_open(path, framework="pt") as file:
+                found |= dict.fromkeys(file.keys(), path)
+        except FileNotFoundError:
+            problems.append(f"{path} is missing")
+        except (OSError, SafetensorError) as error:
+            problems.append(f"{path} is damaged: it cannot be read as safetensors ({error})")
+    if problems:
+        raise ValueError("; ".join(problems) + ".")
+    return found
 
 
 def read_tensors(files: dict[str, Path], names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-    """The named tensors one at a time, in the order of `names`."""
+    """The named tensors one at a time, in the order of `names`, as saved.
+
+    Each lies in its file's pages until it is written to: holding it takes no memory that the system cannot take back.
+    """
     opened = {path: safe_open(path, framework="pt") for path in dict.fromkeys(files[name] for name in names)}
     for name in names:
         yield name, opened[files[name]].get_tensor(name)

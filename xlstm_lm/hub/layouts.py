@@ -1,0 +1,215 @@
+"""The layouts in which models lie on disk: how each is recognised, and how it is read."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor
+
+from xlstm_lm.hub.package_layout import from_package
+from xlstm_lm.hub.transformers_layout import from_transformers
+from xlstm_lm.models import FAMILIES
+from xlstm_lm.recipe import read_recipe
+from xlstm_lm.training.checkpoint import find_checkpoint
+from xlstm_lm.training.tensor_files import read_tensors, tensor_files, tensor_names
+
+MODEL_TYPE = "xlstm_lm"
+"""What `config.json` of an export of ours says."""
+PICKLES = (".pt", ".pth", ".bin")
+CONFIG_NAMES = ("config.yaml", "config.yml", "config.json")
+
+
+@dataclass(frozen=True)
+class StoredModel:
+    """A model as a layout has read it; the tensors stay in their files until they are used."""
+
+    folder: Path
+    """Where the model lies, and its tokenizer if it has one."""
+    config: Any
+    """The configuration of its family."""
+    weights: dict[str, Tensor]
+    """Tensors by our names, in any precision."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One layout."""
+
+    description: str
+    """What it is called in messages."""
+    recognises: Callable[[Path], bool]
+    """Whether a path holds it; looks at file names and `config.json` alone."""
+    read: Callable[[Path], StoredModel]
+    """Reads it. Raises ValueError where something is missing, damaged or not of this layout."""
+
+
+def model_config(values: Any, origin: Path) -> Any:
+    """The configuration of a model of ours, from the mapping that `dataclasses.asdict` once made of it.
+
+    Raises:
+        ValueError: the family or a field is unknown, or a value is not allowed; names `origin`.
+    """
+    family = values.get("family") if isinstance(values, Mapping) else None
+    if family not in FAMILIES:
+        raise ValueError(f"{origin} describes a model of family {family!r}; known are {', '.join(FAMILIES)}.")
+    try:
+        return FAMILIES[family][0](**values)
+    except TypeError as error:
+        raise ValueError(f"{origin} does not describe a model that this version of xlstm-lm knows: {error}.") from error
+
+
+def _read_checkpoint(path: Path) -> StoredModel:
+    folder = find_checkpoint(path)
+    recipe = folder / "config.yaml"
+    config = model_config(read_recipe(recipe)[0].get("model"), recipe)
+    return StoredModel(folder, config, _all_tensors(tensor_files(folder)))
+
+
+def _from_export(values: dict[str, Any], tensors: dict[str, Tensor]) -> tuple[Any, dict[str, Tensor]]:
+    return model_config(values.get("model"), Path("config.json")), tensors
+
+
+MODEL_TYPES: dict[str, Callable[[dict[str, Any], dict[str, Tensor]], tuple[Any, dict[str, Tensor]]]] = {
+    MODEL_TYPE: _from_export,
+    "xlstm": from_transformers,
+}
+"""`model_type` in config.json -> what makes our configuration and weights of that file's values and the tensors."""
+
+
+def _read_hub_folder(folder: Path) -> StoredModel:
+    path = folder / "config.json"
+    values = _read_mapping(path)
+    model_type = values["model_type"]
+    if model_type not in MODEL_TYPES:
+        raise ValueError(f"{path} has model_type {model_type!r}; known are {', '.join(MODEL_TYPES)}.")
+    tensors = _all_tensors(tensor_files(folder))
+    try:
+        config, weights = MODEL_TYPES[model_type](values, tensors)
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from error
+    return StoredModel(folder, config, weights)
+
+
+def _read_package(path: Path) -> StoredModel:
+    folder = path if path.is_dir() else path.parent
+    config_path = _package_config(path)
+    assert config_path is not None, "recognised by it"
+    values = _read_mapping(config_path)
+    values = values["model"] if isinstance(values.get("model"), dict) else values  # as in the package's experiments
+    try:
+        config, weights = from_package(values, _package_tensors(path))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    return StoredModel(folder, config, weights)
+
+
+def _package_config(path: Path) -> Path | None:
+    """The configuration beside a state dict: `config.yaml` and the like, or of the same name as the file."""
+    if path.is_dir():
+        candidates = [path / name for name in CONFIG_NAMES]
+    else:
+        candidates = [path.with_suffix(Path(name).suffix) for name in CONFIG_NAMES]
+        candidates += [path.parent / name for name in CONFIG_NAMES]
+    return next((candidate for candidate in candidates if candidate.is_file()), None)
+
+
+def _package_files(path: Path) -> list[Path]:
+    """The state dict's files: one pickle or any number of safetensors."""
+    if path.is_file():
+        return [path] if path.suffix in (*PICKLES, ".safetensors") else []
+    return sorted(path.glob("*.safetensors")) or sorted(file for file in path.iterdir() if file.suffix in PICKLES)
+
+
+def _package_tensors(path: Path) -> dict[str, Tensor]:
+    files = _package_files(path)
+    if files[0].suffix == ".safetensors":
+        return _all_tensors(tensor_names(files) if path.is_file() else _folder_tensors(path, files))
+    if len(files) > 1:
+        names = ", ".join(file.name for file in files)
+        raise ValueError(f"there are several state dicts ({names}); give the path of one of them.")
+    try:
+        content = torch.load(files[0], map_location="cpu", mmap=True, weights_only=True)
+    except (OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise ValueError(
+            f"{files[0].name} cannot be read as a state dict ({reason}); it must be what torch.save writes of "
+            "model.state_dict(), and whole."
+        ) from error
+    for key in ("state_dict", "model", "model_state_dict"):
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            content = content[key]
+    if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
+        raise ValueError(f"{files[0].name} holds no state dict; save model.state_dict() with torch.save.")
+    return dict(content)
+
+
+def _folder_tensors(folder: Path, files: list[Path]) -> dict[str, Path]:
+    whole = (folder / "model.safetensors", folder / "model.safetensors.index.json")
+    return tensor_files(folder) if any(path.is_file() for path in whole) else tensor_names(files)
+
+
+def _all_tensors(files: dict[str, Path]) -> dict[str, Tensor]:
+    return dict(read_tensors(files, files))
+
+
+def _read_mapping(path: Path) -> dict[str, Any]:
+    """The mapping that a JSON or YAML file holds."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        values = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except (ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} holds no mapping.")
+    return values
+
+
+def _is_checkpoint(path: Path) -> bool:
+    return (path / "checkpoints").is_dir() or (path / "manifest.json").is_file()
+
+
+def _is_hub_folder(path: Path) -> bool:
+    config = path / "config.json"
+    return config.is_file() and "model_type" in _read_mapping(config)
+
+
+def _is_package(path: Path) -> bool:
+    return path.exists() and bool(_package_files(path)) and _package_config(path) is not None
+
+
+LAYOUTS = {
+    "checkpoint": Layout("a run of xlstm-lm or one of its checkpoints", _is_checkpoint, _read_checkpoint),
+    "hub": Layout(
+        f"a folder whose config.json has model_type {' or '.join(MODEL_TYPES)}", _is_hub_folder, _read_hub_folder
+    ),
+    "package": Layout(
+        "a state dict of the xlstm package (.safetensors, .pt, .pth, .bin) with config.yaml or config.json beside it",
+        _is_package,
+        _read_package,
+    ),
+}
+
+
+def read_model(path: Path) -> StoredModel:
+    """The model at a path, in the first layout that recognises it.
+
+    Raises:
+        ValueError: nothing is there, no layout recognises it, or something is missing or damaged.
+    """
+    if not path.exists():
+        raise ValueError(f"{path} does not exist. {_known()}")
+    for layout in LAYOUTS.values():
+        if layout.recognises(path):
+            return layout.read(path)
+    raise ValueError(f"{path} holds no model. {_known()}")
+
+
+def _known() -> str:
+    return f"Give {'; or '.join(layout.description for layout in LAYOUTS.values())}."

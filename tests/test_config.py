@@ -126,3 +126,18 @@ def test_a_recipe_that_cannot_be_read(tmp_path, name, text, message):
         write(tmp_path / name, text)
     with pytest.raises(ValueError, match=message):
         read_recipe(tmp_path / name)
+
+
+def test_each_family_has_its_own_fields(tmp_path):
+    recipe = write(tmp_path / "mine.yaml", "model: {family: mamba, version: 1}\ndata: {sources: []}\n")
+    with pytest.raises(ValueError, match=r"model.rope_theta = 5: there is no such field in the family mamba"):
+        load_run_config([recipe], {"model.rope_theta": 5})
+    with pytest.raises(ValueError, match=r"model.family = 'mmaba': the model families are xlstm, transformer"):
+        load_run_config([recipe], {"model.family": "mmaba"})
+
+
+def test_the_flags_say_which_family_has_them():
+    by_name = {each.name: each for each in fields()}
+    assert by_name["model.rope_theta"].families == ("transformer",)
+    assert by_name["model.rope_theta"].description.endswith("(transformer).")
+    assert by_name["model.num_blocks"].default == "12 (xlstm, transformer); 24 (mamba); 2 (lstm)"

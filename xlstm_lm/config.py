@@ -5,20 +5,30 @@ from __future__ import annotations
 import argparse
 import difflib
 from dataclasses import dataclass, field
+from functools import reduce
+from operator import or_
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import yaml
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Discriminator, Tag, TypeAdapter, ValidationError
 
 from xlstm_lm.data import DataConfig
-from xlstm_lm.models.xlstm_config import XLSTMConfig
+from xlstm_lm.models import FAMILIES
 from xlstm_lm.recipe import dotted_items, merge, parse_yaml, read_recipe
 from xlstm_lm.training.config import TrainingConfig
 from xlstm_lm.training.optimizer import OptimizerConfig
 from xlstm_lm.training.safeguards import SafeguardsConfig
 from xlstm_lm.training.schedule import ScheduleConfig
 from xlstm_lm.training.wandb_run import WandbConfig
+
+
+def _family_of(model: Any) -> str | None:
+    """Which family's configuration a model section is; that of xLSTM where it does not say."""
+    return model.get("family", "xlstm") if isinstance(model, dict) else getattr(model, "family", None)
+
+
+_MODELS = reduce(or_, (Annotated[config, Tag(family)] for family, (config, _) in FAMILIES.items()))
 
 
 @dataclass(kw_only=True)
@@ -28,7 +38,7 @@ class RunConfig:
     # Sections are plain dataclasses beside the code that uses them; pydantic checks them under this configuration.
     __pydantic_config__: ClassVar = {"extra": "forbid", "use_attribute_docstrings": True}
 
-    model: XLSTMConfig
+    model: Annotated[_MODELS, Discriminator(_family_of)]
     """The model."""
     data: DataConfig
     """Where tokens come from."""
@@ -58,18 +68,27 @@ class Field:
     default: str
     description: str
     takes_text: bool
+    families: tuple[str, ...] = ()
+    """The model families that have it; empty outside the model section."""
 
 
 def fields() -> list[Field]:
     """Every field of a run, sections taken apart, in order."""
     schema = _RUN.json_schema()
 
-    def walk(node: dict[str, Any], prefix: str) -> list[Field]:
+    def definition(node: dict[str, Any]) -> dict[str, Any]:
+        return schema["$defs"][node["$ref"].split("/")[-1]] if "$ref" in node else node
+
+    def walk(node: dict[str, Any], prefix: str, families: tuple[str, ...] = ()) -> list[Field]:
         found = []
         for key, value in node["properties"].items():
-            target = schema["$defs"][value["$ref"].split("/")[-1]] if "$ref" in value else value
+            target = definition(value)
             if "properties" in target:
                 found += walk(target, f"{prefix}{key}.")
+                continue
+            if "oneOf" in target:
+                alternatives = zip(FAMILIES, map(definition, target["oneOf"]), strict=True)
+                found += _join([walk(each, f"{prefix}{key}.", (family,)) for family, each in alternatives])
                 continue
             default = yaml.safe_dump(value["default"], default_flow_style=True) if "default" in value else "none"
             found.append(
@@ -79,11 +98,45 @@ def fields() -> list[Field]:
                     default=default.replace("\n...\n", "").strip(),
                     description=value.get("description", ""),
                     takes_text=target.get("type") == "string",
+                    families=families,
                 )
             )
         return found
 
     return walk(schema, "")
+
+
+def _join(alternatives: list[list[Field]]) -> list[Field]:
+    """The fields of all model families, each once, with what it means and defaults to in which of them."""
+    by_name: dict[str, list[Field]] = {}
+    for each in (each for alternative in alternatives for each in alternative):
+        by_name.setdefault(each.name, []).append(each)
+    joined = []
+    for name, same in by_name.items():
+        families = tuple(family for each in same for family in each.families)
+        type_names = dict.fromkeys(part for each in same for part in each.type_name.split("|"))
+        defaults: dict[str, list[str]] = {}
+        for each in same:
+            defaults.setdefault(each.default, []).extend(each.families)
+        description = same[0].description
+        if len(families) < len(alternatives):
+            description = f"{description.removesuffix('.')} ({', '.join(families)})."
+        joined.append(
+            Field(
+                name=name,
+                type_name="|".join(type_names),
+                default="xlstm"
+                if name.endswith(".family")
+                else "; ".join(
+                    default if len(defaults) == 1 else f"{default} ({', '.join(names)})"
+                    for default, names in defaults.items()
+                ),
+                description=description,
+                takes_text=all(each.takes_text for each in same),
+                families=families,
+            )
+        )
+    return joined
 
 
 def _type_name(node: dict[str, Any]) -> str:
@@ -138,8 +191,7 @@ def load_run_config(paths: list[str | Path], overrides: dict[str, Any] | None = 
     try:
         return _RUN.validate_python(values)
     except ValidationError as error:
-        known = [each.name for each in fields()]
-        messages = dict.fromkeys(_explain(each, known, origins) for each in error.errors(include_url=False))
+        messages = dict.fromkeys(_explain(each, origins) for each in error.errors(include_url=False))
         raise ValueError("\n".join(messages)) from None
 
 
@@ -153,14 +205,24 @@ def as_dict(run: RunConfig) -> dict[str, Any]:
     return _RUN.dump_python(run, mode="json")
 
 
-def _explain(error: dict[str, Any], known: list[str], origins: dict[str, str]) -> str:
+def _explain(error: dict[str, Any], origins: dict[str, str]) -> str:
     """One line on one mistake that pydantic found."""
     location = [str(part) for part in error["loc"]]
+    if error["type"] == "union_tag_invalid":
+        name, family = f"{'.'.join(location)}.family", error["ctx"]["tag"]
+        return f"{_origin(name, origins)}{name} = {family!r}: the model families are {', '.join(FAMILIES)}."
+    if error["type"] == "union_tag_not_found":
+        return f"{_origin(location[0], origins)}{location[0]} = {error['input']!r}: it must be a section with fields."
+    family = location.pop(1) if location[0] == "model" and location[1:2] and location[1] in FAMILIES else None
+    known = [each.name for each in fields() if family is None or not each.families or family in each.families]
     name = ".".join(location)
     if error["type"] == "value_error" and name not in known:
         return f"{_origin(name, origins)}{name}: {error['ctx']['error']}"
     if error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-        return f"{_origin(name, origins)}{name} = {error['input']!r}: there is no such field. {nearest(name, known)}"
+        elsewhere = family is not None and any(name == each.name for each in fields())
+        of_family = f" in the family {family}" if elsewhere else ""
+        hint = nearest(name, known)
+        return f"{_origin(name, origins)}{name} = {error['input']!r}: there is no such field{of_family}. {hint}"
     if error["type"] in ("missing", "missing_argument"):
         return f"{name} is missing: give it in a recipe (--config) or as --{name}."
     # A union adds the name of each alternative behind the field's own.

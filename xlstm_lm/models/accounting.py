@@ -6,13 +6,13 @@ from pathlib import Path
 
 import torch
 
-from xlstm_lm.models import FAMILIES
-from xlstm_lm.models.xlstm_config import XLSTMConfig
+from xlstm_lm.models import FAMILIES, LSTMConfig, MambaConfig, ModelConfig, TransformerConfig, XLSTMConfig
+from xlstm_lm.models.lstm import GATES
 
 DEFAULT_CHUNK_LENGTH = 64  # for the count alone, where the configuration leaves the chunk length to the kernel
 
 
-def model_config(yaml_path_or_config: str | Path | XLSTMConfig) -> XLSTMConfig:
+def model_config(yaml_path_or_config: str | Path | ModelConfig) -> ModelConfig:
     """The model configuration itself, or that of a recipe's `model` section.
 
     Raises:
@@ -35,7 +35,7 @@ def model_config(yaml_path_or_config: str | Path | XLSTMConfig) -> XLSTMConfig:
     return config_class(**values["model"])
 
 
-def count_parameters(yaml_path_or_config: str | Path | XLSTMConfig) -> int:
+def count_parameters(yaml_path_or_config: str | Path | ModelConfig) -> int:
     """Exact number of parameters, a tied head counted once. Allocates no memory for them."""
     config = model_config(yaml_path_or_config)
     with torch.device("meta"):
@@ -43,23 +43,36 @@ def count_parameters(yaml_path_or_config: str | Path | XLSTMConfig) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def training_flops_per_token(config: XLSTMConfig, context_length: int) -> float:
+def training_flops_per_token(config: ModelConfig, context_length: int) -> float:
     """Floating-point operations of forward and backward for one token of a row of `context_length` tokens.
 
     A product of (m, k) and (k, n) counts 2 m k n, the backward twice the forward. Counted are all projections,
-    convolutions and the logits; not embedding look-ups, norms, activations, skips and soft caps. The cells, for a
-    token and a head:
+    convolutions and the logits; not embedding look-ups, norms, activations, skips and soft caps. What mixes tokens, for
+    a token and a head:
 
     * mLSTM, chunks of L (at most the context): 2 L (K + V) / 2 for the causal half of Q K^T and W V; 4 K V to read C
       and to write it; 4 K for the normalizer and 4 L for gates and row sums within the chunk.
     * sLSTM, D units: 8 D^2 for the recurrent products and 20 D for the gates and states.
+    * attention: 4 T K / 2 for the causal half of Q K^T and W V, whatever documents lie in the row.
+    * Mamba-2: as the mLSTM with K = states and V = head, without normalizer.
+    * Mamba-1, a unit: 9 N for N states: decay, update and output.
+    * LSTM, GRU and plain recurrence: their matrices; 20 for each unit's gates.
     """
+    forward = _FORWARD_FLOPS[config.family](config, context_length)
+    head_width = config.width if isinstance(config, LSTMConfig) else config.embedding_dim
+    return 3.0 * (forward + 2 * head_width * config.vocab_size)
+
+
+def _linear_attention_flops(chunk: int, heads: int, K: int, V: int) -> int:
+    return heads * (chunk * (K + V) + 4 * K * V + 4 * chunk)
+
+
+def _xlstm_flops(config: XLSTMConfig, context_length: int) -> int:
     width, heads = config.embedding_dim, config.num_heads
     chunk = min(config.chunk_length or DEFAULT_CHUNK_LENGTH, context_length)
 
     def mlstm_cell(qk_dim: int, v_dim: int) -> int:
-        k, v = qk_dim // heads, v_dim // heads
-        return heads * (chunk * (k + v) + 4 * k * v + 4 * k + 4 * chunk)
+        return _linear_attention_flops(chunk, heads, qk_dim // heads, v_dim // heads) + 4 * qk_dim
 
     inner, convolution = config.paper_inner_dim, 2 * config.conv_width
     head_dim = width // heads
@@ -79,15 +92,61 @@ def training_flops_per_token(config: XLSTMConfig, context_length: int) -> float:
         + heads * (8 * head_dim**2 + 20 * head_dim)
         + 6 * width * config.slstm_feedforward_dim,
     }
-    blocks = sum(forward[kind] for kind in config.block_kinds())
-    return 3.0 * (blocks + 2 * width * config.vocab_size)
+    return sum(forward[kind] for kind in config.block_kinds())
 
 
-def state_bytes(config: XLSTMConfig, bytes_per_activation: int = 2) -> int:
-    """Bytes of the recurrent state of one sequence, whatever its length: cell states in float32, the inputs that the
-    convolutions remember in `bytes_per_activation`."""
-    heads, width, inner = config.num_heads, config.embedding_dim, config.paper_inner_dim
+def _transformer_flops(config: TransformerConfig, context_length: int) -> int:
+    width = config.embedding_dim
+    projections = 2 * width * (2 * width + 2 * config.key_value_heads * config.head_dim)
+    return config.num_blocks * (projections + 2 * context_length * width + 6 * width * config.hidden_dim)
+
+
+def _mamba_flops(config: MambaConfig, context_length: int) -> int:
+    width, inner, N = config.embedding_dim, config.inner_dim, config.states
+    if config.version == 1:
+        block = 2 * width * 2 * inner + 2 * config.conv_width * inner + 2 * inner * (config.rank + 2 * N)
+        block += 2 * config.rank * inner + 9 * inner * N
+    else:
+        chunk = min(DEFAULT_CHUNK_LENGTH, context_length)
+        convolved = inner + 2 * config.num_groups * N
+        block = 2 * width * (inner + convolved + config.num_heads) + 2 * config.conv_width * convolved
+        block += _linear_attention_flops(chunk, config.num_heads, N, config.head_dim)
+    return config.num_blocks * (block + 2 * inner * width)
+
+
+def _lstm_flops(config: LSTMConfig, context_length: int) -> int:
+    del context_length
+    inputs = config.embedding_dim + (config.num_blocks - 1) * config.width
+    matrices = GATES[config.cell] * config.width * (inputs + config.num_blocks * config.width)
+    return 2 * matrices + 20 * config.num_blocks * config.width
+
+
+_FORWARD_FLOPS = {
+    "xlstm": _xlstm_flops,
+    "transformer": _transformer_flops,
+    "mamba": _mamba_flops,
+    "lstm": _lstm_flops,
+}
+
+
+def state_bytes(config: ModelConfig, bytes_per_activation: int = 2, context_length: int = 0) -> int:
+    """Bytes of what one sequence of `context_length` tokens leaves behind for the next: cell states in float32; the
+    inputs that convolutions remember, an LSTM's state and keys and values in `bytes_per_activation`.
+
+    Only a transformer's depends on the length.
+    """
+    if isinstance(config, TransformerConfig):
+        cached = 2 * config.key_value_heads * config.head_dim * bytes_per_activation
+        return config.num_blocks * cached * context_length
+    if isinstance(config, LSTMConfig):
+        parts = 2 if config.cell == "lstm" else 1
+        return config.num_blocks * parts * config.width * bytes_per_activation
     remembered = (config.conv_width - 1) * bytes_per_activation
+    if isinstance(config, MambaConfig):
+        inner, N = config.inner_dim, config.states
+        convolved = inner if config.version == 1 else inner + 2 * config.num_groups * N
+        return config.num_blocks * (4 * inner * N + remembered * convolved)
+    heads, width, inner = config.num_heads, config.embedding_dim, config.paper_inner_dim
     state = {
         "mlstm": 4 * (config.qk_dim * config.v_dim // heads + config.qk_dim + heads),
         "mlstm_paper": 4 * (inner * inner // heads + inner + heads) + remembered * inner,

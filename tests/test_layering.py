@@ -16,7 +16,7 @@ MAY_IMPORT = {
     "data": {"ops"},
     "models": {"ops", "recipe"},
     "training": {"ops", "models", "data", "parallel", "config", "recipe"},
-    "hub": {"ops", "models", "data", "training", "recipe"},
+    "hub": {"ops", "models", "data", "training", "parallel", "recipe"},
 }
 
 

@@ -1,5 +1,5 @@
-"""The command line: `xlstm-lm train | generate | export | tokenizer | doctor`. Each command imports what it needs when
-it is called, so that `--help` is quick."""
+"""The command line: `xlstm-lm train | generate | export | import | tokenizer | doctor`. Each command imports what it
+needs when it is called, so that `--help` is quick."""
 
 from __future__ import annotations
 
@@ -94,6 +94,22 @@ def _make_parser(with_fields: bool) -> _Parser:
     )
     export.add_argument("--out", required=True, metavar="FOLDER", help="A new folder.")
 
+    importing = command("import", _import, "Make a run of a model from elsewhere, to train it on.")
+    importing.add_argument(
+        "--from",
+        required=True,
+        dest="source",
+        metavar="PATH",
+        help="A transformers xlstm folder; a state dict of the xlstm package with its configuration beside it; an "
+        "export, a run or a checkpoint.",
+    )
+    importing.add_argument("--out", required=True, metavar="FOLDER", help="A new folder, the run's.")
+    importing.add_argument(
+        "--tokenizer",
+        metavar="NAME",
+        help="bytes, a folder, or an id on the Hugging Face hub. Default: the one that lies with the model.",
+    )
+
     tokenizer = command("tokenizer", _tokenizer, "Train a byte-level BPE tokenizer on text files.")
     tokenizer.add_argument("action", choices=["train"])
     tokenizer.add_argument("--files", nargs="+", required=True, metavar="FILE", help="Text files or glob patterns.")
@@ -180,6 +196,19 @@ def _export(options: argparse.Namespace) -> None:
 
     out = save_export(load(options.source), options.out)
     print(f"Wrote {out}. Try it:  xlstm-lm generate --model {shlex.quote(str(out))} --prompt 'def '")
+
+
+def _import(options: argparse.Namespace) -> None:
+    from xlstm_lm.hub import import_run
+    from xlstm_lm.training.durable_files import RunError
+
+    try:
+        recipe = shlex.quote(str(import_run(options.source, options.out, options.tokenizer)))
+    except RunError as error:
+        print(f"xlstm-lm import: {error}", file=sys.stderr)
+        sys.exit(1)
+    out = shlex.quote(options.out)
+    print(f"Wrote {out}. Train it on:  xlstm-lm train --config RECIPE --config {recipe} --training.run_dir {out}")
 
 
 def _tokenizer(options: argparse.Namespace) -> None:

@@ -8,6 +8,9 @@ checkpoints/step_00000100/
     random_rank0000.pt                 states of all random number generators, one file a process
     config.yaml, tokenizer/            what it takes to use the model
     manifest.json                      size and CRC-32 of all the files above, written last
+
+`xlstm-lm import` writes one of step 0 with weights, tokenizer and the model's section of config.yaml alone: a run that
+starts there has moments, data and counters of its own.
 """
 
 from __future__ import annotations
@@ -47,6 +50,11 @@ class Checkpoint:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.state: dict[str, Any] = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+
+    @property
+    def is_imported(self) -> bool:
+        """Whether it holds weights from elsewhere and nothing of a run."""
+        return "imported_from" in self.state
 
     def weights(self, names: list[str]) -> Iterator[tuple[str, Tensor]]:
         """Name and float32 weight of each named parameter, in order.
@@ -163,7 +171,7 @@ def write_checkpoint(
     state: dict[str, Any],
     sizes: dict[str, int],
     weights: Iterator[tuple[str, Tensor]],
-    moments: Iterator[tuple[str, Tensor]],
+    moments: Iterator[tuple[str, Tensor]] | None,
     config_yaml: str,
     save_tokenizer: Callable[[Path], None],
     keep: int,
@@ -171,15 +179,18 @@ def write_checkpoint(
     """Save the run at `state["step"]`, then delete all but the newest `keep` checkpoints up to it. Collective.
 
     `sizes` gives the number of elements of each weight, in the order that `weights` yields them; `moments` yields two
-    tensors for each. Only rank 0 writes. Returns the checkpoint's folder.
+    tensors for each, and is None for an imported model. Only rank 0 writes. Returns the checkpoint's folder.
 
     Raises:
         RunError: on every rank, where rank 0 could not write; the unfinished folder is gone.
     """
-    random_states = world.gather(random_state_bytes())
+    random_states = world.gather(random_state_bytes()) if moments is not None else []
     writer = _Writer(run_dir, state["step"], config_yaml, save_tokenizer) if world.is_first else None
     message = writer.attempt(writer.begin) if writer else None
-    for stem, tensors, moment_keys in (("model", weights, ("",)), ("optimizer", moments, (".exp_avg", ".exp_avg_sq"))):
+    parts = [("model", weights, ("",))]
+    if moments is not None:
+        parts.append(("optimizer", moments, (".exp_avg", ".exp_avg_sq")))
+    for stem, tensors, moment_keys in parts:
         stem_sizes = {name + key: size for name, size in sizes.items() for key in moment_keys}
         if writer and not message:
             message = writer.attempt(lambda stem=stem, sizes=stem_sizes: writer.open(stem, sizes))

@@ -124,7 +124,7 @@ class Trainer:
         )
         resources.callback(self.engine.close)
 
-        state = checkpoint.state if checkpoint else FRESH_STATE
+        state = checkpoint.state if checkpoint and not checkpoint.is_imported else FRESH_STATE
         if checkpoint:
             self.restore(checkpoint)
         self.step = state["step"]
@@ -141,7 +141,9 @@ class Trainer:
         resources.callback(self.report.close)
         if world.is_first:
             record_environment(self.run_dir, world, self.step)
-        if checkpoint:
+        if checkpoint and checkpoint.is_imported:
+            self.report.progress.say(f"Starting from weights imported from {checkpoint.state['imported_from']}")
+        elif checkpoint:
             self.report.progress.say(f"Continuing after step {self.step}, from {checkpoint.folder}")
 
     def open_folder(self, config: dict[str, Any]) -> Path | None:
@@ -238,11 +240,19 @@ class Trainer:
         )
 
     def restore_data(self, checkpoint: Checkpoint) -> None:
-        """Go on in the data where a checkpoint stands.
+        """Go on in the data where a checkpoint stands; from an imported model, at the beginning.
 
         Raises:
-            ValueError: its data came in another order.
+            ValueError: its data came in another order, or the imported model has another tokenizer.
         """
+        if checkpoint.is_imported:
+            if checkpoint.state["tokenizer_fingerprint"] != self.tokenizer.fingerprint():
+                raise ValueError(
+                    f"The model imported from {checkpoint.state['imported_from']} was trained with another tokenizer "
+                    "than data.tokenizer: give the recipe that the import wrote, model.yaml in its folder, as the last "
+                    "--config."
+                )
+            return
         saved, now = checkpoint.state["data_fingerprint"], json.loads(json.dumps(self.stream.fingerprint()))
         different = differing_fields(saved, now, free=())
         if different:
@@ -260,6 +270,9 @@ class Trainer:
             ValueError: its parameters are others.
         """
         names = list(self.engine.shapes)
+        if checkpoint.is_imported:
+            self.engine.load(checkpoint.weights(names), iter(()), 0)
+            return
         self.engine.load(
             checkpoint.weights(names), checkpoint.moments(self.engine.moment_names), checkpoint.state["optimizer_steps"]
         )

@@ -61,13 +61,22 @@ def differing_fields(before: dict[str, Any], now: dict[str, Any], free: tuple[st
 def check_same_run(folder: Path, config: dict[str, Any], free: tuple[str, ...] = FREE_TO_CHANGE) -> None:
     """Refuse to go on from `folder/config.yaml` (of a run or a checkpoint) with another configuration.
 
+    Of an imported model that file has the model's section alone, and nothing else is compared.
+
     Raises:
         ValueError: names each field that differs, with both values.
     """
     path = folder / "config.yaml"
     if not path.is_file():
         raise ValueError(f"{folder} holds a run but no config.yaml; restore it, or choose another training.run_dir.")
-    different = differing_fields(yaml.safe_load(path.read_text(encoding="utf-8")), config, free)
+    before = yaml.safe_load(path.read_text(encoding="utf-8"))
+    different = differing_fields(before, {section: config[section] for section in before if section in config}, free)
+    if different and before.keys() == {"model"}:
+        raise ValueError(
+            f"{folder} holds an imported model, which is not the one that the recipe describes:\n"
+            + "\n".join(different)
+            + "\nGive the recipe that the import wrote, model.yaml in its folder, as the last --config."
+        )
     if different:
         raise ValueError(
             f"{folder} belongs to a run with another configuration:\n"
@@ -79,7 +88,7 @@ def check_same_run(folder: Path, config: dict[str, Any], free: tuple[str, ...] =
 def open_run_folder(run_dir: Path, config: dict[str, Any], config_yaml: str, resume: str) -> None:
     """Create the run's folder, or check that the run in it is this one, and write config.yaml. For rank 0.
 
-    A run that wrote nothing yet is no run.
+    A run that wrote nothing yet is no run, and an imported model, the checkpoint of step 0, is none yet.
 
     Raises:
         ValueError: the folder is a file, or belongs to another configuration, or to any run where resume is never.
@@ -87,7 +96,8 @@ def open_run_folder(run_dir: Path, config: dict[str, Any], config_yaml: str, res
     if run_dir.exists() and not run_dir.is_dir():
         raise ValueError(f"training.run_dir {run_dir} is a file; choose a folder.")
     metrics = run_dir / "metrics.jsonl"
-    has_run = bool(checkpoint_folders(run_dir)) or (metrics.is_file() and metrics.stat().st_size > 0)
+    checkpoints = checkpoint_folders(run_dir)
+    has_run = any(checkpoints) or (metrics.is_file() and metrics.stat().st_size > 0)
     if has_run and resume == "never":
         raise ValueError(
             f"{run_dir} already holds a run, and training.resume is never: choose another training.run_dir, delete "
@@ -95,6 +105,8 @@ def open_run_folder(run_dir: Path, config: dict[str, Any], config_yaml: str, res
         )
     if has_run:
         check_same_run(run_dir, config)
+    elif checkpoints:
+        check_same_run(checkpoints[0], config)
     run_dir.mkdir(parents=True, exist_ok=True)
     replace_durably(run_dir / "config.yaml", config_yaml.encode())
 

@@ -1,0 +1,97 @@
+"""Make a run of any model that can be loaded: a folder from which `xlstm-lm train` starts at step 0 with its weights.
+
+RUN/checkpoints/step_00000000/    weights, tokenizer and the model's section of config.yaml
+RUN/model.yaml                    a recipe of that section and the tokenizer, to be given behind one's own
+RUN/tokenizer/                    where that recipe finds the tokenizer
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from xlstm_lm.data import Tokenizer, TokenizerConfig, build_tokenizer, load_tokenizer
+from xlstm_lm.data.tokenizer import CONFIG_FILE
+from xlstm_lm.hub.load import TrainedModel, check_vocabulary, load
+from xlstm_lm.parallel.process_group import World
+from xlstm_lm.training.checkpoint import write_checkpoint
+from xlstm_lm.training.durable_files import sync_folder, write_durably
+
+RECIPE = "model.yaml"
+TOKENIZER = "tokenizer"
+
+
+def import_run(source: str | Path, out: str | Path, tokenizer: str | None = None) -> Path:
+    """Write the model at `source`, and its tokenizer, to the new folder `out`. Returns the recipe in it.
+
+    `tokenizer` names another one than lies with the model: `bytes`, a folder, or an id on the Hugging Face hub.
+
+    Raises:
+        ValueError: `out` exists and is not empty; or at `source` there is no model or no tokenizer, or one of them is
+            damaged, or they do not fit each other. Nothing has been written.
+        RunError: the disk is full. What had been written is gone.
+    """
+    out = Path(out).resolve()
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out} exists and is not empty; choose another folder.")
+    trained = load(source)
+    chosen = _choose_tokenizer(trained, tokenizer)
+    partial = out.with_name(f".{out.name}.partial")
+    if partial.exists():  # left by an import that was killed
+        shutil.rmtree(partial)
+    partial.mkdir(parents=True)
+    try:
+        _write(partial, out, trained, chosen, str(Path(source).resolve()))
+        if out.exists():
+            out.rmdir()
+        partial.rename(out)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    sync_folder(out.parent)
+    return out / RECIPE
+
+
+def _choose_tokenizer(trained: TrainedModel, name: str | None) -> Tokenizer:
+    if name is None:
+        try:
+            return trained.tokenizer
+        except ValueError as error:
+            raise ValueError(f"{error} Or name one with --tokenizer: bytes, a folder, or an id on the hub.") from error
+    if name == "bytes":
+        tokenizer = build_tokenizer(TokenizerConfig())
+    elif Path(name).is_dir():
+        tokenizer = load_tokenizer(name)
+    else:
+        tokenizer = build_tokenizer(TokenizerConfig(kind="huggingface", name=name))
+    check_vocabulary(tokenizer, trained.model, name)
+    return tokenizer
+
+
+def _write(folder: Path, out: Path, trained: TrainedModel, tokenizer: Tokenizer, source: str) -> None:
+    """Everything, to `folder`, which will be renamed to `out`."""
+    parameters = dict(trained.model.named_parameters())
+    recipe: dict[str, Any] = {"model": dataclasses.asdict(trained.model.config)}
+    write_checkpoint(
+        folder,
+        world=World(rank=0, size=1, local_rank=0, device=torch.device("cpu")),
+        state={"step": 0, "imported_from": source, "tokenizer_fingerprint": tokenizer.fingerprint()},
+        sizes={name: parameter.numel() for name, parameter in parameters.items()},
+        weights=iter(parameters.items()),
+        moments=None,
+        config_yaml=yaml.safe_dump(recipe, sort_keys=False),
+        save_tokenizer=tokenizer.save,
+        keep=1,
+    )
+    tokenizer.save(folder / TOKENIZER)
+    config = TokenizerConfig(**json.loads((folder / TOKENIZER / CONFIG_FILE).read_text(encoding="utf-8")))
+    if config.kind == "huggingface":
+        config = dataclasses.replace(config, name=str(out / TOKENIZER), revision=None)
+    recipe["data"] = {"tokenizer": dataclasses.asdict(config)}
+    write_durably(folder / RECIPE, yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True).encode())

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from xlstm_lm.models import XLSTMConfig, build_model
+from xlstm_lm.models import LSTMConfig, MambaConfig, TransformerConfig, XLSTMConfig, build_model
 from xlstm_lm.models.accounting import count_parameters, state_bytes, training_flops_per_token
 
 PRESETS = Path(__file__).parents[2] / "configs" / "model"
@@ -75,6 +75,30 @@ def test_every_preset_says_its_size():
         assert f"{count_parameters(preset):,} parameters" in preset.read_text().splitlines()[0], preset
 
 
+@pytest.mark.parametrize("size", ["165m", "400m", "830m", "1.3b", "2.7b", "7b", "cpu-0.7m"])
+def test_presets_of_a_size_match_within_one_percent(size):
+    presets = list(PRESETS.glob(f"*-{size}.yaml"))
+    families = {preset.name.split("-")[0] for preset in presets}
+    assert families >= {"xlstm", "transformer", "mamba1", "mamba2"}
+    reference = count_parameters(PRESETS / f"xlstm-{size}.yaml")
+    for preset in presets:
+        if not preset.name.startswith("xlstm-paper"):
+            assert abs(count_parameters(preset) / reference - 1) < 0.01, preset
+
+
+def test_published_baseline_totals():
+    llama = TransformerConfig(embedding_dim=4096, num_blocks=32, num_heads=32)
+    assert count_parameters(llama) == 6_863_196_160
+    assert count_parameters(TransformerConfig(embedding_dim=768, num_blocks=12)) == 162_220_800
+    assert count_parameters(MambaConfig(version=1, embedding_dim=768, num_blocks=24)) == 167_787_264
+
+
+def test_lstm_layers_have_the_textbook_count():
+    config = LSTMConfig(vocab_size=10, embedding_dim=6, hidden_dim=8, num_blocks=2)
+    layers = 4 * (8 * (6 + 8) + 8) + 4 * (8 * (8 + 8) + 8)
+    assert count_parameters(config) == 10 * 6 + layers + 10 * 8
+
+
 def test_tied_head_counts_once():
     untied = XLSTMConfig(embedding_dim=64, num_blocks=1, vocab_size=100)
     tied = XLSTMConfig(embedding_dim=64, num_blocks=1, vocab_size=100, tie_embeddings=True)
@@ -107,6 +131,33 @@ def test_state_bytes_are_those_of_the_state():
     torch.manual_seed(0)
     _, state = build_model(config)(torch.zeros(1, 5, dtype=torch.long), return_state=True)
     assert state_bytes(config, bytes_per_activation=4) == sum(tensor.nbytes for each in state for tensor in each)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        TransformerConfig(vocab_size=100, embedding_dim=64, num_blocks=3, num_heads=4, num_key_value_heads=2),
+        MambaConfig(version=1, vocab_size=100, embedding_dim=64, num_blocks=2),
+        MambaConfig(version=2, vocab_size=100, embedding_dim=64, num_blocks=2, num_groups=2),
+        LSTMConfig(vocab_size=100, embedding_dim=64),
+    ],
+)
+def test_a_baselines_state_has_the_bytes_that_are_counted(config):
+    torch.manual_seed(0)
+    _, state = build_model(config)(torch.zeros(1, 5, dtype=torch.long), return_state=True)
+    counted = sum(tensor.nbytes for each in state for tensor in (each[:2]))
+    assert state_bytes(config, bytes_per_activation=4, context_length=5) == counted
+
+
+def test_flops_of_a_transformer_are_those_that_torch_counts():
+    config = TransformerConfig(vocab_size=100, embedding_dim=64, num_blocks=2, num_heads=4)
+    torch.manual_seed(0)
+    model = build_model(config)
+    counter = FlopCounterMode(display=False)
+    with counter, torch.no_grad():
+        model.logits(model(torch.zeros(1, 32, dtype=torch.long)))
+    products = counter.get_flop_counts()["Global"][torch.ops.aten.mm] / 32
+    assert training_flops_per_token(config, 32) == 3 * (products + 2 * 2 * 32 * 64)
 
 
 def test_a_recipe_without_a_model_is_refused(tmp_path):

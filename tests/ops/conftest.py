@@ -26,10 +26,10 @@ def _new_process() -> ProcessPoolExecutor:
     return ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"), initializer=_switch_on)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def interpreted() -> Iterator[Callable[..., Any]]:
-    """`interpreted(function, ...)` is what `function(...)` of the test module returns in such a process. A call in
-    which the process dies fails; the next one has a new process."""
+    """`interpreted(function, ...)` is what `function(...)` of the test module returns in such a process, which all tests
+    share. A call in which it dies fails; the next one has a new process."""
     pytest.importorskip("triton", reason="Triton is not installed (pip install 'xlstm-lm[gpu]')")
     pool = _new_process()
 

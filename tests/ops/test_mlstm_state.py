@@ -119,29 +119,6 @@ def test_activation_checkpointing(use_reentrant: bool, backend: str) -> None:
         assert torch.equal(x.grad, e)
 
 
-@pytest.mark.parametrize("input_gate", ["exp", "sigmoid"])
-@pytest.mark.parametrize("normalize", [True, False])
-def test_steps_equal_the_whole_sequence(input_gate: str, normalize: bool) -> None:
-    inputs = make_inputs(T=20)
-    resets = make_resets(2, 20, 0, 7, 8)
-    options = {"input_gate": input_gate, "normalize": normalize}
-    expected = run(inputs, resets=resets, backend="recurrence", **options)
-    state = None
-    with torch.no_grad():
-        for t in range(20):
-            step = [inputs[name][:, t : t + 1] for name in "qkvif"]
-            before = None if state is None else [x.clone() for x in state]
-            h, next_state = mlstm(
-                *step, resets=resets[:, t : t + 1], initial_state=state, return_state=True, backend="step", **options
-            )
-            torch.testing.assert_close(h[:, 0], expected[0][:, t])
-            if before is not None:
-                assert all(torch.equal(x, y) for x, y in zip(state, before)), "the caller's state was written to"
-            state = next_state
-    for a, e in zip(state, expected[1:]):
-        torch.testing.assert_close(a, e)
-
-
 def test_the_backend_is_chosen_by_what_is_asked() -> None:
     inputs = make_inputs(T=1)
     leaves = [inputs[name] for name in "qkvif"]
@@ -232,5 +209,3 @@ def test_other_arguments_that_do_not_fit_are_named() -> None:
         mlstm(inputs[0].long(), *inputs[1:])
     with pytest.raises(ValueError, match=r"initial_state must be \(C, n, m\), got 2"):
         mlstm(*inputs, initial_state=(torch.zeros(2, 2, 4, 6), torch.zeros(2, 2, 4)))
-    with pytest.raises(ValueError, match="one token"):
-        mlstm(*inputs, backend="step")

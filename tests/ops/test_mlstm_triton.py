@@ -218,26 +218,35 @@ def test_what_the_kernels_cannot_take_is_named() -> None:
         mlstm_triton(*(x.double() for x in inputs))
 
 
-def test_kernels_that_fail_or_are_wrong_are_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("backend", "stand_in"), [("triton", "chunkwise"), ("triton_step", "step")])
+def test_kernels_that_fail_or_are_wrong_are_not_taken(
+    monkeypatch: pytest.MonkeyPatch, backend: str, stand_in: str
+) -> None:
     """A guard of every GPU, shown on the CPU: here the kernels cannot run, and stand-ins are right or wrong."""
     from xlstm_lm.ops.mlstm import BACKENDS, dispatch
 
     said: list[str] = []
     monkeypatch.setattr(dispatch, "announce_once", said.append)
-    check = lambda: dispatch.triton_is_right.__wrapped__(torch.device("cpu"), torch.float32)
+    check = lambda: dispatch.triton_is_right.__wrapped__(backend, torch.device("cpu"), torch.float32)
     state = torch.random.get_rng_state()
     assert not check()
-    assert "do not run on cpu" in said[-1]
+    assert f"(`{backend}`) do not run on cpu" in said[-1]
     assert "takes tensors of a GPU" in said[-1]
-    monkeypatch.setitem(BACKENDS, "triton", BACKENDS["chunkwise"])
+    assert f"(`{stand_in}`), which is slower" in said[-1]
+    monkeypatch.setitem(BACKENDS, backend, BACKENDS[stand_in])
     assert check()
+    with torch.inference_mode():  # as where a model generates
+        assert check()
     assert len(said) == 1
 
-    def wrong(*inputs: Tensor, **options: Any) -> tuple[Tensor, None]:
-        h, state = BACKENDS["chunkwise"](*inputs, **options)
-        return h + 1e-3 * (inputs[4] - inputs[4].detach())[..., None] * h.detach().abs().max(), state
+    def wrong(*inputs: Tensor, **options: Any) -> tuple[Tensor, Any]:
+        h, state = BACKENDS[stand_in](*inputs, **options)
+        forget = inputs[4]
+        if backend == "triton":  # in a gradient only
+            forget = forget - forget.detach()
+        return h + 1e-3 * forget[..., None] * h.detach().abs().max(), state
 
-    monkeypatch.setitem(BACKENDS, "triton", wrong)
+    monkeypatch.setitem(BACKENDS, backend, wrong)
     assert not check()
     assert "are wrong on cpu" in said[-1]
     assert torch.equal(torch.random.get_rng_state(), state)

@@ -15,7 +15,7 @@ from xlstm_lm.ops.mlstm.compiled import mlstm_compiled
 from xlstm_lm.ops.mlstm.recurrence import State, mlstm_recurrence
 from xlstm_lm.ops.mlstm.step import mlstm_step
 from xlstm_lm.ops.native import kernels_available
-from xlstm_lm.ops.selfcheck import TOLERANCE, compare
+from xlstm_lm.ops.selfcheck import TOLERANCE, compare, mlstm_inputs, some_resets
 
 
 def _mlstm_triton(*inputs: Tensor, **options: object) -> tuple[Tensor, State | None]:
@@ -25,6 +25,13 @@ def _mlstm_triton(*inputs: Tensor, **options: object) -> tuple[Tensor, State | N
     return mlstm_triton(*inputs, **options)
 
 
+def _mlstm_triton_step(*inputs: Tensor, **options: object) -> tuple[Tensor, State | None]:
+    """`triton_step.mlstm_triton_step`, imported on first use."""
+    from xlstm_lm.ops.mlstm.triton_step import mlstm_triton_step
+
+    return mlstm_triton_step(*inputs, **options)
+
+
 BACKENDS: dict[str, Callable[..., tuple[Tensor, State | None]]] = {
     "recurrence": mlstm_recurrence,
     "chunkwise": mlstm_chunkwise,
@@ -32,9 +39,17 @@ BACKENDS: dict[str, Callable[..., tuple[Tensor, State | None]]] = {
     "step": mlstm_step,
 }
 """The mLSTM's forms by name: the definition, two to train with (on any device; on a CPU, faster), one to generate with
-(one token, no gradient). Where Triton is installed also "triton", to train with on a GPU."""
+(one token, no gradient). Where Triton is installed also "triton", to train with on a GPU, and "triton_step", to
+generate with there."""
 if importlib.util.find_spec("triton") is not None:
-    BACKENDS["triton"] = _mlstm_triton
+    BACKENDS |= {"triton": _mlstm_triton, "triton_step": _mlstm_triton_step}
+STEPS = ("step", "triton_step")
+"""The backends that take one token and have no gradient."""
+SLOWER = {
+    "chunkwise": "as batched matrix products in PyTorch (`chunkwise`)",
+    "step": "token by token in PyTorch (`step`)",
+}
+"""What runs where a faster backend does not, for people."""
 
 INPUT_GATES = ("exp", "sigmoid")
 
@@ -53,6 +68,7 @@ def mlstm(
     normalize: bool = True,
     chunk_length: int | None = None,
     eps: float = 1e-6,
+    overwrite_state: bool = False,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, State]:
     """The mLSTM cell over a sequence (arXiv 2405.04517, eq. 19-27; sigmoid input gate: arXiv 2503.14376).
@@ -76,6 +92,8 @@ def mlstm(
             not used.
         chunk_length: steps a chunk of the chunkwise and compiled backends; None picks one.
         eps: added to the stabilized denominator, so that in true units it is eps e^m.
+        overwrite_state: whether C of the initial state may be overwritten with the one returned, as the backends of one
+            token do; the caller's is then worth nothing. False leaves the initial state as it was.
         backend: a name of `BACKENDS`, or "auto" (see `choose_backend`).
 
     Returns:
@@ -100,6 +118,7 @@ def mlstm(
         raise ValueError(
             f"Unknown mLSTM backend {backend!r}: choose 'auto' or one of {', '.join(map(repr, BACKENDS))}."
         )
+    in_place = {"overwrite_state": overwrite_state} if backend in STEPS else {}
     h_BTHV, state = BACKENDS[backend](
         q,
         k,
@@ -113,58 +132,72 @@ def mlstm(
         normalize=normalize,
         chunk_length=chunk_length,
         eps=eps,
+        **in_place,
     )
     return (h_BTHV, state) if return_state else h_BTHV
 
 
 def choose_backend(q_BTHK: Tensor, *others: Tensor) -> str:
-    """What "auto" means for such inputs (`others`: k, v, i, f, the state): "step" for one token without gradient, else
-    on a CPU "compiled", which is built on first use, and on a GPU "triton", for types that it takes and if it proves
-    right there. "chunkwise" where that cannot be and on other devices.
+    """What "auto" means for such inputs (`others`: k, v, i, f, the state).
+
+    On a GPU "triton", or "triton_step" for one token without gradient, for types that they take and where they prove
+    right. Elsewhere "step" for one token without gradient, else on a CPU "compiled", which is built on first use, and
+    "chunkwise" where that cannot be and on other devices.
     """
     needs_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in (q_BTHK, *others))
-    if q_BTHK.shape[1] == 1 and not needs_gradient:
-        return "step"
-    slow = "the mLSTM runs as batched matrix products in PyTorch (`chunkwise`), which is slower"
-    if q_BTHK.device.type == "cpu":
-        return "compiled" if kernels_available(slow) else "chunkwise"
-    if q_BTHK.device.type == "cuda" and q_BTHK.dtype in TOLERANCE and triton_is_right(q_BTHK.device, q_BTHK.dtype):
-        return "triton"
-    return "chunkwise"
+    one_step = q_BTHK.shape[1] == 1 and not needs_gradient
+    plain, triton = ("step", "triton_step") if one_step else ("chunkwise", "triton")
+    if q_BTHK.device.type == "cuda" and all(x.dtype in TOLERANCE for x in (q_BTHK, *others)):
+        return triton if triton_is_right(triton, q_BTHK.device, q_BTHK.dtype) else plain
+    if q_BTHK.device.type == "cpu" and not one_step:
+        return "compiled" if kernels_available(f"the mLSTM runs {SLOWER[plain]}, which is slower") else plain
+    return plain
 
 
 @torch.compiler.assume_constant_result
 @functools.cache
-def triton_is_right(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether the Triton kernels compute the definition on this device, values and gradients; if not, says so.
+def triton_is_right(backend: str, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether "triton" or "triton_step" computes the definition on this device, values and (not the step) gradients; if
+    not, says so.
 
     Looked at once a process: a compiler that gets them wrong on a newer GPU must not go unnoticed.
     """
-    slow = "the mLSTM runs as batched matrix products in PyTorch (`chunkwise`), which is slower"
-    if "triton" not in BACKENDS:
+    slow = f"the mLSTM runs {SLOWER['step' if backend in STEPS else 'chunkwise']}, which is slower"
+    if backend not in BACKENDS:
         announce_once(f"Triton is not installed (pip install 'xlstm-lm[gpu]'): {slow}")
         return False
     devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices), torch.enable_grad():
+    with torch.random.fork_rng(devices), torch.inference_mode(False), torch.enable_grad():
         torch.manual_seed(0)
-        B, T, H, K, V = 2, 100, 2, 64, 128
-        inputs = [torch.randn(B, T, H, size, device=device, dtype=dtype) for size in (K, K, V)]
-        inputs += [torch.randn(B, T, H, device=device) + shift for shift in (-1.0, 3.0)]
-        resets_BT = torch.zeros(B, T, dtype=torch.bool, device=device)
-        resets_BT[:, [31, 64, 99]] = True
-        ours, definition = (
-            functools.partial(mlstm, resets=resets_BT, backend=name) for name in ("triton", "recurrence")
-        )
+        inputs = mlstm_inputs(device, dtype, K=64, V=128)
+        ours, definition = (functools.partial(mlstm, backend=name) for name in (backend, "recurrence"))
+        if backend in STEPS:
+            ours = functools.partial(_token_by_token, backend)
+        else:
+            ours, definition = (functools.partial(each, resets=some_resets(inputs)) for each in (ours, definition))
         try:
-            error = compare(ours, definition, inputs)
+            error = compare(ours, definition, inputs, gradients=backend not in STEPS)
         except Exception as caught:  # whatever a compiler, an assembler or a driver comes up with
             problem = (str(caught).strip() or type(caught).__name__).splitlines()[0]
-            announce_once(f"the mLSTM's Triton kernels do not run on {device}, {dtype} ({problem}): {slow}")
+            announce_once(
+                f"the mLSTM's Triton kernels (`{backend}`) do not run on {device}, {dtype} ({problem}): {slow}"
+            )
             return False
     if not error <= TOLERANCE[dtype]:
-        announce_once(f"the mLSTM's Triton kernels are wrong on {device}, {dtype} (error {error:.1e}): {slow}")
+        announce_once(
+            f"the mLSTM's Triton kernels (`{backend}`) are wrong on {device}, {dtype} (error {error:.1e}): {slow}"
+        )
         return False
     return True
+
+
+def _token_by_token(backend: str, *inputs: Tensor) -> Tensor:
+    """A whole sequence through a backend of `STEPS`, as in generation."""
+    h_BTHV, state = [], None
+    for step in zip(*(x.split(1, dim=1) for x in inputs)):
+        h_B1HV, state = mlstm(*step, initial_state=state, return_state=True, overwrite_state=True, backend=backend)
+        h_BTHV.append(h_B1HV)
+    return torch.cat(h_BTHV, 1)
 
 
 def _check(

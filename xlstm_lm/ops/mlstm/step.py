@@ -1,4 +1,5 @@
-"""One token of the mLSTM for generation: state in, state out, in few passes over it. No gradient."""
+"""One token of the mLSTM for generation: state in, state out or the same one overwritten, in few passes over it. No
+gradient."""
 
 from __future__ import annotations
 
@@ -6,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from xlstm_lm.ops.mlstm.recurrence import State, empty_state, gate_dtype, unit_stabilizer
+from xlstm_lm.ops.mlstm.recurrence import State, empty_state, gate_dtype
 
 
 @torch.no_grad()
@@ -24,11 +25,13 @@ def mlstm_step(
     normalize: bool = True,
     chunk_length: int | None = None,
     eps: float = 1e-6,
+    overwrite_state: bool = False,
 ) -> tuple[Tensor, State | None]:
-    """One step of the definition (arXiv 2405.04517, eq. 19-27) for inputs with T = 1; the caller's state stays as it
-    was.
+    """One step of the definition (arXiv 2405.04517, eq. 19-27) for inputs with T = 1.
 
-    Shapes, options and returns as in `xlstm_lm.ops.mlstm.mlstm`. `chunk_length` has no meaning here.
+    Shapes, options and returns as in `xlstm_lm.ops.mlstm.mlstm`. `chunk_length` has no meaning here. With
+    `overwrite_state` the returned C is the initial state's tensor (where that is contiguous, of the state's type and no
+    resets are given), otherwise a new one; n and m are always new.
 
     Raises: ValueError for more than one token.
     """
@@ -41,18 +44,21 @@ def mlstm_step(
     q_GK, k_GK, v_GV = (x.to(dtype).reshape(B * H, -1) for x in (q_B1HK, k_B1HK, v_B1HV))
     log_input_G, log_forget_G = i_B1H.to(dtype).reshape(B * H), F.logsigmoid(f_B1H.to(dtype)).reshape(B * H)
     state = empty_state(q_B1HK, v_B1HV, input_gate) if initial_state is None else initial_state
-    if input_gate == "sigmoid":
-        log_input_G, state = F.logsigmoid(log_input_G), unit_stabilizer(state)
-    C_GKV, n_GK, m_G = (x.to(dtype).flatten(0, 1) for x in state)
+    C_GKV, n_GK, m_G = (x.to(dtype).contiguous().flatten(0, 1) for x in state)
+    if resets_BT is not None:
+        restarts_G1 = resets_BT.expand(B, H).reshape(B * H, 1)
+        C_GKV, n_GK = C_GKV.masked_fill(restarts_G1[..., None], 0.0), n_GK.masked_fill(restarts_G1, 0.0)
+        m_G = m_G.masked_fill(restarts_G1[:, 0], float("-inf"))
 
     forget_exponent_G = log_forget_G + m_G
-    if resets_BT is not None:
-        forget_exponent_G = forget_exponent_G.masked_fill(resets_BT.expand(B, H).reshape(B * H), float("-inf"))
     if input_gate == "exp":
         m_G = torch.maximum(forget_exponent_G, log_input_G).clamp_min(torch.finfo(dtype).min)
+    else:
+        log_input_G, m_G = F.logsigmoid(log_input_G), torch.zeros_like(m_G)
     F_G1 = (forget_exponent_G - m_G).exp()[:, None]
     k_GK = k_GK * (log_input_G - m_G).exp()[:, None]
-    C_GKV = (C_GKV * F_G1[..., None]).baddbmm_(k_GK[:, :, None], v_GV[:, None])
+    C_GKV = torch.mul(C_GKV, F_G1[..., None], out=C_GKV if overwrite_state else None)
+    C_GKV.baddbmm_(k_GK[:, :, None], v_GV[:, None])
     n_GK = n_GK * F_G1 + k_GK
 
     h_GV = torch.bmm(q_GK[:, None], C_GKV)[:, 0] * K**-0.5

@@ -46,6 +46,30 @@ def test_the_state_does_not_grow(model):
     assert [[tensor.shape for tensor in each] for each in short] == [[tensor.shape for tensor in each] for each in long]
 
 
+def test_the_model_runs_once_for_each_token_but_the_last_in_the_memory_of_one_state(model, monkeypatch):
+    decode_step, matrices = model.decode_step, []
+
+    def recorded(token_B1, state):
+        hidden_BTD, state = decode_step(token_B1, state)
+        matrices.append([state[0][0].data_ptr(), state[2][1].data_ptr()])
+        return hidden_BTD, state
+
+    monkeypatch.setattr(model, "decode_step", recorded)
+    assert len(list(generate(model, [256, 1, 2], SamplingConfig(max_new_tokens=5)))) == 5
+    assert len(matrices) == 4
+    assert all(each == matrices[0] for each in matrices)
+
+
+def test_a_state_that_is_not_given_up_stays_as_it_was(model):
+    with torch.no_grad():
+        _, state = model(torch.tensor([[1, 2, 3]]), return_state=True)
+        kept = [[tensor.clone() for tensor in each] for each in state]
+        first, _ = model(torch.tensor([[4]]), state=state, return_state=True)
+        assert all(torch.equal(a, b) for x, y in zip(state, kept) for a, b in zip(x, y))
+        second, _ = model.decode_step(torch.tensor([[4]]), state)
+    assert torch.equal(first, second)
+
+
 def test_the_seed_decides_the_draw(model):
     def draw(seed: int) -> list[int]:
         return list(generate(model, [256], SamplingConfig(max_new_tokens=30, seed=seed)))

@@ -67,12 +67,14 @@ def generate(
     state = None
     for piece_T in torch.tensor(prompt, device=device).split(PREFILL_TOKENS):
         hidden_BTD, state = model(piece_T.unsqueeze(0), state=state, return_state=True)
+    token = None
     for _ in range(config.max_new_tokens):
+        if token is not None:
+            hidden_BTD, state = model.decode_step(torch.tensor([[token]], device=device), state)
         token = sample(model.logits(hidden_BTD[:, -1:])[0, -1, :num_tokens], config, generator)
         if token == stop_token:
             return
         yield token
-        hidden_BTD, state = model(torch.tensor([[token]], device=device), state=state, return_state=True)
 
 
 def continue_text(model: nn.Module, tokenizer: Any, prompt: str, config: SamplingConfig) -> Iterator[str]:

@@ -28,8 +28,8 @@ def _new_process() -> ProcessPoolExecutor:
 
 @pytest.fixture(scope="session")
 def interpreted() -> Iterator[Callable[..., Any]]:
-    """`interpreted(function, ...)` is what `function(...)` of the test module returns in such a process, which all tests
-    share. A call in which it dies fails; the next one has a new process."""
+    """`interpreted(function, ...)` is what `function(...)` of the test module returns in such a process, shared by all
+    tests. A call in which it dies fails; the next one has a new process."""
     pytest.importorskip("triton", reason="Triton is not installed (pip install 'xlstm-lm[gpu]')")
     pool = _new_process()
 

@@ -71,6 +71,11 @@ class LanguageModel(nn.Module):
         hidden_BTD = self.final_norm(x_BTD)
         return (hidden_BTD, states) if return_state else hidden_BTD
 
+    def decode_step(self, tokens_B1: Tensor, state: list[State]) -> tuple[Tensor, list[State]]:
+        """Hidden states (B, 1, D) of one more token, and the state after it. The state handed in is given up: a family
+        may overwrite it, so that generating takes the memory of one state."""
+        return self(tokens_B1, state=state, return_state=True)
+
     def logits(self, hidden_BTD: Tensor) -> Tensor:
         """Logits (B, T, vocabulary), in float32 at least, of hidden states (B, T, D)."""
         logits_BTV = self.head(hidden_BTD)

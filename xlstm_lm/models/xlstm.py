@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -9,7 +11,7 @@ from torch import Tensor, nn
 from xlstm_lm.models.language_model import LanguageModel, State
 from xlstm_lm.models.layers import GatedFeedForward, make_norm
 from xlstm_lm.models.xlstm_config import XLSTMConfig
-from xlstm_lm.models.xlstm_mixers import MIXERS, MLSTMMixer, Observer, PaperMLSTMMixer
+from xlstm_lm.models.xlstm_mixers import MIXERS, MLSTMMixer, PaperMLSTMMixer
 
 SATURATED = 0.95  # a gate beyond this share of its soft cap counts as being at the cap
 
@@ -36,9 +38,10 @@ class Block(nn.Module):
         resets_BT: Tensor | None = None,
         state: State | None = None,
         return_state: bool = False,
-        observe: Observer | None = None,
+        **extras: Any,
     ) -> tuple[Tensor, State | None]:
-        mixed_BTD, state = self.mixer(self.norm(x_BTD), resets_BT, state, return_state, observe)
+        """As every block; the mixer is given the `extras`."""
+        mixed_BTD, state = self.mixer(self.norm(x_BTD), resets_BT, state, return_state, **extras)
         x_BTD = x_BTD + mixed_BTD
         if self.feedforward is not None:
             x_BTD = x_BTD + self.feedforward(self.feedforward_norm(x_BTD))
@@ -91,6 +94,10 @@ class XLSTM(LanguageModel):
         blocks = (Block(config, kind) for kind in config.block_kinds())
         final_norm = make_norm(config.norm, config.embedding_dim, config.norm_eps)
         super().__init__(config, blocks, final_norm, config.embedding_dim)
+
+    def decode_step(self, tokens_B1: Tensor, state: list[State]) -> tuple[Tensor, list[State]]:
+        """As for every family; the mLSTM's matrices are overwritten."""
+        return self(tokens_B1, state=state, return_state=True, overwrite_state=True)
 
     @torch.no_grad()
     def init_weights(self) -> None:

@@ -1,7 +1,8 @@
 """What an xLSTM block does along time: the mLSTM of xLSTM-7B, the mLSTM of the first paper, and the sLSTM.
 
 Every mixer maps (B, T, D) to (B, T, D) and returns its state after the last token where `return_state` is set.
-`observe`, where given, receives the input and forget gate pre-activations, soft cap included.
+`observe`, where given, receives the input and forget gate pre-activations, soft cap included. With `overwrite_state` the
+state handed in may be overwritten with the one returned.
 """
 
 from __future__ import annotations
@@ -34,10 +35,18 @@ class MLSTMMixer(nn.Module):
         self.out = nn.Linear(config.v_dim, config.embedding_dim, bias=False)
 
     def forward(
-        self, x_BTD: Tensor, resets_BT: Tensor | None, state: State | None, return_state: bool, observe: Observer | None
+        self,
+        x_BTD: Tensor,
+        resets_BT: Tensor | None,
+        state: State | None,
+        return_state: bool,
+        observe: Observer | None = None,
+        overwrite_state: bool = False,
     ) -> tuple[Tensor, State | None]:
         q, k, v, output_BTV = self.qkvo(x_BTD).split(self.widths, dim=-1)
-        h_BTHV, state = _mlstm_cell(self.config, q, k, v, self.gates, x_BTD, resets_BT, state, return_state, observe)
+        h_BTHV, state = _mlstm_cell(
+            self.config, q, k, v, self.gates, x_BTD, resets_BT, state, return_state, observe, overwrite_state
+        )
         return self.out(torch.sigmoid(output_BTV) * self.head_norm(h_BTHV)), state
 
 
@@ -60,15 +69,22 @@ class PaperMLSTMMixer(nn.Module):
         self.down = nn.Linear(inner, config.embedding_dim, bias=False)
 
     def forward(
-        self, x_BTD: Tensor, resets_BT: Tensor | None, state: State | None, return_state: bool, observe: Observer | None
+        self,
+        x_BTD: Tensor,
+        resets_BT: Tensor | None,
+        state: State | None,
+        return_state: bool,
+        observe: Observer | None = None,
+        overwrite_state: bool = False,
     ) -> tuple[Tensor, State | None]:
         inner_BTE, output_BTE = self.up(x_BTD).chunk(2, dim=-1)
         conv_BTE, conv_state = self.conv(inner_BTE, resets_BT, state and state[0], return_state)
         conv_BTE = F.silu(conv_BTE)
         q, k, v = self.query(conv_BTE), self.key(conv_BTE), self.value(inner_BTE)
         gate_input = torch.cat((q, k, v), dim=-1)
+        cell_state = state and state[1:]
         h_BTHV, cell_state = _mlstm_cell(
-            self.config, q, k, v, self.gates, gate_input, resets_BT, state and state[1:], return_state, observe
+            self.config, q, k, v, self.gates, gate_input, resets_BT, cell_state, return_state, observe, overwrite_state
         )
         h_BTE = self.head_norm(h_BTHV) + self.skip * conv_BTE
         return self.down(h_BTE * F.silu(output_BTE)), _join(conv_state, cell_state)
@@ -89,8 +105,15 @@ class SLSTMMixer(nn.Module):
         self.head_norm = HeadNorm(heads, head_dim, config.cell_norm, config.norm_eps)
 
     def forward(
-        self, x_BTD: Tensor, resets_BT: Tensor | None, state: State | None, return_state: bool, observe: Observer | None
+        self,
+        x_BTD: Tensor,
+        resets_BT: Tensor | None,
+        state: State | None,
+        return_state: bool,
+        observe: Observer | None = None,
+        overwrite_state: bool = False,
     ) -> tuple[Tensor, State | None]:
+        del overwrite_state  # a few numbers a unit: nothing to save
         conv_BTD, conv_state = self.conv(x_BTD, resets_BT, state and state[0], return_state)
         heads = self.config.num_heads
         conv_BTHD, x_BTHD = F.silu(conv_BTD).unflatten(-1, (heads, -1)), x_BTD.unflatten(-1, (heads, -1))
@@ -132,6 +155,7 @@ def _mlstm_cell(
     state: State | None,
     return_state: bool,
     observe: Observer | None,
+    overwrite_state: bool,
 ) -> tuple[Tensor, State | None]:
     """Form the gates, split the heads and run the cell: h (B, T, H, V) and the state after the last token."""
     input_BTH, forget_BTH = soft_cap(gates(gate_input_BTE), config.gate_soft_cap).chunk(2, dim=-1)
@@ -147,6 +171,7 @@ def _mlstm_cell(
         input_gate=config.input_gate,
         chunk_length=config.chunk_length,
         eps=config.cell_eps,
+        overwrite_state=overwrite_state,
         backend=config.mlstm_backend,
     )
     return h_BTHV if return_state else (h_BTHV, None)

@@ -24,8 +24,8 @@ import torch
 from xlstm_lm.ops.announce import announce_once
 
 _OPS = Path(__file__).parent
-_SOURCES = [_OPS / name for name in ("mlstm/mlstm_cpu.cpp", "slstm/slstm_cpu.cpp")]
-_HEADERS = [_OPS / name for name in ("simd.h", "mlstm/chunk.h", "mlstm/problem.h", "slstm/cell.h")]
+_SOURCES = [_OPS / name for name in ("mlstm/mlstm_cpu.cpp", "slstm/slstm_cpu.cpp", "selective_scan/scan_cpu.cpp")]
+_HEADERS = [_OPS / name for name in ("by_dtype.h", "simd.h", "mlstm/chunk.h", "mlstm/problem.h", "slstm/cell.h")]
 # Nothing that would let the compiler assume away infinities and NaNs: m = -inf is the empty state.
 _FLAGS = ["-std=c++20", "-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-Wno-psabi"]
 _NATIVE_FLAG = "-mcpu=native" if platform.machine() in ("aarch64", "arm64") else "-march=native"

@@ -14,6 +14,7 @@
 
 #include <vector>
 
+#include "../by_dtype.h"
 #include "../simd.h"
 #include "chunk.h"
 #include "problem.h"
@@ -313,12 +314,6 @@ void backward(
     copy_out(out.C + p.C_at(b, h), p.V, dC, vp, p.K, p.V);
     copy_out(out.n + p.n_at(b, h), p.K, dn, kp, 1, p.K);
   });
-}
-
-template <typename F> auto by_dtype(const Tensor& like, F body) {
-  if (like.scalar_type() == at::kDouble) return body(double{});
-  TORCH_CHECK(like.scalar_type() == at::kFloat, "the mLSTM CPU kernel computes in float32 or float64");
-  return body(float{});
 }
 
 template <typename T> State<T> pointers(at::TensorList state) {

@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 
 from xlstm_lm.ops.announce import announce_once
+from xlstm_lm.ops.native import kernels_available
+from xlstm_lm.ops.selective_scan.compiled import scan_compiled
 from xlstm_lm.ops.selective_scan.recurrence import Result, scan_recurrence
 
-BACKENDS: dict[str, Callable[..., Result]] = {"recurrence": scan_recurrence}
+BACKENDS: dict[str, Callable[..., Result]] = {"recurrence": scan_recurrence, "compiled": scan_compiled}
 """Every implementation by its name; all take the arguments of `selective_scan` but `backend`."""
 
 
@@ -44,6 +46,8 @@ def selective_scan(
     """
     if backend == "auto":
         backend = choose_backend(x_BTE)
+    elif backend == "compiled" and x_BTE.device.type != "cpu":
+        raise ValueError(f"the backend 'compiled' takes CPU tensors, but x is on {x_BTE.device}; choose 'auto'")
     elif backend not in BACKENDS:
         raise ValueError(
             f"unknown selective scan backend {backend!r}: choose 'auto' or one of {', '.join(map(repr, BACKENDS))}"
@@ -62,8 +66,9 @@ def selective_scan(
 
 
 def choose_backend(x_BTE: Tensor) -> str:
-    """What "auto" means for an input like `x_BTE`."""
-    announce_once(
-        f"no fused selective scan for {x_BTE.device.type}: Mamba-1 runs step by step in Python (`recurrence`)"
-    )
+    """What "auto" means for an input like `x_BTE`. Builds the CPU kernel on first use."""
+    slow = "Mamba-1's selective scan runs step by step in Python (`recurrence`), which is far slower"
+    if x_BTE.device.type == "cpu":
+        return "compiled" if kernels_available(slow) else "recurrence"
+    announce_once(f"no fused selective scan for {x_BTE.device.type}: {slow}")
     return "recurrence"

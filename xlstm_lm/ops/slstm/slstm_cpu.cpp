@@ -22,6 +22,7 @@
 #include <vector>
 
 #include "cell.h"
+#include "../by_dtype.h"
 #include "../simd.h"
 
 namespace {
@@ -312,12 +313,6 @@ template <typename T> void backward(const Problem<T>& p, const Saved<T>& saved, 
       std::copy_n(&dn[row * width], p.D, out.n_initial + p.unit(first + row, head));
     }
   });
-}
-
-template <typename F> auto by_dtype(const Tensor& like, F body) {
-  if (like.scalar_type() == at::kDouble) return body(double{});
-  TORCH_CHECK(like.scalar_type() == at::kFloat, "the sLSTM CPU kernel computes in float32 or float64");
-  return body(float{});
 }
 
 // -> y (B, T, H, D); c, n, m (B, H, D) after the last step; checkpoints (blocks, 3, B, H, D), or empty unless `save`.

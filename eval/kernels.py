@@ -1,191 +1,347 @@
-"""How fast the mLSTM and the sLSTM are, beside attention and torch's LSTM: `python -m eval.kernels --device cpu`.
+"""How fast our kernels are, beside attention, torch's LSTM and every peer installed: `python -m eval.kernels`.
 
 All contenders of a table run on the same sizes in one process, taking turns, so that the ratio holds on a noisy
-machine. Before it is timed, each of ours is compared with its definition in float64, values and gradients.
+machine. Before it is timed, each is compared with its definition in float64, values and gradients; one that is wrong or
+crashes keeps its row, with what went wrong. `eval.kernel_cases` says how operations and bytes are counted.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import gc
 import json
-import platform
-import statistics
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 from eval import compile_report
-from xlstm_lm.ops.mlstm import mlstm
-from xlstm_lm.ops.selfcheck import compare
-from xlstm_lm.ops.slstm import slstm
+from eval.journal import Journal, supervise
+from eval.kernel_cases import MLSTM, Case, Contender, Function, cpu_cases, gpu_cases
+from eval.measure import DTYPES, Ceilings, Step, Timing, environment, measure, measure_ceilings, summarize
+from eval.peers import PEERS
+from eval.picture import draw_over_length
+from xlstm_lm.ops.selfcheck import TOLERANCE, errors
 
-Step = Callable[[], None]
+TOGETHER = "all in turns"
+SECONDS_A_CASE = {"cpu": 120.0, "cuda": 5.0}
+"""What the timed rounds of a table may take before there are fewer of them."""
+SILENCE = 150.0
+"""Seconds after which a kernel on a GPU counts as hanging; the first call of one that is compiled takes many."""
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Row:
     """One line of a table."""
 
+    operation: str
     name: str
     sizes: str
-    milliseconds: float
-    spread_milliseconds: float
-    ratio: float
-    error: float | None
+    dtype: str
+    direction: str
+    milliseconds: float | None = None
+    spread_milliseconds: float | None = None
+    ratio: float | None = None
+    """To the first contender of the table that was timed."""
+    teraflops: float | None = None
+    """Per second."""
+    gigabytes: float | None = None
+    """Per second, of the bytes that have to move."""
+    roofline_share: float | None = None
+    error: float | None = None
+    gradient_error: float | None = None
+    problem: str = ""
 
 
-def measure(steps: dict[str, Step], rounds: int, device: str) -> dict[str, list[float]]:
-    """Seconds of each step in each round, the steps taking turns; the first round warms up and is not counted."""
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for round_index in range(rounds + 1):
-        for name, step in steps.items():
-            if device == "cuda":
-                torch.cuda.synchronize()
-            start = time.perf_counter()
+def build(case: Case) -> Iterable[tuple[str, Callable[[], Contender]]]:
+    """The contenders of a case by name, each still to be made; peers that are not installed are left out."""
+    inputs = case.inputs()
+    for name, builder in PEERS[case.operation, case.device].items():
+        yield name, lambda builder=builder: builder(case, inputs)
+    for name, contender in case.own(inputs):
+        yield name, lambda contender=contender: contender
+
+
+def step_of(case: Case, contender: Contender) -> Step:
+    """A forward pass that keeps nothing, or a forward and a backward pass with the gradients of all inputs."""
+    if not case.backward:
+
+        def forward() -> None:
+            with torch.no_grad():
+                contender.function(*contender.inputs)
+
+        return forward
+    leaves = [each.detach().requires_grad_() for each in contender.inputs]
+    upstream = torch.randn_like(contender.function(*leaves))
+
+    def forward_backward() -> None:
+        torch.autograd.grad(contender.function(*leaves), leaves, upstream)
+
+    return forward_backward
+
+
+def run_case(case: Case, journal: Journal, rounds: int, ceilings: Ceilings) -> list[Row]:
+    """Check every contender and run it once by itself, then time all that could run, in turns."""
+    torch.manual_seed(0)
+    dtype, direction = str(case.dtype).removeprefix("torch."), case.title.rpartition(", ")[2]
+    rows: dict[str, Row] = {}
+    steps: dict[str, Step] = {}
+    contenders: dict[str, Contender] = {}
+    for name, make in build(case):
+        row = Row(operation=case.operation, name=name, sizes=case.sizes, dtype=dtype, direction=direction)
+        what = f"{case.title} | {name}"
+        if what in journal.failed:
+            rows[name], row.problem = row, f"crashes: {journal.failed[what]}"
+            continue
+        journal.trying(what)
+        try:
+            contender = make()
+        except ImportError:
+            continue
+        except Exception as caught:
+            rows[name], row.problem = row, f"cannot be built: {_first_line(caught)}"
+            continue
+        rows[name] = row
+        try:
+            row.error, row.gradient_error = _check(contender, case.backward)
+            step = step_of(case, contender)
             step()
-            if device == "cuda":
-                torch.cuda.synchronize()
-            if round_index:
-                seconds[name].append(time.perf_counter() - start)
-    return seconds
+            _synchronize(case)
+            row.problem = _verdict(row, contender, TOLERANCE[case.dtype])
+        except Exception as caught:
+            row.problem = f"crashes: {_first_line(caught)}"
+            _end_if_the_device_is_lost(case, journal, row.problem)
+            continue
+        steps[name], contenders[name] = step, contender
+    together = f"{case.title} | {TOGETHER}"
+    if together in journal.failed:
+        for name in steps:
+            rows[name].problem = f"crashes while contenders take turns: {journal.failed[together]}"
+        return list(rows.values())
+    journal.trying(together)
+    try:
+        timings = _time(steps, rounds, case)
+    except Exception as caught:
+        journal.died(_first_line(caught))
+        raise
+    journal.trying(None)
+    first = next(iter(timings.values()), None)
+    for name, timing in timings.items():
+        _fill(rows[name], case, contenders[name], timing, first, ceilings)
+    return list(rows.values())
 
 
-def table(steps: dict[str, Step], sizes: str, rounds: int, device: str, errors: dict[str, float]) -> list[Row]:
-    """Medians with their spread (median absolute deviation), and the ratio to the first step."""
-    rows: list[Row] = []
-    for name, seconds in measure(steps, rounds, device).items():
-        median = statistics.median(seconds)
-        spread = statistics.median(abs(second - median) for second in seconds)
-        ratio = median * 1e3 / rows[0].milliseconds if rows else 1.0
-        rows.append(Row(name, sizes, median * 1e3, spread * 1e3, ratio, errors.get(name)))
-    return rows
+def _check(contender: Contender, gradients: bool) -> tuple[float, float | None]:
+    """The largest errors, of the value and of the gradients, over the contender's checks."""
+    found = [
+        errors(contender.function, check.definition, check.inputs, gradients=gradients) for check in contender.checks
+    ]
+    values, of_gradients = zip(*found)
+    return max(values), max(of_gradients) if gradients else None
 
 
-def forward_backward(function: Callable[..., Tensor], *inputs: Tensor) -> Step:
-    """A forward and a backward pass with the gradients of all inputs."""
-    upstream = torch.randn_like(function(*inputs))
-
-    def step() -> None:
-        torch.autograd.grad(function(*inputs), inputs, upstream)
-
-    return step
-
-
-def forward(function: Callable[..., Tensor], *inputs: Tensor) -> Step:
-    """A forward pass that keeps nothing for a backward pass."""
-
-    def step() -> None:
-        with torch.no_grad():
-            function(*inputs)
-
-    return step
+def _verdict(row: Row, contender: Contender, tolerance: float) -> str:
+    """What is wrong. Gradients that leave the normalizer's part out are right where a norm of each head follows."""
+    if not row.error <= tolerance:
+        return f"wrong values (allowed {tolerance:.0e})"
+    if row.gradient_error is None or row.gradient_error <= tolerance:
+        return ""
+    check = contender.checks[0]
+    normed, exact = (functools.partial(_behind_a_norm, each) for each in (contender.function, check.definition))
+    behind = max(errors(normed, exact, check.inputs))
+    also = f"; behind a norm of each head {behind:.0e}" if row.operation == "mlstm" and behind <= tolerance else ""
+    return f"wrong gradients (allowed {tolerance:.0e}{also})"
 
 
-def leaf(*shape: int, device: str, scale: float = 1.0) -> Tensor:
-    return (scale * torch.randn(*shape, device=device)).requires_grad_()
+def _behind_a_norm(function: Function, *inputs: torch.Tensor) -> torch.Tensor:
+    out = function(*inputs)
+    return torch.nn.functional.layer_norm(out, out.shape[-1:])
 
 
-def mlstm_table(lengths: list[int], rounds: int, device: str) -> list[Row]:
-    """mLSTM at B 2, H 4, K 64, V 128 beside causal attention of head dimension 64 at the same B, H, T."""
-    rows: list[Row] = []
-    batch, heads, k, v = 2, 4, 64, 128
-    for length in lengths:
-        query, key, value = (leaf(batch, heads, length, 64, device=device) for _ in range(3))
-        ours = [leaf(batch, length, heads, size, device=device) for size in (k, k, v)]
-        ours += [leaf(batch, length, heads, device=device) for _ in range(2)]
-        errors = {}
-        if length == lengths[0]:
-            definition = functools.partial(mlstm, backend="recurrence")
-            errors["mlstm"] = compare(mlstm, definition, [each[:, :257] for each in ours])
-        attention = functools.partial(F.scaled_dot_product_attention, is_causal=True)
-        steps = {
-            "causal attention (SDPA)": forward_backward(attention, query, key, value),
-            "mlstm": forward_backward(mlstm, *ours),
-        }
-        sizes = f"B {batch} H {heads} T {length} K {k} V {v}"
-        rows += table(steps, sizes, rounds if length <= 4096 else 3, device, errors)
-    return rows
+def _time(steps: dict[str, Step], rounds: int, case: Case) -> dict[str, Timing]:
+    if not steps:
+        return {}
+    seconds = measure(steps, 1, case.device)
+    total = sum(each[0] for each in seconds.values())
+    rounds = max(3, min(rounds, int(SECONDS_A_CASE[case.device] / total)))
+    return {name: summarize(each) for name, each in measure(steps, rounds, case.device).items()}
 
 
-def slstm_table(rounds: int, device: str) -> list[Row]:
-    """sLSTM with 4 heads of 64 beside torch.nn.LSTM(256), without the input projection and with it."""
-    heads, dim = 4, 64
-    width = heads * dim
-    rows: list[Row] = []
+def _fill(row: Row, case: Case, contender: Contender, timing: Timing, first: Timing, ceilings: Ceilings) -> None:
+    seconds = timing.milliseconds / 1e3
+    operations = contender.operations if contender.operations is not None else case.operations()
+    operations *= 3 if case.backward else 1
+    moved = contender.moved_bytes if contender.moved_bytes is not None else case.moved_bytes()
+    row.milliseconds, row.spread_milliseconds = timing.milliseconds, timing.spread_milliseconds
+    row.ratio = timing.milliseconds / first.milliseconds
+    row.teraflops, row.gigabytes = operations / seconds / 1e12, moved / seconds / 1e9
+    row.roofline_share = ceilings.share(operations, moved, seconds)
 
-    def with_projection(x: Tensor, weight: Tensor, r: Tensor, bias: Tensor) -> Tensor:
-        return slstm(F.linear(x, weight).unflatten(-1, (4, heads, dim)), r, bias)
 
-    lstm = torch.nn.LSTM(width, width, batch_first=True).to(device)
-    lstm_weights = list(lstm.parameters())
-    r, bias = leaf(4, heads, dim, dim, device=device, scale=dim**-0.5), leaf(4, heads, dim, device=device)
-    weight = leaf(4 * width, width, device=device, scale=width**-0.5)
-    for batch, length, training in ((8, 512, True), (1, 512, False)):
-        x, wx = leaf(batch, length, width, device=device), leaf(batch, length, 4, heads, dim, device=device)
-        contenders: dict[str, tuple[Callable[..., Tensor], list[Tensor]]] = {
-            "torch.nn.LSTM(256)": (lambda x, *_: lstm(x)[0], [x, *lstm_weights]),
-            "slstm": (slstm, [wx, r, bias]),
-            "slstm and its input projection": (with_projection, [x, weight, r, bias]),
-        }
-        errors = {"slstm": compare(slstm, functools.partial(slstm, backend="recurrence"), [wx[:, :100], r, bias])}
-        run = forward_backward if training else forward
-        steps = {name: run(function, *inputs) for name, (function, inputs) in contenders.items()}
-        sizes = f"B {batch} T {length} 4 heads of 64, {'forward + backward' if training else 'forward'}"
-        rows += table(steps, sizes, rounds, device, errors)
-    return rows
+def _synchronize(case: Case) -> None:
+    if case.device == "cuda":
+        torch.cuda.synchronize()
+
+
+def _end_if_the_device_is_lost(case: Case, journal: Journal, why: str) -> None:
+    """After some errors nothing works on a GPU any more until a new process."""
+    try:
+        _synchronize(case)
+    except RuntimeError:
+        journal.died(why)
+        raise SystemExit(70) from None
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
 
 
 def as_markdown(rows: list[Row]) -> str:
-    """The rows as a table for people."""
-    lines = [
-        "| operation | sizes | ms (median ± MAD) | to the first | error against float64 |",
-        "|---|---|---|---|---|",
+    """The rows of one case as a table for people."""
+    columns = [
+        f"| {rows[0].operation} | ms (median ± MAD) | to the first | TFLOP/s | GB/s | of the roofline "
+        "| error of values | of gradients | |",
+        "|---" * 9 + "|",
     ]
+    steps = rows[0].sizes.split(" T ")[-1].split()[0] if rows[0].operation == "slstm" else None
+
+    def number(value: float | None, form: str) -> str:
+        return "" if value is None else format(value, form)
+
     for row in rows:
-        error = "" if row.error is None else f"{row.error:.1e}"
-        timing = f"{row.milliseconds:.2f} ± {row.spread_milliseconds:.2f}"
-        lines.append(f"| {row.name} | {row.sizes} | {timing} | {row.ratio:.2f} | {error} |")
-    return "\n".join(lines)
+        timing = "" if row.milliseconds is None else f"{row.milliseconds:.3f} ± {row.spread_milliseconds:.3f}"
+        if steps and row.milliseconds is not None:
+            timing += f" ({row.milliseconds * 1e3 / int(steps):.2f} µs a step)"
+        cells = (
+            row.name,
+            timing,
+            number(row.ratio, ".2f"),
+            number(row.teraflops, ".3g"),
+            number(row.gigabytes, ".3g"),
+            number(row.roofline_share, ".0%"),
+            number(row.error, ".1e"),
+            number(row.gradient_error, ".1e"),
+            row.problem.replace("|", "/"),
+        )
+        columns.append(f"| {' | '.join(cells)} |")
+    return "\n".join(columns)
 
 
-def main() -> None:
-    """Measure, print the tables and, with --out, write them as JSON."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default 1)")
-    parser.add_argument("--rounds", type=int, default=15, help="timed rounds (default 15)")
-    parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 2048, 4096, 8192, 16384])
-    parser.add_argument(
-        "--compile-report", action="store_true", help="what the Triton kernels compile to; no GPU needed"
-    )
-    parser.add_argument("--out", type=Path, help="also write the rows to this JSON file")
-    options = parser.parse_args()
+def draw(rows: list[Row], cases: list[Case], path: Path) -> bool:
+    """The mLSTM's times, forward and backward, over the length, for each head size."""
+    by_sizes = {case.sizes: case for case in cases if isinstance(case, MLSTM) and case.backward}
+    panels: dict[str, dict[str, list[tuple[float, float]]]] = {}
+    for row in rows:
+        case = by_sizes.get(row.sizes)
+        if case is None or row.milliseconds is None or row.direction == "forward":
+            continue
+        name = row.name + (f" ({row.problem})" if row.problem else "")
+        panel = panels.setdefault(f"{case.H} heads, K {case.K}, V {case.V}", {})
+        panel.setdefault(name, []).append((case.T, row.milliseconds * 1e6 / (case.B * case.T)))
+    if not panels:
+        return False
+    return draw_over_length(panels, path, x_label="sequence length", y_label="ns a token, forward + backward")
+
+
+def measure_all(options: argparse.Namespace, cases: list[Case], journal: Journal) -> list[Row]:
+    """Go through the cases, printing each table, and keep the JSON up to date."""
+    dtype, begin = DTYPES[options.dtype], options.begin
+    if "ceilings" not in journal.results:
+        ceilings = measure_ceilings(options.device, dtype)
+        journal.done("ceilings", asdict(ceilings))
+        copied, multiplied = ceilings.bytes_per_second / 1e9, ceilings.operations_per_second / 1e12
+        print("\n".join(f"{name}: {value}" for name, value in environment(options.device).items()))
+        print(f"Ceilings measured here: copy {copied:.4g} GB/s, {options.dtype} product {multiplied:.4g} TFLOP/s.")
+    ceilings = Ceilings(**journal.results["ceilings"])
+    rows: list[Row] = []
+    left_out: list[str] = []
+    for case in cases:
+        if case.title in journal.results:
+            rows += (Row(**each) for each in journal.results[case.title])
+            continue
+        if options.budget and time.time() - begin > options.budget:
+            left_out.append(case.title)
+            continue
+        found = run_case(case, journal, options.rounds, ceilings)
+        journal.done(case.title, [asdict(row) for row in found])
+        rows += found
+        print(f"\n{case.operation}: {case.title}\n\n{as_markdown(found)}", flush=True)
+        if options.out:
+            _write(options, journal, rows, left_out)
+        gc.collect()
+        if options.device == "cuda":
+            torch.cuda.empty_cache()
+    if left_out:
+        print(f"\nLeft out, for want of time (--budget {options.budget:g}): {'; '.join(left_out)}")
+    if options.out:
+        _write(options, journal, rows, left_out)
+    return rows
+
+
+def _write(options: argparse.Namespace, journal: Journal, rows: list[Row], left_out: list[str]) -> None:
+    content = {
+        "environment": environment(options.device),
+        "ceilings": journal.results["ceilings"],
+        "rows": [asdict(row) for row in rows],
+        "left_out": left_out,
+    }
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Measure, print the tables and, with --out, write them as JSON and the mLSTM's times over length as a picture."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    options = _parse(arguments)
     if options.compile_report:
         sys.exit(compile_report.main([]))
+    if options.device == "cuda" and not options.journal:
+        with tempfile.TemporaryDirectory() as folder:
+            journal = Path(folder) / "journal"
+            command = [sys.executable, "-m", "eval.kernels", *arguments, "--journal", str(journal)]
+            sys.exit(supervise([*command, "--begin", str(options.begin)], journal, SILENCE))
     torch.set_num_threads(options.threads)
-    torch.manual_seed(0)
-    print(f"torch {torch.__version__}, {options.device}, {options.threads} thread(s), forward + backward, float32\n")
-    rows = mlstm_table(options.lengths, options.rounds, options.device)
-    rows += slstm_table(options.rounds, options.device)
-    print(as_markdown(rows))
-    if options.out:
-        environment = {
-            "torch": torch.__version__,
-            "device": options.device,
-            "threads": options.threads,
-            "machine": platform.processor(),
-        }
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(
-            json.dumps({"environment": environment, "rows": [asdict(row) for row in rows]}, indent=1) + "\n"
-        )
+    dtype = DTYPES[options.dtype]
+    cases = list(
+        gpu_cases(options.lengths, dtype, options.tokens)
+        if options.device == "cuda"
+        else cpu_cases(options.lengths, dtype)
+    )
+    cases = [case for case in cases if options.only in (None, case.operation)]
+    rows = measure_all(options, cases, Journal(options.journal))
+    picture = options.picture or (options.out and options.out.with_suffix(".png"))
+    if picture and draw(rows, cases, picture):
+        print(f"\nWrote {picture}")
+
+
+def _parse(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m eval.kernels", description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--dtype", choices=list(DTYPES), help="default: bfloat16 on a GPU, float32 on a CPU")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default 1)")
+    parser.add_argument("--rounds", type=int, default=15, help="timed rounds at most (default 15)")
+    parser.add_argument("--lengths", type=int, nargs="+", help="of the mLSTM; default 1024 .. 16384, GPU 2048 .. 65536")
+    parser.add_argument("--tokens", type=int, default=65536, help="in a batch of the mLSTM on a GPU (default 65536)")
+    parser.add_argument("--only", choices=["mlstm", "slstm", "mlstm step"], help="one operation")
+    parser.add_argument("--budget", type=float, default=0, help="seconds after which no table is begun; 0: no limit")
+    parser.add_argument("--out", type=Path, help="also write the rows to this JSON file")
+    parser.add_argument("--picture", type=Path, help="draw here instead of beside --out")
+    parser.add_argument("--compile-report", action="store_true", help="what the GPU kernels compile to; no GPU needed")
+    parser.add_argument("--journal", type=Path, help=argparse.SUPPRESS)  # the process that a supervisor starts has one
+    parser.add_argument("--begin", type=float, default=time.time(), help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    on_gpu = options.device == "cuda"
+    options.dtype = options.dtype or ("bfloat16" if on_gpu else "float32")
+    options.lengths = options.lengths or [2**n for n in (range(11, 17) if on_gpu else range(10, 15))]
+    if min(options.lengths) < 1 or options.rounds < 1:
+        parser.error("--lengths and --rounds must be at least 1")
+    return options
 
 
 if __name__ == "__main__":

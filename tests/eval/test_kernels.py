@@ -1,28 +1,182 @@
-"""The kernel benchmark runs and reports what it measured."""
+"""The kernel benchmark runs, reports what it measured, and gets over contenders that are wrong, crash or hang."""
 
 from __future__ import annotations
 
 import json
+import sys
+
+import pytest
+import torch
 
 from eval import kernels
+from eval.journal import Journal, supervise
+from eval.kernel_cases import MLSTM, SLSTM, Contender, MLSTMStep, gpu_cases
+from eval.measure import Ceilings, measure
+from eval.peers import PEERS
+from xlstm_lm.ops.mlstm import mlstm
+from xlstm_lm.ops.selfcheck import errors
+
+SMALL = MLSTM(
+    device="cpu", dtype=torch.float32, B=1, T=80, H=2, K=8, V=16, attention_heads=2, attention_dim=16, backward=True
+)
+CEILINGS = Ceilings(1e10, 1e11)
 
 
-def test_the_benchmark_prints_tables_and_writes_json(tmp_path, capsys, monkeypatch):
+def test_the_benchmark_prints_tables_and_writes_json_and_a_picture(tmp_path, capsys):
     out = tmp_path / "kernels.json"
-    arguments = ["--device", "cpu", "--rounds", "1", "--lengths", "64", "--out", str(out)]
-    monkeypatch.setattr("sys.argv", ["eval.kernels", *arguments])
-    kernels.main()
-    rows = json.loads(out.read_text())["rows"]
+    kernels.main(["--device", "cpu", "--rounds", "1", "--lengths", "64", "100", "--only", "mlstm", "--out", str(out)])
+    written = json.loads(out.read_text())
+    rows = written["rows"]
     printed = capsys.readouterr().out
-    assert {"causal attention (SDPA)", "mlstm", "torch.nn.LSTM(256)", "slstm"} <= {row["name"] for row in rows}
+    assert {"causal attention (SDPA)", "mlstm / compiled", "mlstm / chunkwise"} <= {row["name"] for row in rows}
     for row in rows:
-        assert f"| {row['name']} | {row['sizes']} |" in printed
-        assert row["milliseconds"] > 0
-        assert row["error"] is None or row["error"] < 1e-4
-    assert {row["name"] for row in rows if row["error"] is not None} == {"mlstm", "slstm"}
+        assert f"| {row['name']} | {row['milliseconds']:.3f} ± " in printed and row["sizes"] in printed
+        assert row["error"] < 1e-4 and row["gradient_error"] < 1e-4 and not row["problem"]
+        assert row["teraflops"] > 0 and row["gigabytes"] > 0 and row["roofline_share"] > 0
+    assert written["environment"]["torch"] == torch.__version__ and written["environment"]["git_commit"]
+    assert written["ceilings"]["bytes_per_second"] > 1e8
+    assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_contenders_take_turns():
     order = []
-    kernels.measure({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, rounds=2, device="cpu")
+    measure({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, rounds=2, device="cpu")
     assert order == ["a", "b"] * 3
+
+
+def wrong_gradient(q, k, v, i, f):
+    return mlstm(q, k, v, i, f.detach()) + 0 * f.sum()
+
+
+def without_normalizer_gradient(q, k, v, i, f):
+    """The mLSTM's values; gradients as if the denominator were a constant: right only where a norm follows."""
+    h = mlstm(q, k, v, i, f)
+    numerator = mlstm(q, k, v, i, f, normalize=False)
+    return numerator * (h / numerator).detach()
+
+
+def crashes(*inputs):
+    raise RuntimeError("no kernel image is available\nfor this device")
+
+
+def test_a_peer_that_is_wrong_or_crashes_keeps_its_row(monkeypatch):
+    def not_installed(case, inputs):
+        raise ImportError("No module named 'nowhere'")
+
+    peers = {name: lambda case, inputs, name=name: Contender(globals()[name], inputs, case.checks(inputs))
+             for name in ("wrong_gradient", "without_normalizer_gradient", "crashes")}  # fmt: skip
+    monkeypatch.setitem(PEERS, ("mlstm", "cpu"), peers | {"absent": not_installed})
+    rows = {row.name: row for row in kernels.run_case(SMALL, Journal(), 1, CEILINGS)}
+    assert "absent" not in rows
+    assert rows["wrong_gradient"].problem == "wrong gradients (allowed 1e-04)"
+    assert rows["wrong_gradient"].error < 1e-4 < 1e-2 < rows["wrong_gradient"].gradient_error
+    assert "; behind a norm of each head" in rows["without_normalizer_gradient"].problem
+    assert rows["wrong_gradient"].milliseconds > 0
+    assert rows["crashes"].problem == "crashes: RuntimeError: no kernel image is available"
+    assert rows["crashes"].milliseconds is None
+    assert rows["mlstm / compiled"].problem == "" and rows["mlstm / compiled"].ratio > 0
+    table = kernels.as_markdown(list(rows.values()))
+    assert len({line.count("|") for line in table.splitlines()}) == 1
+
+
+def test_who_killed_an_earlier_process_is_not_tried_again(tmp_path):
+    path = tmp_path / "journal"
+    for lines in (
+        [{"trying": f"{SMALL.title} | mlstm / chunkwise"}, {"died": "the process died of SIGSEGV"}],
+        [{"trying": f"{SMALL.title} | {kernels.TOGETHER}"}, {"died": "it did not return within 150 s"}],
+    ):
+        with path.open("a") as file:
+            file.writelines(json.dumps(line) + "\n" for line in lines)
+        rows = {row.name: row for row in kernels.run_case(SMALL, Journal(path), 1, CEILINGS)}
+        assert rows["mlstm / chunkwise"].problem == "crashes: the process died of SIGSEGV"
+    assert "did not return" in rows["mlstm / compiled"].problem and rows["mlstm / compiled"].milliseconds is None
+
+
+CHILD = """
+import os, pathlib, sys, time
+from eval.journal import Journal
+journal = Journal(pathlib.Path(sys.argv[1]))
+for name, act in (("fine", int), ("aborts", os.abort), ("hangs", lambda: time.sleep(600)), ("exits", sys.exit)):
+    if name in journal.results or name in journal.failed:
+        continue
+    journal.trying(name)
+    act() if name != "exits" else act(3)
+    journal.done(name, name)
+journal.trying(None)
+journal.done("all", sorted(journal.failed))
+"""
+
+
+def test_the_supervisor_gets_over_crashes_and_hangs(tmp_path):
+    path = tmp_path / "journal"
+    assert supervise([sys.executable, "-c", CHILD, str(path)], path, silence=10) == 0
+    journal = Journal(path)
+    assert journal.results == {"fine": "fine", "all": ["aborts", "exits", "hangs"]}
+    assert journal.failed["aborts"] == "the process died of SIGABRT"
+    assert journal.failed["hangs"] == "it did not return within 10 s"
+    assert journal.failed["exits"] == "the process ended with 3"
+
+
+def test_the_supervisor_does_not_repeat_a_mistake_in_the_command(tmp_path):
+    command = [sys.executable, "-c", f"open({str(tmp_path / 'ran')!r}, 'a').write('x'); raise SystemExit(2)"]
+    assert supervise(command, tmp_path / "journal", silence=30) == 2
+    assert (tmp_path / "ran").read_text() == "x"
+
+
+def test_what_is_left_out_for_want_of_time_is_named(tmp_path, capsys):
+    out = tmp_path / "kernels.json"
+    arguments = ["--device", "cpu", "--rounds", "1", "--lengths", "64", "--budget", "1", "--begin", "0"]
+    kernels.main([*arguments, "--out", str(out)])
+    assert "Left out, for want of time (--budget 1): B 2 H 4 T 64" in capsys.readouterr().out
+    assert len(json.loads(out.read_text())["left_out"]) == 4
+
+
+@pytest.mark.parametrize("name", [name for name in PEERS["mlstm", "cpu"] if "SDPA" in name] + ["torch.nn.LSTM"])
+def test_a_peer_meets_its_own_definition(name):
+    case = SMALL if "SDPA" in name else SLSTM(device="cpu", dtype=torch.float32, B=2, T=40, H=2, D=8)
+    contender = PEERS[case.operation, "cpu"][name](case, case.inputs())
+    (check,) = contender.checks
+    assert max(errors(contender.function, check.definition, check.inputs)) < 1e-5
+    assert contender.operations > 0
+
+
+def test_the_definition_of_linear_attention_tells_right_from_wrong():
+    from eval.peers import _linear_attention
+
+    case, T = SMALL, SMALL.T
+
+    def attention_like(q, k, v, log_forget):
+        """The same as one masked product over all pairs."""
+        decay_BTSH = (log_forget.cumsum(1)[:, :, None] - log_forget.cumsum(1)[:, None]).exp()
+        weights = torch.einsum("bthk,bshk->btsh", q, k) * case.K**-0.5 * decay_BTSH
+        return torch.einsum("btsh,bshv->bthv", weights.masked_fill(torch.ones(T, T).triu(1).bool()[..., None], 0), v)
+
+    q, k, v, _, f = case.inputs()
+    tensors = [q, k, v, torch.nn.functional.logsigmoid(f)]
+    right = _linear_attention(attention_like, case, tensors)
+    assert max(errors(attention_like, right.checks[0].definition, right.checks[0].inputs)) < 1e-5
+    assert max(errors(lambda *each: attention_like(*each) * 1.01, right.checks[0].definition, tensors)) > 1e-3
+
+
+def test_the_cases_of_a_gpu_are_the_published_ones():
+    cases = list(gpu_cases([2048, 8192, 65536], torch.bfloat16, 65536))
+    mlstms = [case for case in cases if isinstance(case, MLSTM)]
+    assert {case.B * case.T for case in mlstms} == {65536}
+    assert {(case.H, case.K, case.V) for case in mlstms} == {(8, 256, 512), (16, 128, 256), (32, 64, 128)}
+    assert {case.attention_heads * case.attention_dim for case in mlstms} == {4096}
+    assert {case.T for case in mlstms[:3]} == {8192}
+    assert {(case.H, case.D) for case in cases if isinstance(case, SLSTM)} == {(12, 64), (6, 128), (3, 256)}
+    assert len({case.title for case in cases}) == len(cases)
+
+
+def test_bytes_and_operations_are_counted_as_stated():
+    """By hand, for one token and one head in float32."""
+    sizes = {"device": "cpu", "dtype": torch.float32, "B": 1, "T": 1, "H": 1}
+    cell = MLSTM(**sizes, K=3, V=5, attention_heads=1, attention_dim=5, backward=False)
+    assert cell.operations() == 4 * 15 + 64 * 8
+    assert cell.moved_bytes() == 4 * (3 + 3 + 5 + 5) + 8
+    cell = MLSTM(**sizes, K=3, V=5, attention_heads=1, attention_dim=5)
+    assert cell.moved_bytes() == 4 * (3 + 3 + 5 + 5) + 8 + 4 * (3 + 3 + 5 + 5 + 5) + 8 + 4 * (3 + 3 + 5) + 8
+    step = MLSTMStep(device="cpu", dtype=torch.float32, B=1, H=1, K=3, V=5)
+    assert step.moved_bytes() == 2 * 4 * (15 + 3 + 1) + 4 * (3 + 3 + 5 + 5)
+    assert CEILINGS.share(1e11, 2e10, 4.0) == pytest.approx(0.5)

@@ -1,0 +1,139 @@
+"""How the studies of speed measure: contenders that take turns, medians with their spread, and the machine's ceilings.
+
+On a GPU a step is timed by events on the device, and before each the L2 cache is filled with something else. That
+takes longer than the host needs to launch a step, so that the launches themselves do not count.
+"""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+Step = Callable[[], object]
+FLUSHED_BYTES = 2**30
+"""Written between two steps on a GPU: far more than any L2 cache, and a third of a millisecond's work on an H100."""
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Median and median absolute deviation, in milliseconds."""
+
+    milliseconds: float
+    spread_milliseconds: float
+
+
+def summarize(seconds: list[float]) -> Timing:
+    """Median and spread of measured seconds."""
+    median = statistics.median(seconds)
+    spread = statistics.median(abs(second - median) for second in seconds)
+    return Timing(median * 1e3, spread * 1e3)
+
+
+def measure(steps: dict[str, Step], rounds: int, device: str) -> dict[str, list[float]]:
+    """Seconds of each step in each round, the steps taking turns; the first round warms up and is not counted."""
+    run = _by_events if device == "cuda" else _by_the_clock
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for round_index in range(rounds + 1):
+        for name, step in steps.items():
+            elapsed = run(step)
+            if round_index:
+                seconds[name].append(elapsed)
+    return seconds
+
+
+def _by_the_clock(step: Step) -> float:
+    start = time.perf_counter()
+    step()
+    return time.perf_counter() - start
+
+
+def _by_events(step: Step) -> float:
+    size = min(FLUSHED_BYTES, torch.cuda.get_device_properties(0).total_memory // 16)
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    torch.empty(size, dtype=torch.uint8, device="cuda").zero_()
+    start.record()
+    step()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """What this machine reaches at best: bytes read and written by a large copy, operations of a large product."""
+
+    bytes_per_second: float
+    operations_per_second: float
+
+    def share(self, operations: float, moved_bytes: float, seconds: float) -> float:
+        """The least time that so much work could take here, over the time that it took."""
+        return max(operations / self.operations_per_second, moved_bytes / self.bytes_per_second) / seconds
+
+
+def measure_ceilings(device: str, dtype: torch.dtype) -> Ceilings:
+    """The roofline of `device`: a copy far larger than the caches, and a product of two square random matrices."""
+    size, width = (2**31, 8192) if device == "cuda" else (2**27, 1024)
+    source = torch.empty(size // 4, device=device).normal_()
+    target = torch.empty_like(source)
+    a, b = (torch.randn(width, width, device=device, dtype=dtype) for _ in range(2))
+    seconds = measure({"copy": lambda: target.copy_(source), "product": lambda: a @ b}, 8, device)
+    copied, multiplied = min(seconds["copy"]), min(seconds["product"])
+    return Ceilings(2 * size / copied, 2 * width**3 / multiplied)
+
+
+def environment(device: str) -> dict[str, Any]:
+    """What a figure was measured with."""
+    git = subprocess.run(
+        ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty", "--abbrev=40"],
+        capture_output=True,
+        text=True,
+    )
+    return {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "command": " ".join(["python -m", _module_name(), *sys.argv[1:]]),
+        "git_commit": git.stdout.strip() or None,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": version("triton"),
+        "cuda": torch.version.cuda,
+        "device": device,
+        "device_name": torch.cuda.get_device_name() if device == "cuda" else processor(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def version(package: str) -> str | None:
+    """The installed version of a package, or None."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def processor() -> str:
+    """The processor's name, as far as the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        name = platform.processor() or platform.machine()
+    return f"{name}, {os.cpu_count()} processors, {torch.backends.cpu.get_cpu_capability()}"
+
+
+def _module_name() -> str:
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    return spec.name if spec else Path(sys.argv[0]).name

@@ -88,11 +88,22 @@ def _make_parser(with_fields: bool) -> _Parser:
     generate.add_argument("--top-p", type=float, default=0.95, metavar="P", help="Nucleus of the draw. Default: 0.95.")
     generate.add_argument("--seed", type=int, default=0, metavar="S", help="Default: 0.")
 
-    export = command("export", _export, "Write a run's model and tokenizer to a folder of their own.")
+    export = command("export", _export, "Write a trained model so that transformers loads it, and check that it does.")
     export.add_argument(
         "--run", required=True, dest="source", metavar="FOLDER", help="A run or one of its checkpoints."
     )
+    export.add_argument("--step", type=int, metavar="N", help="Step of the run's checkpoint. Default: the newest.")
     export.add_argument("--out", required=True, metavar="FOLDER", help="A new folder.")
+    export.add_argument(
+        "--format",
+        choices=["transformers", "xlstm_lm"],
+        help="transformers: as a model type of transformers' own, without code of ours; xlstm_lm: any model, exact with "
+        "padding, beams and bf16, bringing its code along. Default: the first, where it can hold the model.",
+    )
+    export.add_argument(
+        "--shard-size", default="4GiB", metavar="SIZE", help="Largest file of weights, such as 500MB. Default: 4GiB."
+    )
+    export.add_argument("--push", metavar="REPO", help="Also put it on the Hugging Face hub, as somebody/my-model.")
 
     importing = command("import", _import, "Make a run of a model from elsewhere, to train it on.")
     importing.add_argument(
@@ -192,10 +203,25 @@ def _generate(options: argparse.Namespace) -> None:
 
 
 def _export(options: argparse.Namespace) -> None:
-    from xlstm_lm.hub import load, save_export
+    from xlstm_lm import hub
+    from xlstm_lm.hub.export import parse_size
 
-    out = save_export(load(options.source), options.out)
-    print(f"Wrote {out}. Try it:  xlstm-lm generate --model {shlex.quote(str(out))} --prompt 'def '")
+    exported = hub.export(
+        options.source,
+        options.out,
+        step=options.step,
+        format_name=options.format,
+        shard_bytes=parse_size(options.shard_size),
+        repository=options.push,
+    )
+    form = exported.export_format
+    print(f"Wrote {exported.folder} in the format {form.name}, which suits {form.suits}.")
+    for limit in form.limits:
+        print(f"  {limit}")
+    print(f"A fresh process gave the trained model's logits (largest difference {exported.difference:.1e}) and texts.")
+    if exported.address:
+        print(f"Pushed to {exported.address}")
+    print(f"Try it:  xlstm-lm generate --model {shlex.quote(str(exported.folder))} --prompt 'def '")
 
 
 def _import(options: argparse.Namespace) -> None:

@@ -53,8 +53,8 @@ def test_all_tensors_that_do_not_fit_are_named(tmp_path):
     hub.save_export(make_trained(tmp_path), tmp_path / "export")
 
     def edit(weights):
-        weights["blocks.0.extra"] = weights.pop("final_norm.weight")
-        weights["head.weight"] = torch.zeros(3, 3)
+        weights["model.blocks.0.extra"] = weights.pop("model.final_norm.weight")
+        weights["lm_head.weight"] = torch.zeros(3, 3)
 
     edit_weights(tmp_path / "export", edit)
     with pytest.raises(

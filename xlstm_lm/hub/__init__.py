@@ -1,7 +1,13 @@
-"""Models on disk: load them from whatever layout, import them for training, and export them."""
+"""Models on disk: load them from whatever layout, import them for training, and export them.
 
-from xlstm_lm.hub.export import save_export
+After `import xlstm_lm.hub` transformers' Auto classes load our exports without remote code.
+"""
+
+from xlstm_lm.hub.export import export, save_export
 from xlstm_lm.hub.import_model import import_run
 from xlstm_lm.hub.load import TrainedModel, load
+from xlstm_lm.hub.registration import register
 
-__all__ = ["TrainedModel", "import_run", "load", "save_export"]
+__all__ = ["TrainedModel", "export", "import_run", "load", "save_export"]
+
+register()

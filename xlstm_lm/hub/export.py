@@ -1,34 +1,217 @@
-"""Export a trained model to a folder of its own."""
+"""Export a trained model: a folder that transformers loads, complete and compared with the model, or not there at all.
+
+config.json, generation_config.json        what to build, and how to generate
+model.safetensors                          the weights in float32; several files with an index above a size
+tokenizer.json, tokenizer_config.json      the tokenizer, for AutoTokenizer
+*.py                                       the model's source, where transformers does not have it
+README.md, learning_curve.png, recipe.yaml the model card
+"""
 
 from __future__ import annotations
 
-import dataclasses
-import json
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import safetensors.torch
+from xlstm_lm.data import Tokenizer
+from xlstm_lm.hub.export_format import ExportFormat, converted_sizes
+from xlstm_lm.hub.gate import ask, check
+from xlstm_lm.hub.load import TrainedModel, load
+from xlstm_lm.hub.model_card import write_model_card
+from xlstm_lm.hub.own_format import OWN_FORMAT
+from xlstm_lm.hub.push import check_repository_name, push
+from xlstm_lm.hub.tokenizer_files import save_tokenizer_files
+from xlstm_lm.hub.transformers_format import TRANSFORMERS_FORMAT
+from xlstm_lm.training.checkpoint import checkpoint_folders
+from xlstm_lm.training.durable_files import write_durably
+from xlstm_lm.training.tensor_files import SHARD_BYTES, TensorWriter
 
-from xlstm_lm.hub.layouts import MODEL_TYPE
-from xlstm_lm.hub.load import TrainedModel
+FORMATS: dict[str, tuple[ExportFormat, ...]] = {"xlstm": (TRANSFORMERS_FORMAT, OWN_FORMAT)}
+"""The formats of each family; the first that can hold a model is taken where none is asked for."""
 
 
-def save_export(trained: TrainedModel, out: str | Path) -> Path:
-    """Write model and tokenizer to a new folder that `load` reads: `config.json`, `model.safetensors`, `tokenizer/`.
+@dataclass(frozen=True)
+class Exported:
+    """What `export` has made."""
+
+    folder: Path
+    export_format: ExportFormat
+    difference: float
+    """The largest difference between logits of the export in a fresh process and those of the trained model."""
+    address: str | None
+    """Where it lies on the hub, if it was pushed."""
+
+
+def export(
+    source: str | Path,
+    out: str | Path,
+    *,
+    step: int | None = None,
+    format_name: str | None = None,
+    shard_bytes: int = SHARD_BYTES,
+    repository: str | None = None,
+) -> Exported:
+    """Export a run (at `step`, or its newest checkpoint) or whatever else `load` reads, to a new folder.
+
+    What the trained model says is recorded first. A fresh process then has to get the same from what was written,
+    before it is moved to `out`: logits of batches at several lengths, greedy texts and, unless the format ignores
+    padding, a batch padded on the left. By then this process has let go of the model.
 
     Raises:
-        ValueError: the folder exists and is not empty.
+        ValueError: `out` is not empty, there is no such model or step, the format cannot hold it, or the export differs
+            from the model; nothing is left of it. Or it could not be pushed: then the folder is complete.
+    """
+    source, out = Path(source), Path(out)
+    _check_free(out)
+    if repository:
+        check_repository_name(repository)
+    trained = load(_checkpoint_of(source, step))
+    tokenizer = trained.tokenizer
+    export_format = choose_format(trained.model.config, format_name)
+    with _whole_or_not_at_all(out) as partial, tempfile.TemporaryDirectory() as place:
+        question = Path(place) / "question"
+        ask(trained.model, tokenizer, export_format, question)
+        _write(trained, tokenizer, export_format, partial, shard_bytes)
+        model_config, folder = trained.model.config, trained.folder
+        del trained
+        difference = check(partial, question)["difference"]
+        run_dir, step = _origin(folder)
+        write_model_card(
+            partial,
+            name=repository or out.resolve().name,
+            model_config=model_config,
+            export_format=export_format,
+            run_dir=run_dir,
+            step=step,
+            difference=difference,
+        )
+    return Exported(out, export_format, difference, push(out, repository) if repository else None)
+
+
+def save_export(
+    trained: TrainedModel, out: str | Path, format_name: str | None = None, shard_bytes: int = SHARD_BYTES
+) -> Path:
+    """Write a model in memory as `export` does, but without the comparison in a fresh process.
+
+    Raises:
+        ValueError: as `export`.
     """
     out = Path(out)
+    _check_free(out)
+    tokenizer = trained.tokenizer
+    export_format = choose_format(trained.model.config, format_name)
+    with _whole_or_not_at_all(out) as partial:
+        _write(trained, tokenizer, export_format, partial, shard_bytes)
+        run_dir, step = _origin(trained.folder)
+        write_model_card(
+            partial,
+            name=out.resolve().name,
+            model_config=trained.model.config,
+            export_format=export_format,
+            run_dir=run_dir,
+            step=step,
+            difference=None,
+        )
+    return out
+
+
+def choose_format(model_config: Any, name: str | None) -> ExportFormat:
+    """The format called `name`, or the first that can hold the model.
+
+    Raises:
+        ValueError: there is none of that name for the family, or it cannot hold the model; says why.
+    """
+    formats = {each.name: each for each in FORMATS.get(model_config.family, ())}
+    if name is not None and name not in formats:
+        known = ", ".join(formats) or "none"
+        raise ValueError(f"--format {name} is not known for the family {model_config.family}; there is {known}.")
+    reasons = []
+    for each in [formats[name]] if name else formats.values():
+        objections = each.objections(model_config)
+        if not objections:
+            return each
+        reasons.append(f"--format {each.name} cannot hold this model: {'; '.join(objections)}.")
+    others = [each.name for each in formats.values() if not each.objections(model_config)]
+    reasons.append(f"Take --format {others[0]}." if others else f"The family {model_config.family} has no other.")
+    raise ValueError(" ".join(reasons))
+
+
+def parse_size(text: str) -> int:
+    """Bytes that a text such as 500MB or 4GiB stands for.
+
+    Raises:
+        ValueError: it is no size, or zero.
+    """
+    units = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?I?)B?", text.strip().upper())
+    if not found or found[2] not in units or not float(found[1]):
+        raise ValueError(f"{text!r} is no size; give one such as 500MB or 4GiB.")
+    return int(float(found[1]) * units[found[2]])
+
+
+def _check_free(out: Path) -> None:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} exists and is not empty; choose another folder.")
-    tokenizer = trained.tokenizer
-    partial = out.with_name(f".{out.name}.partial")
-    partial.mkdir(parents=True, exist_ok=True)
-    config = {"model_type": MODEL_TYPE, "model": dataclasses.asdict(trained.model.config)}
-    (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    safetensors.torch.save_model(trained.model, partial / "model.safetensors", metadata={"format": "pt"})
-    tokenizer.save(partial / "tokenizer")
-    if out.exists():
-        out.rmdir()
-    partial.rename(out)
-    return out
+
+
+def _checkpoint_of(source: Path, step: int | None) -> Path:
+    if step is None:
+        return source
+    folders = checkpoint_folders(source)
+    if step not in folders:
+        there = ", ".join(map(str, sorted(folders))) or "none"
+        raise ValueError(f"{source} has no checkpoint of step {step}; it has {there}.")
+    return folders[step]
+
+
+def _origin(folder: Path) -> tuple[Path | None, int | None]:
+    """The run that a checkpoint belongs to, and its step; nothing where it is no checkpoint of a run."""
+    step = re.fullmatch(r"step_(\d+)", folder.name)
+    if step is None or folder.parent.name != "checkpoints":
+        return None, None
+    return folder.parent.parent, int(step[1])
+
+
+@contextmanager
+def _whole_or_not_at_all(out: Path) -> Iterator[Path]:
+    """A folder beside `out` to write to, which becomes `out` at the end, or goes away with an error."""
+    partial = out.absolute().with_name(f".{out.absolute().name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)  # of an export that was killed
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        if out.exists():
+            out.rmdir()
+        partial.rename(out)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _write(
+    trained: TrainedModel, tokenizer: Tokenizer, export_format: ExportFormat, folder: Path, shard_bytes: int
+) -> None:
+    """Everything but the model card. One file's worth of tensors is held beside the model."""
+    from transformers import GenerationConfig
+
+    model, end = trained.model, tokenizer.end_of_document
+    config = export_format.make_config(model.config)
+    sizes = converted_sizes(export_format, model.config, config, model)
+    special = {"bos_token_id": end, "eos_token_id": end, "pad_token_id": end}
+    for name, token in special.items():
+        setattr(config, name, token)
+    config.save_pretrained(folder)
+    # A head may have more rows than there are tokens, so that its size suits the machine.
+    beyond = list(range(tokenizer.vocab_size, model.config.vocab_size)) or None
+    GenerationConfig(**special, suppress_tokens=beyond, use_cache=True).save_pretrained(folder)
+    writer = TensorWriter("model", sizes, lambda name, content: write_durably(folder / name, content), shard_bytes)
+    for name, tensor in export_format.convert(model.config, model.named_parameters()):
+        writer.add(name, tensor)
+    if export_format.write_code:
+        export_format.write_code(folder)
+    save_tokenizer_files(tokenizer, folder)

@@ -13,6 +13,7 @@ import torch
 import yaml
 from torch import Tensor
 
+from xlstm_lm.hub.own_format import MODEL_TYPE, from_export
 from xlstm_lm.hub.package_layout import from_package
 from xlstm_lm.hub.transformers_layout import from_transformers
 from xlstm_lm.models import FAMILIES
@@ -20,8 +21,6 @@ from xlstm_lm.recipe import read_recipe
 from xlstm_lm.training.checkpoint import find_checkpoint
 from xlstm_lm.training.tensor_files import read_tensors, tensor_files, tensor_names
 
-MODEL_TYPE = "xlstm_lm"
-"""What `config.json` of an export of ours says."""
 PICKLES = (".pt", ".pth", ".bin")
 CONFIG_NAMES = ("config.yaml", "config.yml", "config.json")
 
@@ -73,7 +72,8 @@ def _read_checkpoint(path: Path) -> StoredModel:
 
 
 def _from_export(values: dict[str, Any], tensors: dict[str, Tensor]) -> tuple[Any, dict[str, Tensor]]:
-    return model_config(values.get("model"), Path("config.json")), tensors
+    fields, weights = from_export(values, tensors)
+    return model_config(fields, Path("config.json")), weights
 
 
 MODEL_TYPES: dict[str, Callable[[dict[str, Any], dict[str, Tensor]], tuple[Any, dict[str, Tensor]]]] = {

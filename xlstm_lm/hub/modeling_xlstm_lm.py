@@ -180,6 +180,7 @@ class XLSTMLMModel(XLSTMLMPreTrainedModel):
         pieces = [slice(None)]
         if x_BTD.shape[1] > PIECE_TOKENS and not torch.is_grad_enabled() and not output_hidden_states:
             pieces = [slice(start, start + PIECE_TOKENS) for start in range(0, x_BTD.shape[1], PIECE_TOKENS)]
+        overwrite = not torch.is_grad_enabled()
         outputs, layers = [], []
         for piece in pieces:
             piece_BTD, piece_resets_BT = x_BTD[:, piece], None if resets_BT is None else resets_BT[:, piece]
@@ -191,7 +192,7 @@ class XLSTMLMModel(XLSTMLMPreTrainedModel):
                 if self.gradient_checkpointing and self.training:
                     piece_BTD, state = self._gradient_checkpointing_func(block, piece_BTD, piece_resets_BT, state, keep)
                 else:
-                    piece_BTD, state = block(piece_BTD, piece_resets_BT, state, keep)
+                    piece_BTD, state = block(piece_BTD, piece_resets_BT, state, keep, overwrite_state=overwrite)
                 next_states.append(state)
             states = next_states if keep else None
             outputs.append(self.final_norm(piece_BTD))

@@ -14,7 +14,7 @@ from xlstm_lm.hub.tensor_names import check_names, count_blocks, is_tied
 from xlstm_lm.models.xlstm_config import XLSTMConfig
 
 # Ours -> theirs, side by side in our tensor; with "weight_mode": "fused" theirs is one tensor already.
-_BLOCK_TENSORS: dict[str, tuple[tuple[str, ...], str | None]] = {
+BLOCK_TENSORS: dict[str, tuple[tuple[str, ...], str | None]] = {
     "norm.weight": (("norm_mlstm.weight",), None),
     "mixer.qkvo.weight": (
         tuple(f"mlstm_layer.{name}.weight" for name in ("q", "k", "v", "ogate_preact")),
@@ -34,7 +34,7 @@ _BLOCK_TENSORS: dict[str, tuple[tuple[str, ...], str | None]] = {
     "feedforward.gate_up.weight": (("ffn.proj_up_gate.weight", "ffn.proj_up.weight"), "ffn.proj_up_gate_z.weight"),
     "feedforward.down.weight": (("ffn.proj_down.weight",), None),
 }
-_OUTER_TENSORS = {
+OUTER_TENSORS = {
     "embedding.weight": "backbone.embeddings.weight",
     "final_norm.weight": "backbone.out_norm.weight",
     "head.weight": "lm_head.weight",
@@ -57,12 +57,12 @@ def from_transformers(values: dict[str, Any], tensors: dict[str, Tensor]) -> tup
         )
     num_blocks = count_blocks(tensors, r"backbone\.blocks\.(\d+)\.")
     fused = any(name.endswith("mlstm_layer.qkv_opreact.weight") for name in tensors)
-    wanted = {ours: (theirs,) for ours, theirs in _OUTER_TENSORS.items()}
+    wanted = {ours: (theirs,) for ours, theirs in OUTER_TENSORS.items()}
     for index in range(max(num_blocks, 1)):
-        for ours, (single, one) in _BLOCK_TENSORS.items():
+        for ours, (single, one) in BLOCK_TENSORS.items():
             theirs = (one,) if fused and one else single
             wanted[f"blocks.{index}.{ours}"] = tuple(f"backbone.blocks.{index}.{name}" for name in theirs)
-    embedding, head = _OUTER_TENSORS["embedding.weight"], _OUTER_TENSORS["head.weight"]
+    embedding, head = OUTER_TENSORS["embedding.weight"], OUTER_TENSORS["head.weight"]
     tied = is_tied(bool(values.get("tie_word_embeddings")), tensors, embedding, head)
     if tied:
         wanted["head.weight"] = (embedding,)

@@ -1,0 +1,48 @@
+"""The source files that an export brings along, so that it works where xlstm-lm is not installed.
+
+They are the package's own, as they stand, in one flat folder: only the imports are rewritten.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import xlstm_lm
+
+PACKAGE = Path(xlstm_lm.__file__).parent
+FIRST = ("xlstm_lm.hub.configuration_xlstm_lm", "xlstm_lm.hub.modeling_xlstm_lm")
+REPLACED = {"xlstm_lm.ops.mlstm": "xlstm_lm.hub.portable_cells", "xlstm_lm.ops.slstm": "xlstm_lm.hub.portable_cells"}
+"""What chooses among all kernels, some of which are no Python, gives way to what needs none of them."""
+_IMPORT = re.compile(r"^(\s*from )(xlstm_lm[\w.]*)( import )", re.MULTILINE)
+
+
+def write_code(folder: Path) -> None:
+    """Write everything that the model's classes import of ours, and theirs."""
+    for module, source in bundled_sources().items():
+        header = f"# From xlstm-lm {xlstm_lm.__version__}, {module}. Apache-2.0.\n"
+        (folder / f"{_flat_name(module)}.py").write_text(header + source, encoding="utf-8")
+
+
+def bundled_sources() -> dict[str, str]:
+    """The source of each module, by its name in the package, with imports relative to one flat folder."""
+    sources: dict[str, str] = {}
+    waiting = list(FIRST)
+    while waiting:
+        module = waiting.pop()
+        if module in sources:
+            continue
+        text = (PACKAGE.parent / f"{module.replace('.', '/')}.py").read_text(encoding="utf-8")
+        imported = [REPLACED.get(name, name) for _, name, _ in _IMPORT.findall(text)]
+        sources[module] = _IMPORT.sub(_relative, text)
+        waiting += imported
+    return sources
+
+
+def _relative(match: re.Match[str]) -> str:
+    return f"{match[1]}.{_flat_name(REPLACED.get(match[2], match[2]))}{match[3]}"
+
+
+def _flat_name(module: str) -> str:
+    """`xlstm_lm.ops.mlstm.step` -> `ops_mlstm_step`; what lies in hub keeps its name, by which transformers looks."""
+    return module.removeprefix("xlstm_lm.").removeprefix("hub.").replace(".", "_")

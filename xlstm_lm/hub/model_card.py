@@ -1,0 +1,184 @@
+"""The model card of an export: what the model was trained on and how, what it reaches, and how to load it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from xlstm_lm.hub.export_format import ExportFormat
+from xlstm_lm.models.accounting import count_parameters
+
+CURVE = "learning_curve.png"
+RECIPE = "recipe.yaml"
+
+
+def write_model_card(
+    folder: Path,
+    *,
+    name: str,
+    model_config: Any,
+    export_format: ExportFormat,
+    run_dir: Path | None,
+    step: int | None,
+    difference: float | None,
+) -> None:
+    """Write README.md into an export, and the run's recipe and learning curve beside it.
+
+    `run_dir` and `step` say where the model comes from, `difference` how far its logits were from the trained model's
+    in a fresh process; None where that is not known.
+    """
+    recipe = _read_recipe(run_dir, folder)
+    records = [each for each in _read_metrics(run_dir) if step is None or each["step"] <= step]
+    final = next((each for each in reversed(records) if each["split"] == "validation"), None)
+    sections = [
+        f"# {name}",
+        _summary(model_config, recipe, step),
+        _loading(name, export_format, difference),
+        _data(recipe),
+        _evaluation(final),
+        _training(recipe, records, folder),
+    ]
+    metadata = _metadata(name, recipe, final, export_format)
+    text = f"---\n{yaml.safe_dump(metadata, sort_keys=False)}---\n\n" + "\n\n".join(filter(None, sections)) + "\n"
+    (folder / "README.md").write_text(text, encoding="utf-8")
+
+
+def _read_recipe(run_dir: Path | None, folder: Path) -> dict[str, Any]:
+    """The run's resolved configuration, copied into the export; empty without a run."""
+    if run_dir is None or not (run_dir / "config.yaml").is_file():
+        return {}
+    shutil.copyfile(run_dir / "config.yaml", folder / RECIPE)
+    return yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8"))
+
+
+def _read_metrics(run_dir: Path | None) -> list[dict[str, Any]]:
+    path = run_dir / "metrics.jsonl" if run_dir else None
+    if path is None or not path.is_file():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def _sources(recipe: dict[str, Any], key: str) -> list[dict[str, Any]]:
+    return recipe.get("data", {}).get(key) or []
+
+
+def _metadata(
+    name: str, recipe: dict[str, Any], final: dict[str, Any] | None, export_format: ExportFormat
+) -> dict[str, Any]:
+    """What the hub reads: https://huggingface.co/docs/hub/model-cards."""
+    metadata: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
+    metadata["tags"] = ["xlstm-lm"] + ["custom_code"] * (export_format.write_code is not None)
+    datasets = sorted({source["dataset"] for source in _sources(recipe, "sources") if source.get("dataset")})
+    if datasets:
+        metadata["datasets"] = datasets
+    if final:
+        results = [
+            {"type": key, "value": round(final[key], 4)} for key in ("bits_per_byte", "perplexity") if final.get(key)
+        ]
+        held_out = {"name": "held-out documents", "type": (datasets or ["local"])[0]}
+        entry = {"task": {"type": "text-generation"}, "dataset": held_out, "metrics": results}
+        metadata["model-index"] = [{"name": name, "results": [entry]}]
+    return metadata
+
+
+def _summary(model_config: Any, recipe: dict[str, Any], step: int | None) -> str:
+    text = f"A language model of {count_parameters(model_config):,} parameters (family `{model_config.family}`"
+    if model_config.family == "xlstm":
+        kinds = model_config.block_kinds()
+        blocks = " and ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds))
+        text += f", [xLSTM](https://arxiv.org/abs/2405.04517): {blocks} blocks of width {model_config.embedding_dim}"
+    text += "), trained with xlstm-lm"
+    if step is not None:
+        data = recipe.get("data", {})
+        tokens = step * data.get("context_length", 0) * data.get("global_batch_size", 0)
+        text += f" for {step:,} steps" + (f", {tokens:,} tokens" if tokens else "")
+    return text + "."
+
+
+def _loading(name: str, export_format: ExportFormat, difference: float | None) -> str:
+    remote = ", trust_remote_code=True" if export_format.write_code else ""
+    batch = ""
+    if export_format.leaves_out_padding:
+        batch = """
+inputs = tokenizer(["The first prompt", "A second"], padding=True, return_tensors="pt")  # on the left
+print(tokenizer.batch_decode(model.generate(**inputs, max_new_tokens=50), skip_special_tokens=True))"""
+    notes = [f"This is the format `{export_format.name}`. It suits {export_format.suits}.", *export_format.limits]
+    if difference is not None:
+        notes.append(
+            "Before it was given away, a fresh process loaded it and gave the trained model's logits (largest "
+            f"difference {difference:.1e}) and its greedy texts."
+        )
+    return f"""## Use
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("{name}"{remote})
+model = AutoModelForCausalLM.from_pretrained("{name}"{remote})
+inputs = tokenizer("Once upon a time", return_tensors="pt")
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))
+{batch.strip()}
+```
+
+The tokenizer puts the end of a document before a text, as training did. From a local copy,
+`xlstm_lm.hub.load` gives xlstm-lm's own module, and `xlstm-lm import` a run to train on from.
+
+""" + "\n".join(f"* {note}" for note in notes)
+
+
+def _data(recipe: dict[str, Any]) -> str:
+    sources = _sources(recipe, "sources")
+    if not sources:
+        return ""
+    rows = ["| source | share | details |", "|---|---|---|"]
+    total = sum(source.get("weight", 1.0) for source in sources)
+    for source in sources:
+        what = source.get("dataset") or ", ".join(source.get("paths") or []) or source["kind"]
+        details = [f"{key} {source[key]}" for key in ("config_name", "split", "revision") if source.get(key)]
+        rows.append(f"| {what} | {source.get('weight', 1.0) / total:.0%} | {', '.join(details)} |")
+    data, tokenizer = recipe["data"], recipe["data"].get("tokenizer", {})
+    words = tokenizer.get("name") or tokenizer.get("kind", "bytes")
+    context = f"Tokenizer `{words}`; rows of {data.get('context_length')} tokens, packed, state reset at each document."
+    return "\n".join(["## Training data", "", *rows, "", context])
+
+
+def _evaluation(final: dict[str, Any] | None) -> str:
+    if not final:
+        return ""
+    numbers = [key for key in ("bits_per_byte", "perplexity", "loss") if final.get(key) is not None]
+    rows = [f"| {key.replace('_', ' ')} | {final[key]:.4f} |" for key in numbers]
+    return "\n".join(
+        [
+            "## Evaluation",
+            "",
+            f"On held-out documents, after step {final['step']:,} (perplexity and loss, in nats, per token):",
+            "",
+            "| | value |",
+            "|---|---|",
+            *rows,
+        ]
+    )
+
+
+def _training(recipe: dict[str, Any], records: list[dict[str, Any]], folder: Path) -> str:
+    if not recipe:
+        return ""
+    parts = ["## Training"]
+    if records:
+        from xlstm_lm.training.picture import draw_learning_curve
+
+        with tempfile.TemporaryDirectory() as place:
+            copy = Path(place) / Path(recipe.get("training", {}).get("run_dir", "run")).name
+            copy.mkdir()
+            (copy / "metrics.jsonl").write_text("".join(json.dumps(each) + "\n" for each in records), encoding="utf-8")
+            shutil.copyfile(draw_learning_curve(copy), folder / CURVE)
+        parts.append(f"![Bits per byte over tokens]({CURVE})")
+    shown = {key: recipe[key] for key in ("model", "optimizer", "schedule", "training") if key in recipe}
+    parts.append(f"The whole recipe is in `{RECIPE}`; `xlstm-lm train --config {RECIPE}` repeats the run.")
+    parts.append(f"```yaml\n{yaml.safe_dump(shown, sort_keys=False)}```")
+    return "\n\n".join(parts)

@@ -1,0 +1,65 @@
+"""Our own format: any xLSTM as a transformers model that brings its source along."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor
+
+from xlstm_lm.hub.bundle import write_code
+from xlstm_lm.hub.export_format import ExportFormat, NamedTensors
+from xlstm_lm.models.xlstm_config import XLSTMConfig
+
+MODEL_TYPE = "xlstm_lm"
+"""What `config.json` says."""
+_HEAD, _THEIR_HEAD, _PREFIX = "head.weight", "lm_head.weight", "model."
+_AUTO_MAP = {
+    "AutoConfig": "configuration_xlstm_lm.XLSTMLMConfig",
+    "AutoModel": "modeling_xlstm_lm.XLSTMLMModel",
+    "AutoModelForCausalLM": "modeling_xlstm_lm.XLSTMLMForCausalLM",
+}
+
+
+def from_export(values: dict[str, Any], tensors: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The fields of our configuration and our weights for the `config.json` and the tensors of such a folder."""
+    fields = {field.name for field in dataclasses.fields(XLSTMConfig)}
+    weights = {_HEAD if name == _THEIR_HEAD else name.removeprefix(_PREFIX): tensor for name, tensor in tensors.items()}
+    return {name: value for name, value in values.items() if name in fields}, weights
+
+
+def _convert(config: XLSTMConfig, weights: NamedTensors) -> Iterator[tuple[str, Tensor]]:
+    del config
+    for name, tensor in weights:
+        yield _THEIR_HEAD if name == _HEAD else f"{_PREFIX}{name}", tensor
+
+
+def _make_config(config: XLSTMConfig) -> Any:
+    from xlstm_lm.hub.configuration_xlstm_lm import XLSTMLMConfig
+
+    # Which kernels suit is for the machine to say that loads it.
+    values = dataclasses.asdict(config) | {"mlstm_backend": "auto", "slstm_backend": "auto"}
+    return XLSTMLMConfig(**values, architectures=["XLSTMLMForCausalLM"], auto_map=_AUTO_MAP, dtype="float32")
+
+
+def _model_class() -> type:
+    from xlstm_lm.hub.modeling_xlstm_lm import XLSTMLMForCausalLM
+
+    return XLSTMLMForCausalLM
+
+
+OWN_FORMAT = ExportFormat(
+    name="xlstm_lm",
+    suits="every use: batched generation with padding, beam search, fine-tuning, bf16, any length and any width",
+    limits=(
+        "It needs `trust_remote_code=True`, or xlstm-lm installed and `import xlstm_lm.hub`.",
+        "Assisted generation is not possible: a recurrent state cannot be rolled back.",
+    ),
+    objections=lambda config: [],
+    make_config=_make_config,
+    model_class=_model_class,
+    convert=_convert,
+    write_code=write_code,
+    leaves_out_padding=True,
+)

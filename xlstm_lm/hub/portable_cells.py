@@ -1,0 +1,55 @@
+"""The cells of an exported folder: xlstm-lm's, with all their kernels, where it is installed, else in plain PyTorch."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from xlstm_lm.ops.announce import announce_once
+from xlstm_lm.ops.mlstm.chunkwise import mlstm_chunkwise
+from xlstm_lm.ops.mlstm.step import mlstm_step
+from xlstm_lm.ops.slstm.recurrence import slstm_recurrence
+
+State = tuple[Tensor, ...]
+
+
+def _plain_mlstm(
+    *inputs: Tensor,
+    resets: Tensor | None = None,
+    return_state: bool = False,
+    overwrite_state: bool = False,
+    backend: str = "auto",
+    **options: Any,
+) -> Tensor | tuple[Tensor, State]:
+    """The mLSTM cell over a sequence: inputs, options and returns are those of `xlstm_lm.ops.mlstm.mlstm`."""
+    del backend
+    state = options.get("initial_state") or ()
+    needs_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in (*inputs, *state))
+    cell = mlstm_chunkwise
+    if inputs[0].shape[1] == 1 and not needs_gradient:
+        cell = functools.partial(mlstm_step, overwrite_state=overwrite_state)
+    h_BTHV, state = cell(*inputs, resets_BT=resets, return_state=return_state, **options)
+    return (h_BTHV, state) if return_state else h_BTHV
+
+
+def _plain_slstm(
+    *inputs: Tensor, resets: Tensor | None = None, backend: str = "auto", **options: Any
+) -> Tensor | tuple[Tensor, State]:
+    """The sLSTM cell over a sequence: inputs, options and returns are those of `xlstm_lm.ops.slstm.slstm`."""
+    del backend
+    return slstm_recurrence(*inputs, resets_BT=resets, **options)
+
+
+try:
+    mlstm = importlib.import_module("xlstm_lm.ops.mlstm").mlstm
+    slstm = importlib.import_module("xlstm_lm.ops.slstm").slstm
+except ImportError:
+    mlstm, slstm = _plain_mlstm, _plain_slstm
+    announce_once(
+        "xlstm-lm is not installed, so this model runs in plain PyTorch: the mLSTM as batched matrix products "
+        "(`chunkwise`), the sLSTM step by step (`recurrence`), which is slower."
+    )

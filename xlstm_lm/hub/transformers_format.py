@@ -1,0 +1,122 @@
+"""Export as transformers' own `xlstm` type, which holds stacks of xLSTM-7B's blocks and needs no code of ours."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor
+
+from xlstm_lm.hub.export_format import ExportFormat, NamedTensors
+from xlstm_lm.hub.transformers_layout import BLOCK_TENSORS, OUTER_TENSORS
+from xlstm_lm.models.xlstm_config import XLSTMConfig
+
+
+def _objections(config: XLSTMConfig) -> list[str]:
+    """Everything that transformers' class cannot compute, or would compute differently without a word."""
+    kinds = sorted(set(config.block_kinds()) - {"mlstm"})
+    conditions = {
+        f"it has no {' and no '.join(kinds)} blocks": bool(kinds),
+        "its head is never tied to the embedding (model.tie_embeddings)": config.tie_embeddings,
+        "its input gate is always exponential (model.input_gate)": config.input_gate != "exp",
+        "its norms are RMS norms (model.norm)": config.norm != "rms",
+        "the norm behind its cells is a layer norm (model.cell_norm)": config.cell_norm != "layer",
+        "its gates always have a soft cap (model.gate_soft_cap)": config.gate_soft_cap is None,
+        "its logits always have a soft cap (model.logit_soft_cap)": config.logit_soft_cap is None,
+    }
+    if not kinds:
+        for name, width in (("queries and keys", config.qk_dim), ("values", config.v_dim)):
+            conditions[f"the width of its {name} is a multiple of 64, here it is {width}"] = width % 64 != 0
+    return [reason for reason, applies in conditions.items() if applies]
+
+
+def _make_config(config: XLSTMConfig) -> Any:
+    with _without_the_xlstm_package():
+        from transformers import xLSTMConfig
+
+    # Their rounding goes down to the multiple below, ours up; a factor a little below meets this width by either.
+    multiple = math.gcd(config.mlstm_feedforward_dim, 64)
+    feedforward_factor = (config.mlstm_feedforward_dim - (0.25 if multiple > 1 else 0.0)) / config.embedding_dim
+    return xLSTMConfig(
+        vocab_size=config.vocab_size,
+        hidden_size=config.embedding_dim,
+        embedding_dim=config.embedding_dim,
+        num_hidden_layers=config.num_blocks,
+        num_blocks=config.num_blocks,
+        num_heads=config.num_heads,
+        qk_dim_factor=config.qk_dim / config.embedding_dim,
+        v_dim_factor=config.v_dim / config.embedding_dim,
+        ffn_proj_factor=feedforward_factor,
+        ffn_round_up_to_multiple_of=multiple,
+        gate_soft_cap=config.gate_soft_cap,
+        output_logit_soft_cap=config.logit_soft_cap,
+        norm_eps=config.norm_eps,
+        eps=config.cell_eps,
+        # The names that need no other package; the state and what goes into it in float32.
+        chunkwise_kernel="chunkwise--native_autograd",
+        sequence_kernel="native_sequence__native",
+        step_kernel="native",
+        mode="inference",
+        chunk_size=config.chunk_length or 64,
+        autocast_kernel_dtype="float32",
+        inference_state_dtype="float32",
+        weight_mode="single",
+        tie_word_embeddings=False,
+        architectures=["xLSTMForCausalLM"],
+        dtype="float32",
+    )
+
+
+def _model_class() -> type:
+    with _without_the_xlstm_package():
+        from transformers import xLSTMForCausalLM
+
+    return xLSTMForCausalLM
+
+
+def _convert(config: XLSTMConfig, weights: NamedTensors) -> Iterator[tuple[str, Tensor]]:
+    """Ours side by side in one tensor become theirs, one for each projection."""
+    for name, tensor in weights:
+        if name in OUTER_TENSORS:
+            yield OUTER_TENSORS[name], tensor
+            continue
+        _, index, ours = name.split(".", 2)
+        theirs, _ = BLOCK_TENSORS[ours]
+        sizes = [tensor.shape[0] // len(theirs)] * len(theirs)
+        if ours == "mixer.qkvo.weight":
+            sizes = [config.qk_dim, config.qk_dim, config.v_dim, config.v_dim]
+        for part, part_name in zip(tensor.split(sizes), theirs, strict=True):
+            yield f"backbone.blocks.{index}.{part_name}", part
+
+
+@contextlib.contextmanager
+def _without_the_xlstm_package() -> Iterator[None]:
+    """Import transformers' own implementation: with the `xlstm` package there it would want that one's kernels."""
+    import transformers.utils
+
+    available = transformers.utils.is_xlstm_available
+    transformers.utils.is_xlstm_available = lambda: False
+    try:
+        yield
+    finally:
+        transformers.utils.is_xlstm_available = available
+
+
+TRANSFORMERS_FORMAT = ExportFormat(
+    name="transformers",
+    suits="loading with nothing but transformers, and generating from single prompts or prompts of one length",
+    limits=(
+        "It ignores the attention mask: prompts padded on the left give wrong text, without a word.",
+        "Beam search needs `use_cache=False`.",
+        "In bf16 it runs with a cache only.",
+        "For training set `use_cache=False`.",
+    ),
+    objections=_objections,
+    make_config=_make_config,
+    model_class=_model_class,
+    convert=_convert,
+    write_code=None,
+    leaves_out_padding=False,
+)

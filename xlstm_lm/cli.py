@@ -97,8 +97,8 @@ def _make_parser(with_fields: bool) -> _Parser:
     export.add_argument(
         "--format",
         choices=["transformers", "xlstm_lm"],
-        help="transformers: as a model type of transformers' own, without code of ours; xlstm_lm: any model, exact with "
-        "padding, beams and bf16, bringing its code along. Default: the first, where it can hold the model.",
+        help="transformers: as a type of transformers' own, without code of ours; xlstm_lm: any model, exact with padding, "
+        "beams and bf16, bringing its code along. Default: the first, where it can hold the model.",
     )
     export.add_argument(
         "--shard-size", default="4GiB", metavar="SIZE", help="Largest file of weights, such as 500MB. Default: 4GiB."

@@ -18,17 +18,17 @@ def _objections(config: XLSTMConfig) -> list[str]:
     """Everything that transformers' class cannot compute, or would compute differently without a word."""
     kinds = sorted(set(config.block_kinds()) - {"mlstm"})
     conditions = {
-        f"it has no {' and no '.join(kinds)} blocks": bool(kinds),
-        "its head is never tied to the embedding (model.tie_embeddings)": config.tie_embeddings,
-        "its input gate is always exponential (model.input_gate)": config.input_gate != "exp",
-        "its norms are RMS norms (model.norm)": config.norm != "rms",
-        "the norm behind its cells is a layer norm (model.cell_norm)": config.cell_norm != "layer",
-        "its gates always have a soft cap (model.gate_soft_cap)": config.gate_soft_cap is None,
-        "its logits always have a soft cap (model.logit_soft_cap)": config.logit_soft_cap is None,
+        f"it has mlstm blocks alone, and this model has {' and '.join(kinds)} blocks": bool(kinds),
+        "it has a head of its own, and model.tie_embeddings is true": config.tie_embeddings,
+        f"its input gate is exponential, and model.input_gate is {config.input_gate}": config.input_gate != "exp",
+        f"it has RMS norms, and model.norm is {config.norm}": config.norm != "rms",
+        f"it has a layer norm behind its cells, and model.cell_norm is {config.cell_norm}": config.cell_norm != "layer",
+        "it has a soft cap on the gates, and model.gate_soft_cap is null": config.gate_soft_cap is None,
+        "it has a soft cap on the logits, and model.logit_soft_cap is null": config.logit_soft_cap is None,
     }
     if not kinds:
         for name, width in (("queries and keys", config.qk_dim), ("values", config.v_dim)):
-            conditions[f"the width of its {name} is a multiple of 64, here it is {width}"] = width % 64 != 0
+            conditions[f"its {name} have a multiple of 64 units, and these have {width}"] = width % 64 != 0
     return [reason for reason, applies in conditions.items() if applies]
 
 

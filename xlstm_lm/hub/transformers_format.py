@@ -46,8 +46,8 @@ def _make_config(config: XLSTMConfig) -> Any:
         num_hidden_layers=config.num_blocks,
         num_blocks=config.num_blocks,
         num_heads=config.num_heads,
-        qk_dim_factor=config.qk_dim / config.embedding_dim,
-        v_dim_factor=config.v_dim / config.embedding_dim,
+        qk_dim_factor=_factor(config.qk_dim, config.embedding_dim),
+        v_dim_factor=_factor(config.v_dim, config.embedding_dim),
         ffn_proj_factor=feedforward_factor,
         ffn_round_up_to_multiple_of=multiple,
         gate_soft_cap=config.gate_soft_cap,
@@ -67,6 +67,12 @@ def _make_config(config: XLSTMConfig) -> Any:
         architectures=["xLSTMForCausalLM"],
         dtype="float32",
     )
+
+
+def _factor(inner: int, width: int) -> float:
+    """The factor that `int(width * factor)` makes `inner` of."""
+    factor = inner / width
+    return factor if int(width * factor) == inner else math.nextafter(factor, math.inf)
 
 
 def _model_class() -> type:

@@ -67,5 +67,25 @@ def mlstm_cases() -> list[Case]:
     return cases
 
 
-CASES: dict[str, Callable[[], list[Case]]] = {"mlstm": mlstm_cases}
+def _mlstm_step_calls(K: int, V: int, dtype: torch.dtype, target: str) -> list[TritonCall]:
+    """The decode step from a state."""
+    from xlstm_lm.ops.mlstm import triton_step
+
+    del target  # it is launched in one way everywhere
+    B, H = 2, 4
+    meta = partial(torch.empty, device="meta")
+    q, k, v = (meta(B, 1, H, size, dtype=dtype) for size in (K, K, V))
+    i, f, C, n, m = meta(B, 1, H), meta(B, 1, H), meta(B, H, K, V), meta(B, H, K), meta(B, H)
+    return recorded(lambda: triton_step.launch_step(q, k, v, i, f, None, C, n, m, C, False, True, 1e-6))
+
+
+def mlstm_step_cases() -> list[Case]:
+    """Of the heads as for training, and of the widest of the first paper's block, which take the rows in turns."""
+    cases = []
+    for K, V in ((64, 128), (256, 512), (80, 160), (1024, 1024)):
+        cases.append(Case(f"mlstm step K{K} V{V} bfloat16", partial(_mlstm_step_calls, K, V, torch.bfloat16), K == 256))
+    return [*cases, Case("mlstm step K256 V512 float32", partial(_mlstm_step_calls, 256, 512, torch.float32))]
+
+
+CASES: dict[str, Callable[[], list[Case]]] = {"mlstm": mlstm_cases, "mlstm_step": mlstm_step_cases}
 """The cases of each operation."""

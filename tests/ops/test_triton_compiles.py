@@ -49,3 +49,12 @@ def test_everything_of_the_mlstm_compiles(target: str) -> None:
     kernels = {"gates_kernel", "contributions_kernel", "join_kernel", "forward_kernel", "rows_kernel"}
     rows = compiled("--operations", "mlstm", "--targets", target)
     check(rows, kernels | {"backward_kernel", "gate_gradients_kernel"})
+
+
+def test_the_decode_step_compiles() -> None:
+    check(compiled("--quick", "--operations", "mlstm_step", "--targets", "sm_90", "gfx942"), {"step_kernel"})
+
+
+@pytest.mark.slow
+def test_every_decode_step_compiles() -> None:
+    check(compiled("--operations", "mlstm_step"), {"step_kernel"})

@@ -1,8 +1,8 @@
 """What an xLSTM block does along time: the mLSTM of xLSTM-7B, the mLSTM of the first paper, and the sLSTM.
 
 Every mixer maps (B, T, D) to (B, T, D) and returns its state after the last token where `return_state` is set.
-`observe`, where given, receives the input and forget gate pre-activations, soft cap included. With `overwrite_state` the
-state handed in may be overwritten with the one returned.
+`observe`, where given, receives the input and forget gate pre-activations, soft cap included. With `overwrite_state`
+the state handed in may be overwritten with the one returned.
 """
 
 from __future__ import annotations

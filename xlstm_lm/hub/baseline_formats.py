@@ -1,0 +1,288 @@
+"""The baselines as transformers' own types: Llama, Mamba and Mamba-2, written and read."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from xlstm_lm.hub.export_format import ExportFormat, NamedTensors
+from xlstm_lm.hub.tensor_names import check_names, count_blocks, is_tied
+from xlstm_lm.models import MambaConfig, TransformerConfig
+
+Weights = dict[str, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Type:
+    """One of transformers' types, in terms of ours."""
+
+    name: str
+    """Its name, for messages."""
+    outer: dict[str, str]
+    """Tensors outside the blocks, ours -> theirs."""
+    prefix: str
+    """What stands before a block's number."""
+    block: dict[str, tuple[str, ...]]
+    """Tensors of a block, ours -> theirs, which lie side by side in ours."""
+    sizes: Callable[[Any, str], list[int] | None]
+    """Rows of each of those, where they are not all the same, for our configuration and name."""
+    make_config: Callable[[Any], Any]
+    """Their configuration for ours."""
+    read_config: Callable[[dict[str, Any], Weights, bool], Any]
+    """Ours for the values of theirs and our weights, the head being tied or not."""
+
+
+def _llama_config(config: TransformerConfig) -> Any:
+    from transformers import LlamaConfig
+
+    return LlamaConfig(
+        vocab_size=config.vocab_size,
+        hidden_size=config.embedding_dim,
+        intermediate_size=config.hidden_dim,
+        num_hidden_layers=config.num_blocks,
+        num_attention_heads=config.num_heads,
+        num_key_value_heads=config.key_value_heads,
+        rms_norm_eps=config.norm_eps,
+        rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
+        tie_word_embeddings=config.tie_embeddings,
+        architectures=["LlamaForCausalLM"],
+        dtype="float32",
+    )
+
+
+def _from_llama(values: dict[str, Any], weights: Weights, tied: bool) -> TransformerConfig:
+    width = weights["embedding.weight"].shape[1]
+    rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
+    unknown = {
+        "hidden_act": values.get("hidden_act", "silu") != "silu",
+        "rope_parameters": rope.get("rope_type", "default") != "default",
+        "head_dim": (values.get("head_dim") or 0) * values["num_attention_heads"] not in (0, width),
+        "attention_bias": values.get("attention_bias"),
+        "mlp_bias": values.get("mlp_bias"),
+    }
+    _refuse("Llama", values, unknown)
+    return TransformerConfig(
+        vocab_size=weights["embedding.weight"].shape[0],
+        embedding_dim=width,
+        num_blocks=count_blocks(weights, r"blocks\.(\d+)\."),
+        num_heads=values["num_attention_heads"],
+        num_key_value_heads=values.get("num_key_value_heads"),
+        feedforward_dim=weights["blocks.0.feedforward.down.weight"].shape[1],
+        rope_theta=rope.get("rope_theta", values.get("rope_theta", 10000.0)),
+        norm_eps=values.get("rms_norm_eps", 1e-6),
+        tie_embeddings=tied,
+    )
+
+
+def _mamba_config(config: MambaConfig) -> Any:
+    from transformers import Mamba2Config as TheirMamba2Config
+    from transformers import MambaConfig as TheirMamba1Config
+
+    shared = {
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.embedding_dim,
+        "num_hidden_layers": config.num_blocks,
+        "state_size": config.states,
+        "expand": config.expand,
+        "conv_kernel": config.conv_width,
+        "layer_norm_epsilon": config.norm_eps,
+        "initializer_range": config.initializer_range,
+        "use_bias": False,
+        "use_conv_bias": True,
+        "residual_in_fp32": False,
+        "tie_word_embeddings": config.tie_embeddings,
+        "dtype": "float32",
+    }
+    if config.version == 1:
+        return TheirMamba1Config(**shared, time_step_rank=config.rank, architectures=["MambaForCausalLM"])
+    return TheirMamba2Config(
+        **shared,
+        num_heads=config.num_heads,
+        head_dim=config.head_dim,
+        n_groups=config.num_groups,
+        architectures=["Mamba2ForCausalLM"],
+    )
+
+
+def _from_mamba(version: int) -> Callable[[dict[str, Any], Weights, bool], MambaConfig]:
+    def read(values: dict[str, Any], weights: Weights, tied: bool) -> MambaConfig:
+        width = weights["embedding.weight"].shape[1]
+        inner = weights["blocks.0.mixer.out.weight"].shape[1]
+        limit = values.get("time_step_limit") or (0.0, math.inf)
+        unknown = {
+            "hidden_act": values.get("hidden_act", "silu") != "silu",
+            "use_bias": values.get("use_bias"),
+            "expand": bool(inner % width),
+            "time_step_limit": version == 2 and (limit[0] > 0 or limit[1] != math.inf),
+        }
+        _refuse(f"Mamba-{version}", values, unknown)
+        of_version = {
+            1: {"step_rank": weights[_STEP].shape[1] if _STEP in weights else None},
+            2: {"head_dim": values.get("head_dim", 64), "num_groups": values.get("n_groups", 8)},
+        }
+        return MambaConfig(
+            version=version,
+            vocab_size=weights["embedding.weight"].shape[0],
+            embedding_dim=width,
+            num_blocks=count_blocks(weights, r"blocks\.(\d+)\."),
+            expand=inner // width,
+            state_dim=values.get("state_size", 16 if version == 1 else 128),
+            conv_width=weights["blocks.0.mixer.conv.weight"].shape[1],
+            norm_eps=values.get("layer_norm_epsilon", 1e-5),
+            tie_embeddings=tied,
+            **of_version[version],
+        )
+
+    return read
+
+
+_STEP = "blocks.0.mixer.step.weight"
+
+
+def _refuse(name: str, values: dict[str, Any], unknown: dict[str, Any]) -> None:
+    found = [f"{field} {values.get(field)!r}" for field, differs in unknown.items() if differs]
+    if found:
+        raise ValueError(f"config.json says {', '.join(found)}, which the {name} of xlstm-lm does not have.")
+
+
+def _llama_sizes(config: TransformerConfig, name: str) -> list[int] | None:
+    shared = config.key_value_heads * config.head_dim
+    return [config.embedding_dim, shared, shared] if name == "mixer.qkv.weight" else None
+
+
+_MAMBA_OUTER = {
+    "embedding.weight": "backbone.embeddings.weight",
+    "final_norm.weight": "backbone.norm_f.weight",
+    "head.weight": "lm_head.weight",
+}
+_MAMBA_BLOCK = {
+    "norm.weight": ("norm.weight",),
+    "mixer.input.weight": ("mixer.in_proj.weight",),
+    "mixer.conv.weight": ("mixer.conv1d.weight",),
+    "mixer.conv.bias": ("mixer.conv1d.bias",),
+    "mixer.log_decay": ("mixer.A_log",),
+    "mixer.skip": ("mixer.D",),
+    "mixer.out.weight": ("mixer.out_proj.weight",),
+}
+LLAMA = Type(
+    name="Llama",
+    outer={
+        "embedding.weight": "model.embed_tokens.weight",
+        "final_norm.weight": "model.norm.weight",
+        "head.weight": "lm_head.weight",
+    },
+    prefix="model.layers.",
+    block={
+        "norm.weight": ("input_layernorm.weight",),
+        "mixer.qkv.weight": tuple(f"self_attn.{name}_proj.weight" for name in "qkv"),
+        "mixer.out.weight": ("self_attn.o_proj.weight",),
+        "feedforward_norm.weight": ("post_attention_layernorm.weight",),
+        "feedforward.gate_up.weight": ("mlp.gate_proj.weight", "mlp.up_proj.weight"),
+        "feedforward.down.weight": ("mlp.down_proj.weight",),
+    },
+    sizes=_llama_sizes,
+    make_config=_llama_config,
+    read_config=_from_llama,
+)
+MAMBA1 = Type(
+    name="Mamba",
+    outer=_MAMBA_OUTER,
+    prefix="backbone.layers.",
+    block=_MAMBA_BLOCK
+    | {
+        "mixer.selection.weight": ("mixer.x_proj.weight",),
+        "mixer.step.weight": ("mixer.dt_proj.weight",),
+        "mixer.step.bias": ("mixer.dt_proj.bias",),
+    },
+    sizes=lambda config, name: None,
+    make_config=_mamba_config,
+    read_config=_from_mamba(1),
+)
+MAMBA2 = Type(
+    name="Mamba-2",
+    outer=_MAMBA_OUTER,
+    prefix="backbone.layers.",
+    block=_MAMBA_BLOCK | {"mixer.step_bias": ("mixer.dt_bias",), "mixer.norm_weight": ("mixer.norm.weight",)},
+    sizes=lambda config, name: None,
+    make_config=_mamba_config,
+    read_config=_from_mamba(2),
+)
+
+
+def type_of(config: TransformerConfig | MambaConfig) -> Type:
+    """The type that holds models of a configuration."""
+    if isinstance(config, TransformerConfig):
+        return LLAMA
+    return MAMBA1 if config.version == 1 else MAMBA2
+
+
+def convert(config: TransformerConfig | MambaConfig, weights: NamedTensors) -> Iterator[tuple[str, Tensor]]:
+    """Their names and tensors for ours, one of ours after the other."""
+    theirs = type_of(config)
+    for name, tensor in weights:
+        if name in theirs.outer:
+            yield theirs.outer[name], tensor
+            continue
+        _, index, ours = name.split(".", 2)
+        parts = theirs.block[ours]
+        if ours == "mixer.conv.weight":  # theirs has a dimension for the one channel of a group
+            tensor = tensor.unsqueeze(1)
+        sizes = theirs.sizes(config, ours) or [tensor.shape[0] // len(parts)] * len(parts)
+        for part, part_name in zip(tensor.split(sizes), parts, strict=True):
+            yield f"{theirs.prefix}{index}.{part_name}", part
+
+
+def reader(theirs: Type) -> Callable[[dict[str, Any], Weights], tuple[Any, Weights]]:
+    """What makes our configuration and weights of such a folder's `config.json` and tensors; it raises ValueError where
+    tensors are missing or left over, all named, or the configuration asks for what we do not have."""
+
+    def read(values: dict[str, Any], tensors: Weights) -> tuple[Any, Weights]:
+        num_blocks = count_blocks(tensors, theirs.prefix.replace(".", r"\.") + r"(\d+)\.")
+        wanted = {ours: (name,) for ours, name in theirs.outer.items()}
+        for index in range(max(num_blocks, 1)):
+            for ours, parts in theirs.block.items():
+                wanted[f"blocks.{index}.{ours}"] = tuple(f"{theirs.prefix}{index}.{part}" for part in parts)
+        embedding, head = theirs.outer["embedding.weight"], theirs.outer["head.weight"]
+        tied = is_tied(bool(values.get("tie_word_embeddings")), tensors, embedding, head)
+        if tied:
+            wanted["head.weight"] = (embedding,)
+            tensors = {name: tensor for name, tensor in tensors.items() if name != head}
+        check_names(
+            tensors, {name for parts in wanted.values() for name in parts}, f"a transformers {theirs.name} model"
+        )
+        weights = {
+            ours: torch.cat([tensors[part] for part in parts]) if len(parts) > 1 else tensors[parts[0]]
+            for ours, parts in wanted.items()
+        }
+        weights |= {name: tensor.squeeze(1) for name, tensor in weights.items() if name.endswith("mixer.conv.weight")}
+        return theirs.read_config(values, weights, tied), weights
+
+    return read
+
+
+def _model_class() -> Callable[[Any], torch.nn.Module]:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_config
+
+
+BASELINE_FORMAT = ExportFormat(
+    name="transformers",
+    suits="every use; it is transformers' own type",
+    limits=(),
+    objections=lambda config: (
+        ["its logits have no soft cap (model.logit_soft_cap)"] if config.logit_soft_cap is not None else []
+    ),
+    make_config=lambda config: type_of(config).make_config(config),
+    model_class=_model_class,
+    convert=convert,
+    write_code=None,
+    leaves_out_padding=True,
+)
+BASELINE_READERS = {"llama": reader(LLAMA), "mamba": reader(MAMBA1), "mamba2": reader(MAMBA2)}
+"""`model_type` in config.json -> reader."""

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from xlstm_lm.data import Tokenizer
+from xlstm_lm.hub.baseline_formats import BASELINE_FORMAT
 from xlstm_lm.hub.export_format import ExportFormat, converted_sizes
 from xlstm_lm.hub.gate import ask, check
 from xlstm_lm.hub.load import TrainedModel, load
@@ -31,7 +32,11 @@ from xlstm_lm.training.checkpoint import checkpoint_folders
 from xlstm_lm.training.durable_files import write_durably
 from xlstm_lm.training.tensor_files import SHARD_BYTES, TensorWriter
 
-FORMATS: dict[str, tuple[ExportFormat, ...]] = {"xlstm": (TRANSFORMERS_FORMAT, OWN_FORMAT)}
+FORMATS: dict[str, tuple[ExportFormat, ...]] = {
+    "xlstm": (TRANSFORMERS_FORMAT, OWN_FORMAT),
+    "transformer": (BASELINE_FORMAT,),
+    "mamba": (BASELINE_FORMAT,),
+}
 """The formats of each family; the first that can hold a model is taken where none is asked for."""
 
 

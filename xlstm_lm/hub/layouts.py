@@ -13,6 +13,7 @@ import torch
 import yaml
 from torch import Tensor
 
+from xlstm_lm.hub.baseline_formats import BASELINE_READERS
 from xlstm_lm.hub.own_format import MODEL_TYPE, from_export
 from xlstm_lm.hub.package_layout import from_package
 from xlstm_lm.hub.transformers_layout import from_transformers
@@ -79,6 +80,7 @@ def _from_export(values: dict[str, Any], tensors: dict[str, Tensor]) -> tuple[An
 MODEL_TYPES: dict[str, Callable[[dict[str, Any], dict[str, Tensor]], tuple[Any, dict[str, Tensor]]]] = {
     MODEL_TYPE: _from_export,
     "xlstm": from_transformers,
+    **BASELINE_READERS,
 }
 """`model_type` in config.json -> what makes our configuration and weights of that file's values and the tensors."""
 

@@ -22,15 +22,7 @@ from torch.nn.functional import logsigmoid
 from xlstm_lm.ops.slstm import cuda_graphs
 from xlstm_lm.ops.slstm.fused import CHECKPOINT_STEPS
 from xlstm_lm.ops.slstm.recurrence import SLSTMState
-
-
-class Kept(NamedTuple):
-    """What the reverse loop needs of the forward loop."""
-
-    values_BTVHD: Tensor
-    """Of each step sigmoid(o), p, tanh(z), h before it, and sigmoid(-f); in memory H, B, T, V, D."""
-    ends_SBHD: Tensor
-    """c and n after the last step, and how much of c and n before the first is in c / n after it, over n there."""
+from xlstm_lm.ops.slstm.shares import Kept, from_shares, into_shares
 
 
 def forward_loop(
@@ -57,30 +49,24 @@ def forward_loop(
 
 
 def _forward_segment(
-    wx_BTGHD: Tensor,
-    r_HDE: Tensor,
-    bias_GHD: Tensor,
-    resets_BT: Tensor | None,
-    y_BTHD: Tensor,
-    *state: Tensor,
+    wx_BTGHD: Tensor, r_HDE: Tensor, bias_GHD: Tensor, resets_BT: Tensor | None, y_BTHD: Tensor, *state: Tensor
 ) -> None:
     """Some steps: fills y and carries the state on in place."""
     kernels = _triton_kernels(wx_BTGHD)
-    y_HBD = state[0].transpose(0, 1).to(wx_BTGHD.dtype)
+    y_HBD = state[0].transpose(0, 1).to(wx_BTGHD.dtype).contiguous()
     for t, wx_BGHD in enumerate(wx_BTGHD.unbind(1)):
-        product_HBGD = _product(y_HBD, r_HDE).unflatten(-1, (4, -1))
+        product_BGHD = _product(y_HBD, r_HDE).unflatten(-1, (4, -1)).permute(1, 2, 0, 3)
         reset_B = None if resets_BT is None else resets_BT[:, t]
         if kernels:
-            kernels.forward_step(product_HBGD, wx_BGHD, bias_GHD, reset_B, y_BTHD[:, t], y_HBD, state[1:])
-        else:
-            gates_BGHD = product_HBGD.permute(1, 2, 0, 3)
-            if reset_B is not None:
-                gates_BGHD = gates_BGHD.masked_fill(reset_B[:, None, None, None], 0.0)
-            cell = advance(gates_BGHD + wx_BGHD + bias_GHD, reset_B, *state[1:])
-            y_BTHD[:, t] = torch.sigmoid(cell.output_BHD) * cell.c_BHD / cell.n_BHD
-            y_HBD.copy_(y_BTHD[:, t].transpose(0, 1))
-            for part, new in zip(state[1:], (cell.c_BHD, cell.n_BHD, cell.m_BHD), strict=True):
-                part.copy_(new)
+            kernels.forward_step(product_BGHD, wx_BGHD, bias_GHD, reset_B, y_BTHD[:, t], y_HBD, state[1:])
+            continue
+        if reset_B is not None:
+            product_BGHD = product_BGHD.masked_fill(reset_B[:, None, None, None], 0.0)
+        cell = advance(product_BGHD + wx_BGHD + bias_GHD, reset_B, *state[1:])
+        y_BTHD[:, t] = torch.sigmoid(cell.output_BHD) * cell.c_BHD / cell.n_BHD
+        y_HBD.copy_(y_BTHD[:, t].transpose(0, 1))
+        for part, new in zip(state[1:], cell, strict=False):
+            part.copy_(new)
     state[0].copy_(y_HBD.transpose(0, 1))
 
 
@@ -111,13 +97,13 @@ def advance(gates_BGHD: Tensor, reset_B: Tensor | None, c_BHD: Tensor, n_BHD: Te
     return Cell(c_BHD, n_BHD, m_BHD, input_BHD, forget_BHD, squashed_BHD, o_BHD)
 
 
-def rebuild(gates_BTGHD: Tensor, checkpoints_NSBHD: Tensor, resets_BT: Tensor | None) -> Kept:
+def rebuild(gates_BTGHD: Tensor, dy_BTHD: Tensor, checkpoints_NSBHD: Tensor, resets_BT: Tensor | None) -> Kept:
     """Runs the cell again from every checkpoint at once, the recurrent products being known."""
     kernels = _triton_kernels(gates_BTGHD)
     if kernels:
-        return Kept(*kernels.rebuild(gates_BTGHD, checkpoints_NSBHD, resets_BT))
+        return kernels.rebuild(gates_BTGHD, dy_BTHD, checkpoints_NSBHD, resets_BT)
     B, T, _, H, D = gates_BTGHD.shape
-    values_BTVHD = gates_BTGHD.new_empty(H, B, T, 5, D).permute(1, 2, 3, 0, 4)
+    values_BTVHD = gates_BTGHD.new_empty(H, B, T, 6, D).permute(1, 2, 3, 0, 4)
     ends_SBHD = gates_BTGHD.new_empty(3, B, H, D)
     for start, state in zip(range(0, T, CHECKPOINT_STEPS), checkpoints_NSBHD.unbind(0), strict=True):
         state = state.unbind(0)
@@ -133,7 +119,8 @@ def rebuild(gates_BTGHD: Tensor, checkpoints_NSBHD: Tensor, resets_BT: Tensor | 
                 kept_BHD = kept_BHD.masked_fill(reset_B[:, None, None], 0.0)
             closed_BHD = torch.sigmoid(-gates_BTGHD[:, t, 1])
             output_BHD = torch.sigmoid(cell.output_BHD)
-            torch.stack((output_BHD, share_BHD, cell.squashed_BHD, h_BHD, closed_BHD), 1, out=values_BTVHD[:, t])
+            values = (output_BHD, share_BHD, cell.squashed_BHD, h_BHD, closed_BHD, dy_BTHD[:, t].to(h_BHD.dtype))
+            torch.stack(values, 1, out=values_BTVHD[:, t])
             if t == 0:
                 ends_SBHD[2] = kept_BHD / cell.n_BHD
             state = cell[:3]
@@ -152,73 +139,53 @@ def backward_loop(
     """See `fused.Loops`."""
     _, T, G, H, D = gates_BTGHD.shape
     r_HED = r_GHDE.permute(1, 0, 3, 2).reshape(H, G * D, D)
-    kept = rebuild(gates_BTGHD, checkpoints_NSBHD, resets_BT)
+    kept = rebuild(gates_BTGHD, dy_BTHD, checkpoints_NSBHD, resets_BT)
     dgates_BTGHD = torch.empty_like(gates_BTGHD, dtype=dy_BTHD.dtype)
     dy_BHD, dh_BHD, ds_BHD = into_shares(dlast, kept)
-    dstate = (dy_BHD, dh_BHD, ds_BHD, torch.empty_like(dh_BHD), torch.empty_like(ds_BHD))
+    dy_HBD = dy_BHD.transpose(0, 1).clone(memory_format=torch.contiguous_format)
+    dstate = (dy_HBD, dh_BHD, ds_BHD, torch.empty_like(dh_BHD), torch.empty_like(ds_BHD))
     for start in reversed(range(0, T, CHECKPOINT_STEPS)):
         steps = slice(start, start + CHECKPOINT_STEPS)
         resets_BS = None if resets_BT is None else resets_BT[:, steps]
         cuda_graphs.run(
             _backward_segment,
-            inputs=(kept.values_BTVHD[:, steps], r_HED, dy_BTHD[:, steps], resets_BS),
+            inputs=(kept.values_BTVHD[:, steps], r_HED, resets_BS),
             outputs=(dgates_BTGHD[:, steps], *dstate),
             capture=start + CHECKPOINT_STEPS <= T,
         )
-    return dgates_BTGHD, from_shares(dy_BHD, *dstate[3:], kept)
+    return dgates_BTGHD, from_shares(dy_HBD.transpose(0, 1), *dstate[3:], kept)
 
 
 def _backward_segment(
-    values_BTVHD: Tensor,
-    r_HED: Tensor,
-    dy_BTHD: Tensor,
-    resets_BT: Tensor | None,
-    dgates_BTGHD: Tensor,
-    *dstate: Tensor,
+    values_BTVHD: Tensor, r_HED: Tensor, resets_BT: Tensor | None, dgates_BTGHD: Tensor, *dstate: Tensor
 ) -> None:
-    """Some steps, last to first: fills dgates and carries on in place the gradients of y, h, s before a step; and, last
-    of the five, of h and s after it."""
+    """Some steps, last to first: fills dgates and carries on in place the gradients of y (H, B, D), h and s before a
+    step; and, the last two, those of h and s after it."""
     kernels = _triton_kernels(values_BTVHD)
-    for t in reversed(range(values_BTVHD.shape[1])):
+    B, T, _, H, D = values_BTVHD.shape
+    factor_HBGD = dgates_BTGHD.new_empty(H, B, 4, D)  # of dgates, what goes on to the step before
+    carried_dy_HBD, dh_BHD, ds_BHD, dh_after_BHD, ds_after_BHD = dstate
+    for t in reversed(range(T)):
         reset_B = None if resets_BT is None else resets_BT[:, t]
         if kernels:
-            kernels.backward_step(values_BTVHD[:, t], dy_BTHD[:, t], reset_B, dgates_BTGHD[:, t], dstate)
+            kernels.backward_step(values_BTVHD[:, t], reset_B, dgates_BTGHD[:, t], factor_HBGD, dstate)
         else:
-            output_BHD, share_BHD, squashed_BHD, h_BHD, closed_BHD = values_BTVHD[:, t].unbind(1)
-            carried_dy_BHD, dh_BHD, ds_BHD, dh_after_BHD, ds_after_BHD = dstate
-            dy_BHD = carried_dy_BHD + dy_BTHD[:, t]
+            output_BHD, share_BHD, squashed_BHD, h_BHD, closed_BHD, dy_BHD = values_BTVHD[:, t].unbind(1)
+            dy_BHD = dy_BHD + carried_dy_HBD.transpose(0, 1)
             dh_after_BHD.copy_(dh_BHD + dy_BHD * output_BHD)
             ds_after_BHD.copy_(ds_BHD)
-            news_BHD, kept_BHD = share_BHD * (squashed_BHD - h_BHD), 1 - share_BHD
-            di_BHD = dh_after_BHD * news_BHD * kept_BHD + ds_after_BHD * share_BHD
+            news_BHD, left_BHD = share_BHD * (squashed_BHD - h_BHD), 1 - share_BHD
+            di_BHD = dh_after_BHD * news_BHD * left_BHD + ds_after_BHD * share_BHD
             ds_BHD.sub_(di_BHD)
             dz_BHD = dh_after_BHD * share_BHD * (1 - squashed_BHD * squashed_BHD)
             do_BHD = dy_BHD * (h_BHD + news_BHD) * output_BHD * (1 - output_BHD)
-            torch.mul(dh_after_BHD, kept_BHD, out=dh_BHD)
-            dgates_BTGHD[:, t] = torch.stack((di_BHD, ds_BHD * closed_BHD, dz_BHD, do_BHD), 1)
-        dgates_HBE = dgates_BTGHD[:, t].permute(2, 0, 1, 3).flatten(2)
-        dy_BHD = _product(dgates_HBE, r_HED).transpose(0, 1)
-        if reset_B is not None:
-            dy_BHD = dy_BHD.masked_fill(reset_B[:, None, None], 0.0)
-        dstate[0].copy_(dy_BHD)
-
-
-def into_shares(dlast: tuple[Tensor, Tensor, Tensor], kept: Kept) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of y, h, s after the last step from those of y, c, n; tensors of their own."""
-    dy_BHD, dc_BHD, dn_BHD = dlast
-    c_BHD, n_BHD, _ = kept.ends_SBHD
-    return dy_BHD.clone(), dc_BHD * n_BHD, dc_BHD * c_BHD + dn_BHD * n_BHD
-
-
-def from_shares(dy_BHD: Tensor, dh_BHD: Tensor, ds_BHD: Tensor, kept: Kept) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of y, c, n before the first step from those of y before it and of h and s after it.
-
-    (Before it there may be no h and s: n may be 0.)
-    """
-    _, share_BHD, squashed_BHD, h_BHD, _ = kept.values_BTVHD[:, 0].unbind(1)
-    h_BHD = h_BHD + share_BHD * (squashed_BHD - h_BHD)
-    weight_BHD = kept.ends_SBHD[2]
-    return dy_BHD, weight_BHD * dh_BHD, weight_BHD * (ds_BHD - h_BHD * dh_BHD)
+            torch.mul(dh_after_BHD, left_BHD, out=dh_BHD)
+            dgates_BGHD = torch.stack((di_BHD, ds_BHD * closed_BHD, dz_BHD, do_BHD), 1)
+            dgates_BTGHD[:, t] = dgates_BGHD
+            if reset_B is not None:
+                dgates_BGHD = dgates_BGHD.masked_fill(reset_B[:, None, None, None], 0.0)
+            factor_HBGD.copy_(dgates_BGHD.permute(2, 0, 1, 3))
+        carried_dy_HBD.copy_(_product(factor_HBGD.flatten(2), r_HED))
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:

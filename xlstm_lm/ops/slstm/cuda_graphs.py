@@ -56,7 +56,7 @@ def run(
 def _capture(
     function: Callable[..., None], inputs: tuple[Tensor | None, ...], outputs: tuple[Tensor, ...]
 ) -> _Captured:
-    own = [None if x is None else x.clone(memory_format=torch.contiguous_format) for x in (*inputs, *outputs)]
+    own = [None if x is None else x.clone() for x in (*inputs, *outputs)]
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):

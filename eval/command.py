@@ -1,0 +1,62 @@
+"""What the studies' command lines share: how they end on a user's mistake, and the flags that name a model."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from typing import Any
+
+import torch
+
+from eval.models import DTYPES
+
+
+@contextmanager
+def one_message(command: str) -> Iterator[None]:
+    """End with exit code 2 and one message on a user's mistake; XLSTM_LM_TRACEBACK=1 shows where it comes from."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        if os.environ.get("XLSTM_LM_TRACEBACK"):
+            raise
+        print(f"{command}: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def add_model_flags(parser: argparse.ArgumentParser) -> None:
+    """--batch-size, --device, --dtype, --library and --trained-context."""
+    parser.add_argument("--batch-size", type=positive, default=8, metavar="N", help="Rows in a batch. Default: 8.")
+    parser.add_argument("--device", help="Default: cuda where there is one, else cpu.")
+    parser.add_argument("--dtype", default="float32", choices=list(DTYPES), help="Default: float32.")
+    parser.add_argument(
+        "--library",
+        default="auto",
+        choices=["auto", "xlstm_lm", "transformers"],
+        help="Who computes the model. Default: xlstm_lm wherever it knows the folder's layout.",
+    )
+    parser.add_argument(
+        "--trained-context", type=positive, metavar="T", help="Tokens of a training row, where the folder does not say."
+    )
+
+
+def positive(text: str) -> int:
+    """An integer of at least 1, for argparse."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} must be at least 1")
+    return number
+
+
+def environment(device: torch.device, packages: tuple[str, ...]) -> dict[str, Any]:
+    """What a figure was measured with."""
+    return {
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in ("torch", *packages)},
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
+        "torch_threads": torch.get_num_threads(),
+    }

@@ -121,7 +121,8 @@ def test_files_of_every_kind(tmp_path, form):
 
 def test_a_state_dict_inside_a_training_checkpoint(tmp_path):
     theirs = make_model()
-    torch.save({"step": 7, "state_dict": theirs.state_dict()}, tmp_path / "last.pt")
+    wrapped = {f"module._orig_mod.{name}": tensor for name, tensor in theirs.state_dict().items()}
+    torch.save({"step": 7, "state_dict": wrapped}, tmp_path / "last.pt")
     (tmp_path / "last.yaml").write_text(yaml.safe_dump({"model": dataclasses.asdict(theirs.config), "training": {}}))
     assert_equal_logits(tmp_path / "last.pt", theirs)
 

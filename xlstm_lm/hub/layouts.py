@@ -26,6 +26,10 @@ PICKLES = (".pt", ".pth", ".bin")
 CONFIG_NAMES = ("config.yaml", "config.yml", "config.json")
 
 
+Reader = Callable[[dict[str, Any], dict[str, Tensor]], tuple[Any, dict[str, Tensor]]]
+"""Makes our configuration and weights of the values of a configuration and the tensors beside it."""
+
+
 @dataclass(frozen=True)
 class StoredModel:
     """A model as a layout has read it; the tensors stay in their files until they are used."""
@@ -77,12 +81,12 @@ def _from_export(values: dict[str, Any], tensors: dict[str, Tensor]) -> tuple[An
     return model_config(fields, Path("config.json")), weights
 
 
-MODEL_TYPES: dict[str, Callable[[dict[str, Any], dict[str, Tensor]], tuple[Any, dict[str, Tensor]]]] = {
+MODEL_TYPES: dict[str, Reader] = {
     MODEL_TYPE: _from_export,
     "xlstm": from_transformers,
     **BASELINE_READERS,
 }
-"""`model_type` in config.json -> what makes our configuration and weights of that file's values and the tensors."""
+"""By the `model_type` in config.json."""
 
 
 def _read_hub_folder(folder: Path) -> StoredModel:
@@ -92,11 +96,7 @@ def _read_hub_folder(folder: Path) -> StoredModel:
     if model_type not in MODEL_TYPES:
         raise ValueError(f"{path} has model_type {model_type!r}; known are {', '.join(MODEL_TYPES)}.")
     tensors = _all_tensors(tensor_files(folder))
-    try:
-        config, weights = MODEL_TYPES[model_type](values, tensors)
-    except ValueError as error:
-        raise ValueError(f"{folder}: {error}") from error
-    return StoredModel(folder, config, weights)
+    return _convert(folder, folder, MODEL_TYPES[model_type], values, tensors)
 
 
 def _read_package(path: Path) -> StoredModel:
@@ -105,11 +105,18 @@ def _read_package(path: Path) -> StoredModel:
     assert config_path is not None, "recognised by it"
     values = _read_mapping(config_path)
     values = values["model"] if isinstance(values.get("model"), dict) else values  # as in the package's experiments
+    return _convert(path, folder, from_package, values, _package_tensors(path))
+
+
+def _convert(
+    path: Path, folder: Path, reader: Reader, values: dict[str, Any], tensors: dict[str, Tensor]
+) -> StoredModel:
     try:
-        config, weights = from_package(values, _package_tensors(path))
+        return StoredModel(folder, *reader(values, tensors))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    return StoredModel(folder, config, weights)
+    except (TypeError, RuntimeError, IndexError) as error:  # a value or a shape that no such model has
+        raise ValueError(f"{path}: its configuration and tensors do not fit together: {error}") from error
 
 
 def _package_config(path: Path) -> Path | None:
@@ -135,20 +142,23 @@ def _package_tensors(path: Path) -> dict[str, Tensor]:
         return _all_tensors(tensor_names(files) if path.is_file() else _folder_tensors(path, files))
     if len(files) > 1:
         names = ", ".join(file.name for file in files)
-        raise ValueError(f"there are several state dicts ({names}); give the path of one of them.")
+        raise ValueError(f"{path} holds several state dicts ({names}); give the path of one of them.")
     try:
         content = torch.load(files[0], map_location="cpu", mmap=True, weights_only=True)
     except (OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
         reason = str(error).strip().split("\n")[0]
         raise ValueError(
-            f"{files[0].name} cannot be read as a state dict ({reason}); it must be what torch.save writes of "
+            f"{files[0]} cannot be read as a state dict ({reason}); it must be what torch.save writes of "
             "model.state_dict(), and whole."
         ) from error
     for key in ("state_dict", "model", "model_state_dict"):
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]
     if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
-        raise ValueError(f"{files[0].name} holds no state dict; save model.state_dict() with torch.save.")
+        raise ValueError(f"{files[0]} holds no state dict; save model.state_dict() with torch.save.")
+    for wrapper in ("module.", "_orig_mod."):  # of DistributedDataParallel and torch.compile
+        if all(name.startswith(wrapper) for name in content):
+            content = {name.removeprefix(wrapper): tensor for name, tensor in content.items()}
     return dict(content)
 
 

@@ -209,7 +209,9 @@ class HuggingFaceTokenizer:
         return ByteDecoder(self._token_bytes) if self._byte_level else _BackendDecoder(self._backend)
 
     def fingerprint(self) -> str:
-        written = json.dumps([json.loads(self._backend.to_str()), self.end_of_document], sort_keys=True)
+        parts = json.loads(self._backend.to_str())
+        del parts["post_processor"]  # adds special tokens, which `encode` never asks for
+        written = json.dumps([parts, self.end_of_document], sort_keys=True)
         return hashlib.sha256(written.encode()).hexdigest()[:16]
 
     def save(self, folder: str | Path) -> None:

@@ -9,7 +9,7 @@ from unittest import mock
 
 import pytest
 import torch
-from mlstm_cases import FAST, gradients, make_inputs, make_resets, run
+from mlstm_cases import FAST, assert_halves_equal_the_whole, gradients, make_inputs, make_resets, run
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -51,21 +51,14 @@ def test_gradients_by_finite_differences(
 @pytest.mark.parametrize("input_gate", ["exp", "sigmoid"])
 @pytest.mark.parametrize("cut", [1, 16, 30, 49])
 def test_two_halves_are_one_whole(backend: str, input_gate: str, cut: int) -> None:
-    inputs = make_inputs(T=50, state=True)
-    resets = make_resets(2, 50, 10, 30)
-    options = {"backend": backend, "input_gate": input_gate, "chunk_length": 16}
-    whole = run(inputs, resets=resets, **options)
-    first = run(
-        {name: x[:, :cut] if name in "qkvif" else x for name, x in inputs.items()}, resets=resets[:, :cut], **options
+    assert_halves_equal_the_whole(
+        make_inputs(T=50, state=True),
+        cut,
+        resets=make_resets(2, 50, 10, 30),
+        backend=backend,
+        input_gate=input_gate,
+        chunk_length=16,
     )
-    handed = dict(zip("Cnm", first[1:]))
-    second = run({name: inputs[name][:, cut:] for name in "qkvif"} | handed, resets=resets[:, cut:], **options)
-    halves = (torch.cat([first[0], second[0]], 1), *second[1:])
-    for a, e in zip(halves, whole):
-        torch.testing.assert_close(a, e)
-    expected, actual = gradients(whole[:3], inputs), gradients(halves[:3], inputs)
-    for name in expected:
-        torch.testing.assert_close(actual[name], expected[name])
 
 
 @pytest.mark.parametrize("backend", FAST)

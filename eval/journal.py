@@ -10,6 +10,8 @@ from __future__ import annotations
 import json
 import signal
 import subprocess
+import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -52,6 +54,14 @@ class Journal:
         if self.path:
             with self.path.open("a") as file:
                 file.write(json.dumps(entry) + "\n")
+
+
+def run_in_children(module: str, arguments: list[str], silence: float) -> int:
+    """Run `python -m module arguments --journal FILE` under supervision; gives its exit code."""
+    with tempfile.TemporaryDirectory() as folder:
+        journal = Path(folder) / "journal"
+        command = [sys.executable, "-m", module, *arguments, "--journal", str(journal), "--begin", str(time.time())]
+        return supervise(command, journal, silence)
 
 
 def supervise(command: list[str], path: Path, silence: float) -> int:

@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from eval.measure import dtype_name
 from xlstm_lm.doctor import RUNS_ON, STEPS
 from xlstm_lm.ops import mlstm as mlstm_ops
 from xlstm_lm.ops import slstm as slstm_ops
@@ -70,7 +71,7 @@ class Case:
     def title(self) -> str:
         """Sizes, type and direction: what all contenders of a table share."""
         direction = "forward + backward" if self.backward else "forward"
-        return f"{self.sizes}, {str(self.dtype).removeprefix('torch.')}, {direction}"
+        return f"{self.sizes}, {dtype_name(self.dtype)}, {direction}"
 
     def inputs(self) -> list[Tensor]:
         """Fresh random inputs."""

@@ -10,25 +10,33 @@ from __future__ import annotations
 import argparse
 import functools
 import gc
+import importlib.util
 import json
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
 from eval import compile_report
-from eval.journal import Journal, supervise
+from eval.journal import Journal, run_in_children
 from eval.kernel_cases import MLSTM, Case, Contender, Function, cpu_cases, gpu_cases
-from eval.measure import DTYPES, Ceilings, Step, Timing, environment, measure, measure_ceilings, summarize
+from eval.measure import (
+    DTYPES,
+    Ceilings,
+    Step,
+    Timing,
+    dtype_name,
+    environment,
+    measure_ceilings,
+    take_turns,
+)
 from eval.peers import PEERS
 from eval.picture import draw_over_length
 from xlstm_lm.ops.selfcheck import TOLERANCE, errors
 
-TOGETHER = "all in turns"
 SECONDS_A_CASE = {"cpu": 120.0, "cuda": 5.0}
 """What the timed rounds of a table may take before there are fewer of them."""
 SILENCE = 150.0
@@ -58,13 +66,16 @@ class Row:
     problem: str = ""
 
 
-def build(case: Case) -> Iterable[tuple[str, Callable[[], Contender]]]:
-    """The contenders of a case by name, each still to be made; peers that are not installed are left out."""
+def contenders_of(case: Case) -> dict[str, Callable[[], Contender]]:
+    """Who takes part in a case, peers that are installed before us; each is made when called."""
     inputs = case.inputs()
-    for name, builder in PEERS[case.operation, case.device].items():
-        yield name, lambda builder=builder: builder(case, inputs)
+    found: dict[str, Callable[[], Contender]] = {}
+    for name, (package, builder) in PEERS[case.operation, case.device].items():
+        if importlib.util.find_spec(package) is not None:
+            found[name] = functools.partial(builder, case, inputs)
     for name, contender in case.own(inputs):
-        yield name, lambda contender=contender: contender
+        found[name] = lambda contender=contender: contender
+    return found
 
 
 def step_of(case: Case, contender: Contender) -> Step:
@@ -86,53 +97,31 @@ def step_of(case: Case, contender: Contender) -> Step:
 
 
 def run_case(case: Case, journal: Journal, rounds: int, ceilings: Ceilings) -> list[Row]:
-    """Check every contender and run it once by itself, then time all that could run, in turns."""
+    """Check every contender, then time all that run."""
     torch.manual_seed(0)
-    dtype, direction = str(case.dtype).removeprefix("torch."), case.title.rpartition(", ")[2]
+    direction = "forward + backward" if case.backward else "forward"
+    common = {"operation": case.operation, "sizes": case.sizes, "dtype": dtype_name(case.dtype), "direction": direction}
     rows: dict[str, Row] = {}
-    steps: dict[str, Step] = {}
     contenders: dict[str, Contender] = {}
-    for name, make in build(case):
-        row = Row(operation=case.operation, name=name, sizes=case.sizes, dtype=dtype, direction=direction)
-        what = f"{case.title} | {name}"
-        if what in journal.failed:
-            rows[name], row.problem = row, f"crashes: {journal.failed[what]}"
-            continue
-        journal.trying(what)
-        try:
-            contender = make()
-        except ImportError:
-            continue
-        except Exception as caught:
-            rows[name], row.problem = row, f"cannot be built: {_first_line(caught)}"
-            continue
-        rows[name] = row
-        try:
-            row.error, row.gradient_error = _check(contender, case.backward)
-            step = step_of(case, contender)
-            step()
-            _synchronize(case)
-            row.problem = _verdict(row, contender, TOLERANCE[case.dtype])
-        except Exception as caught:
-            row.problem = f"crashes: {_first_line(caught)}"
-            _end_if_the_device_is_lost(case, journal, row.problem)
-            continue
-        steps[name], contenders[name] = step, contender
-    together = f"{case.title} | {TOGETHER}"
-    if together in journal.failed:
-        for name in steps:
-            rows[name].problem = f"crashes while contenders take turns: {journal.failed[together]}"
-        return list(rows.values())
-    journal.trying(together)
-    try:
-        timings = _time(steps, rounds, case)
-    except Exception as caught:
-        journal.died(_first_line(caught))
-        raise
-    journal.trying(None)
-    first = next(iter(timings.values()), None)
-    for name, timing in timings.items():
-        _fill(rows[name], case, contenders[name], timing, first, ceilings)
+
+    def prepare(name: str, make: Callable[[], Contender]) -> Step:
+        contenders[name] = contender = make()
+        rows[name].error, rows[name].gradient_error = _check(contender, case.backward)
+        rows[name].problem = _verdict(rows[name], contender, TOLERANCE[case.dtype])
+        return step_of(case, contender)
+
+    makers = {}
+    for name, make in contenders_of(case).items():
+        rows[name] = Row(name=name, **common)
+        makers[name] = functools.partial(prepare, name, make)
+    seconds = SECONDS_A_CASE[case.device]
+    outcomes = take_turns(case.title, makers, journal=journal, device=case.device, rounds=rounds, seconds=seconds)
+    first = next((each for each in outcomes.values() if isinstance(each, Timing)), None)
+    for name, outcome in outcomes.items():
+        if isinstance(outcome, Timing):
+            _fill(rows[name], case, contenders[name], outcome, first, ceilings)
+        else:
+            rows[name].problem = f"fails: {outcome}"
     return list(rows.values())
 
 
@@ -163,15 +152,6 @@ def _behind_a_norm(function: Function, *inputs: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.layer_norm(out, out.shape[-1:])
 
 
-def _time(steps: dict[str, Step], rounds: int, case: Case) -> dict[str, Timing]:
-    if not steps:
-        return {}
-    seconds = measure(steps, 1, case.device)
-    total = sum(each[0] for each in seconds.values())
-    rounds = max(3, min(rounds, int(SECONDS_A_CASE[case.device] / total)))
-    return {name: summarize(each) for name, each in measure(steps, rounds, case.device).items()}
-
-
 def _fill(row: Row, case: Case, contender: Contender, timing: Timing, first: Timing, ceilings: Ceilings) -> None:
     seconds = timing.milliseconds / 1e3
     operations = contender.operations if contender.operations is not None else case.operations()
@@ -181,25 +161,6 @@ def _fill(row: Row, case: Case, contender: Contender, timing: Timing, first: Tim
     row.ratio = timing.milliseconds / first.milliseconds
     row.teraflops, row.gigabytes = operations / seconds / 1e12, moved / seconds / 1e9
     row.roofline_share = ceilings.share(operations, moved, seconds)
-
-
-def _synchronize(case: Case) -> None:
-    if case.device == "cuda":
-        torch.cuda.synchronize()
-
-
-def _end_if_the_device_is_lost(case: Case, journal: Journal, why: str) -> None:
-    """After some errors nothing works on a GPU any more until a new process."""
-    try:
-        _synchronize(case)
-    except RuntimeError:
-        journal.died(why)
-        raise SystemExit(70) from None
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
 
 
 def as_markdown(rows: list[Row]) -> str:
@@ -302,10 +263,7 @@ def main(arguments: list[str] | None = None) -> None:
     if options.compile_report:
         sys.exit(compile_report.main([]))
     if options.device == "cuda" and not options.journal:
-        with tempfile.TemporaryDirectory() as folder:
-            journal = Path(folder) / "journal"
-            command = [sys.executable, "-m", "eval.kernels", *arguments, "--journal", str(journal)]
-            sys.exit(supervise([*command, "--begin", str(options.begin)], journal, SILENCE))
+        sys.exit(run_in_children("eval.kernels", arguments, SILENCE))
     torch.set_num_threads(options.threads)
     dtype = DTYPES[options.dtype]
     cases = list(

@@ -21,10 +21,17 @@ from typing import Any
 
 import torch
 
+from eval.journal import Journal
+
 Step = Callable[[], object]
 FLUSHED_BYTES = 2**30
 """Written between two steps on a GPU: far more than any L2 cache, and a third of a millisecond's work on an H100."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """float32, bfloat16, ..."""
+    return str(dtype).removeprefix("torch.")
 
 
 @dataclass(frozen=True)
@@ -42,16 +49,79 @@ def summarize(seconds: list[float]) -> Timing:
     return Timing(median * 1e3, spread * 1e3)
 
 
-def measure(steps: dict[str, Step], rounds: int, device: str) -> dict[str, list[float]]:
-    """Seconds of each step in each round, the steps taking turns; the first round warms up and is not counted."""
+def measure(steps: dict[str, Step], rounds: int, device: str, warm_up: int = 1) -> dict[str, list[float]]:
+    """Seconds of each step in each round, the steps taking turns; `warm_up` more rounds before are not counted."""
     run = _by_events if device == "cuda" else _by_the_clock
     seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for round_index in range(rounds + 1):
+    for round_index in range(warm_up + rounds):
         for name, step in steps.items():
             elapsed = run(step)
-            if round_index:
+            if round_index >= warm_up:
                 seconds[name].append(elapsed)
     return seconds
+
+
+TOGETHER = "all in turns"
+
+
+def take_turns(
+    title: str, makers: dict[str, Callable[[], Step]], *, journal: Journal, device: str, rounds: int, seconds: float
+) -> dict[str, Timing | str]:
+    """Make every contender and run it once by itself, then time those that could run, in turns.
+
+    Gives a timing, or what went wrong, for each name. There are fewer rounds, but three at least, where they would take
+    more than `seconds`. What killed an earlier process of this journal is not tried again.
+
+    Raises:
+        SystemExit: a contender has left the GPU useless for this process; the journal says which.
+    """
+    outcomes: dict[str, Timing | str] = {}
+    steps: dict[str, Step] = {}
+    for name, make in makers.items():
+        what = f"{title} | {name}"
+        outcomes[name] = journal.failed.get(what, "")
+        if outcomes[name]:
+            continue
+        journal.trying(what)
+        try:
+            step = make()
+            step()
+            synchronize(device)
+        except Exception as caught:
+            outcomes[name] = one_line(caught)
+            try:
+                synchronize(device)
+            except RuntimeError:
+                journal.died(outcomes[name])
+                raise SystemExit(70) from None
+        else:
+            steps[name] = step
+    together = f"{title} | {TOGETHER}"
+    if together in journal.failed:
+        return outcomes | dict.fromkeys(steps, f"while contenders took turns, {journal.failed[together]}")
+    journal.trying(together)
+    try:
+        first_round = measure(steps, 1, device, warm_up=0)
+        total = sum(each[0] for each in first_round.values())
+        rounds = max(3, min(rounds, int(seconds / total))) if steps else 0
+        outcomes |= {name: summarize(each) for name, each in measure(steps, rounds, device, warm_up=0).items()}
+    except Exception as caught:
+        journal.died(one_line(caught))
+        raise
+    journal.trying(None)
+    return outcomes
+
+
+def synchronize(device: str) -> None:
+    """Wait for the device."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def one_line(error: BaseException) -> str:
+    """What an error says, in a table's cell."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
 
 
 def _by_the_clock(step: Step) -> float:

@@ -1,6 +1,6 @@
 """Other people's kernels, called as their documentation says, on our tensors: what `eval.kernels` compares with.
 
-Each builder gets the case and our inputs and gives a contender, or raises ImportError where its package is missing.
+Each builder gets the case and our inputs and gives a contender.
 What computes another function than ours (attention, linear attention, LSTM) brings that function's definition.
 """
 
@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from eval.kernel_cases import CHECKED_TOKENS, MLSTM, SLSTM, Case, Check, Contender, Function
+from eval.measure import dtype_name
 from xlstm_lm.ops.slstm import slstm
 
 Builder = Callable[..., Contender]
@@ -164,7 +165,7 @@ def flashrnn(backend: str, case: SLSTM, inputs: list[Tensor]) -> Contender:
     """The authors' sLSTM; its recurrent matrices are the transposes of ours."""
     from flashrnn import flashrnn as compute
 
-    dtype = str(case.dtype).removeprefix("torch.")
+    dtype = dtype_name(case.dtype)
 
     def run(wx_BTGHD: Tensor, r_GHED: Tensor, bias_GHD: Tensor) -> Tensor:
         return compute(wx_BTGHD, r_GHED, bias_GHD, function="slstm", backend=backend, dtype=dtype)[0][0]
@@ -184,7 +185,7 @@ def xlstm_cell(backend: str, case: SLSTM, inputs: list[Tensor]) -> Contender:
     from xlstm.blocks.slstm.cell import sLSTMCell, sLSTMCellConfig
 
     H, D = case.H, case.D
-    dtype = str(case.dtype).removeprefix("torch.")
+    dtype = dtype_name(case.dtype)
     cell = sLSTMCell(sLSTMCellConfig(hidden_size=H * D, num_heads=H, backend=backend, dtype=dtype)).to(case.device)
 
     def run(wx_BTGHD: Tensor, r_GHDE: Tensor, bias_GHD: Tensor) -> Tensor:
@@ -198,36 +199,47 @@ def xlstm_cell(backend: str, case: SLSTM, inputs: list[Tensor]) -> Contender:
     return Contender(run, inputs, case.checks(inputs))
 
 
-PEERS: dict[tuple[str, str], dict[str, Builder]] = {
+PEERS: dict[tuple[str, str], dict[str, tuple[str, Builder]]] = {
     ("mlstm", "cpu"): {
-        "causal attention (SDPA)": functools.partial(sdpa, None),
-        "mlstm_kernels / native, chunks of 64": functools.partial(mlstm_kernels, "chunkwise--native_custbw", 64),
+        "causal attention (SDPA)": ("torch", functools.partial(sdpa, None)),
+        "mlstm_kernels / native, chunks of 64": (
+            "mlstm_kernels",
+            functools.partial(mlstm_kernels, "chunkwise--native_custbw", 64),
+        ),
     },
     ("mlstm", "cuda"): {
-        "causal attention (SDPA, flash)": functools.partial(sdpa, SDPBackend.FLASH_ATTENTION),
-        "causal attention (SDPA, cuDNN)": functools.partial(sdpa, SDPBackend.CUDNN_ATTENTION),
-        "flash-attn 2": flash_attention_2,
-        "flash-attn 3": flash_attention_3,
-        "mlstm_kernels / xl_chunk, chunks of 128": functools.partial(mlstm_kernels, "chunkwise--triton_xl_chunk", 128),
-        "mlstm_kernels / limit_chunk, chunks of 64": functools.partial(
-            mlstm_kernels, "chunkwise--triton_limit_chunk", 64
+        "causal attention (SDPA, flash)": ("torch", functools.partial(sdpa, SDPBackend.FLASH_ATTENTION)),
+        "causal attention (SDPA, cuDNN)": ("torch", functools.partial(sdpa, SDPBackend.CUDNN_ATTENTION)),
+        "flash-attn 2": ("flash_attn", flash_attention_2),
+        "flash-attn 3": ("flash_attn_interface", flash_attention_3),
+        "mlstm_kernels / xl_chunk, chunks of 128": (
+            "mlstm_kernels",
+            functools.partial(mlstm_kernels, "chunkwise--triton_xl_chunk", 128),
         ),
-        "fla / simple_gla": simple_gla,
-        "fla / gla": gla,
+        "mlstm_kernels / limit_chunk, chunks of 64": (
+            "mlstm_kernels",
+            functools.partial(mlstm_kernels, "chunkwise--triton_limit_chunk", 64),
+        ),
+        "fla / simple_gla": ("fla", simple_gla),
+        "fla / gla": ("fla", gla),
     },
-    ("mlstm step", "cpu"): {"mlstm_kernels / native": functools.partial(mlstm_kernels_step, "native")},
-    ("mlstm step", "cuda"): {"mlstm_kernels / triton": functools.partial(mlstm_kernels_step, "triton")},
+    ("mlstm step", "cpu"): {
+        "mlstm_kernels / native": ("mlstm_kernels", functools.partial(mlstm_kernels_step, "native"))
+    },
+    ("mlstm step", "cuda"): {
+        "mlstm_kernels / triton": ("mlstm_kernels", functools.partial(mlstm_kernels_step, "triton"))
+    },
     ("slstm", "cpu"): {
-        "torch.nn.LSTM": torch_lstm,
-        "xlstm / vanilla": functools.partial(xlstm_cell, "vanilla"),
-        "flashrnn / vanilla": functools.partial(flashrnn, "vanilla"),
+        "torch.nn.LSTM": ("torch", torch_lstm),
+        "xlstm / vanilla": ("xlstm", functools.partial(xlstm_cell, "vanilla")),
+        "flashrnn / vanilla": ("flashrnn", functools.partial(flashrnn, "vanilla")),
     },
     ("slstm", "cuda"): {
-        "torch.nn.LSTM (cuDNN)": torch_lstm,
-        "flashrnn / cuda_fused": functools.partial(flashrnn, "cuda_fused"),
-        "flashrnn / cuda": functools.partial(flashrnn, "cuda"),
-        "flashrnn / triton": functools.partial(flashrnn, "triton"),
-        "xlstm / cuda": functools.partial(xlstm_cell, "cuda"),
+        "torch.nn.LSTM (cuDNN)": ("torch", torch_lstm),
+        "flashrnn / cuda_fused": ("flashrnn", functools.partial(flashrnn, "cuda_fused")),
+        "flashrnn / cuda": ("flashrnn", functools.partial(flashrnn, "cuda")),
+        "flashrnn / triton": ("flashrnn", functools.partial(flashrnn, "triton")),
+        "xlstm / cuda": ("xlstm", functools.partial(xlstm_cell, "cuda")),
     },
 }
-"""Who is compared with, by operation and device."""
+"""Who is compared with, by operation and device: the package that must be there, and how to call it."""

@@ -61,6 +61,6 @@ def test_operations_and_models_need_torch_alone():
     script = f"""
 import sys
 sys.modules.update(dict.fromkeys({others!r}))
-import eval.kernels, xlstm_lm.doctor, xlstm_lm.ops.conv, xlstm_lm.ops.loss, xlstm_lm.models.accounting
+import eval.kernels, eval.throughput, xlstm_lm.doctor, xlstm_lm.ops.conv, xlstm_lm.ops.loss, xlstm_lm.models.accounting
 """
     subprocess.run([sys.executable, "-c", script], check=True, cwd=ROOT)

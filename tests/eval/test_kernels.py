@@ -11,7 +11,7 @@ import torch
 from eval import kernels
 from eval.journal import Journal, supervise
 from eval.kernel_cases import MLSTM, SLSTM, Contender, MLSTMStep, gpu_cases
-from eval.measure import Ceilings, measure
+from eval.measure import TOGETHER, Ceilings, measure
 from eval.peers import PEERS
 from xlstm_lm.ops.mlstm import mlstm
 from xlstm_lm.ops.selfcheck import errors
@@ -60,19 +60,18 @@ def crashes(*inputs):
 
 
 def test_a_peer_that_is_wrong_or_crashes_keeps_its_row(monkeypatch):
-    def not_installed(case, inputs):
-        raise ImportError("No module named 'nowhere'")
-
-    peers = {name: lambda case, inputs, name=name: Contender(globals()[name], inputs, case.checks(inputs))
-             for name in ("wrong_gradient", "without_normalizer_gradient", "crashes")}  # fmt: skip
-    monkeypatch.setitem(PEERS, ("mlstm", "cpu"), peers | {"absent": not_installed})
+    peers = {
+        name: ("torch", lambda case, inputs, name=name: Contender(globals()[name], inputs, case.checks(inputs)))
+        for name in ("wrong_gradient", "without_normalizer_gradient", "crashes")
+    } | {"absent": ("a_package_that_is_not_there", None)}
+    monkeypatch.setitem(PEERS, ("mlstm", "cpu"), peers)
     rows = {row.name: row for row in kernels.run_case(SMALL, Journal(), 1, CEILINGS)}
     assert "absent" not in rows
     assert rows["wrong_gradient"].problem == "wrong gradients (allowed 1e-04)"
     assert rows["wrong_gradient"].error < 1e-4 < 1e-2 < rows["wrong_gradient"].gradient_error
     assert "; behind a norm of each head" in rows["without_normalizer_gradient"].problem
     assert rows["wrong_gradient"].milliseconds > 0
-    assert rows["crashes"].problem == "crashes: RuntimeError: no kernel image is available"
+    assert rows["crashes"].problem == "fails: RuntimeError: no kernel image is available"
     assert rows["crashes"].milliseconds is None
     assert rows["mlstm / compiled"].problem == "" and rows["mlstm / compiled"].ratio > 0
     table = kernels.as_markdown(list(rows.values()))
@@ -83,12 +82,12 @@ def test_who_killed_an_earlier_process_is_not_tried_again(tmp_path):
     path = tmp_path / "journal"
     for lines in (
         [{"trying": f"{SMALL.title} | mlstm / chunkwise"}, {"died": "the process died of SIGSEGV"}],
-        [{"trying": f"{SMALL.title} | {kernels.TOGETHER}"}, {"died": "it did not return within 150 s"}],
+        [{"trying": f"{SMALL.title} | {TOGETHER}"}, {"died": "it did not return within 150 s"}],
     ):
         with path.open("a") as file:
             file.writelines(json.dumps(line) + "\n" for line in lines)
         rows = {row.name: row for row in kernels.run_case(SMALL, Journal(path), 1, CEILINGS)}
-        assert rows["mlstm / chunkwise"].problem == "crashes: the process died of SIGSEGV"
+        assert rows["mlstm / chunkwise"].problem == "fails: the process died of SIGSEGV"
     assert "did not return" in rows["mlstm / compiled"].problem and rows["mlstm / compiled"].milliseconds is None
 
 
@@ -134,7 +133,7 @@ def test_what_is_left_out_for_want_of_time_is_named(tmp_path, capsys):
 @pytest.mark.parametrize("name", [name for name in PEERS["mlstm", "cpu"] if "SDPA" in name] + ["torch.nn.LSTM"])
 def test_a_peer_meets_its_own_definition(name):
     case = SMALL if "SDPA" in name else SLSTM(device="cpu", dtype=torch.float32, B=2, T=40, H=2, D=8)
-    contender = PEERS[case.operation, "cpu"][name](case, case.inputs())
+    contender = PEERS[case.operation, "cpu"][name][1](case, case.inputs())
     (check,) = contender.checks
     assert max(errors(contender.function, check.definition, check.inputs)) < 1e-5
     assert contender.operations > 0

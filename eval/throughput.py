@@ -1,0 +1,281 @@
+"""How fast whole models train, or with --generate write: `python -m eval.throughput --models xlstm-400m ...`.
+
+Every model gets its best kernel, which is named, and the same loss. A batch holds the same number of tokens at every
+length. The models of a table take turns in one process; the share of the arithmetic peak (MFU) refers to a large matrix
+product measured in the same run, with the operations of `xlstm_lm.models.accounting.training_flops_per_token`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import gc
+import json
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from eval.generation_speed import GenerationRow, as_markdown_generation, draw_generation, measure_generation
+from eval.journal import Journal, run_in_children
+from eval.measure import DTYPES, Ceilings, Step, Timing, environment, measure_ceilings, take_turns
+from eval.picture import draw_over_length
+from eval.speed_models import Model, describe_kernels, parse_model, record_kernels
+from xlstm_lm.models.accounting import count_parameters, training_flops_per_token
+
+SILENCE = 240.0
+"""Seconds after which a step on a GPU counts as hanging; the first of a compiled model takes long."""
+CPU_MODELS = ["xlstm-cpu-0.7m", "transformer-cpu-0.7m", "mamba2-cpu-0.7m", "lstm-cpu-0.7m"]
+GPU_MODELS = ["xlstm-400m", "transformer-400m", "mamba2-400m"]
+
+
+@dataclass(kw_only=True)
+class Row:
+    """One model at one length."""
+
+    name: str
+    parameters: int
+    length: int
+    batch_size: int
+    dtype: str
+    mode: str
+    """eager or compiled."""
+    kernels: str = ""
+    milliseconds: float | None = None
+    """Of a forward and a backward pass."""
+    spread_milliseconds: float | None = None
+    tokens_per_second: float | None = None
+    ratio: float | None = None
+    """Of tokens a second, to the first model of the table that ran."""
+    flops_share: float | None = None
+    """MFU, of the matrix product measured in this run."""
+    peak_bytes: int | None = None
+    """Memory on the GPU at most, with the weights of the models measured so far."""
+    problem: str = ""
+
+
+def training_step(model: nn.Module, tokens_BT: torch.Tensor, mode: str) -> Step:
+    """Forward and backward, without an optimizer: what a micro batch costs."""
+
+    def loss() -> torch.Tensor:
+        return model.loss(model.hidden(tokens_BT[:, :-1]), tokens_BT[:, 1:], reduction="mean")
+
+    compute = torch.compile(loss) if mode == "compiled" else loss
+
+    def step() -> None:
+        compute().backward()
+        for parameter in model.parameters():
+            parameter.grad = None
+
+    return step
+
+
+def measure_length(
+    models: list[Model], length: int, options: argparse.Namespace, journal: Journal, ceilings: Ceilings
+) -> list[Row]:
+    """All models, in every mode, at one length."""
+    dtype, batch_size = DTYPES[options.dtype], max(1, options.tokens // length)
+    vocabulary = min(model.config.vocab_size for model in models)
+    tokens_BT = torch.randint(0, vocabulary, (batch_size, length + 1), device=options.device)
+    rows: dict[str, Row] = {}
+    makers = {}
+
+    def prepare(row: Row, model: Model) -> Step:
+        module = model.build(options.device, dtype)
+        own = getattr(module, "model", None)
+        if options.activation_checkpointing and hasattr(own, "activation_checkpointing"):
+            own.activation_checkpointing = True
+        with record_kernels() as taken:
+            training_step(module, tokens_BT, "eager")()
+        row.kernels = describe_kernels(model, taken)
+        step = training_step(module, tokens_BT, row.mode)
+        if options.device == "cuda":
+            step()  # compiles, which takes memory of its own
+            torch.cuda.reset_peak_memory_stats()
+            step()
+            row.peak_bytes = torch.cuda.max_memory_allocated()
+        return step
+
+    for mode in options.modes:
+        for model in models:
+            name = f"{model.name}, {mode}"
+            rows[name] = Row(
+                name=model.name,
+                parameters=count_parameters(model.config),
+                length=length,
+                batch_size=batch_size,
+                dtype=options.dtype,
+                mode=mode,
+            )
+            makers[name] = functools.partial(prepare, rows[name], model)
+    outcomes = take_turns(
+        f"T {length}", makers, journal=journal, device=options.device, rounds=options.rounds, seconds=options.seconds
+    )
+    first = None
+    for name, outcome in outcomes.items():
+        row = rows[name]
+        if not isinstance(outcome, Timing):
+            row.problem = f"fails: {outcome}"
+            continue
+        row.milliseconds, row.spread_milliseconds = outcome.milliseconds, outcome.spread_milliseconds
+        row.tokens_per_second = batch_size * length / outcome.milliseconds * 1e3
+        first = first or row.tokens_per_second
+        row.ratio = row.tokens_per_second / first
+        config = next(model.config for model in models if model.name == row.name)
+        operations = training_flops_per_token(config, length) * row.tokens_per_second
+        row.flops_share = operations / ceilings.operations_per_second
+    return list(rows.values())
+
+
+def as_markdown(rows: list[Row]) -> str:
+    """The rows of one length as a table for people."""
+    lines = [
+        "| model | parameters | mode | kernels | tokens/s (median ± MAD) | to the first | MFU | memory | |",
+        "|---" * 9 + "|",
+    ]
+    for row in rows:
+        speed = ratio = share = ""
+        if row.milliseconds is not None:
+            spread = row.tokens_per_second * row.spread_milliseconds / row.milliseconds
+            speed, ratio, share = (
+                f"{row.tokens_per_second:,.0f} ± {spread:,.0f}",
+                f"{row.ratio:.2f}",
+                f"{row.flops_share:.1%}",
+            )
+        memory = f"{row.peak_bytes / 2**30:.1f} GiB" if row.peak_bytes else ""
+        cells = (row.name, f"{row.parameters:,}", row.mode, row.kernels, speed, ratio, share, memory, row.problem)
+        lines.append("| " + " | ".join(cell.replace("|", "/") for cell in cells) + " |")
+    return "\n".join(lines)
+
+
+def draw(rows: list[Row], path: Path) -> bool:
+    """Tokens a second over the length."""
+    curves: dict[str, list[tuple[float, float]]] = {}
+    for row in rows:
+        if row.tokens_per_second:
+            curves.setdefault(f"{row.name}, {row.mode}", []).append((row.length, row.tokens_per_second))
+    labels = {"x_label": "sequence length", "y_label": "tokens/s, forward + backward"}
+    return bool(curves) and draw_over_length({"training": curves}, path, **labels)
+
+
+def measure_all(options: argparse.Namespace, models: list[Model], journal: Journal) -> list[Any]:
+    """Go through the lengths, or prompts, printing each table, and keep the JSON up to date."""
+    device = options.device
+    if "ceilings" not in journal.results:
+        ceilings = measure_ceilings(device, DTYPES[options.dtype])
+        journal.done("ceilings", asdict(ceilings))
+        print("\n".join(f"{name}: {value}" for name, value in environment(device).items()))
+        print(
+            f"{options.dtype} product measured here: {ceilings.operations_per_second / 1e12:.4g} TFLOP/s.", flush=True
+        )
+    ceilings = Ceilings(**journal.results["ceilings"])
+    if options.generate:
+        pieces = [(length, batch) for length in options.lengths for batch in options.batch_sizes]
+        row_class, show = GenerationRow, as_markdown_generation
+    else:
+        pieces, row_class, show = [(length, None) for length in options.lengths], Row, as_markdown
+    rows: list[Any] = []
+    left_out: list[str] = []
+    for length, batch in pieces:
+        title = f"prompts of {length}, batch {batch}" if batch else f"length {length}"
+        if title in journal.results:
+            rows += (row_class(**each) for each in journal.results[title])
+            continue
+        if options.budget and time.time() - options.begin > options.budget:
+            left_out.append(title)
+            continue
+        torch.manual_seed(0)
+        if batch:
+            found = measure_generation(models, length, batch, options, journal)
+        else:
+            found = measure_length(models, length, options, journal, ceilings)
+        journal.done(title, [asdict(row) for row in found])
+        rows += found
+        print(f"\n{title}, {options.dtype}, {device}\n\n{show(found)}", flush=True)
+        if options.out:
+            _write(options, journal, rows, left_out)
+        gc.collect()
+        if device == "cuda":
+            torch.cuda.empty_cache()
+    if left_out:
+        print(f"\nLeft out, for want of time (--budget {options.budget:g}): {'; '.join(left_out)}")
+    if options.out:
+        _write(options, journal, rows, left_out)
+    return rows
+
+
+def _write(options: argparse.Namespace, journal: Journal, rows: list[Any], left_out: list[str]) -> None:
+    content = {
+        "environment": environment(options.device),
+        "ceilings": journal.results["ceilings"],
+        "models": {text: asdict(parse_model(text).config) for text in options.models},
+        "rows": [asdict(row) for row in rows],
+        "left_out": left_out,
+    }
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Measure, print the tables and, with --out, write them as JSON and as a picture."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    options = _parse(arguments)
+    try:
+        models = [parse_model(text) for text in options.models]
+    except ValueError as error:
+        print(f"python -m eval.throughput: {error}", file=sys.stderr)
+        sys.exit(2)
+    if options.device == "cuda" and not options.journal:
+        sys.exit(run_in_children("eval.throughput", arguments, SILENCE))
+    torch.set_num_threads(options.threads)
+    torch.set_flush_denormal(True)  # as in training
+    rows = measure_all(options, models, Journal(options.journal))
+    picture = options.picture or (options.out and options.out.with_suffix(".png"))
+    if picture and (draw_generation if options.generate else draw)(rows, picture):
+        print(f"\nWrote {picture}")
+
+
+def _parse(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m eval.throughput", description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--models",
+        nargs="+",
+        metavar="MODEL",
+        help="presets of configs/model, recipes, or families with fields (xlstm:embedding_dim=256,num_blocks=8); with "
+        f"transformers: in front, transformers' class of those sizes. Default: {' '.join(GPU_MODELS)}; on a CPU "
+        f"{' '.join(CPU_MODELS)}",
+    )
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--dtype", choices=list(DTYPES), help="of the weights; default bfloat16 on a GPU, else float32")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default 1)")
+    parser.add_argument("--lengths", type=int, nargs="+", help="of rows, or of prompts with --generate")
+    parser.add_argument("--tokens", type=int, help="in a batch (default 32768; on a CPU 2048)")
+    parser.add_argument("--modes", nargs="+", default=["eager"], choices=["eager", "compiled"])
+    parser.add_argument("--activation-checkpointing", action="store_true", help="recompute activations in the backward")
+    parser.add_argument("--generate", action="store_true", help="time to first token, and tokens/s after it")
+    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 8], help="of prompts, with --generate")
+    parser.add_argument("--new-tokens", type=int, default=32, help="written after a prompt (default 32)")
+    parser.add_argument("--rounds", type=int, default=9, help="timed rounds at most (default 9)")
+    parser.add_argument("--seconds", type=float, default=60.0, help="for the rounds of a table, three at least")
+    parser.add_argument("--budget", type=float, default=0, help="seconds after which no table is begun; 0: no limit")
+    parser.add_argument("--out", type=Path, help="also write the rows to this JSON file")
+    parser.add_argument("--picture", type=Path, help="draw here instead of beside --out")
+    parser.add_argument("--journal", type=Path, help=argparse.SUPPRESS)  # the process that a supervisor starts has one
+    parser.add_argument("--begin", type=float, default=time.time(), help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    on_gpu = options.device == "cuda"
+    options.models = options.models or (GPU_MODELS if on_gpu else CPU_MODELS)
+    options.dtype = options.dtype or ("bfloat16" if on_gpu else "float32")
+    options.tokens = options.tokens or (32768 if on_gpu else 2048)
+    options.lengths = options.lengths or ([2048, 8192, 32768] if on_gpu else [512, 2048])
+    if min(*options.lengths, *options.batch_sizes, options.new_tokens, options.rounds, options.tokens) < 1:
+        parser.error("--lengths, --batch-sizes, --new-tokens, --tokens and --rounds must be at least 1")
+    return options
+
+
+if __name__ == "__main__":
+    main()

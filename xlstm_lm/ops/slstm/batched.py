@@ -111,13 +111,13 @@ def rebuild(gates_BTGHD: Tensor, dy_BTHD: Tensor, checkpoints_NSBHD: Tensor, res
             reset_B = None if resets_BT is None else resets_BT[:, t]
             cell = advance(gates_BTGHD[:, t], reset_B, *state)
             kept_BHD = cell.forget_BHD
-            h_BHD, share_BHD = state[0] / state[1], cell.input_BHD / cell.n_BHD
-            h_BHD = h_BHD.masked_fill(state[1] == 0, 0.0)
-            if reset_B is not None:
-                h_BHD = h_BHD.masked_fill(reset_B[:, None, None], 0.0)
-                share_BHD = share_BHD.masked_fill(reset_B[:, None, None], 1.0)
-                kept_BHD = kept_BHD.masked_fill(reset_B[:, None, None], 0.0)
+            h_BHD = (state[0] / state[1]).masked_fill(state[1] == 0, 0.0)
+            share_BHD = cell.input_BHD / cell.n_BHD
             closed_BHD = torch.sigmoid(-gates_BTGHD[:, t, 1])
+            if reset_B is not None:
+                reset_B11 = reset_B[:, None, None]
+                kept_BHD, h_BHD = kept_BHD.masked_fill(reset_B11, 0.0), h_BHD.masked_fill(reset_B11, 0.0)
+                share_BHD, closed_BHD = share_BHD.masked_fill(reset_B11, 1.0), closed_BHD.masked_fill(reset_B11, -1.0)
             output_BHD = torch.sigmoid(cell.output_BHD)
             values = (output_BHD, share_BHD, cell.squashed_BHD, h_BHD, closed_BHD, dy_BTHD[:, t].to(h_BHD.dtype))
             torch.stack(values, 1, out=values_BTVHD[:, t])
@@ -146,19 +146,16 @@ def backward_loop(
     dstate = (dy_HBD, dh_BHD, ds_BHD, torch.empty_like(dh_BHD), torch.empty_like(ds_BHD))
     for start in reversed(range(0, T, CHECKPOINT_STEPS)):
         steps = slice(start, start + CHECKPOINT_STEPS)
-        resets_BS = None if resets_BT is None else resets_BT[:, steps]
         cuda_graphs.run(
             _backward_segment,
-            inputs=(kept.values_BTVHD[:, steps], r_HED, resets_BS),
+            inputs=(kept.values_BTVHD[:, steps], r_HED),
             outputs=(dgates_BTGHD[:, steps], *dstate),
             capture=start + CHECKPOINT_STEPS <= T,
         )
     return dgates_BTGHD, from_shares(dy_HBD.transpose(0, 1), *dstate[3:], kept)
 
 
-def _backward_segment(
-    values_BTVHD: Tensor, r_HED: Tensor, resets_BT: Tensor | None, dgates_BTGHD: Tensor, *dstate: Tensor
-) -> None:
+def _backward_segment(values_BTVHD: Tensor, r_HED: Tensor, dgates_BTGHD: Tensor, *dstate: Tensor) -> None:
     """Some steps, last to first: fills dgates and carries on in place the gradients of y (H, B, D), h and s before a
     step; and, the last two, those of h and s after it."""
     kernels = _triton_kernels(values_BTVHD)
@@ -166,9 +163,8 @@ def _backward_segment(
     factor_HBGD = dgates_BTGHD.new_empty(H, B, 4, D)  # of dgates, what goes on to the step before
     carried_dy_HBD, dh_BHD, ds_BHD, dh_after_BHD, ds_after_BHD = dstate
     for t in reversed(range(T)):
-        reset_B = None if resets_BT is None else resets_BT[:, t]
         if kernels:
-            kernels.backward_step(values_BTVHD[:, t], reset_B, dgates_BTGHD[:, t], factor_HBGD, dstate)
+            kernels.backward_step(values_BTVHD[:, t], dgates_BTGHD[:, t], factor_HBGD, dstate)
         else:
             output_BHD, share_BHD, squashed_BHD, h_BHD, closed_BHD, dy_BHD = values_BTVHD[:, t].unbind(1)
             dy_BHD = dy_BHD + carried_dy_HBD.transpose(0, 1)
@@ -182,9 +178,7 @@ def _backward_segment(
             torch.mul(dh_after_BHD, left_BHD, out=dh_BHD)
             dgates_BGHD = torch.stack((di_BHD, ds_BHD * closed_BHD, dz_BHD, do_BHD), 1)
             dgates_BTGHD[:, t] = dgates_BGHD
-            if reset_B is not None:
-                dgates_BGHD = dgates_BGHD.masked_fill(reset_B[:, None, None, None], 0.0)
-            factor_HBGD.copy_(dgates_BGHD.permute(2, 0, 1, 3))
+            factor_HBGD.copy_(dgates_BGHD.masked_fill(closed_BHD[:, None] < 0, 0.0).permute(2, 0, 1, 3))
         carried_dy_HBD.copy_(_product(factor_HBGD.flatten(2), r_HED))
 
 

@@ -21,7 +21,8 @@ class Kept(NamedTuple):
     """What a reverse loop needs of the forward loop."""
 
     values_BTVHD: Tensor
-    """Of each step sigmoid(o), p, tanh(z), h before it, sigmoid(-f), and the gradient of y; in memory H, B, T, V, D."""
+    """Of each step sigmoid(o), p, tanh(z), h before it, sigmoid(-f) (-1 for a reset, where it counts for nothing), and
+    the gradient of y; in memory H, B, T, V, D."""
     ends_SBHD: Tensor
     """c and n after the last step; and the forget weight of the first step over n after it."""
 

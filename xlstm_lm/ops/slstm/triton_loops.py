@@ -31,6 +31,8 @@ class Launch(NamedTuple):
 
     tile: int
     warps: int
+    stages: int
+    """Steps that reading is ahead, and one."""
     precision: str
     """Of float32 products: three on tensor cores, nearly as exact, where they take float32 like that."""
 
@@ -50,7 +52,7 @@ def launch_for(B: int, H: int, D: int, device: torch.device) -> Launch:
     tiles = TILES[1:] if amd else TILES  # its matrix instructions take 16 columns
     processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
     fitting = [tile for tile in tiles if H * -(-B // tile) <= processors]
-    return Launch(fitting[0] if fitting else tiles[-1], 8 if D > 64 else 4, "ieee" if amd else "tf32x3")
+    return Launch(fitting[0] if fitting else tiles[-1], 8 if D > 64 else 4, 3, "ieee" if amd else "tf32x3")
 
 
 @triton.jit
@@ -71,9 +73,9 @@ def _join(first, second, third, fourth, D: tl.constexpr, TILE: tl.constexpr):
 
 
 @triton.jit
-def _at(ptr, stride, t, T):
-    """Where step t begins; the nearest one that there is."""
-    return ptr + tl.minimum(tl.maximum(tl.cast(t, tl.int64), 0), T - 1) * stride
+def _at(ptr, stride, t):
+    """Where step t begins."""
+    return ptr + tl.cast(t, tl.int64) * stride
 
 
 @triton.jit(do_not_specialize=["B", "T"])
@@ -96,6 +98,7 @@ def forward_loop_kernel(
     HAS_RESETS: tl.constexpr,
     EVERY: tl.constexpr,
     PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """State and last are (4, B, H, D): y, c, n, m."""
     head = tl.program_id(0).to(tl.int64)
@@ -119,35 +122,24 @@ def forward_loop_kernel(
     c = tl.load(state_ptr + size + state_places, there, 0.0)
     n = tl.load(state_ptr + 2 * size + state_places, there, 1.0)
     m = tl.load(state_ptr + 3 * size + state_places, there, 0.0)
-    wx = tl.load(wx_ptr + wx_places, there_of_gates, 0.0)
-    next_wx = tl.load(_at(wx_ptr, wx_strides[1], 1, T) + wx_places, there_of_gates, 0.0)
-    if HAS_RESETS:
-        resets_ptr += row * T
-        reset = tl.load(resets_ptr, row < B, 0)
-        next_reset = tl.load(_at(resets_ptr, 1, 1, T), row < B, 0)
-    for t in range(T):
-        later_wx = tl.load(_at(wx_ptr, wx_strides[1], t + 2, T) + wx_places, there_of_gates, 0.0)
-        if t % EVERY == 0:
-            checkpoint_ptr = checkpoints_ptr + (t // EVERY) * 3 * size
-            tl.store(checkpoint_ptr + state_places, c, there)
-            tl.store(checkpoint_ptr + size + state_places, n, there)
-            tl.store(checkpoint_ptr + 2 * size + state_places, m, there)
-        if HAS_RESETS:
-            later_reset = tl.load(_at(resets_ptr, 1, t + 2, T), row < B, 0)
-            emptied = (reset != 0)[None, :]
-            y = tl.where(emptied, 0.0, y).to(y.dtype)
-            c = tl.where(emptied, 0.0, c)
-            n = tl.where(emptied, 0.0, n)
-            m = tl.where(emptied, float("-inf"), m)
-            reset = next_reset
-            next_reset = later_reset
-        gates = tl.dot(r, y, wx.to(tl.float32) + bias[:, None], input_precision=PRECISION)
-        i, f, z, o = _split(gates, BLOCK_D, TILE)
-        c, n, m, _, _, _ = advance(i, f, z, c, n, m)
-        y = (c / (n * (1.0 + tl.exp(-o)))).to(y.dtype)
-        tl.store(_at(y_ptr, H * D, t, T) + y_places, y, there)
-        wx = next_wx
-        next_wx = later_wx
+    for first in range(0, T, EVERY):
+        tl.store(checkpoints_ptr + state_places, c, there)
+        tl.store(checkpoints_ptr + size + state_places, n, there)
+        tl.store(checkpoints_ptr + 2 * size + state_places, m, there)
+        checkpoints_ptr += 3 * size
+        for t in tl.range(first, tl.minimum(first + EVERY, T), num_stages=STAGES):
+            if HAS_RESETS:
+                emptied = (tl.load(resets_ptr + row * T + t, row < B, 0) != 0)[None, :]
+                y = tl.where(emptied, 0.0, y).to(y.dtype)
+                c = tl.where(emptied, 0.0, c)
+                n = tl.where(emptied, 0.0, n)
+                m = tl.where(emptied, float("-inf"), m)
+            wx = tl.load(_at(wx_ptr, wx_strides[1], t) + wx_places, there_of_gates, 0.0)
+            gates = tl.dot(r, y, wx.to(tl.float32) + bias[:, None], input_precision=PRECISION)
+            i, f, z, o = _split(gates, BLOCK_D, TILE)
+            c, n, m, _, _, _ = advance(i, f, z, c, n, m)
+            y = (c / (n * (1.0 + tl.exp(-o)))).to(y.dtype)
+            tl.store(_at(y_ptr, H * D, t) + y_places, y, there)
     tl.store(last_ptr + state_places, y.to(tl.float32), there)
     tl.store(last_ptr + size + state_places, c, there)
     tl.store(last_ptr + 2 * size + state_places, n, there)
@@ -158,7 +150,6 @@ def forward_loop_kernel(
 def backward_loop_kernel(
     values_ptr,
     r_ptr,
-    resets_ptr,
     dlast_ptr,
     dgates_ptr,
     dfirst_ptr,
@@ -168,8 +159,8 @@ def backward_loop_kernel(
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     TILE: tl.constexpr,
-    HAS_RESETS: tl.constexpr,
     PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """dlast is (3, B, H, D): gradients of y, h, s after the last step; dfirst those of y before the first step and of h
     and s after it. values lie in memory H, B, T, 6, D and dgates H, B, T, 4, D."""
@@ -195,21 +186,10 @@ def backward_loop_kernel(
     carried_dy = tl.load(dlast_ptr + state_places, there, 0.0)
     dh = tl.load(dlast_ptr + size + state_places, there, 0.0)
     ds = tl.load(dlast_ptr + 2 * size + state_places, there, 0.0)
-    last_ptr = _at(values_ptr, 6 * D, T - 1, T)
-    four = tl.load(last_ptr + four_places, there_of_gates, 0.0)
-    two = tl.load(last_ptr + two_places, there_of_two, 0.0)
-    before_ptr = _at(values_ptr, 6 * D, T - 2, T)
-    next_four = tl.load(before_ptr + four_places, there_of_gates, 0.0)
-    next_two = tl.load(before_ptr + two_places, there_of_two, 0.0)
-    if HAS_RESETS:
-        resets_ptr += row * T
-        reset = tl.load(_at(resets_ptr, 1, T - 1, T), row < B, 0)
-        next_reset = tl.load(_at(resets_ptr, 1, T - 2, T), row < B, 0)
-    for step in range(T):
+    for step in tl.range(T, num_stages=STAGES):
         t = T - 1 - step
-        later_ptr = _at(values_ptr, 6 * D, t - 2, T)
-        later_four = tl.load(later_ptr + four_places, there_of_gates, 0.0)
-        later_two = tl.load(later_ptr + two_places, there_of_two, 0.0)
+        four = tl.load(_at(values_ptr, 6 * D, t) + four_places, there_of_gates, 0.0)
+        two = tl.load(_at(values_ptr, 6 * D, t) + two_places, there_of_two, 0.0)
         output, share, squashed, h = _split(four, BLOCK_D, TILE)
         closed, dy = tl.split(tl.permute(tl.reshape(two, [2, BLOCK_D, TILE]), [1, 2, 0]))
         if t == 0:
@@ -218,17 +198,9 @@ def backward_loop_kernel(
         if t == 0:
             tl.store(dfirst_ptr + size + state_places, dh_after, there)
         dgates = _join(di, df, dz, do, BLOCK_D, TILE).to(r.dtype)
-        tl.store(_at(dgates_ptr, 4 * D, t, T) + dgates_places, dgates, there_of_gates)
+        tl.store(_at(dgates_ptr, 4 * D, t) + dgates_places, dgates, there_of_gates)
         carried_dy = tl.dot(r, dgates, input_precision=PRECISION)
-        if HAS_RESETS:
-            later_reset = tl.load(_at(resets_ptr, 1, t - 2, T), row < B, 0)
-            carried_dy = tl.where((reset != 0)[None, :], 0.0, carried_dy)
-            reset = next_reset
-            next_reset = later_reset
-        four = next_four
-        two = next_two
-        next_four = later_four
-        next_two = later_two
+        carried_dy = tl.where(closed < 0.0, 0.0, carried_dy)  # the step was a reset
     tl.store(dfirst_ptr + state_places, carried_dy, there)
 
 
@@ -260,8 +232,8 @@ def forward_loop(
         HAS_RESETS=resets_BT is not None,
         EVERY=CHECKPOINT_STEPS,
         PRECISION=launch.precision,
+        STAGES=launch.stages,
         num_warps=launch.warps,
-        num_stages=1,
     )
     return y_BTHD, checkpoints_NSBHD, tuple(part.clone() for part in last_SBHD)
 
@@ -283,7 +255,6 @@ def backward_loop(
     backward_loop_kernel[(H, triton.cdiv(B, launch.tile))](
         kept.values_BTVHD,
         r_GHDE,
-        dgates_BTGHD if resets_BT is None else resets_BT,
         torch.stack(into_shares(dlast, kept)),
         dgates_BTGHD,
         dfirst_SBHD,
@@ -293,9 +264,8 @@ def backward_loop(
         D,
         BLOCK_D=padded(D),
         TILE=launch.tile,
-        HAS_RESETS=resets_BT is not None,
         PRECISION=launch.precision,
+        STAGES=launch.stages,
         num_warps=launch.warps,
-        num_stages=1,
     )
     return dgates_BTGHD, from_shares(*dfirst_SBHD, kept)

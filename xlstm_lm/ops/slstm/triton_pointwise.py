@@ -59,7 +59,7 @@ def _gates(ptr, strides, place, inside):
     return i, f, z, o
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B"])
 def forward_step_kernel(
     product_ptr,
     wx_ptr,
@@ -104,10 +104,9 @@ def forward_step_kernel(
     tl.store(m_ptr + unit, m, inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B"])
 def backward_step_kernel(
     values_ptr,
-    reset_ptr,
     dgates_ptr,
     factor_ptr,
     dy_ptr,
@@ -117,11 +116,9 @@ def backward_step_kernel(
     ds_after_ptr,
     values_strides,
     dgates_strides,
-    reset_stride,
     B,
     H,
     D: tl.constexpr,
-    HAS_RESETS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """One program for each row, head and block of units. `factor` is what of dgates goes on to the step before."""
@@ -143,18 +140,13 @@ def backward_step_kernel(
     tl.store(ds_ptr + unit, ds, inside)
     dgates_ptr += row * dgates_strides[0] + head * dgates_strides[2]
     factor_ptr += (head * B + row) * 4 * D
-    if HAS_RESETS:
-        left = tl.where(tl.load(reset_ptr + row * reset_stride) != 0, 0.0, 1.0)
     gradients = (di, df, dz, do)
     for gate in tl.static_range(4):
-        gradient = gradients[gate]
-        tl.store(dgates_ptr + gate * dgates_strides[1] + d, gradient, inside)
-        if HAS_RESETS:
-            gradient = gradient * left
-        tl.store(factor_ptr + gate * D + d, gradient, inside)
+        tl.store(dgates_ptr + gate * dgates_strides[1] + d, gradients[gate], inside)
+        tl.store(factor_ptr + gate * D + d, tl.where(closed < 0.0, 0.0, gradients[gate]), inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B", "T"])
 def rebuild_kernel(
     gates_ptr,
     dy_ptr,
@@ -193,14 +185,17 @@ def rebuild_kernel(
             h = tl.where(reset, 0.0, h)
         c, n, m, taken, kept, squashed = advance(i, f, z, c, n, m)
         share = taken / n
+        closed = 1.0 / (1.0 + tl.exp(f))
         if HAS_RESETS:
+            kept = tl.where(reset, 0.0, kept)
             share = tl.where(reset, 1.0, share)
+            closed = tl.where(reset, -1.0, closed)
         place = values_ptr + (line + t) * 6 * D + d
         tl.store(place, 1.0 / (1.0 + tl.exp(-o)), inside)
         tl.store(place + D, share, inside)
         tl.store(place + 2 * D, squashed, inside)
         tl.store(place + 3 * D, h, inside)
-        tl.store(place + 4 * D, 1.0 / (1.0 + tl.exp(f)), inside)
+        tl.store(place + 4 * D, closed, inside)
         tl.store(place + 5 * D, tl.load(dy_ptr + tl.cast(t, tl.int64) * dy_strides[1] + d, inside, 0.0), inside)
         if t == 0:
             tl.store(ends_ptr + 2 * size + unit, kept / n, inside)
@@ -240,24 +235,19 @@ def forward_step(
     )
 
 
-def backward_step(
-    values_BVHD: Tensor, reset_B: Tensor | None, dgates_BGHD: Tensor, factor_HBGD: Tensor, dstate: tuple[Tensor, ...]
-) -> None:
+def backward_step(values_BVHD: Tensor, dgates_BGHD: Tensor, factor_HBGD: Tensor, dstate: tuple[Tensor, ...]) -> None:
     """Fills dgates and what of them goes on to the step before, and carries the gradients of h and s on in place."""
     B, _, H, D = values_BVHD.shape
     backward_step_kernel[(B * H, triton.cdiv(D, BLOCK))](
         values_BVHD,
-        values_BVHD if reset_B is None else reset_B,
         dgates_BGHD,
         factor_HBGD,
         *dstate,
         values_BVHD.stride(),
         dgates_BGHD.stride(),
-        1 if reset_B is None else reset_B.stride(0),
         B,
         H,
         D,
-        HAS_RESETS=reset_B is not None,
         BLOCK=BLOCK,
     )
 

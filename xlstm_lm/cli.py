@@ -97,7 +97,7 @@ def _make_parser(with_fields: bool) -> _Parser:
     export.add_argument(
         "--format",
         choices=["transformers", "xlstm_lm"],
-        help="transformers: a type of transformers' own, without code of ours; xlstm_lm: any model, exact with padding, "
+        help="transformers: a type of transformers' own, without code of ours; xlstm_lm: any model, padded prompts, "
         "beams and bf16, bringing its code along. Default: the first, where it can hold the model.",
     )
     export.add_argument(

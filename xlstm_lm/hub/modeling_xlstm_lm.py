@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from transformers.generation import GenerationMixin
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import ModelOutput, can_return_tuple
@@ -30,6 +31,8 @@ class XLSTMLMCache:
 
     A model that is given a cache changes it. To continue one text in two ways, give it two copies (`copy.deepcopy`).
     """
+
+    is_compileable = False  # transformers asks before it generates
 
     def __init__(self) -> None:
         self.states: list[tuple[Tensor, ...]] | None = None
@@ -270,6 +273,7 @@ class XLSTMLMForCausalLM(XLSTMLMPreTrainedModel, GenerationMixin):
         input_ids: Tensor,
         cache_params: XLSTMLMCache | None = None,
         attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
         is_first_iteration: bool = False,
         **options: Any,
     ) -> dict[str, Any]:
@@ -278,7 +282,7 @@ class XLSTMLMForCausalLM(XLSTMLMPreTrainedModel, GenerationMixin):
         Raises:
             ValueError: the cache holds all of `input_ids`, or more.
         """
-        if is_first_iteration and cache_params is not None:
+        if is_first_iteration and cache_params is not None and inputs_embeds is None:
             held = cache_params.get_seq_length()
             if held >= input_ids.shape[1]:
                 raise ValueError(
@@ -286,12 +290,13 @@ class XLSTMLMForCausalLM(XLSTMLMPreTrainedModel, GenerationMixin):
                     "far, those in the cache and at least one new one."
                 )
             input_ids = input_ids[:, held:]
-        elif cache_params is not None:
+        elif not is_first_iteration and cache_params is not None:
             attention_mask = None  # padding precedes the prompt; what is generated is not padded
         return super().prepare_inputs_for_generation(
             input_ids,
             cache_params=cache_params,
             attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
             is_first_iteration=is_first_iteration,
             **options,
         )
@@ -333,3 +338,9 @@ def _without_padding(
 def _rearrange(x_BTD: Tensor, order_BT: Tensor) -> Tensor:
     """Position t of each row becomes what was at position order[t]."""
     return x_BTD.gather(1, order_BT.to(x_BTD.device)[..., None].expand_as(x_BTD))
+
+
+if __name__ == "xlstm_lm.hub.modeling_xlstm_lm":  # not in the copy that an export brings along
+    AutoConfig.register(XLSTMLMConfig.model_type, XLSTMLMConfig, exist_ok=True)
+    AutoModel.register(XLSTMLMConfig, XLSTMLMModel, exist_ok=True)
+    AutoModelForCausalLM.register(XLSTMLMConfig, XLSTMLMForCausalLM, exist_ok=True)

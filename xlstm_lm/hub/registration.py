@@ -8,24 +8,16 @@ import sys
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
+MODULES = ("xlstm_lm.hub.configuration_xlstm_lm", "xlstm_lm.hub.modeling_xlstm_lm")
+"""The second makes itself known to transformers when it is imported."""
+
 
 def register() -> None:
     """Now if transformers has been imported, else as soon as it is."""
     if "transformers" in sys.modules:
-        _register_now()
+        importlib.import_module(MODULES[1])
     elif not any(isinstance(finder, _AfterTransformers) for finder in sys.meta_path):
         sys.meta_path.insert(0, _AfterTransformers())
-
-
-def _register_now() -> None:
-    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
-
-    from xlstm_lm.hub.configuration_xlstm_lm import XLSTMLMConfig
-    from xlstm_lm.hub.modeling_xlstm_lm import XLSTMLMForCausalLM, XLSTMLMModel
-
-    AutoConfig.register(XLSTMLMConfig.model_type, XLSTMLMConfig, exist_ok=True)
-    AutoModel.register(XLSTMLMConfig, XLSTMLMModel, exist_ok=True)
-    AutoModelForCausalLM.register(XLSTMLMConfig, XLSTMLMForCausalLM, exist_ok=True)
 
 
 class _AfterTransformers(importlib.abc.MetaPathFinder):
@@ -42,7 +34,8 @@ class _AfterTransformers(importlib.abc.MetaPathFinder):
 
         def execute_and_register(module: ModuleType) -> None:
             execute(module)
-            _register_now()
+            if not any(name in sys.modules for name in MODULES):  # else it is one of these that wants transformers
+                register()
 
         spec.loader.exec_module = execute_and_register
         return spec

@@ -32,6 +32,7 @@ _NATIVE_FLAG = "-mcpu=native" if platform.machine() in ("aarch64", "arm64") else
 _OPENMP_FLAGS = ["-fopenmp"] if platform.system() == "Linux" else []  # Apple's clang has none; one thread there
 
 
+@torch.compiler.assume_constant_result  # torch.compile would follow it into the hashing of sources
 def kernels_available(consequence: str) -> bool:
     """Whether the compiled kernels can be used here; builds them if need be.
 
@@ -45,6 +46,7 @@ def kernels_available(consequence: str) -> bool:
     return True
 
 
+@torch.compiler.assume_constant_result
 def load_kernels() -> None:
     """Load the kernels' library into this process, after building it where nobody has yet.
 

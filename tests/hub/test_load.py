@@ -122,3 +122,18 @@ def test_a_folder_without_tokenizer_says_so_when_it_is_needed(tmp_path):
     make_transformers_folder(tmp_path)
     with pytest.raises(ValueError, match="holds a model but no tokenizer"):
         _ = hub.load(tmp_path).tokenizer
+
+
+def test_a_file_of_a_folder_and_nonsense_in_its_configuration_are_refused(tmp_path):
+    make_transformers_folder(tmp_path)
+    with pytest.raises(ValueError, match=r"model.safetensors is a part of the model in .*; give the folder"):
+        hub.load(tmp_path / "model.safetensors")
+    edit_weights(tmp_path, lambda weights: weights.update({"lm_head.weight": torch.zeros(3, 3, 3)}))
+    with pytest.raises(ValueError, match=r"head.weight is \(3, 3, 3\) instead of \(50, 64\)"):
+        hub.load(tmp_path)
+    edit_weights(tmp_path, lambda weights: weights.update({"backbone.embeddings.weight": torch.zeros(3)}))
+    with pytest.raises(ValueError, match=tmp_path.name):
+        hub.load(tmp_path)
+    (tmp_path / "config.json").write_text("[1]")
+    with pytest.raises(ValueError, match="config.json holds no mapping"):
+        hub.load(tmp_path)

@@ -10,10 +10,7 @@ README.md, learning_curve.png, recipe.yaml the model card
 from __future__ import annotations
 
 import re
-import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +21,7 @@ from xlstm_lm.hub.export_format import ExportFormat, converted_sizes
 from xlstm_lm.hub.gate import ask, check
 from xlstm_lm.hub.load import TrainedModel, load
 from xlstm_lm.hub.model_card import write_model_card
+from xlstm_lm.hub.new_folder import check_free, whole_or_not_at_all
 from xlstm_lm.hub.own_format import OWN_FORMAT
 from xlstm_lm.hub.push import check_repository_name, push
 from xlstm_lm.hub.tokenizer_files import save_tokenizer_files
@@ -72,13 +70,13 @@ def export(
             from the model; nothing is left of it. Or it could not be pushed: then the folder is complete.
     """
     source, out = Path(source), Path(out)
-    _check_free(out)
+    check_free(out)
     if repository:
         check_repository_name(repository)
     trained = load(_checkpoint_of(source, step))
     tokenizer = trained.tokenizer
     export_format = choose_format(trained.model.config, format_name)
-    with _whole_or_not_at_all(out) as partial, tempfile.TemporaryDirectory() as place:
+    with whole_or_not_at_all(out) as partial, tempfile.TemporaryDirectory() as place:
         question = Path(place) / "question"
         ask(trained.model, tokenizer, export_format, question)
         _write(trained, tokenizer, export_format, partial, shard_bytes)
@@ -107,10 +105,10 @@ def save_export(
         ValueError: as `export`.
     """
     out = Path(out)
-    _check_free(out)
+    check_free(out)
     tokenizer = trained.tokenizer
     export_format = choose_format(trained.model.config, format_name)
-    with _whole_or_not_at_all(out) as partial:
+    with whole_or_not_at_all(out) as partial:
         _write(trained, tokenizer, export_format, partial, shard_bytes)
         run_dir, step = _origin(trained.folder)
         write_model_card(
@@ -159,11 +157,6 @@ def parse_size(text: str) -> int:
     return int(float(found[1]) * units[found[2]])
 
 
-def _check_free(out: Path) -> None:
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} exists and is not empty; choose another folder.")
-
-
 def _checkpoint_of(source: Path, step: int | None) -> Path:
     if step is None:
         return source
@@ -180,22 +173,6 @@ def _origin(folder: Path) -> tuple[Path | None, int | None]:
     if step is None or folder.parent.name != "checkpoints":
         return None, None
     return folder.parent.parent, int(step[1])
-
-
-@contextmanager
-def _whole_or_not_at_all(out: Path) -> Iterator[Path]:
-    """A folder beside `out` to write to, which becomes `out` at the end, or goes away with an error."""
-    partial = out.absolute().with_name(f".{out.absolute().name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # of an export that was killed
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        if out.exists():
-            out.rmdir()
-        partial.rename(out)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
 
 
 def _write(

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +18,10 @@ import yaml
 from xlstm_lm.data import Tokenizer, TokenizerConfig, build_tokenizer, load_tokenizer
 from xlstm_lm.data.tokenizer import CONFIG_FILE
 from xlstm_lm.hub.load import TrainedModel, check_vocabulary, load
+from xlstm_lm.hub.new_folder import check_free, whole_or_not_at_all
 from xlstm_lm.parallel.process_group import World
 from xlstm_lm.training.checkpoint import write_checkpoint
-from xlstm_lm.training.durable_files import sync_folder, write_durably
+from xlstm_lm.training.durable_files import write_durably
 
 RECIPE = "model.yaml"
 TOKENIZER = "tokenizer"
@@ -37,24 +37,12 @@ def import_run(source: str | Path, out: str | Path, tokenizer: str | None = None
             damaged, or they do not fit each other. Nothing has been written.
         RunError: the disk is full. What had been written is gone.
     """
-    out = Path(out).resolve()
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} exists and is not empty; choose another folder.")
+    source, out = Path(source), Path(out)
+    check_free(out)
     trained = load(source)
     chosen = _choose_tokenizer(trained, tokenizer)
-    partial = out.with_name(f".{out.name}.partial")
-    if partial.exists():  # left by an import that was killed
-        shutil.rmtree(partial)
-    partial.mkdir(parents=True)
-    try:
-        _write(partial, out, trained, chosen, str(Path(source).resolve()))
-        if out.exists():
-            out.rmdir()
-        partial.rename(out)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    sync_folder(out.parent)
+    with whole_or_not_at_all(out) as partial:
+        _write(partial, out, trained, chosen, source)
     return out / RECIPE
 
 
@@ -74,14 +62,14 @@ def _choose_tokenizer(trained: TrainedModel, name: str | None) -> Tokenizer:
     return tokenizer
 
 
-def _write(folder: Path, out: Path, trained: TrainedModel, tokenizer: Tokenizer, source: str) -> None:
+def _write(folder: Path, out: Path, trained: TrainedModel, tokenizer: Tokenizer, source: Path) -> None:
     """Everything, to `folder`, which will be renamed to `out`."""
     parameters = dict(trained.model.named_parameters())
     recipe: dict[str, Any] = {"model": dataclasses.asdict(trained.model.config)}
     write_checkpoint(
         folder,
         world=World(rank=0, size=1, local_rank=0, device=torch.device("cpu")),
-        state={"step": 0, "imported_from": source, "tokenizer_fingerprint": tokenizer.fingerprint()},
+        state={"step": 0, "imported_from": str(source.resolve()), "tokenizer_fingerprint": tokenizer.fingerprint()},
         sizes={name: parameter.numel() for name, parameter in parameters.items()},
         weights=iter(parameters.items()),
         moments=None,
@@ -92,6 +80,6 @@ def _write(folder: Path, out: Path, trained: TrainedModel, tokenizer: Tokenizer,
     tokenizer.save(folder / TOKENIZER)
     config = TokenizerConfig(**json.loads((folder / TOKENIZER / CONFIG_FILE).read_text(encoding="utf-8")))
     if config.kind == "huggingface":
-        config = dataclasses.replace(config, name=str(out / TOKENIZER), revision=None)
+        config = dataclasses.replace(config, name=str(out.resolve() / TOKENIZER), revision=None)
     recipe["data"] = {"tokenizer": dataclasses.asdict(config)}
     write_durably(folder / RECIPE, yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True).encode())

@@ -104,6 +104,8 @@ def _read_package(path: Path) -> StoredModel:
     config_path = _package_config(path)
     assert config_path is not None, "recognised by it"
     values = _read_mapping(config_path)
+    if "model_type" in values:
+        raise ValueError(f"{path} is a part of the model in {folder}; give the folder.")
     values = values["model"] if isinstance(values.get("model"), dict) else values  # as in the package's experiments
     return _convert(path, folder, from_package, values, _package_tensors(path))
 

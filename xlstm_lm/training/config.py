@@ -18,7 +18,7 @@ class TrainingConfig:
     """Seed of the initial weights and of the data order."""
     resume: str = "auto"
     """auto: continue the run in run_dir if there is one; never: refuse a run_dir that holds one; or the path of a
-    checkpoint (or of a run, for its newest) of another run to start from."""
+    checkpoint (or of a run, for its newest) of another run, or of an imported model, to start from."""
     log_every: int = 10
     """Steps between two lines in metrics.jsonl."""
     checkpoint_every: int = 1000

@@ -135,3 +135,16 @@ def test_bfloat16_weights_are_computed_with_in_float32(tmp_path):
     theirs.save_pretrained(tmp_path)
     assert_equal_logits(tmp_path, theirs.float())
     assert {parameter.dtype for parameter in hub.load(tmp_path).parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_back_to_transformers_without_the_change_of_a_bit(tmp_path, dtype):
+    make_model(hidden_size=128, vocab_size=260).to(dtype).save_pretrained(tmp_path / "theirs")
+    hub.import_run(tmp_path / "theirs", tmp_path / "run", tokenizer="bytes")
+    hub.save_export(hub.load(tmp_path / "run"), tmp_path / "ours", format_name="transformers")
+    before, after = (safetensors.torch.load_file(tmp_path / name / "model.safetensors") for name in ("theirs", "ours"))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name].float(), after[name]) for name in before)
+    hub.import_run(tmp_path / "ours", tmp_path / "again")
+    for file in ("model.yaml", "checkpoints/step_00000000/model.safetensors"):
+        assert (tmp_path / "run" / file).read_bytes() == (tmp_path / "again" / file).read_bytes()

@@ -2,26 +2,106 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 from collections.abc import Callable
 
 import torch
 
 from xlstm_lm.ops.announce import announce_once
 from xlstm_lm.ops.native import kernels_available
+from xlstm_lm.ops.selfcheck import TOLERANCE, compare, slstm_inputs, some_resets
 from xlstm_lm.ops.slstm.compiled import slstm_compiled
+from xlstm_lm.ops.slstm.fused import LOOPS, loops_of, slstm_fused
 from xlstm_lm.ops.slstm.recurrence import SLSTMState, slstm_recurrence
 
-BACKENDS: dict[str, Callable] = {"recurrence": slstm_recurrence, "compiled": slstm_compiled}
-"""Every implementation by its name; all take the arguments of `slstm` but `backend`."""
+
+def _run_fused(
+    backend: str, wx: torch.Tensor, *others: torch.Tensor, **options: object
+) -> torch.Tensor | tuple[torch.Tensor, SLSTMState]:
+    problem = why_not(backend, wx.device, wx.dtype, wx.shape[-1])
+    if problem is not None:
+        raise ValueError(f"the sLSTM backend {backend!r} cannot compute this: {problem}; choose 'auto'")
+    return slstm_fused(wx, *others, **options, backend=backend)
+
+
+BACKENDS: dict[str, Callable] = {
+    "recurrence": slstm_recurrence,
+    "compiled": slstm_compiled,
+    **{name: functools.partial(_run_fused, name) for name in LOOPS},
+}
+"""Every implementation by its name; all take the arguments of `slstm` but `backend`. "compiled" is for CPUs; "triton"
+(where Triton is installed) and "cluster" are for GPUs, fastest first; the others run anywhere."""
+if importlib.util.find_spec("triton") is None:
+    del BACKENDS["triton"]
 
 
 def choose_backend(wx: torch.Tensor) -> str:
-    """The backend that `backend="auto"` takes for an input like `wx`. Builds the CPU kernel on first use."""
+    """The backend that `backend="auto"` takes for an input like `wx`.
+
+    On a CPU "compiled", which is built on first use. On a GPU the first of "triton", "cluster" and "batched" that takes
+    such heads and computes the definition there, looked at once a process. Slower ones are announced.
+    """
     if wx.device.type == "cpu":
         slow = "the sLSTM runs step by step in Python, which is far slower"
         return "compiled" if kernels_available(slow) else "recurrence"
-    announce_once(f"no fused sLSTM kernel for {wx.device.type}: the cell runs step by step in Python (`recurrence`)")
+    if wx.device.type == "cuda":
+        return _first_right(wx.device, wx.dtype, wx.shape[-1])
+    announce_once(f"no fused sLSTM kernel for {wx.device.type}: the cell takes several operations a step (`batched`)")
+    return "batched"
+
+
+@torch.compiler.assume_constant_result
+@functools.cache
+def _first_right(device: torch.device, dtype: torch.dtype, D: int) -> str:
+    heads, reasons = f"for heads of {D} units in {dtype} on {device}", []
+    for backend in LOOPS:
+        reason = why_not(backend, device, dtype, D)
+        if reason is None:
+            wrong = _what_is_wrong(backend, device, dtype, D)
+            if wrong is None:
+                if backend == "batched":
+                    reasons = "; ".join(reasons)
+                    announce_once(
+                        f"the sLSTM takes a product and a pointwise kernel a step (`batched`) {heads}: {reasons}"
+                    )
+                return backend
+            announce_once(f"the sLSTM does without its kernels `{backend}` {heads}: {wrong}")
+            reason = wrong
+        reasons.append(f"`{backend}`: {reason}")
+    announce_once(f"the sLSTM runs step by step in Python (`recurrence`), which is far slower, {heads}")
     return "recurrence"
+
+
+@torch.compiler.assume_constant_result
+@functools.cache
+def why_not(backend: str, device: torch.device, dtype: torch.dtype, D: int) -> str | None:
+    """Why a backend of `LOOPS` cannot take heads of `D` units on a device; None if it can."""
+    if backend not in BACKENDS:
+        return "Triton is not installed (pip install 'xlstm-lm[gpu]')"
+    return None if backend == "batched" else loops_of(backend).why_not(device, D, dtype)
+
+
+def _what_is_wrong(backend: str, device: torch.device, dtype: torch.dtype, D: int) -> str | None:
+    """How a backend differs from the definition in values or gradients; None if it does not.
+
+    A compiler that gets kernels wrong on a newer GPU must not go unnoticed.
+    """
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices), torch.inference_mode(False), torch.enable_grad():
+        torch.manual_seed(0)
+        inputs = slstm_inputs(device, dtype, B=3, D=D)
+        ours, definition = (
+            functools.partial(slstm, resets=some_resets(inputs), backend=name) for name in (backend, "recurrence")
+        )
+        try:
+            error = compare(ours, definition, inputs)
+        except Exception as caught:  # whatever a compiler, an assembler or a driver comes up with
+            problem = (str(caught).strip() or type(caught).__name__).splitlines()[0]
+            return f"they do not run ({problem})"
+    if not error <= TOLERANCE.get(dtype, 1e-9):
+        return f"they are wrong (error {error:.1e})"
+    return None
 
 
 def slstm(

@@ -69,13 +69,19 @@ class Loops(Protocol):
         """
 
 
-LOOPS = {name: f"xlstm_lm.ops.slstm.{name}" for name in ("batched", "triton", "cluster")}
-"""The modules with the loops, by backend. They are imported when first needed: not every machine has what they need."""
-LOOPS["triton"] += "_loops"
+LOOPS = {
+    "triton": "xlstm_lm.ops.slstm.triton_loops",
+    "cluster": "xlstm_lm.ops.slstm.cluster",
+    "batched": "xlstm_lm.ops.slstm.batched",
+}
+"""The modules with the loops, fastest first. They are imported when first needed: not every machine can."""
 
 
 def loops_of(backend: str) -> Loops:
-    """The module of a backend in `LOOPS`."""
+    """The module of a backend in `LOOPS`. Those for some devices and heads only also have a function
+
+    why_not(device, D, dtype) -> str | None: why they do not take heads of D units there; None if they do.
+    """
     return importlib.import_module(LOOPS[backend])
 
 

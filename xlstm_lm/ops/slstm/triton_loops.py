@@ -20,29 +20,31 @@ from xlstm_lm.ops.slstm.recurrence import SLSTMState
 from xlstm_lm.ops.slstm.shares import from_shares, into_shares
 from xlstm_lm.ops.slstm.triton_pointwise import advance, rebuild, retreat
 
-LARGEST = {torch.float32: 64, torch.bfloat16: 128, torch.float16: 128}
-"""Heads that these kernels take, by type: R has to fit into shared memory, for float32 in two parts."""
+LARGEST = {torch.float32: 32, torch.bfloat16: 128, torch.float16: 128}
+"""Units of the largest heads, by type: R has to fit into shared memory, and in float32 is there in two parts."""
 TILES = (8, 16)
 """Rows of the batch in a program; the fewest that leave no program waiting for a processor."""
 
 
 class Launch(NamedTuple):
-    """How a loop is launched."""
+    """How the loops are launched."""
 
     tile: int
     warps: int
     stages: int
-    """Steps that reading is ahead, and one."""
+    """Steps that the backward reads ahead, and one. What it reads lies in shared memory meanwhile."""
     precision: str
     """Of float32 products: three on tensor cores, nearly as exact, where they take float32 like that."""
 
 
-def why_not(D: int, dtype: torch.dtype) -> str | None:
-    """Why these kernels do not take heads of D units in a type; None if they do."""
+def why_not(device: torch.device, D: int, dtype: torch.dtype) -> str | None:
+    """Why these kernels do not take heads of D units on a device; None if they do."""
     largest = LARGEST.get(dtype)
+    if device.type != "cuda" and not triton.knobs.runtime.interpret:
+        return f"Triton's kernels run on a GPU, not on {device}"
     if largest is None:
-        return f"there is no kernel for {dtype}"
-    return f"heads have {D} units, and at most {largest} fit on chip in {dtype}" if largest < D else None
+        return f"it takes float32, bfloat16 and float16, not {dtype}"
+    return f"it takes heads of up to {largest} units in {dtype}" if largest < D else None
 
 
 def launch_for(B: int, H: int, D: int, device: torch.device) -> Launch:
@@ -51,8 +53,9 @@ def launch_for(B: int, H: int, D: int, device: torch.device) -> Launch:
     amd = target.startswith("gfx")
     tiles = TILES[1:] if amd else TILES  # its matrix instructions take 16 columns
     processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
-    fitting = [tile for tile in tiles if H * -(-B // tile) <= processors]
-    return Launch(fitting[0] if fitting else tiles[-1], 8 if D > 64 else 4, 3, "ieee" if amd else "tf32x3")
+    tile = next((tile for tile in tiles if H * -(-B // tile) <= processors), tiles[-1])
+    stages = 3 if padded(D) * tile <= 1024 else 2
+    return Launch(tile, 8 if D > 64 else 4, stages, "ieee" if amd else "tf32x3")
 
 
 @triton.jit
@@ -122,6 +125,9 @@ def forward_loop_kernel(
     c = tl.load(state_ptr + size + state_places, there, 0.0)
     n = tl.load(state_ptr + 2 * size + state_places, there, 1.0)
     m = tl.load(state_ptr + 3 * size + state_places, there, 0.0)
+    if HAS_RESETS:
+        resets_ptr += row * T
+        reset = tl.load(resets_ptr, row < B, 0)
     for first in range(0, T, EVERY):
         tl.store(checkpoints_ptr + state_places, c, there)
         tl.store(checkpoints_ptr + size + state_places, n, there)
@@ -129,7 +135,8 @@ def forward_loop_kernel(
         checkpoints_ptr += 3 * size
         for t in tl.range(first, tl.minimum(first + EVERY, T), num_stages=STAGES):
             if HAS_RESETS:
-                emptied = (tl.load(resets_ptr + row * T + t, row < B, 0) != 0)[None, :]
+                emptied = (reset != 0)[None, :]
+                reset = tl.load(resets_ptr + tl.minimum(t + 1, T - 1), row < B, 0)
                 y = tl.where(emptied, 0.0, y).to(y.dtype)
                 c = tl.where(emptied, 0.0, c)
                 n = tl.where(emptied, 0.0, n)
@@ -232,7 +239,7 @@ def forward_loop(
         HAS_RESETS=resets_BT is not None,
         EVERY=CHECKPOINT_STEPS,
         PRECISION=launch.precision,
-        STAGES=launch.stages,
+        STAGES=3,
         num_warps=launch.warps,
     )
     return y_BTHD, checkpoints_NSBHD, tuple(part.clone() for part in last_SBHD)

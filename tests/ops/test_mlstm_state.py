@@ -11,9 +11,10 @@ import pytest
 import torch
 from mlstm_cases import FAST, assert_halves_equal_the_whole, gradients, make_inputs, make_resets, run
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
-from xlstm_lm.ops.mlstm import choose_backend, mlstm
+from xlstm_lm.ops.mlstm import choose_backend, dispatch, mlstm
 
 
 def in_true_units(
@@ -122,6 +123,21 @@ def test_the_backend_is_chosen_by_what_is_asked() -> None:
     assert choose_backend(*(x.detach() for x in leaves), torch.zeros(1, requires_grad=True)) == "compiled"
     assert choose_backend(*(x.detach() for x in make_inputs(T=2).values())) == "compiled"
     assert choose_backend(*(x.to("meta") for x in leaves)) == "chunkwise"
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_a_gpu_takes_the_kernels_that_prove_right(right: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(dispatch, "triton_is_right", lambda backend, *_: asked.append(backend) or right)
+    with FakeTensorMode():
+        one, two = (torch.empty(1, T, 2, 8, device="cuda") for T in (1, 2))
+        assert choose_backend(one) == ("triton_step" if right else "step")
+        assert choose_backend(one.requires_grad_()) == ("triton" if right else "chunkwise")
+        assert choose_backend(two) == ("triton" if right else "chunkwise")
+        assert asked == ["triton_step", "triton", "triton"]
+        assert choose_backend(two.double()) == "chunkwise", "the kernels have no float64"
+        assert choose_backend(one.detach().double()) == "step"
+        assert len(asked) == 3
 
 
 @pytest.fixture(scope="module")

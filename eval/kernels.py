@@ -34,12 +34,12 @@ from eval.measure import (
     take_turns,
 )
 from eval.peers import PEERS
-from eval.picture import draw_over_length
+from eval.picture import OWN, draw_over_length
 from xlstm_lm.ops.selfcheck import TOLERANCE, errors
 
 SECONDS_A_CASE = {"cpu": 120.0, "cuda": 5.0}
 """What the timed rounds of a table may take before there are fewer of them."""
-SILENCE = 150.0
+SILENCE = 75.0
 """Seconds after which a kernel on a GPU counts as hanging; the first call of one that is compiled takes many."""
 
 
@@ -202,7 +202,7 @@ def draw(rows: list[Row], cases: list[Case], path: Path) -> bool:
         case = by_sizes.get(row.sizes)
         if case is None or row.milliseconds is None or row.direction == "forward":
             continue
-        name = row.name + (f" ({row.problem})" if row.problem else "")
+        name = row.name + (f" ({row.problem.partition(' (')[0]})" if row.problem else "")
         panel = panels.setdefault(f"{case.H} heads, K {case.K}, V {case.V}", {})
         panel.setdefault(name, []).append((case.T, row.milliseconds * 1e6 / (case.B * case.T)))
     if not panels:
@@ -276,6 +276,14 @@ def main(arguments: list[str] | None = None) -> None:
     picture = options.picture or (options.out and options.out.with_suffix(".png"))
     if picture and draw(rows, cases, picture):
         print(f"\nWrote {picture}")
+    wrong = [f"{row.name}, {row.sizes}, {row.direction}: {row.problem}" for row in rows if is_ours_and_bad(row)]
+    if wrong:
+        sys.exit("\nOur own kernels fail here:\n" + "\n".join(wrong))
+
+
+def is_ours_and_bad(row: Row) -> bool:
+    """Whether a kernel of ours is wrong or crashed. One that refuses a size or a type is neither."""
+    return row.name.startswith(OWN) and bool(row.problem) and not row.problem.startswith("fails: ValueError")
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:

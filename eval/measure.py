@@ -167,15 +167,10 @@ def measure_ceilings(device: str, dtype: torch.dtype) -> Ceilings:
 
 def environment(device: str) -> dict[str, Any]:
     """What a figure was measured with."""
-    git = subprocess.run(
-        ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty", "--abbrev=40"],
-        capture_output=True,
-        text=True,
-    )
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": " ".join(["python -m", _module_name(), *sys.argv[1:]]),
-        "git_commit": git.stdout.strip() or None,
+        "git_commit": _git_commit(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "triton": version("triton"),
@@ -184,6 +179,16 @@ def environment(device: str) -> dict[str, Any]:
         "device_name": torch.cuda.get_device_name() if device == "cuda" else processor(),
         "threads": torch.get_num_threads(),
     }
+
+
+def _git_commit() -> str | None:
+    """What is checked out, or what the variable GIT_COMMIT says where that cannot be told."""
+    command = ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    except OSError:
+        found = ""
+    return found or os.environ.get("GIT_COMMIT")
 
 
 def version(package: str) -> str | None:

@@ -36,15 +36,13 @@ DISPATCHERS = {
 
 @dataclass(frozen=True)
 class Model:
-    """A model under test: its name on the command line, and the sizes of our model that it is or is a twin of."""
+    """A model under test."""
 
     name: str
     config: Any
-
-    @property
-    def is_stock(self) -> bool:
-        """Whether transformers computes it."""
-        return self.name.startswith(STOCK)
+    """The sizes of our model that it is, or is a twin of."""
+    is_stock: bool
+    """Whether transformers computes it."""
 
     def build(self, device: str, dtype: torch.dtype, generating: bool = False) -> nn.Module:
         """The module, with fresh weights. All have `hidden(tokens)` and `loss(hidden, targets)`, with one and the same
@@ -57,33 +55,36 @@ class Model:
 def parse_model(text: str) -> Model:
     """A preset of configs/model, a recipe's path, or a family with fields: "xlstm:embedding_dim=256,num_blocks=8".
 
-    With "transformers:" in front, transformers' own class of the same sizes.
+    With "transformers:" in front, transformers' own class of the same sizes. "NAME=MODEL" gives it another name.
 
     Raises:
         ValueError: there is no such model; says what there is.
     """
-    name = text.removeprefix(STOCK)
-    family, _, fields = name.partition(":")
+    name, equals, what = text.partition("=")
+    if not equals or ":" in name:
+        name, what = text, text
+    is_stock = what.startswith(STOCK)
+    what = what.removeprefix(STOCK)
+    family, _, fields = what.partition(":")
     if family in FAMILIES:
         config_class = FAMILIES[family][0]
         try:
-            config = config_class(**_fields(fields))
+            return Model(name, config_class(**_fields(fields)), is_stock)
         except TypeError:
             known = ", ".join(config_class.__dataclass_fields__)
             raise ValueError(f"{text!r}: a field is unknown; {family} has {known}.") from None
-        return Model(text, config)
-    path = Path(name) if name.endswith((".yaml", ".yml")) else PRESETS / f"{name}.yaml"
+    path = Path(what) if what.endswith((".yaml", ".yml")) else PRESETS / f"{what}.yaml"
     if not path.is_file():
         presets = ", ".join(sorted(each.stem for each in PRESETS.glob("*.yaml")))
         raise ValueError(
-            f"There is no model {name!r}: give a preset ({presets}), the path of a recipe, or a family "
+            f"There is no model {what!r}: give a preset ({presets}), the path of a recipe, or a family "
             f"({', '.join(FAMILIES)}) with fields, such as xlstm:embedding_dim=256,num_blocks=8."
         )
     try:
-        return Model(text, model_config(path))
+        return Model(name, model_config(path), is_stock)
     except ImportError as error:
         raise ValueError(
-            f"Reading the recipe of {name!r} needs PyYAML ({error}): install it, or name the model as a family with "
+            f"Reading the recipe of {what!r} needs PyYAML ({error}): install it, or name the model as a family with "
             "fields, such as xlstm:embedding_dim=1024,num_blocks=24."
         ) from error
 

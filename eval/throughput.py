@@ -27,7 +27,7 @@ from eval.picture import draw_over_length
 from eval.speed_models import Model, describe_kernels, parse_model, record_kernels
 from xlstm_lm.models.accounting import count_parameters, training_flops_per_token
 
-SILENCE = 240.0
+SILENCE = 180.0
 """Seconds after which a step on a GPU counts as hanging; the first of a compiled model takes long."""
 CPU_MODELS = ["xlstm-cpu-0.7m", "transformer-cpu-0.7m", "mamba2-cpu-0.7m", "lstm-cpu-0.7m"]
 GPU_MODELS = ["xlstm-400m", "transformer-400m", "mamba2-400m"]
@@ -212,7 +212,7 @@ def _write(options: argparse.Namespace, journal: Journal, rows: list[Any], left_
     content = {
         "environment": environment(options.device),
         "ceilings": journal.results["ceilings"],
-        "models": {text: asdict(parse_model(text).config) for text in options.models},
+        "models": {model.name: asdict(model.config) for model in map(parse_model, options.models)},
         "rows": [asdict(row) for row in rows],
         "left_out": left_out,
     }
@@ -246,8 +246,8 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         nargs="+",
         metavar="MODEL",
         help="presets of configs/model, recipes, or families with fields (xlstm:embedding_dim=256,num_blocks=8); with "
-        f"transformers: in front, transformers' class of those sizes. Default: {' '.join(GPU_MODELS)}; on a CPU "
-        f"{' '.join(CPU_MODELS)}",
+        "transformers: in front, transformers' class of those sizes; NAME=MODEL gives it another name. "
+        f"Default: {' '.join(GPU_MODELS)}; on a CPU {' '.join(CPU_MODELS)}",
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
     parser.add_argument("--dtype", choices=list(DTYPES), help="of the weights; default bfloat16 on a GPU, else float32")

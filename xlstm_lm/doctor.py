@@ -19,13 +19,12 @@ from xlstm_lm.ops import mlstm as mlstm_ops
 from xlstm_lm.ops import slstm as slstm_ops
 from xlstm_lm.ops.conv import causal_conv
 from xlstm_lm.ops.loss import linear_cross_entropy
+from xlstm_lm.ops.mlstm import STEPS
 from xlstm_lm.ops.selfcheck import TOLERANCE, compare, mlstm_inputs, slstm_inputs, some_resets
 
 PACKAGES = ("xlstm-lm", "torch", "deepspeed", "datasets", "transformers", "tokenizers", "wandb", "triton")
 RUNS_ON = {"compiled": ("cpu",)} | dict.fromkeys(("triton", "triton_step", "cluster", "jagged"), ("cuda",))
 """The devices of the backends that do not run everywhere."""
-STEPS = ("step", "triton_step")
-"""The backends that take one token at a time and have no gradient."""
 SIZES = {
     "cpu": {"mlstm": [{}], "slstm": [{}]},
     "cuda": {
@@ -64,20 +63,18 @@ def _token_by_token(backend: str, *inputs: Tensor) -> Tensor:
     return torch.cat(steps, dim=1)
 
 
-def check_operations(device: str, dtype: torch.dtype = torch.float32) -> list[Check]:
+def check_operations(device: str, dtype: torch.dtype = torch.float32) -> Iterator[Check]:
     """Every backend that such a device can run against the definition in float64, values and gradients."""
     devices = [torch.cuda.current_device()] if device == "cuda" else []
-    checks = []
     with torch.random.fork_rng(devices):
         torch.manual_seed(0)
         for sizes in SIZES[device]["mlstm"]:
-            checks += _check_cell("mlstm", mlstm_ops, mlstm_inputs(device, dtype, **sizes))
+            yield from _check_cell("mlstm", mlstm_ops, mlstm_inputs(device, dtype, **sizes))
         for sizes in SIZES[device]["slstm"]:
-            checks += _check_cell("slstm", slstm_ops, slstm_inputs(device, dtype, **sizes))
-        checks += _check_attention(device, dtype)
-        checks.append(_check_loss(device, dtype))
-        checks.append(_check_conv(device, dtype))
-    return checks
+            yield from _check_cell("slstm", slstm_ops, slstm_inputs(device, dtype, **sizes))
+        yield from _check_attention(device, dtype)
+        yield _check_loss(device, dtype)
+        yield _check_conv(device, dtype)
 
 
 def _check_cell(name: str, module: ModuleType, inputs: list[Tensor]) -> Iterator[Check]:
@@ -188,34 +185,36 @@ def _advice(checks: list[Check]) -> list[str]:
     return advice
 
 
-def report() -> tuple[str, bool]:
-    """The whole examination as text, and whether every kernel that runs here is right."""
+def examine(say: Callable[[str], None]) -> bool:
+    """Examine this machine, giving `say` each line as soon as it is known. False where a kernel is wrong."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtypes = [torch.float32, *([torch.bfloat16, torch.float16] if device == "cuda" else [])]
-    checks = [check for dtype in dtypes for check in check_operations(device, dtype)]
-    lines = ["Versions", f"  Python {platform.python_version()} on {platform.platform()}"]
-    lines += [f"  {package} {_version(package)}" for package in PACKAGES]
-    lines += ["", "Devices", *(f"  {line}" for line in _devices()), "", "Kernels (taken by training on this machine)"]
+    say(f"Versions\n  Python {platform.python_version()} on {platform.platform()}")
+    for package in PACKAGES:
+        say(f"  {package} {_version(package)}")
+    say("\nDevices")
+    for line in _devices():
+        say(f"  {line}")
+    say("\nKernels (taken by training on this machine)")
     for dtype in dtypes:
-        chosen = {
-            "mlstm": mlstm_ops.choose_backend(*(each.requires_grad_() for each in mlstm_inputs(device, dtype))),
-            "slstm": slstm_ops.choose_backend(slstm_inputs(device, dtype)[0]),
-        }
-        lines += [f"  {operation}, {_name(dtype)}: {backend}" for operation, backend in chosen.items()]
-    lines += ["", "Self-check: values and gradients against the definition in float64"]
-    for check in checks:
+        inputs = [each.requires_grad_() for each in mlstm_inputs(device, dtype)]
+        say(f"  mlstm, {_name(dtype)}: {mlstm_ops.choose_backend(*inputs)}")
+        say(f"  slstm, {_name(dtype)}: {slstm_ops.choose_backend(slstm_inputs(device, dtype)[0])}")
+    say("\nSelf-check: values and gradients against the definition in float64")
+    checks = []
+    for check in (each for dtype in dtypes for each in check_operations(device, dtype)):
+        checks.append(check)
         verdict = (
             f"not available: {check.problem}"
             if check.problem
             else f"error {check.error:.1e} (allowed {check.tolerance:.0e})"
         )
         mark = "ok  " if check.passed else ("--  " if check.problem else "BAD ")
-        lines.append(
-            f"  {mark}{check.operation} / {check.backend}, {check.device}, {check.dtype}, {check.sizes}: {verdict}"
-        )
-    advice = _advice(checks)
-    lines += ["", "Advice", *(f"  {line}" for line in advice or ["nothing to mend."])]
-    return "\n".join(lines), all(check.passed or check.problem for check in checks)
+        say(f"  {mark}{check.operation} / {check.backend}, {check.device}, {check.dtype}, {check.sizes}: {verdict}")
+    say("\nAdvice")
+    for line in _advice(checks) or ["nothing to mend."]:
+        say(f"  {line}")
+    return all(check.passed or check.problem for check in checks)
 
 
 def main() -> None:
@@ -224,9 +223,7 @@ def main() -> None:
     Raises:
         SystemExit: with code 1, where a kernel computes something else than its definition.
     """
-    text, right = report()
-    print(text)
-    if not right:
+    if not examine(functools.partial(print, flush=True)):
         raise SystemExit(1)
 
 

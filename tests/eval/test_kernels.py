@@ -9,11 +9,12 @@ import pytest
 import torch
 
 from eval import kernels
-from eval.journal import Journal, supervise
+from eval.journal import Journal, run_in_children, supervise
 from eval.kernel_cases import MLSTM, SLSTM, Contender, MLSTMStep, gpu_cases
 from eval.measure import TOGETHER, Ceilings, measure
 from eval.peers import PEERS
-from xlstm_lm.ops.mlstm import mlstm
+from xlstm_lm.ops.mlstm import BACKENDS, mlstm
+from xlstm_lm.ops.mlstm.chunkwise import mlstm_chunkwise
 from xlstm_lm.ops.selfcheck import errors
 
 SMALL = MLSTM(
@@ -74,6 +75,7 @@ def test_a_peer_that_is_wrong_or_crashes_keeps_its_row(monkeypatch):
     assert rows["crashes"].problem == "fails: RuntimeError: no kernel image is available"
     assert rows["crashes"].milliseconds is None
     assert rows["mlstm / compiled"].problem == "" and rows["mlstm / compiled"].ratio > 0
+    assert not any(map(kernels.is_ours_and_bad, rows.values()))
     table = kernels.as_markdown(list(rows.values()))
     assert len({line.count("|") for line in table.splitlines()}) == 1
 
@@ -89,6 +91,17 @@ def test_who_killed_an_earlier_process_is_not_tried_again(tmp_path):
         rows = {row.name: row for row in kernels.run_case(SMALL, Journal(path), 1, CEILINGS)}
         assert rows["mlstm / chunkwise"].problem == "fails: the process died of SIGSEGV"
     assert "did not return" in rows["mlstm / compiled"].problem and rows["mlstm / compiled"].milliseconds is None
+    assert kernels.is_ours_and_bad(rows["mlstm / compiled"])
+
+
+def test_a_wrong_kernel_of_ours_makes_the_benchmark_fail(monkeypatch):
+    def wrong(*inputs, **options):
+        h, state = mlstm_chunkwise(*inputs, **options)
+        return h * 1.01, state
+
+    monkeypatch.setitem(BACKENDS, "chunkwise", wrong)
+    with pytest.raises(SystemExit, match="mlstm / chunkwise, B 2 H 4 T 64 .*: wrong values"):
+        kernels.main(["--device", "cpu", "--rounds", "1", "--lengths", "64", "--only", "mlstm"])
 
 
 CHILD = """
@@ -120,6 +133,12 @@ def test_the_supervisor_does_not_repeat_a_mistake_in_the_command(tmp_path):
     command = [sys.executable, "-c", f"open({str(tmp_path / 'ran')!r}, 'a').write('x'); raise SystemExit(2)"]
     assert supervise(command, tmp_path / "journal", silence=30) == 2
     assert (tmp_path / "ran").read_text() == "x"
+
+
+def test_the_benchmark_runs_under_supervision(tmp_path):
+    out = tmp_path / "kernels.json"
+    assert run_in_children("eval.kernels", ["--device", "cpu", "--only", "mlstm step", "--out", str(out)], 60) == 0
+    assert [row["name"] for row in json.loads(out.read_text())["rows"]] == ["mlstm / step"]
 
 
 def test_what_is_left_out_for_want_of_time_is_named(tmp_path, capsys):

@@ -125,6 +125,8 @@ def test_a_model_that_fails_keeps_its_row():
 
 def test_models_are_named_by_preset_recipe_or_family(tmp_path):
     assert parse_model("xlstm-400m").config.embedding_dim == 1024
+    renamed = parse_model("ours=transformers:xlstm:embedding_dim=64,num_heads=2")
+    assert (renamed.name, renamed.config.embedding_dim, renamed.is_stock) == ("ours", 64, True)
     recipe = tmp_path / "own.yaml"
     recipe.write_text("model: {family: lstm, embedding_dim: 32, vocab_size: 10}\n")
     assert parse_model(str(recipe)).config.embedding_dim == 32

@@ -44,11 +44,11 @@ def _mlstm_calls(K: int, V: int, dtype: torch.dtype, resets: bool, target: str) 
     C, n, m = meta(B, H, K, V), meta(B, H, K), meta(B, H)
 
     def both() -> None:
-        h, *last, c, x, m_BHT, d = triton_op.launch_forward(
+        h, *last, c, x, m_BHT, x_divided, d, weights = triton_op.launch_forward(
             q, k, v, i, f, resets_BT, C, n, m, True, False, True, 1e-6
         )  # fmt: skip
         triton_op.launch_backward(
-            q, k, v, i, f, resets_BT, C, n, h, c, x, m_BHT, d, h, *last[:2], False, True, 1e-6
+            q, k, v, i, f, resets_BT, C, n, h, c, x, m_BHT, x_divided, d, weights, h, *last[:2], False, True, 1e-6
         )  # fmt: skip
 
     with mock.patch.object(triton_op, "architecture", lambda device: target):

@@ -52,71 +52,6 @@ def _later(forget_1, m_1, forget_2, m_2):
     return forget_1 + forget_2, tl.maximum(m_1 + forget_2, m_2)
 
 
-@triton.jit
-def chunk_weights(c_ptr, x_ptr, x_query_ptr, m_ptr, segment_ptr, first, T, L: tl.constexpr, HAS_RESETS: tl.constexpr):
-    """The chunk from step `first`: c, x as queries use it, segment, weight of the state before at each step, weight of
-    each step in the state after, and what is left in that of the state before."""
-    t = first + tl.arange(0, L)
-    inside = t < T
-    c = tl.load(c_ptr + t, inside, float("-inf"))
-    x_query = tl.load(x_query_ptr + t, inside, float("inf"))
-    last = tl.minimum(first + L, T)
-    x_last = tl.load(x_ptr + last - 1)
-    m_before = tl.load(m_ptr + first)
-    query = tl.exp2(m_before - x_query)
-    key = tl.exp2(c - x_last)
-    kept = tl.exp2(m_before - x_last)
-    segment = t
-    if HAS_RESETS:
-        segment = tl.load(segment_ptr + t + 1, inside, -1)
-        segment_before = tl.load(segment_ptr + first)
-        segment_last = tl.load(segment_ptr + last)
-        query = tl.where(segment == segment_before, query, 0.0)
-        key = tl.where(segment == segment_last, key, 0.0)
-        kept = tl.where(segment_before == segment_last, kept, 0.0)
-    return c, x_query, segment, query, key, kept
-
-
-@triton.jit
-def _tile(ptr, strides, first, start, T, SIZE: tl.constexpr, L: tl.constexpr, BLOCK: tl.constexpr):
-    """Where one head's steps from `first` and entries from `start` are, and which of them there are."""
-    step, entry = tl.arange(0, L), tl.arange(0, BLOCK)
-    ptr += first.to(tl.int64) * strides[1] + start * strides[3]
-    inside = (step < T - first)[:, None]
-    if SIZE % BLOCK != 0:
-        inside = inside & (entry < SIZE - start)[None, :]
-    return ptr + step[:, None] * strides[1] + entry[None, :] * strides[3], inside
-
-
-@triton.jit
-def load_tile(ptr, strides, first, start, T, SIZE: tl.constexpr, L: tl.constexpr, BLOCK: tl.constexpr):
-    """(L, BLOCK) of one head of a (B, T, H, SIZE) tensor with such strides, 0 outside it."""
-    where, inside = _tile(ptr, strides, first, start, T, SIZE, L, BLOCK)
-    return tl.load(where, inside, 0.0)
-
-
-@triton.jit
-def store_tile(ptr, strides, first, start, T, x, SIZE: tl.constexpr, L: tl.constexpr, BLOCK: tl.constexpr):
-    """The counterpart of `load_tile`."""
-    where, inside = _tile(ptr, strides, first, start, T, SIZE, L, BLOCK)
-    tl.store(where, x.to(ptr.dtype.element_ty), inside)
-
-
-@triton.jit
-def weights_between(c, x, segment, REVERSE: tl.constexpr, L: tl.constexpr, HAS_RESETS: tl.constexpr):
-    """Weight (reader, source) of each step in a chunk at each other: readers are queries, or keys if REVERSE."""
-    step = tl.arange(0, L)
-    if REVERSE:
-        seen = step[:, None] <= step[None, :]
-        exponent = c[:, None] - x[None, :]
-    else:
-        seen = step[:, None] >= step[None, :]
-        exponent = c[None, :] - x[:, None]
-    if HAS_RESETS:
-        seen = seen & (segment[:, None] == segment[None, :])
-    return tl.where(seen, tl.exp2(exponent), 0.0)
-
-
 @triton.jit(do_not_specialize=["T"])
 def gates_kernel(
     i_ptr,
@@ -169,68 +104,6 @@ def gates_kernel(
         tl.store(c_ptr + t, log_input - b, inside)
         tl.store(x_ptr + t, m - b, inside)
         tl.store(m_ptr + t + 1, m, inside)
-
-
-@triton.jit
-def normalizer(d, m, eps):
-    """What num is divided by: max(|d|, 1 in units of e^m), and eps in units of 1."""
-    return tl.maximum(tl.abs(d), tl.exp2(-m)) + eps
-
-
-@triton.jit(do_not_specialize=["T", "eps", "scale"])
-def rows_kernel(
-    h_ptr,
-    dh_ptr,
-    d_ptr,
-    x_ptr,
-    m_ptr,
-    x_divided_ptr,
-    delta_ptr,
-    q_dq_ptr,
-    h_strides,
-    dh_strides,
-    T,
-    H,
-    eps,
-    scale,
-    V: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    ROWS: tl.constexpr,
-    NORMALIZE: tl.constexpr,
-):
-    """What the backward needs of each output row, from h . dh, the normalizer d and the stabilizer.
-
-    x_divided is x with the division of num by the normalizer, and the scale of q, put into the exponent. delta is dL/dd
-    times what num is divided by. q . dq follows because num and d are linear in q.
-    """
-    blocks = tl.cdiv(T, ROWS)
-    program = tl.program_id(0).to(tl.int64)
-    pair = program // blocks
-    row, head = pair // H, pair % H
-    first = ((program % blocks) * ROWS).to(tl.int32)
-    t = first + tl.arange(0, ROWS)
-    inside = t < T
-    h_ptr += row * h_strides[0] + head * h_strides[2]
-    dh_ptr += row * dh_strides[0] + head * dh_strides[2]
-    h = load_tile(h_ptr, h_strides, first, 0, T, V, ROWS, BLOCK_V).to(tl.float32)
-    dh = load_tile(dh_ptr, dh_strides, first, 0, T, V, ROWS, BLOCK_V).to(tl.float32)
-    h_dh = tl.sum(h * dh, 1)
-    m = tl.load(m_ptr + pair * (T + 1) + t + 1, inside, 0.0)
-    x = tl.load(x_ptr + pair * T + t, inside, 0.0)
-    if NORMALIZE:
-        d = tl.load(d_ptr + pair * T + t, inside, 0.0)
-        divisor = normalizer(d, m, eps)
-        active = tl.abs(d) > tl.exp2(-m)
-        x += tl.log2(divisor) - tl.log2(scale)
-        delta = tl.where(active, tl.where(d > 0, -h_dh, h_dh), 0.0)
-        q_dq = tl.where(active, h_dh * (eps / divisor), h_dh)
-    else:
-        x -= m + tl.log2(scale)
-        delta = tl.zeros([ROWS], tl.float32)
-        q_dq = h_dh
-    tl.store(delta_ptr + pair * T + t, delta, inside)
-    tl.store(x_divided_ptr + pair * T + t, x, inside)
-    tl.store(q_dq_ptr + pair * T + t, q_dq, inside)
 
 
 @triton.jit(do_not_specialize=["T", "steps", "has_border"])
@@ -296,8 +169,13 @@ def gate_gradients_kernel(
         tl.store(df_ptr + t_long * df_strides[1], dforget.to(df_ptr.dtype.element_ty), inside)
 
 
+def count_resets(resets_BT: Tensor | None) -> Tensor | None:
+    """`Gates.segment_BT1`."""
+    return None if resets_BT is None else torch.nn.functional.pad(resets_BT.cumsum(1, dtype=torch.int32), (1, 0))
+
+
 def make_gates(
-    i_BTH: Tensor, f_BTH: Tensor, resets_BT: Tensor | None, m_BH: Tensor | None, L: int, *, sigmoid: bool
+    i_BTH: Tensor, f_BTH: Tensor, segment_BT1: Tensor | None, m_BH: Tensor | None, L: int, *, sigmoid: bool
 ) -> Gates:
     """The weights of chunks of L steps (a divisor of 512), from the gates and the stabilizer before the first step."""
     assert BLOCK % L == 0
@@ -308,9 +186,6 @@ def make_gates(
         m_BHT1[..., 0] = 0.0 if sigmoid else float("-inf")
     else:
         m_BHT1[..., 0] = m_BH * LOG2E.value
-    segment_BT1 = None
-    if resets_BT is not None:
-        segment_BT1 = torch.nn.functional.pad(resets_BT.cumsum(1, dtype=torch.int32), (1, 0))
     gates_kernel[(B * H,)](
         i_BTH,
         f_BTH,
@@ -329,37 +204,6 @@ def make_gates(
         num_warps=4,
     )
     return Gates(c_BHT, x_BHT, m_BHT1, segment_BT1)
-
-
-def row_terms(
-    h_BTHV: Tensor, dh_BTHV: Tensor, d_BHT: Tensor, gates: Gates, *, K: int, normalize: bool, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """x with the division by the normalizer in it, delta and q . dq, each (B, H, T): see `rows_kernel`."""
-    B, T, H, V = h_BTHV.shape
-    x_divided_BHT, delta_BHT, q_dq_BHT = (torch.empty_like(gates.x_BHT) for _ in range(3))
-    rows = 16
-    rows_kernel[(B * H * triton.cdiv(T, rows),)](
-        h_BTHV,
-        dh_BTHV,
-        d_BHT,
-        gates.x_BHT,
-        gates.m_BHT1,
-        x_divided_BHT,
-        delta_BHT,
-        q_dq_BHT,
-        h_BTHV.stride(),
-        dh_BTHV.stride(),
-        T,
-        H,
-        eps,
-        K**-0.5,
-        V=V,
-        BLOCK_V=triton.next_power_of_2(V),
-        ROWS=rows,
-        NORMALIZE=normalize,
-        num_warps=4,
-    )
-    return x_divided_BHT, delta_BHT, q_dq_BHT
 
 
 def gate_gradients(

@@ -7,10 +7,10 @@ from typing import NamedTuple
 
 import torch
 
-PROGRAMS = 1
-"""Super-chunks for each processor to aim at, over all rows and heads (each is several programs)."""
+PROGRAMS = 2
+"""Programs of a walk for each processor to aim at."""
 SHORTEST = 16
-"""Chunks in a super-chunk, at least, where there are as many."""
+"""Chunks in a super-chunk, at least, where there are as many: each super-chunk costs a state written and read."""
 
 
 class Launch(NamedTuple):
@@ -57,26 +57,28 @@ class Plan(NamedTuple):
 
 
 TABLE = {
-    # (16-bit?, architecture): L, rows of a part, columns of a walk, its warps and stages, edge of a contribution
-    (True, "sm_80"): (32, 128, 32, 8, 2, 128),
-    (True, "sm_90"): (32, 128, 32, 8, 2, 128),
-    (True, "sm_100"): (32, 128, 16, 8, 2, 128),
-    (True, "gfx942"): (32, 64, 32, 8, 1, 64),
-    (False, "sm_80"): (16, 32, 32, 8, 1, 64),
-    (False, "sm_90"): (16, 32, 32, 8, 1, 64),
-    (False, "sm_100"): (16, 32, 32, 8, 1, 64),
-    (False, "gfx942"): (16, 32, 32, 8, 1, 64),
+    # (16-bit?, architecture): L, entries of a part, of a state, warps for that, stages, edge of a contribution
+    (True, "sm_80"): (32, 64, 16384, 8, 2, 128),
+    (True, "sm_90"): (32, 64, 32768, 8, 2, 128),
+    (True, "sm_100"): (32, 128, 32768, 8, 2, 128),
+    (True, "gfx942"): (32, 64, 16384, 8, 1, 64),
+    (False, "sm_80"): (16, 32, 8192, 8, 1, 64),
+    (False, "sm_90"): (16, 32, 8192, 8, 1, 64),
+    (False, "sm_100"): (16, 32, 8192, 8, 1, 64),
+    (False, "gfx942"): (16, 32, 8192, 8, 1, 64),
 }
-"""Chosen so that everything fits and nothing (in float32, next to nothing) spills on sm_90 and sm_100, as
-`eval.kernels --compile-report` shows. Their speed has not been measured."""
+"""Chosen so that everything fits and nothing spills on sm_90 and sm_100, as `eval.kernels --compile-report` shows.
+Their speed has not been measured."""
 
 
 def launches(K: int, V: int, dtype: torch.dtype, architecture: str) -> Launches:
     """The launch parameters for such heads on an architecture of `TABLE`."""
-    L, part, columns, warps, stages, edge = TABLE[dtype != torch.float32, architecture]
+    L, part, numbers, warps, stages, edge = TABLE[dtype != torch.float32, architecture]
 
     def walk(rows: int, width: int) -> Launch:
-        return Launch(min(max(padded(rows) // 2, 16), part), min(padded(width), columns), warps, stages)
+        rows = padded(rows)
+        columns = min(padded(width), max(16, numbers // rows))
+        return Launch(min(rows, part), columns, max(4, warps * rows * columns // numbers), stages)
 
     return Launches(
         L=L,
@@ -105,12 +107,11 @@ def architecture(device: torch.device) -> str:
     return "sm_80" if major < 9 else "sm_90" if major == 9 else "sm_100"
 
 
-def make_plan(chosen: Launches, B: int, T: int, H: int, device: torch.device) -> Plan:
-    """Super-chunks that are as long as they can be with PROGRAMS programs for each processor, but at least
-    SHORTEST chunks: each costs a state written and read."""
+def make_plan(chosen: Launches, B: int, T: int, H: int, K: int, V: int, device: torch.device) -> Plan:
+    """Super-chunks that are as many as keep all processors busy, but of SHORTEST chunks at least."""
     chunks = -(-T // chosen.L)
-    processors = _processors(device)
-    wanted = max(1, -(-PROGRAMS * processors // (B * H)))
+    blocks = min(-(-V // chosen.forward.block_v), -(-K // chosen.dq.block_v))
+    wanted = max(1, PROGRAMS * _processors(device) // (B * H * blocks))
     longest = -(-chunks // wanted)
     return Plan(chosen.L, min(chunks, max(longest, SHORTEST)), chosen.precision)
 

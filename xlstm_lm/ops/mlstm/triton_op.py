@@ -2,7 +2,8 @@
 
 Their namespace is not that of our C++ operators, which have such names too.
 As operators of the dispatcher they stay whole under torch.compile and in activation checkpointing. The forward keeps
-four numbers a step and head (c, x, m, d); the states at the borders between super-chunks are rebuilt in the backward.
+L + 5 numbers a step and head (the scores in a chunk of L steps, c, x, m, x_divided, d); the states at the borders
+between super-chunks are rebuilt in the backward.
 """
 
 from __future__ import annotations
@@ -14,11 +15,11 @@ import triton
 from torch import Tensor
 
 from xlstm_lm.ops.mlstm.recurrence import State, unit_stabilizer
-from xlstm_lm.ops.mlstm.triton_backward import Rows, walk_for_dk, walk_for_dq, walk_for_dv
-from xlstm_lm.ops.mlstm.triton_forward import walk_forward
-from xlstm_lm.ops.mlstm.triton_gates import LOG2E, Gates, gate_gradients, make_gates, row_terms
+from xlstm_lm.ops.mlstm.triton_gates import LOG2E, Gates, count_resets, gate_gradients, make_gates
 from xlstm_lm.ops.mlstm.triton_launch import architecture, launches, make_plan
-from xlstm_lm.ops.mlstm.triton_states import border_states
+from xlstm_lm.ops.mlstm.triton_scores import dscores, scores
+from xlstm_lm.ops.mlstm.triton_states import border_normalizers, border_states
+from xlstm_lm.ops.mlstm.triton_walk import walk
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 INTERPRETED = triton.knobs.runtime.interpret
@@ -89,20 +90,20 @@ def launch_forward(
     sigmoid: bool,
     normalize: bool,
     eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """h, the last C, n and m (empty unless `return_state`), and c, x, m, d for the backward."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """h, the last C, n and m (empty unless `return_state`), and c, x, m, x_divided, d and scores for the backward."""
     B, T, H, K = q.shape
     chosen = launches(K, v.shape[-1], q.dtype, architecture(q.device))
-    plan = make_plan(chosen, B, T, H, q.device)
-    gates = make_gates(i, f, resets, m, plan.L, sigmoid=sigmoid)
-    borders = border_states(k, v, gates, None if C is None else (C, n), plan, chosen.states, to_the_end=return_state)
-    h, d = walk_forward(
-        q, k, v, gates, borders, plan, chosen.forward, has_state=C is not None, normalize=normalize, eps=eps
-    )
-    last = (borders.C_BHSKV[:, :, -1].clone(), borders.n_BHSK[:, :, -1].clone(), gates.m_BHT1[..., -1] / LOG2E.value)
+    plan = make_plan(chosen, B, T, H, K, v.shape[-1], q.device)
+    gates = make_gates(i, f, count_resets(resets), m, plan.L, sigmoid=sigmoid)
+    normalizers = border_normalizers(k, gates, n, plan.L)
+    weights, x_divided, d = scores(q, k, normalizers, gates, plan, normalize=normalize, eps=eps)
+    states = border_states(k, v, gates, C, plan, chosen.states, x_query_BHT=x_divided, to_the_end=return_state)
+    h, _ = walk(q, k, v, v, weights, states, gates, x_divided, plan, chosen.forward, transposed=False)
+    last = (states[:, :, -1].clone(), normalizers[:, :, -1].clone(), gates.m_BHT1[..., -1] / LOG2E.value)
     if not return_state:
         last = tuple(d.new_empty(0) for _ in range(3))
-    return h, *last, gates.c_BHT, gates.x_BHT, gates.m_BHT1, d
+    return h, *last, gates.c_BHT, gates.x_BHT, gates.m_BHT1, x_divided, d, weights
 
 
 forward = torch.library.custom_op("xlstm_lm_triton::mlstm_forward", launch_forward, mutates_args=())
@@ -111,9 +112,11 @@ forward = torch.library.custom_op("xlstm_lm_triton::mlstm_forward", launch_forwa
 @forward.register_fake
 def _(q, k, v, i, f, resets, C, n, m, return_state, sigmoid, normalize, eps):
     B, T, H, K = q.shape
+    L = launches(K, v.shape[-1], q.dtype, architecture(q.device)).L
     shapes = ((B, H, K, v.shape[-1]), (B, H, K), (B, H)) if return_state else ((0,),) * 3
-    shapes = (*shapes, (B, H, T), (B, H, T), (B, H, T + 1), (B, H, T))
-    return torch.empty_like(v), *(q.new_empty(shape, dtype=torch.float32) for shape in shapes)
+    shapes = (*shapes, (B, H, T), (B, H, T), (B, H, T + 1), (B, H, T), (B, H, T))
+    kept = (q.new_empty(shape, dtype=torch.float32) for shape in shapes)
+    return torch.empty_like(v), *kept, q.new_empty(B, H, -(-T // L), L, L)
 
 
 def launch_backward(
@@ -129,7 +132,9 @@ def launch_backward(
     c: Tensor,
     x: Tensor,
     m: Tensor,
+    x_divided: Tensor,
     d: Tensor,
+    weights: Tensor,
     dh: Tensor,
     dC_last: Tensor | None,
     dn_last: Tensor | None,
@@ -139,37 +144,36 @@ def launch_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, i, f and of the state before the first step, C and n (empty if there was none)."""
     B, T, H, K = q.shape
-    chosen = launches(K, v.shape[-1], q.dtype, architecture(q.device))
-    plan = make_plan(chosen, B, T, H, q.device)
-    segment = None if resets is None else torch.nn.functional.pad(resets.cumsum(1, dtype=torch.int32), (1, 0))
-    gates = Gates(c, x, m, segment)
+    V = v.shape[-1]
+    chosen = launches(K, V, q.dtype, architecture(q.device))
+    plan = make_plan(chosen, B, T, H, K, V, q.device)
+    gates = Gates(c, x, m, count_resets(resets))
     has_first, has_last = C is not None, dC_last is not None
-    x_divided, delta, q_dq = row_terms(h, dh, d, gates, K=K, normalize=normalize, eps=eps)
-    rows = Rows(x_divided, delta)
-    states = border_states(k, v, gates, (C, n) if has_first else None, plan, chosen.states, to_the_end=has_last)
-    dstates = border_states(
-        q,
-        dh,
-        gates,
-        (dC_last, dn_last) if has_last else None,
-        plan,
-        chosen.states,
-        x_query_BHT=x_divided,
-        delta_BHT=delta,
-        reverse=True,
-        to_the_end=has_first,
+    dweights, delta, q_dq = dscores(h, dh, v, gates, x_divided, d, plan, normalize=normalize, eps=eps)
+    n_all = border_normalizers(k, gates, n, plan.L)
+    dn_all = border_normalizers(q, gates, dn_last, plan.L, x_query_BHT=x_divided, delta_BHT=delta, reverse=True)
+    borders = {"x_query_BHT": x_divided, "plan": plan, "launch": chosen.states}
+    states = border_states(k, v, gates, C, **borders, to_the_end=has_last)
+    dstates = border_states(q, dh, gates, dC_last, **borders, reverse=True, to_the_end=has_first)
+    shared = {"gates": gates, "x_divided_BHT": x_divided, "plan": plan}
+    dq, _ = walk(
+        dh, v, k, q, dweights, states, **shared, launch=chosen.dq, transposed=True, n_BHNW=n_all, delta_BHT=delta
     )
-    dq = walk_for_dq((q, k, v), dh, gates, rows, states, plan, chosen.dq, has_state=has_first)
-    dk, k_dk = walk_for_dk((q, k, v), dh, gates, rows, dstates, plan, chosen.dk, has_state=has_last)
-    dv = walk_for_dv((q, k, v), dh, gates, rows, dstates, plan, chosen.dv, has_state=has_last)
+    dk, k_dk = walk(
+        v, dh, q, k, dweights, dstates, **shared, launch=chosen.dk, transposed=True, reverse=True, n_BHNW=dn_all,
+        other_BTHW=k,
+    )  # fmt: skip
+    dv, _ = walk(k, q, dh, v, weights, dstates, **shared, launch=chosen.dv, transposed=False, reverse=True)
     products = None
     if plan.supers(T) > 1 or has_last:
-        products = sum(torch.linalg.vecdot(a.flatten(3), b.flatten(3)) for a, b in zip(states, dstates))
+        at = torch.arange(plan.supers(T) + 1, device=q.device).mul(plan.chunks).clamp(max=n_all.shape[2] - 1)
+        products = torch.linalg.vecdot(states.flatten(3), dstates.flatten(3))
+        products += torch.linalg.vecdot(n_all[:, :, at], dn_all[:, :, at])
         if not has_last:
             products[..., -1] = 0.0
     di, df = gate_gradients(i, f, gates, q_dq, k_dk, products, plan.steps, sigmoid=sigmoid)
     if has_first:
-        return dq, dk, dv, di, df, dstates.C_BHSKV[:, :, 0].clone(), dstates.n_BHSK[:, :, 0].clone()
+        return dq, dk, dv, di, df, dstates[:, :, 0].clone(), dn_all[:, :, 0].clone()
     return dq, dk, dv, di, df, d.new_empty(0), d.new_empty(0)
 
 
@@ -177,7 +181,7 @@ backward = torch.library.custom_op("xlstm_lm_triton::mlstm_backward", launch_bac
 
 
 @backward.register_fake
-def _(q, k, v, i, f, resets, C, n, h, c, x, m, d, dh, dC_last, dn_last, sigmoid, normalize, eps):
+def _(q, k, v, i, f, resets, C, n, h, c, x, m, x_divided, d, weights, dh, dC_last, dn_last, sigmoid, normalize, eps):
     dstate = (torch.empty_like(C), torch.empty_like(n)) if C is not None else (d.new_empty(0), d.new_empty(0))
     return *(torch.empty_like(each) for each in (q, k, v, i, f)), *dstate
 
@@ -195,7 +199,7 @@ def _backward_of_forward(ctx: Any, dh: Tensor, dC: Tensor, dn: Tensor, *_: Tenso
     saved = ctx.saved_tensors  # to be asked for once in activation checkpointing
     *gradients, dC_first, dn_first = backward(*saved, dh, *dlast, *ctx.options)
     has_first = saved[6] is not None
-    return *gradients, None, *((dC_first, dn_first) if has_first else (None, None)), *(None,) * 5
+    return (*gradients, None, *((dC_first, dn_first) if has_first else (None, None)), *(None,) * 5)
 
 
 forward.register_autograd(_backward_of_forward, setup_context=_setup_context)

@@ -111,8 +111,8 @@ def _make_parser(with_fields: bool) -> _Parser:
         required=True,
         dest="source",
         metavar="PATH",
-        help="A transformers xlstm folder; a state dict of the xlstm package with its configuration beside it; an "
-        "export, a run or a checkpoint.",
+        help="A transformers folder of type xlstm, llama, mamba or mamba2; a state dict of the xlstm package with its "
+        "configuration beside it; an export, a run or a checkpoint.",
     )
     importing.add_argument("--out", required=True, metavar="FOLDER", help="A new folder, the run's.")
     importing.add_argument(

@@ -201,7 +201,9 @@ def _is_package(path: Path) -> bool:
 LAYOUTS = {
     "checkpoint": Layout("a run of xlstm-lm or one of its checkpoints", _is_checkpoint, _read_checkpoint),
     "hub": Layout(
-        f"a folder whose config.json has model_type {' or '.join(MODEL_TYPES)}", _is_hub_folder, _read_hub_folder
+        f"a folder whose config.json has one of the model_types {', '.join(MODEL_TYPES)}",
+        _is_hub_folder,
+        _read_hub_folder,
     ),
     "package": Layout(
         "a state dict of the xlstm package (.safetensors, .pt, .pth, .bin) with config.yaml or config.json beside it",

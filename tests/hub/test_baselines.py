@@ -7,7 +7,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from xlstm_lm.hub.baseline_formats import BASELINE_READERS, convert, type_of
-from xlstm_lm.models import MambaConfig, TransformerConfig, build_model
+from xlstm_lm.hub.export import choose_format
+from xlstm_lm.models import LSTMConfig, MambaConfig, TransformerConfig, build_model
 
 CONFIGS = {
     "llama": TransformerConfig(vocab_size=61, embedding_dim=48, num_blocks=2, num_heads=4),
@@ -81,3 +82,8 @@ def test_what_we_do_not_have_is_refused(pair):
     name = next(iter(tensors))
     with pytest.raises(ValueError, match=f"missing {name}; left over renamed"):
         read(values, {("renamed" if key == name else key): tensor for key, tensor in tensors.items()})
+
+
+def test_a_family_without_a_type_says_so():
+    with pytest.raises(ValueError, match="no type for models of the family lstm"):
+        choose_format(LSTMConfig(), None)

@@ -130,8 +130,13 @@ def choose_format(model_config: Any, name: str | None) -> ExportFormat:
         ValueError: there is none of that name for the family, or it cannot hold the model; says why.
     """
     formats = {each.name: each for each in FORMATS.get(model_config.family, ())}
+    if not formats:
+        raise ValueError(
+            f"transformers has no type for models of the family {model_config.family}, so they are not exported; "
+            f"xlstm_lm.hub.load reads them from their run. Exported are {', '.join(FORMATS)}."
+        )
     if name is not None and name not in formats:
-        known = ", ".join(formats) or "none"
+        known = ", ".join(formats)
         raise ValueError(f"--format {name} is not known for the family {model_config.family}; there is {known}.")
     reasons = []
     for each in [formats[name]] if name else formats.values():

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from eval.measure import dtype_name
-from xlstm_lm.doctor import RUNS_ON, STEPS
+from xlstm_lm.doctor import RUNS_ON
 from xlstm_lm.ops import mlstm as mlstm_ops
 from xlstm_lm.ops import slstm as slstm_ops
 from xlstm_lm.ops.selfcheck import mlstm_inputs, slstm_inputs
@@ -118,7 +118,7 @@ class MLSTM(Case):
 
     def own(self, inputs: list[Tensor]) -> Iterator[tuple[str, Contender]]:
         for backend in self.backends(mlstm_ops.BACKENDS):
-            if backend not in STEPS:
+            if backend not in mlstm_ops.STEPS:
                 function = functools.partial(mlstm_ops.mlstm, backend=backend)
                 yield f"mlstm / {backend}", Contender(function, inputs, self.checks(inputs))
 
@@ -217,7 +217,7 @@ class MLSTMStep(Case):
 
     def own(self, inputs: list[Tensor]) -> Iterator[tuple[str, Contender]]:
         for backend in self.backends(mlstm_ops.BACKENDS):
-            if backend in STEPS:
+            if backend in mlstm_ops.STEPS:
                 yield f"mlstm / {backend}", Contender(functools.partial(_step, backend), inputs, self.checks(inputs))
 
     def checks(self, inputs: list[Tensor]) -> list[Check]:

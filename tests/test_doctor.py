@@ -86,7 +86,8 @@ def test_the_report_on_the_terminal():
         "torch 2.",
         "CPU: ",
         "mlstm, float32: compiled",
-        "slstm, float32: compiled",
+        "mlstm for one token, float32: step",
+        "slstm with heads of 24, float32: compiled",
         "ok  slstm / compiled",
         "nothing to mend.",
     ):

@@ -19,7 +19,6 @@ from xlstm_lm.ops import mlstm as mlstm_ops
 from xlstm_lm.ops import slstm as slstm_ops
 from xlstm_lm.ops.conv import causal_conv
 from xlstm_lm.ops.loss import linear_cross_entropy
-from xlstm_lm.ops.mlstm import STEPS
 from xlstm_lm.ops.selfcheck import TOLERANCE, compare, mlstm_inputs, slstm_inputs, some_resets
 
 PACKAGES = ("xlstm-lm", "torch", "deepspeed", "datasets", "transformers", "tokenizers", "wandb", "triton")
@@ -85,7 +84,7 @@ def _check_cell(name: str, module: ModuleType, inputs: list[Tensor]) -> Iterator
     for backend in module.BACKENDS:
         if device not in RUNS_ON.get(backend, (device,)):
             continue
-        if backend in STEPS:
+        if backend in mlstm_ops.STEPS:
             function = functools.partial(_token_by_token, backend)
             yield _check(name, backend, function, mlstm_ops.mlstm, inputs, gradients=False)
         else:
@@ -199,7 +198,11 @@ def examine(say: Callable[[str], None]) -> bool:
     for dtype in dtypes:
         inputs = [each.requires_grad_() for each in mlstm_inputs(device, dtype)]
         say(f"  mlstm, {_name(dtype)}: {mlstm_ops.choose_backend(*inputs)}")
-        say(f"  slstm, {_name(dtype)}: {slstm_ops.choose_backend(slstm_inputs(device, dtype)[0])}")
+        one_token = [each[:, :1].detach() for each in inputs]
+        say(f"  mlstm for one token, {_name(dtype)}: {mlstm_ops.choose_backend(*one_token)}")
+        for sizes in SIZES[device]["slstm"]:
+            wx = slstm_inputs(device, dtype, **sizes)[0]
+            say(f"  slstm with heads of {wx.shape[-1]}, {_name(dtype)}: {slstm_ops.choose_backend(wx)}")
     say("\nSelf-check: values and gradients against the definition in float64")
     checks = []
     for check in (each for dtype in dtypes for each in check_operations(device, dtype)):

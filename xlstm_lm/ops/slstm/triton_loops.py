@@ -21,7 +21,8 @@ from xlstm_lm.ops.slstm.shares import from_shares, into_shares
 from xlstm_lm.ops.slstm.triton_pointwise import advance, rebuild, retreat
 
 LARGEST = {torch.float32: 32, torch.bfloat16: 128, torch.float16: 128}
-"""Units of the largest heads, by type: R has to fit into shared memory, and in float32 is there in two parts."""
+"""Units of the largest heads, by type: R has to fit into shared memory, and in float32 is there in two parts. AMD's
+processors have less of it, for half as many."""
 TILES = (8, 16)
 """Rows of the batch in a program; the fewest that leave no program waiting for a processor."""
 
@@ -39,11 +40,12 @@ class Launch(NamedTuple):
 
 def why_not(device: torch.device, D: int, dtype: torch.dtype) -> str | None:
     """Why these kernels do not take heads of D units on a device; None if they do."""
-    largest = LARGEST.get(dtype)
+    amd = architecture(device).startswith("gfx")
     if device.type != "cuda" and not triton.knobs.runtime.interpret:
         return f"Triton's kernels run on a GPU, not on {device}"
-    if largest is None:
+    if dtype not in LARGEST:
         return f"it takes float32, bfloat16 and float16, not {dtype}"
+    largest = LARGEST[dtype] // 2 if amd else LARGEST[dtype]
     return f"it takes heads of up to {largest} units in {dtype}" if largest < D else None
 
 

@@ -1,0 +1,178 @@
+"""The sLSTM's Triton kernels against the definition in float64, in Triton's interpreter.
+
+Inputs lie in larger tensors full of NaN, which shows an access outside of them.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3}  # of the largest entry of a value or gradient
+BASE = {"B": 2, "T": 6, "H": 1, "D": 8}
+CASES = {
+    "plain": {},
+    "no state, no resets": {"state": False, "resets": (), "T": 5},
+    "one step": {"T": 1, "resets": ()},
+    "one step, a reset": {"T": 1, "resets": (0,)},
+    "two steps": {"T": 2, "resets": (1,)},
+    "one step before a checkpoint": {"T": 3, "resets": (2,)},
+    "at a checkpoint": {"T": 4, "resets": (3,)},
+    "resets at checkpoints": {"T": 9, "resets": (0, 3, 4, 8)},
+    "three heads": {"H": 3, "T": 3},
+    "more than a tile": {"B": 9, "T": 3, "H": 2},
+    "a tile of 16": {"B": 17, "T": 2, "tile": 16},
+    "D 24": {"D": 24, "T": 5},
+    "D 64": {"D": 64, "T": 5},
+    "D 80": {"D": 80, "T": 4},
+    "D 128": {"D": 128, "T": 4},
+    "float16": {"dtype": torch.float16, "T": 5},
+    "float16, D 64": {"dtype": torch.float16, "D": 64, "T": 5},
+    "large gates": {"scale": 40.0, "T": 5, "tolerance": 2e-5},  # a gate near 100 is itself rounded by 4e-6
+    "pointwise, a product a step": {"backend": "batched", "H": 2, "T": 9, "resets": (0, 3, 4, 8)},
+    "pointwise, several blocks": {"backend": "batched", "D": 130, "T": 3},
+    "pointwise, no state, no resets": {"backend": "batched", "state": False, "resets": ()},
+    "pointwise, float16": {"backend": "batched", "dtype": torch.float16},
+}
+SLOW = {
+    "long": {"T": 130, "steps": 64, "resets": (1, 63, 64, 65, 129), "B": 3, "D": 24},
+    "a checkpoint and a step": {"T": 65, "steps": 64, "resets": (64,)},
+    "float16, D 128": {"dtype": torch.float16, "D": 128, "T": 20, "B": 9, "H": 2},
+}
+
+
+def in_nan(x: Tensor) -> Tensor:
+    """The same values as a view with odd strides, surrounded by NaN."""
+    storage = x.new_full([size + 2 for size in x.shape], float("nan"))
+    inner = storage[tuple(slice(1, -1) for _ in x.shape)]
+    inner.copy_(x)
+    return inner.requires_grad_(x.requires_grad)
+
+
+def small_kernels(tile: int, steps: int, backend: str) -> None:
+    """Have a few steps take several checkpoints; have `batched` take its Triton kernels."""
+    from xlstm_lm.ops.slstm import batched, fused, triton_loops, triton_pointwise
+
+    for module in (batched, fused, triton_loops, triton_pointwise):
+        module.CHECKPOINT_STEPS = steps
+    triton_loops.TILES = (tile,)
+    triton_loops.LARGEST = dict.fromkeys(triton_loops.LARGEST, 128)
+    batched._triton_kernels = lambda _: triton_pointwise if backend == "batched" else None
+
+
+def errors(
+    B: int,
+    T: int,
+    H: int,
+    D: int,
+    *,
+    backend: str = "triton",
+    dtype: torch.dtype = torch.float32,
+    state: bool = True,
+    resets: tuple[int, ...] = (0, 3),
+    scale: float = 1.5,
+    tile: int = 8,
+    steps: int = 4,
+) -> dict[str, float]:
+    """How far each value and gradient is from the definition, relative to the largest entry that it should have."""
+    from xlstm_lm.ops.slstm import slstm
+
+    small_kernels(tile, steps, backend)
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"wx": (B, T, 4, H, D), "r": (4, H, D, D), "bias": (4, H, D)}
+    if state:
+        shapes |= dict.fromkeys("ycnm", (B, H, D))
+    inputs = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    inputs["wx"] *= scale
+    inputs["r"] /= D**0.5
+    if state:
+        inputs["n"] = 1 + inputs["n"].square()
+    inputs = {name: x.to(dtype) if name in ("wx", "r", "bias") else x for name, x in inputs.items()}
+    resets_BT = None
+    if resets:
+        resets_BT = torch.zeros(B, T, dtype=torch.bool)
+        resets_BT[0, [step for step in resets if step < T]] = True
+
+    def run(backend: str, x: dict[str, Tensor]) -> dict[str, Tensor]:
+        initial = tuple(x[name] for name in "ycnm") if state else None
+        y, last = slstm(
+            x["wx"],
+            x["r"],
+            x["bias"],
+            resets=resets_BT,
+            initial_state=initial,
+            return_state=True,
+            backend=backend,
+        )
+        outputs = (y, *last[:3])
+        leaves = {name: each for name, each in x.items() if name != "m"}
+        generator = torch.Generator().manual_seed(1)
+        upstream = [torch.randn(each.shape, generator=generator).to(each.dtype) for each in outputs]
+        gradients = torch.autograd.grad(outputs, list(leaves.values()), upstream)
+        values = dict(zip(("out", "last y", "last c", "last n", "last m"), (y, *last), strict=True))
+        return values | {f"d{name}": each for name, each in zip(leaves, gradients, strict=True)}
+
+    expected = run("recurrence", {name: x.double().requires_grad_(name != "m") for name, x in inputs.items()})
+    found = run(backend, {name: in_nan(x.requires_grad_(name != "m")) for name, x in inputs.items()})
+    assert found["out"].dtype == dtype
+    return {
+        name: float((found[name].detach().double() - x).abs().max() / x.abs().max().clamp_min(1e-30))
+        for name, x in expected.items()
+    }
+
+
+@pytest.mark.parametrize("name", [*CASES, *(pytest.param(each, marks=pytest.mark.slow) for each in SLOW)])
+def test_values_and_gradients(interpreted, name):
+    case = BASE | (CASES | SLOW)[name]
+    tolerance = case.pop("tolerance", TOLERANCE[case.get("dtype", torch.float32)])
+    found = interpreted(errors, **case)
+    assert all(error <= tolerance for error in found.values()), found  # NaN fails too: nothing is below it
+
+
+def halves_and_whole() -> float:
+    from xlstm_lm.ops.slstm import slstm
+
+    small_kernels(8, 4, "triton")
+    torch.manual_seed(0)
+    wx, r, bias = (torch.randn(shape, requires_grad=True) for shape in ((1, 7, 4, 1, 16), (4, 1, 16, 16), (4, 1, 16)))
+    resets = torch.zeros(1, 7, dtype=torch.bool)
+    resets[:, [2, 5]] = True
+    whole, last = slstm(wx, r, bias, resets=resets, return_state=True, backend="triton")
+    first, state = slstm(wx[:, :3], r, bias, resets=resets[:, :3], return_state=True, backend="triton")
+    second, state = slstm(
+        wx[:, 3:], r, bias, resets=resets[:, 3:], initial_state=state, return_state=True, backend="triton"
+    )
+    ours, theirs = (torch.cat((first, second), 1), *state[:3]), (whole, *last[:3])
+    upstream = [torch.randn_like(each) for each in theirs]
+    gradients = (torch.autograd.grad(each, (wx, r, bias), upstream) for each in (ours, theirs))
+    pairs = [*zip(ours, theirs, strict=True), *zip(*gradients, strict=True)]
+    return max(float((one - other).detach().abs().max()) for one, other in pairs)
+
+
+def test_two_halves_are_one_whole(interpreted):
+    assert interpreted(halves_and_whole) < 1e-5
+
+
+def launches() -> list[tuple[int, int]]:
+    from xlstm_lm.ops.slstm import triton_loops
+
+    device = torch.device("cpu")  # stands for one with 132 processors
+    return [triton_loops.launch_for(B, H, 64, device)[:2] for B, H in ((16, 12), (88, 12), (96, 12), (1024, 12))]
+
+
+def test_the_batch_is_cut_as_fine_as_there_are_processors():
+    pytest.importorskip("triton", reason="Triton is not installed (pip install 'xlstm-lm[gpu]')")
+    assert launches() == [(8, 4), (8, 4), (16, 4), (16, 4)]
+
+
+def test_heads_that_do_not_fit_are_refused_by_name(interpreted):
+    assert "up to 128 units in torch.bfloat16" in interpreted(refusal, 129, torch.bfloat16)
+    assert "not torch.float64" in interpreted(refusal, 8, torch.float64)
+    assert interpreted(refusal, 128, torch.float16) is None
+
+
+def refusal(D: int, dtype: torch.dtype) -> str | None:
+    from xlstm_lm.ops.slstm import triton_loops
+
+    return triton_loops.why_not(torch.device("cpu"), D, dtype)

@@ -87,5 +87,101 @@ def mlstm_step_cases() -> list[Case]:
     return [*cases, Case("mlstm step K256 V512 float32", partial(_mlstm_step_calls, 256, 512, torch.float32))]
 
 
-CASES: dict[str, Callable[[], list[Case]]] = {"mlstm": mlstm_cases, "mlstm_step": mlstm_step_cases}
+def _slstm_cluster_calls(D: int, dtype: torch.dtype, target: str) -> list[CudaCall]:
+    """Both passes, with one and with two groups of eight sequences a cluster where there is room for them."""
+    from xlstm_lm.ops.slstm.cluster import DIRECTIONS, Layout
+
+    if target not in ("sm_90", "sm_100"):
+        return []
+    layouts = [Layout(direction=each, D=D, dtype=dtype, tiles=tiles) for each in DIRECTIONS for tiles in (1, 2)]
+    return [
+        CudaCall(
+            kernel=f"slstm_{layout.direction}",
+            launch=f"{layout.blocks} blocks, {layout.warps} warps, {layout.tiles * 8} sequences, D {D}, {dtype}",
+            binary=layout.binary,
+            dynamic_shared_bytes=layout.shared_bytes,
+        )
+        for layout in layouts
+        if layout.tiles == 1 or layout.shared_bytes <= 226 * 1024
+    ]
+
+
+def slstm_cluster_cases() -> list[Case]:
+    """Heads beyond what one multiprocessor holds, and two that it would."""
+    cases = []
+    for dtype, widths in {
+        torch.bfloat16: (64, 128, 160, 192, 256, 320, 384, 512),
+        torch.float16: (256, 512),
+        torch.float32: (128, 192, 256),
+    }.items():
+        for D in widths:
+            name = f"slstm cluster D{D} {str(dtype).removeprefix('torch.')}"
+            quick = (D, dtype) == (256, torch.bfloat16)
+            cases.append(Case(name, partial(_slstm_cluster_calls, D, dtype), quick))
+    return cases
+
+
+def _slstm_calls(D: int, dtype: torch.dtype, B: int, resets: bool, target: str) -> list[TritonCall]:
+    """Both loops; nothing where heads are too large for the target."""
+    from xlstm_lm.ops.slstm import triton_loops
+
+    T, H = 1024, max(1, 768 // D)
+    meta = partial(torch.empty, device="meta")
+    wx, r, bias = meta(B, T, 4, H, D, dtype=dtype), meta(4, H, D, D, dtype=dtype), meta(4, H, D)
+    resets_BT = meta(B, T, dtype=torch.bool) if resets else None
+    state = tuple(meta(B, H, D) for _ in range(4))
+    gates = meta(H, B, T, 4, D).permute(1, 2, 3, 0, 4)
+
+    def both() -> None:
+        y, checkpoints, _ = triton_loops.forward_loop(wx, r, bias, resets_BT, state)
+        triton_loops.backward_loop(gates, r, y, checkpoints, resets_BT, state[:3])
+
+    with mock.patch.object(triton_loops, "architecture", lambda device: target):
+        return recorded(both) if triton_loops.largest(dtype, torch.device("meta")) >= D else []
+
+
+def _slstm_pointwise_calls(dtype: torch.dtype, target: str) -> list[TritonCall]:
+    """The step of either loop of `batched`, for heads of any size."""
+    from xlstm_lm.ops.slstm import triton_pointwise
+
+    del target  # they are launched in one way everywhere
+    B, H, D = 16, 2, 384
+    meta = partial(torch.empty, device="meta")
+    gates, product, state = meta(B, 4, H, D, dtype=dtype), meta(H, B, 4, D), meta(B, H, D)
+    y, y_HBD, resets_B = meta(B, H, D, dtype=dtype), meta(H, B, D, dtype=dtype), meta(B, dtype=torch.bool)
+
+    def both() -> None:
+        triton_pointwise.forward_step(
+            product.permute(1, 2, 0, 3), gates, meta(4, H, D), resets_B, y, y_HBD, (state,) * 3
+        )  # fmt: skip
+        triton_pointwise.backward_step(meta(B, 6, H, D), gates, product.to(dtype), (product[:, :, 0], *(state,) * 4))
+
+    return recorded(both)
+
+
+def slstm_cases() -> list[Case]:
+    """The largest heads of each type and smaller ones, with tiles of 8 rows and of 16; and the kernels of `batched`."""
+    cases = [
+        Case(f"slstm pointwise {str(dtype).removeprefix('torch.')}", partial(_slstm_pointwise_calls, dtype))
+        for dtype in (torch.bfloat16, torch.float32)
+    ]
+    for dtype, widths in {
+        torch.bfloat16: (24, 64, 80, 128),
+        torch.float16: (64, 128),
+        torch.float32: (24, 32),
+    }.items():
+        for D in widths:
+            for B, resets in ((16, False), (16, True), (256, True)):
+                name = f"slstm D{D} {str(dtype).removeprefix('torch.')} B{B}{' resets' if resets else ''}"
+                quick = (D, dtype, B, resets) == (128, torch.bfloat16, 16, True)
+                cases.append(Case(name, partial(_slstm_calls, D, dtype, B, resets), quick))
+    return cases
+
+
+CASES: dict[str, Callable[[], list[Case]]] = {
+    "mlstm": mlstm_cases,
+    "mlstm_step": mlstm_step_cases,
+    "slstm": slstm_cases,
+    "slstm_cluster": slstm_cluster_cases,
+}
 """The cases of each operation."""

@@ -1,7 +1,6 @@
 // The functions of cluster_device.h on a CPU, so that the kernels' own source can be tested without a GPU. Every CUDA
-// thread of a cluster is a fiber; a fiber runs until it must wait, and then a random one goes on. What is sent to another
-// block arrives at once or only at the sender's next cluster barrier, as chance will have it. So a barrier that is
-// missing shows in the results.
+// thread of a cluster is a fiber; a fiber runs until it must wait, and then a random one goes on, or something that was
+// sent arrives. So a barrier that is missing shows in the results.
 //
 // Tensor core products follow the layouts of the PTX ISA, "Matrix Fragments for mma.m16n8k16 with floating point type"
 // and "Matrix Fragments for mma.m16n8k8".
@@ -28,6 +27,9 @@ struct alignas(16) Chunk {
 struct alignas(8) Pair {
   float value[2];
 };
+struct alignas(8) Mailbox {
+  unsigned long long state;
+};
 struct Bf16 {
   unsigned short bits;
 };
@@ -38,22 +40,19 @@ struct Fp16 {
 namespace emulator {
 
 constexpr int kWarpSize = 32, kStackBytes = 64 * 1024, kGuardBytes = 256;
-enum Wait { kWarp = 1, kBlock = 2, kCluster = 4 };
+enum Wait { kWarp = 1, kBlock = 2, kCluster = 4, kMail = 8 };
 
 struct Fiber {
   int block, thread;
   ucontext_t start;
   std::jmp_buf resume;
   std::unique_ptr<char[]> stack;
-  bool started = false, arrived = false;
-  int64_t cluster_phase = 0;
-  std::vector<std::function<void()>> under_way;  // sent, but not there yet
+  bool started = false;
 };
 
 // Threads that wait for each other.
 struct Barrier {
   int expected = 0, arrived = 0;
-  int64_t phase = 0;
   std::string kind;  // of what the first to come waits for
   std::vector<Fiber*> waiting;
 };
@@ -67,10 +66,16 @@ struct Warp {
   } lanes[kWarpSize];
 };
 
+struct Box {
+  Barrier arrivals;
+  int64_t bytes = 0, phases_ended = 0;
+};
+
 struct Block {
   std::vector<char> memory;
   char* shared;
   std::vector<Warp> warps;
+  std::vector<Box> boxes;
   Barrier barrier;
   bool started = false;
   int running = 0;
@@ -81,9 +86,11 @@ struct Cluster {
   Barrier barrier;
   std::vector<std::unique_ptr<Fiber>> fibers;
   std::vector<Fiber*> ready;
+  std::vector<std::function<void()>> under_way;  // sent, but not there yet
   Fiber* current = nullptr;
   std::jmp_buf scheduler;
   std::mt19937 random;
+  unsigned slow_block = 0, slow_warp = 0;
   std::function<void()> kernel;
   std::string problem;
   int index = 0, ignored = 0;
@@ -105,7 +112,7 @@ __attribute__((noinline)) inline void leave() {
 }
 
 inline void release(Barrier& barrier) {
-  barrier.arrived = 0, ++barrier.phase;
+  barrier.arrived = 0;
   for (Fiber* fiber : barrier.waiting) cluster->ready.push_back(fiber);
   barrier.waiting.clear();
 }
@@ -126,7 +133,6 @@ template <typename F> inline void meet(Barrier& barrier, const char* kind, Wait 
 
 inline void fiber_main() {
   cluster->kernel();
-  if (!self().under_way.empty()) fail("a thread ends after sending to another block without a cluster barrier");
   if (--own_block().running == 0) own_block().started = false;
   std::longjmp(cluster->scheduler, 1);
 }
@@ -137,6 +143,7 @@ inline std::string run(
   Cluster own;
   cluster = &own;
   own.kernel = kernel, own.index = index, own.ignored = ignored, own.random.seed(seed);
+  own.slow_block = own.random(), own.slow_warp = own.random();
   own.blocks.resize(blocks);
   own.barrier.expected = blocks * threads;
   for (int rank = 0; rank < blocks; ++rank) {
@@ -159,10 +166,24 @@ inline std::string run(
     }
   }
   (void)setjmp(own.scheduler);
+  while (cluster->problem.empty() && cluster->under_way.size() > cluster->random() % (cluster->ready.size() + 1)) {
+    auto& under_way = cluster->under_way;
+    std::swap(under_way[cluster->random() % under_way.size()], under_way.back());
+    const auto arrival = std::move(under_way.back());
+    under_way.pop_back();
+    arrival();
+  }
   if (cluster->problem.empty() && !cluster->ready.empty()) {
+    // For a while, perhaps, one block or one warp of each block goes on only when nobody else does.
+    if (cluster->random() % 16384 == 0) cluster->slow_block = cluster->random(), cluster->slow_warp = cluster->random();
     auto& ready = cluster->ready;
-    std::swap(ready[cluster->random() % ready.size()], ready.back());
-    cluster->current = ready.back();
+    for (int attempt = 0; attempt < 16; ++attempt) {
+      std::swap(ready[cluster->random() % ready.size()], ready.back());
+      cluster->current = ready.back();
+      const bool slow_block = self().block == int(cluster->slow_block % (2 * blocks));
+      const bool slow_warp = self().thread / kWarpSize == int(cluster->slow_warp % (2 * threads / kWarpSize));
+      if (!slow_block && !slow_warp) break;
+    }
     ready.pop_back();
     if (self().started) std::longjmp(self().resume, 1);
     self().started = own_block().started = true;
@@ -230,14 +251,40 @@ template <typename T, int K> inline void product(float (&sums)[4], const Chunk& 
   meet(warp.barrier, "a matrix product", Wait{}, [&] { matrix_product<T, K>(warp); });
 }
 
-template <typename T> inline void send(T* own, int rank, const T& value) {
+inline Box& box_of(int block, const Mailbox* own) {
+  if (own->state >= cluster->blocks[block].boxes.size()) fail("a mailbox is used before it is opened");
+  return cluster->blocks[block].boxes[own->state];
+}
+
+inline void end_phase_if_complete(Box& box) {
+  if (box.arrivals.arrived < box.arrivals.expected || box.bytes != 0) return;
+  ++box.phases_ended;
+  release(box.arrivals);
+}
+
+inline void come(Mailbox* own, int bytes) {
+  Box& box = box_of(self().block, own);
+  box.bytes += bytes;
+  if (++box.arrivals.arrived > box.arrivals.expected) fail("a mailbox has more arrivals than it was opened for");
+  end_phase_if_complete(box);
+}
+
+template <typename T> inline void send(T* own, int rank, const T& value, const Mailbox* own_box) {
   if (rank < 0 || rank >= int(cluster->blocks.size())) fail("something is sent to a block that there is not");
-  Block& to = cluster->blocks[rank];
-  T* const target = reinterpret_cast<T*>(to.shared + (reinterpret_cast<char*>(own) - own_block().shared));
-  if (!to.started) fail("something is sent to a block that does not run");
-  auto arrive = [target, value] { *target = value; };
-  if (cluster->random() & 1) arrive();
-  else self().under_way.push_back(arrive);
+  const int64_t offset = reinterpret_cast<char*>(own) - own_block().shared;
+  const int64_t box_offset = reinterpret_cast<const char*>(own_box) - own_block().shared;
+  cluster->under_way.push_back([=] {
+    Block& to = cluster->blocks[rank];
+    const auto index = reinterpret_cast<Mailbox*>(to.shared + box_offset)->state;
+    if (!to.started || index >= to.boxes.size()) {
+      cluster->problem = "something is sent to a block that does not run or has no mailbox yet";
+      return;
+    }
+    *reinterpret_cast<T*>(to.shared + offset) = value;
+    Box& box = to.boxes[index];
+    box.bytes -= sizeof(T);
+    end_phase_if_complete(box);
+  });
 }
 
 }  // namespace emulator
@@ -253,28 +300,29 @@ inline void synchronize_warp() {
 inline void synchronize_block() {
   emulator::meet(emulator::own_block().barrier, "synchronize_block", emulator::kBlock, [] {});
 }
-inline void arrive_at_cluster() {
-  emulator::Fiber& fiber = emulator::self();
-  if (fiber.arrived) emulator::fail("a thread arrives at the cluster barrier twice");
-  for (auto& arrive : fiber.under_way) arrive();
-  fiber.under_way.clear();
-  emulator::Barrier& barrier = emulator::cluster->barrier;
-  fiber.arrived = true, fiber.cluster_phase = barrier.phase;
-  if (++barrier.arrived == barrier.expected) emulator::release(barrier);
-}
-inline void wait_for_cluster() {
-  emulator::Fiber& fiber = emulator::self();
-  if (!fiber.arrived) emulator::fail("a thread waits at the cluster barrier without having arrived");
-  fiber.arrived = false;
-  emulator::Barrier& barrier = emulator::cluster->barrier;
-  if (barrier.phase != fiber.cluster_phase) return;
-  if (emulator::cluster->ignored & emulator::kCluster) return;
-  barrier.waiting.push_back(&fiber);
-  emulator::leave();
+inline void synchronize_cluster() {
+  emulator::meet(emulator::cluster->barrier, "synchronize_cluster", emulator::kCluster, [] {});
 }
 
-inline void store_remote(Chunk* own, int rank, const Chunk& value) { emulator::send(own, rank, value); }
-inline void store_remote(Pair* own, int rank, const Pair& value) { emulator::send(own, rank, value); }
+inline void open_mailbox(Mailbox* box, int arrivals) {
+  auto& boxes = emulator::own_block().boxes;
+  box->state = boxes.size();
+  boxes.emplace_back();
+  boxes.back().arrivals.expected = arrivals;
+}
+inline void arrive(Mailbox* box) { emulator::come(box, 0); }
+inline void arrive_expecting(Mailbox* box, int bytes) { emulator::come(box, bytes); }
+inline void wait_for_mail(Mailbox* own, int parity) {
+  emulator::Box& box = emulator::box_of(emulator::self().block, own);
+  // As the hardware does: it only knows whether the phase in progress has the other parity.
+  while (box.phases_ended % 2 == parity && !(emulator::cluster->ignored & emulator::kMail)) {
+    box.arrivals.waiting.push_back(&emulator::self());
+    emulator::leave();
+  }
+  synchronize_warp();
+}
+inline void send(Chunk* own, int rank, const Chunk& value, Mailbox* box) { emulator::send(own, rank, value, box); }
+inline void send(Pair* own, int rank, const Pair& value, Mailbox* box) { emulator::send(own, rank, value, box); }
 inline void prefetch(const void*) {}
 
 inline void multiply_add(float (&sums)[4], const Chunk& a, unsigned b0, unsigned b1, Bf16) {

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from cluster_emulation import BARRIERS, emulated_launch
+from cluster_emulation import BARRIERS, EmulationError, emulated_launch
 
 from xlstm_lm.ops.slstm import cluster
 from xlstm_lm.ops.slstm.fused import slstm_fused
@@ -95,16 +95,26 @@ def test_equals_the_definition_in_real_sizes(monkeypatch, shape, dtype, tiles):
 
 @pytest.mark.parametrize(
     ("direction", "barrier"),
-    [("forward", "warp"), ("forward", "cluster"), ("backward", "block"), ("backward", "cluster")],
+    [
+        ("forward", "warp"),
+        ("forward", "cluster"),
+        ("forward", "mail"),
+        ("backward", "block"),
+        ("backward", "cluster"),
+        ("backward", "mail"),
+    ],
 )
 def test_no_barrier_can_be_left_out(monkeypatch, direction, barrier):
-    """That the emulation would notice; that it passes above then says that the barriers suffice."""
-    try:
-        error = error_of(monkeypatch, (9, 20, 2, 40), torch.float32, 1, ignored={direction: BARRIERS[barrier]})
-    except AssertionError as problem:
-        assert "sent to a block that does not run" in str(problem)
-    else:
-        assert error > 1e-3
+    """That the emulation notices, in some order of events at least; so passing above says that the barriers suffice."""
+
+    def goes_wrong(seed):
+        ignored = {direction: BARRIERS[barrier]}
+        try:
+            return error_of(monkeypatch, (9, 6, 2, 40), torch.float32, 1, seed=seed, ignored=ignored) > 1e-3
+        except EmulationError:
+            return True
+
+    assert any(goes_wrong(seed) for seed in range(0, 800, 100))
 
 
 def test_two_halves_equal_one_whole(monkeypatch):
@@ -133,7 +143,7 @@ def gpu(**properties):
         ({"name": "A100", "major": 8}, 256, torch.bfloat16, "A100 has 8.0"),
         ({}, 256, torch.float64, "not in torch.float64"),
         ({}, 520, torch.bfloat16, "up to 512 units, not 520"),
-        ({}, 512, torch.float32, "needs 565824 bytes"),
+        ({}, 512, torch.float32, "needs 574608 bytes"),
         ({"shared_memory_per_block_optin": 101376}, 512, torch.bfloat16, "H100 has 101376"),
         ({}, 256, torch.bfloat16, "cannot be had: no compiler"),
     ],

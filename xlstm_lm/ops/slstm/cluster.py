@@ -1,8 +1,8 @@
 """The sLSTM's loops for heads that one multiprocessor cannot hold: a head's gate rows over the blocks of a cluster.
 
 Each block of a thread-block cluster keeps its part of R in registers and shared memory for the whole sequence, and the
-blocks exchange y, or parts of dy, through distributed shared memory, with one cluster barrier a step. So no step waits
-for the whole device, and none reads R from device memory. The kernels (cluster_*.cu) are compiled when first used, for
+blocks send each other y, or parts of dy, through distributed shared memory. So no step waits for the whole device, and
+none reads R from device memory. The kernels (cluster_*.cu) are compiled when first used, for
 the GPU that is there: clusters exist from compute capability 9.0 (Hopper) on.
 """
 
@@ -74,9 +74,9 @@ class Layout:
         else:
             row_tiles, steps = _divide_up(_divide_up(self.D, 16), self.warps), self.warps * size
             received = self.blocks * self.tiles * 8 * self.warps * 8 * 4
-            exchange = self.tiles * _rows_bytes(32 * steps) + 2 * received
+            exchange = 2 * (self.tiles * _rows_bytes(32 * steps) + received)
         held = min(self.held // (2 * row_tiles) * 2, steps) * row_tiles
-        return exchange + max(held, row_tiles * steps - held) * 32 * self.warps * 16
+        return exchange + 2 * 8 + max(held, row_tiles * steps - held) * 32 * self.warps * 16
 
     @property
     def macros(self) -> dict[str, object]:

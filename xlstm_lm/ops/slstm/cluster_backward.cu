@@ -1,6 +1,6 @@
 // The backward pass, from the last step to the first: a block multiplies the gradients of its own gates with its columns
-// of R^T and sends each other block the part of dy that falls to that block's units. Two copies of what is received take
-// turns, so that one cluster barrier a step is enough.
+// of R^T and sends every block the part of dy that falls to its units. Two copies of what is sent take turns: whoever
+// sends the one after next has got the next from all, so all have read this one. Nothing else makes blocks wait.
 
 struct Backward {
   const float* gates;  // pre-activations
@@ -25,7 +25,8 @@ constexpr int kReplayedAtOnce = 4;
 
 constexpr int kReceivedPairs = BLOCKS * TILES * kUnits * 4;
 static_assert(
-    SHARED_BYTES == TILES * GateGradientRows::kTileBytes + 2 * kReceivedPairs * sizeof(Pair) +
+    SHARED_BYTES ==
+    2 * (TILES * GateGradientRows::kTileBytes + kReceivedPairs * sizeof(Pair) + sizeof(Mailbox)) +
         TransposedWeights::kSharedBytes);
 
 // What a step makes of the gradients that reach it; known before they do.
@@ -55,16 +56,21 @@ KERNEL slstm_backward(const Backward p) {
   const Place place(p.H, TILES * 8);
   const bool of_head = place.unit < D;
   const int first_of_warp = place.unit - place.row;
-  char* const rows = shared_memory();
-  Pair* const received = reinterpret_cast<Pair*>(rows + TILES * GateGradientRows::kTileBytes);
+  char* const memory = shared_memory();
+  Pair* const received = reinterpret_cast<Pair*>(memory + 2 * TILES * GateGradientRows::kTileBytes);
   // Where the part of dy from a block lies: for each tile and unit four pairs of sequences.
-  auto slot = [&](int t, int from, int tile, int unit) {
-    return received + (t & 1) * kReceivedPairs + ((from * TILES + tile) * kUnits + unit) * 4 + place.column;
+  auto slot = [&](int turn, int from, int tile, int unit) {
+    return received + (turn & 1) * kReceivedPairs + ((from * TILES + tile) * kUnits + unit) * 4 + place.column;
   };
+  auto rows_of = [&](int turn) { return memory + (turn & 1) * TILES * GateGradientRows::kTileBytes; };
+  Mailbox* const boxes = reinterpret_cast<Mailbox*>(memory + SHARED_BYTES) - 2;
+  if (place.thread < 2) open_mailbox(boxes + place.thread, 1);
+  const int units_here = kPaddedD - place.rank * kUnits < kUnits ? kPaddedD - place.rank * kUnits : kUnits;
+  const int bytes_expected = BLOCKS * TILES * 8 * units_here * sizeof(float);
 
-  auto own_gradient = [&](int tile, int j, int gate) {
+  auto own_gradient = [&](int turn, int tile, int j, int gate) {
     const int column = gate * kUnits + place.warp * 8 + place.row;
-    return GateGradientRows::at(rows, tile * 8 + place.column * 2 + j, column);
+    return GateGradientRows::at(rows_of(turn), tile * 8 + place.column * 2 + j, column);
   };
 
   TransposedWeights weights;
@@ -154,8 +160,7 @@ KERNEL slstm_backward(const Backward p) {
     }
   };
 
-  arrive_at_cluster();  // all blocks run
-  wait_for_cluster();
+  synchronize_cluster();  // all blocks run and have opened their mailboxes
 
   for (int start = (p.T - 1) / kSegment * kSegment; start >= 0; start -= kSegment) {
     const int end = start + kSegment < p.T ? start + kSegment : p.T;
@@ -163,6 +168,7 @@ KERNEL slstm_backward(const Backward p) {
     fetch(end - 1);
     prepare();
     for (int t = end - 1; t >= start; --t) {
+      const int turn = p.T - 1 - t;
       bool dropped[TILES][2];  // the gradient of the state before this step; nobody sends that of a unit that is none
       UNROLL for (int tile = 0; tile < TILES; ++tile)
         UNROLL for (int j = 0; j < 2; ++j) {
@@ -171,7 +177,7 @@ KERNEL slstm_backward(const Backward p) {
           const float dc_ = dc[tile][j] + dy_ * f.c_of_dy, dn_ = dn[tile][j] + dy_ * f.n_of_dy;
           const float results[4] = {
               dc_ * f.i_of_dc + dn_ * f.i_of_dn, dc_ * f.f_of_dc + dn_ * f.f_of_dn, dc_ * f.z_of_dc, dy_ * f.o_of_dy};
-          UNROLL for (int gate = 0; gate < 4; ++gate) convert(results[gate], *own_gradient(tile, j, gate));
+          UNROLL for (int gate = 0; gate < 4; ++gate) convert(results[gate], *own_gradient(turn, tile, j, gate));
           dropped[tile][j] = reset[tile][j] || !valid[tile][j];
           dc[tile][j] = dropped[tile][j] ? 0.0f : dc_ * f.forget;
           dn[tile][j] = dropped[tile][j] ? 0.0f : dn_ * f.forget;
@@ -187,31 +193,30 @@ KERNEL slstm_backward(const Backward p) {
         }
       }
       synchronize_block();
+      if (place.thread == 0) arrive_expecting(boxes + (turn & 1), bytes_expected);
 
       float sums[kRowTiles][TILES][4] = {};
-      multiply(sums, weights, rows, place, GateGradientRows{});
+      multiply(sums, weights, rows_of(turn), place, GateGradientRows{});
       UNROLL for (int m = 0; m < kRowTiles; ++m)
         UNROLL for (int half = 0; half < 2; ++half) {
           const int unit = (m * WARPS + place.warp) * 16 + half * 8;
           if (unit >= D) continue;
           UNROLL for (int tile = 0; tile < TILES; ++tile) {
-            store_remote(
-                slot(t, place.rank, tile, unit % kUnits + place.row), unit / kUnits,
-                Pair{{sums[m][tile][half * 2], sums[m][tile][half * 2 + 1]}});
+            const Pair pair = {{sums[m][tile][half * 2], sums[m][tile][half * 2 + 1]}};
+            send(slot(turn, place.rank, tile, unit % kUnits + place.row), unit / kUnits, pair, boxes + (turn & 1));
           }
         }
-      arrive_at_cluster();
       UNROLL for (int tile = 0; tile < TILES; ++tile)
         UNROLL for (int j = 0; j < 2; ++j)
           UNROLL for (int gate = 0; gate < 4; ++gate) {
-            if (valid[tile][j]) p.dgates[gate_at(tile, j, t) + gate * p.gates_gate] = *own_gradient(tile, j, gate);
+            if (valid[tile][j]) p.dgates[gate_at(tile, j, t) + gate * p.gates_gate] = *own_gradient(turn, tile, j, gate);
           }
       if (t > start) prepare();
-      wait_for_cluster();
+      wait_for_mail(boxes + (turn & 1), turn >> 1 & 1);
       UNROLL for (int tile = 0; tile < TILES; ++tile) {
         float sum[2] = {};
         UNROLL for (int from = 0; from < BLOCKS; ++from) {
-          const Pair pair = *slot(t, from, tile, place.warp * 8 + place.row);
+          const Pair pair = *slot(turn, from, tile, place.warp * 8 + place.row);
           sum[0] += pair.value[0], sum[1] += pair.value[1];
         }
         UNROLL for (int j = 0; j < 2; ++j) dy[tile][j] = dropped[tile][j] ? 0.0f : sum[j];

@@ -39,35 +39,67 @@ DEVICE char* shared_memory() {
 DEVICE void synchronize_warp() { __syncwarp(); }
 DEVICE void synchronize_block() { __syncthreads(); }
 
-// What was stored before, in whichever block, is seen by all threads of the cluster after `wait_for_cluster`.
-// Both want the threads of a warp together.
-DEVICE void arrive_at_cluster() {
+// All threads of the cluster wait for each other; what they stored before in their shared memory is seen after it.
+DEVICE void synchronize_cluster() {
   __syncwarp();
-  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
-DEVICE void wait_for_cluster() {
-  __syncwarp();
-  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
+
+DEVICE unsigned shared_address(const void* own) { return static_cast<unsigned>(__cvta_generic_to_shared(own)); }
 
 DEVICE unsigned remote_address(const void* own, int rank) {
   unsigned address;
-  asm("mapa.shared::cluster.u32 %0, %1, %2;"
-      : "=r"(address)
-      : "r"(static_cast<unsigned>(__cvta_generic_to_shared(own))), "r"(rank));
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(shared_address(own)), "r"(rank));
   return address;
 }
 
-// Store where `own` is in the shared memory of another block of the cluster.
-DEVICE void store_remote(Chunk* own, int rank, const Chunk& value) {
-  asm volatile("st.shared::cluster.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(remote_address(own, rank)),
-               "r"(value.word[0]), "r"(value.word[1]), "r"(value.word[2]), "r"(value.word[3])
+// A barrier in the shared memory of a block. Its phases, of parity 0, 1, 0 .. , end one after the other, each when as many
+// threads of the block as agreed on have arrived and all the bytes that they expected have come from the cluster.
+struct alignas(8) Mailbox {
+  unsigned long long state;
+};
+
+DEVICE void open_mailbox(Mailbox* box, int arrivals) {  // to be followed by synchronize_cluster
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;\nfence.mbarrier_init.release.cluster;" ::"r"(
+                   shared_address(box)), "r"(arrivals)
                : "memory");
 }
 
-DEVICE void store_remote(Pair* own, int rank, const Pair& value) {
-  asm volatile("st.shared::cluster.v2.f32 [%0], {%1, %2};" ::"r"(remote_address(own, rank)), "f"(value.value[0]),
-               "f"(value.value[1])
+DEVICE void arrive(Mailbox* box) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(box)) : "memory");
+}
+
+DEVICE void arrive_expecting(Mailbox* box, int bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(box)), "r"(bytes)
+               : "memory");
+}
+
+// Until the phase of this parity has ended: then all that was sent and stored for it is seen.
+DEVICE void wait_for_mail(Mailbox* box, int parity) {
+  unsigned ended;
+  do {
+    asm volatile(
+        "{\n.reg .pred ended;\n"
+        "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 ended, [%1], %2;\n"
+        "selp.u32 %0, 1, 0, ended;\n}"
+        : "=r"(ended)
+        : "r"(shared_address(box)), "r"(parity)
+        : "memory");
+  } while (!ended);
+  __syncwarp();
+}
+
+// Store where `own` is in the shared memory of another block of the cluster, and count the bytes in its mailbox.
+DEVICE void send(Chunk* own, int rank, const Chunk& value, Mailbox* box) {
+  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(
+                   remote_address(own, rank)), "r"(value.word[0]), "r"(value.word[1]), "r"(value.word[2]),
+               "r"(value.word[3]), "r"(remote_address(box, rank))
+               : "memory");
+}
+
+DEVICE void send(Pair* own, int rank, const Pair& value, Mailbox* box) {
+  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%1, %2}, [%3];" ::"r"(
+                   remote_address(own, rank)), "f"(value.value[0]), "f"(value.value[1]), "r"(remote_address(box, rank))
                : "memory");
 }
 

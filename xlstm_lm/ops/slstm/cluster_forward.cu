@@ -1,5 +1,6 @@
 // The forward pass: a block multiplies its rows of R with the whole y, makes its part of the next y, and sends that to
-// the other blocks. Two copies of y take turns, so that one cluster barrier a step is enough.
+// the other blocks. Two copies of y take turns: whoever sends the one after next has got the next from all, so all have
+// read this one. Nothing else makes blocks wait.
 
 struct Forward {
   const Element* wx;
@@ -19,7 +20,7 @@ using OutputRows = Rows<kForwardSteps * 2 * kPerChunk>;  // a step takes half of
 using GateWeights = Weights<2, kForwardSteps>;
 constexpr int kPrefetchSteps = 8;
 
-static_assert(SHARED_BYTES == 2 * TILES * OutputRows::kTileBytes + GateWeights::kSharedBytes);
+static_assert(SHARED_BYTES == 2 * (TILES * OutputRows::kTileBytes + sizeof(Mailbox)) + GateWeights::kSharedBytes);
 
 KERNEL slstm_forward(const Forward p) {
   const Place place(p.H, TILES * 8);
@@ -27,6 +28,10 @@ KERNEL slstm_forward(const Forward p) {
   const int first_of_warp = place.unit - place.row;
   char* const memory = shared_memory();
   auto rows_of = [&](int t) { return memory + (t & 1) * TILES * OutputRows::kTileBytes; };
+  Mailbox* const boxes = reinterpret_cast<Mailbox*>(memory + SHARED_BYTES) - 2;
+  if (place.thread < 2) open_mailbox(boxes + place.thread, WARPS);
+  const int units_here = kPaddedD - place.rank * kUnits < kUnits ? kPaddedD - place.rank * kUnits : kUnits;
+  const int bytes_expected = TILES * 8 * (kPaddedD - units_here) * sizeof(Element);
 
   // The warp's rows of R are, by tile, gates i and f, or z and o, of its 8 units.
   GateWeights weights;
@@ -87,8 +92,7 @@ KERNEL slstm_forward(const Forward p) {
       }
   };
   fetch(0);
-  arrive_at_cluster();  // all blocks run, and what this one wrote is there
-  wait_for_cluster();
+  synchronize_cluster();  // all blocks run and have opened their mailboxes
 
   for (int t = 0; t < p.T; ++t) {
     if (t % kSegment == 0) {
@@ -147,17 +151,18 @@ KERNEL slstm_forward(const Forward p) {
             const Chunk value = *own;
             UNROLL for (int turn = 0; turn < divide_up(BLOCKS, 4); ++turn) {
               const int to = turn * 4 + place.column;
-              if (to < BLOCKS && to != place.rank) store_remote(own, to, value);
+              if (to < BLOCKS && to != place.rank) send(own, to, value, boxes + (t & 1));
             }
           }
       }
-      arrive_at_cluster();
+      if (place.thread == 0) arrive_expecting(boxes + (t & 1), bytes_expected);
+      else if (place.lane == 0) arrive(boxes + (t & 1));
     }
     UNROLL for (int tile = 0; tile < TILES; ++tile)
       UNROLL for (int j = 0; j < 2; ++j) {
         if (valid[tile][j]) p.y[y_at(tile, j, t)] = rounded[tile][j];
       }
-    if (t + 1 < p.T) wait_for_cluster();
+    if (t + 1 < p.T) wait_for_mail(boxes + (t & 1), t >> 1 & 1);
   }
 
   UNROLL for (int tile = 0; tile < TILES; ++tile)

@@ -12,6 +12,7 @@ using Index = long long;
 
 constexpr int kThreads = 32 * WARPS;
 constexpr int kUnits = 8 * WARPS;                  // of a block
+constexpr int kPaddedD = (D + 7) / 8 * 8;
 constexpr int kSegment = 64;                       // steps between checkpoints
 constexpr int kPerChunk = 16 / sizeof(Element);    // elements in 16 bytes,
 constexpr int kPerWord = 4 / sizeof(Element);      // and in 4

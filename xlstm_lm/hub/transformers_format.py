@@ -116,8 +116,8 @@ TRANSFORMERS_FORMAT = ExportFormat(
     limits=(
         "It ignores the attention mask: prompts padded on the left give wrong text, without a word.",
         "Beam search needs `use_cache=False`.",
-        "In bf16 it runs with a cache only.",
-        "For training set `use_cache=False`.",
+        "In bf16, from 64 tokens on, it runs with a cache only.",
+        "Training needs `use_cache=False`.",
     ),
     objections=_objections,
     make_config=_make_config,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import os
 import subprocess
 import sys
 
@@ -270,3 +271,41 @@ def test_sizes(text, size):
 def test_what_is_no_size(text):
     with pytest.raises(ValueError, match="is no size; give one such as 500MB"):
         parse_size(text)
+
+
+def test_what_is_saved_after_tuning_is_a_model_of_ours_again(tmp_path):
+    hub.save_export(make_trained(tmp_path / "source"), tmp_path / "export")
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "export")
+    with torch.no_grad():
+        loaded.model.blocks[0].mixer.gates.bias += 1
+    loaded.save_pretrained(tmp_path / "tuned")
+    assert "auto_map" not in json.loads((tmp_path / "tuned" / "config.json").read_text()), "it has no code beside it"
+    tokens_BT = random_tokens(1, 9)
+    torch.testing.assert_close(hub.load(tmp_path / "tuned")(tokens_BT), loaded(tokens_BT).logits)
+
+
+@pytest.mark.slow
+def test_a_stranger_tunes_and_saves_an_export(tmp_path):
+    hub.save_export(make_trained(tmp_path / "source"), tmp_path / "export")
+    script = """
+import sys
+sys.modules["xlstm_lm"] = None
+import torch
+from transformers import AutoModelForCausalLM
+export, tuned = sys.argv[1:]
+model = AutoModelForCausalLM.from_pretrained(export, trust_remote_code=True).train()
+tokens_BT = torch.arange(70)[None]
+model.activation_checkpointing_enable()
+model(tokens_BT, labels=tokens_BT).loss.backward()
+with torch.no_grad():
+    for parameter in model.parameters():
+        parameter -= 0.01 * parameter.grad
+model.save_pretrained(tuned)
+again = AutoModelForCausalLM.from_pretrained(tuned, trust_remote_code=True)
+torch.testing.assert_close(again(tokens_BT).logits, model.eval()(tokens_BT).logits)
+fresh = AutoModelForCausalLM.from_config(model.config, trust_remote_code=True)
+assert fresh.model.blocks[0].mixer.gates.bias.tolist() == [-10, -10, 3, 6], "initialised as in training"
+"""
+    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    folders = [str(tmp_path / "export"), str(tmp_path / "tuned")]
+    subprocess.run([sys.executable, "-c", script, *folders], check=True, env=environment)

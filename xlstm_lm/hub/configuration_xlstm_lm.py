@@ -34,6 +34,8 @@ class XLSTMLMConfig(PreTrainedConfig):
         for name, value in dataclasses.asdict(model).items():
             setattr(self, name, value)
         self.use_cache = use_cache
+        if __name__ == "xlstm_lm.hub.configuration_xlstm_lm":
+            values.pop("auto_map", None)  # what is saved from here brings no code along, unlike an export
         super().__init__(**values)
 
     def model_config(self) -> XLSTMConfig:

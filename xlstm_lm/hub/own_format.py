@@ -40,7 +40,9 @@ def _make_config(config: XLSTMConfig) -> Any:
 
     # Which kernels suit is for the machine to say that loads it.
     values = dataclasses.asdict(config) | {"mlstm_backend": "auto", "slstm_backend": "auto"}
-    return XLSTMLMConfig(**values, architectures=["XLSTMLMForCausalLM"], auto_map=_AUTO_MAP, dtype="float32")
+    made = XLSTMLMConfig(**values, architectures=["XLSTMLMForCausalLM"], dtype="float32")
+    made.auto_map = _AUTO_MAP
+    return made
 
 
 def _model_class() -> type:

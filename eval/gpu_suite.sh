@@ -57,6 +57,7 @@ models=(
     "xlstm-400m=xlstm:$sizes,num_heads=4" "transformer-400m=transformer:$sizes,num_heads=16"
     "mamba2-400m=mamba:embedding_dim=1024,num_blocks=46" "xlstm-1.3b=xlstm:embedding_dim=2048,num_blocks=24,num_heads=4"
 )
+dtypes=(float32 bfloat16 float16)
 kernels=(--budget 150) # the lengths that matter most come first
 throughput=(--lengths 8192 2048 16384 --tokens 16384 --seconds 4 --budget 60)
 generation=(--lengths 512 4096 16384 --batch-sizes 1 32 --new-tokens 32 --rounds 3 --seconds 4 --budget 35)
@@ -67,6 +68,7 @@ training=(
 if [ -n "$dry" ]; then
     tiny=embedding_dim=64,num_blocks=2,num_heads=2,vocab_size=256
     models=("xlstm-tiny=xlstm:$tiny" "transformer-tiny=transformer:$tiny")
+    dtypes=(float32)
     kernels=(--lengths 64 128 --rounds 1)
     throughput=(--lengths 64 128 --tokens 128 --rounds 3 --seconds 1)
     generation=(--lengths 16 32 --batch-sizes 1 2 --new-tokens 4 --rounds 3 --seconds 1)
@@ -76,7 +78,13 @@ if [ -n "$dry" ]; then
     )
 fi
 
-stage correctness 130 "$PYTHON" -m xlstm_lm.doctor
+# A process for each type, because most of the time goes into compiling.
+stage correctness 130 bash -c 'logs=$1 python=$2 status=0
+    shift 2
+    for dtype in "$@"; do "$python" -m xlstm_lm.doctor "$dtype" >"$logs/correctness-$dtype.log" 2>&1 & done
+    for job in $(jobs -p); do wait "$job" || status=1; done
+    for dtype in "$@"; do cat "$logs/correctness-$dtype.log"; done
+    exit $status' _ "$logs" "$PYTHON" "${dtypes[@]}"
 stage kernels 190 "$PYTHON" -m eval.kernels "${kernels[@]}" --out "$OUT/kernels.json"
 stage throughput 100 "$PYTHON" -m eval.throughput --models "${models[@]}" "${throughput[@]}" --out "$OUT/throughput.json"
 stage generation 65 "$PYTHON" -m eval.throughput --generate --models "${models[@]:0:3}" "${generation[@]}" \

@@ -31,6 +31,7 @@ from eval.measure import (
     dtype_name,
     environment,
     measure_ceilings,
+    one_line,
     take_turns,
 )
 from eval.peers import PEERS
@@ -39,8 +40,6 @@ from xlstm_lm.ops.selfcheck import TOLERANCE, errors
 
 SECONDS_A_CASE = {"cpu": 120.0, "cuda": 5.0}
 """What the timed rounds of a table may take before there are fewer of them."""
-SILENCE = 75.0
-"""Seconds after which a kernel on a GPU counts as hanging; the first call of one that is compiled takes many."""
 
 
 @dataclass(kw_only=True)
@@ -229,7 +228,11 @@ def measure_all(options: argparse.Namespace, cases: list[Case], journal: Journal
         if options.budget and time.time() - begin > options.budget:
             left_out.append(case.title)
             continue
-        found = run_case(case, journal, options.rounds, ceilings)
+        try:
+            found = run_case(case, journal, options.rounds, ceilings)
+        except torch.OutOfMemoryError as caught:  # of the inputs; a contender's own is in its row
+            left_out.append(f"{case.title} ({one_line(caught)})")
+            continue
         journal.done(case.title, [asdict(row) for row in found])
         rows += found
         print(f"\n{case.operation}: {case.title}\n\n{as_markdown(found)}", flush=True)
@@ -239,7 +242,7 @@ def measure_all(options: argparse.Namespace, cases: list[Case], journal: Journal
         if options.device == "cuda":
             torch.cuda.empty_cache()
     if left_out:
-        print(f"\nLeft out, for want of time (--budget {options.budget:g}): {'; '.join(left_out)}")
+        print(f"\nLeft out, for want of time (--budget {options.budget:g}) or memory: {'; '.join(left_out)}")
     if options.out:
         _write(options, journal, rows, left_out)
     return rows
@@ -263,7 +266,7 @@ def main(arguments: list[str] | None = None) -> None:
     if options.compile_report:
         sys.exit(compile_report.main([]))
     if options.device == "cuda" and not options.journal:
-        sys.exit(run_in_children("eval.kernels", arguments, SILENCE))
+        sys.exit(run_in_children("eval.kernels", arguments, options.silence))
     torch.set_num_threads(options.threads)
     dtype = DTYPES[options.dtype]
     cases = list(
@@ -296,6 +299,12 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=65536, help="in a batch of the mLSTM on a GPU (default 65536)")
     parser.add_argument("--only", choices=["mlstm", "slstm", "mlstm step"], help="one operation")
     parser.add_argument("--budget", type=float, default=0, help="seconds after which no table is begun; 0: no limit")
+    parser.add_argument(
+        "--silence",
+        type=float,
+        default=75.0,
+        help="seconds after which a kernel on a GPU counts as hanging (default 75; what nvcc compiles needs more)",
+    )
     parser.add_argument("--out", type=Path, help="also write the rows to this JSON file")
     parser.add_argument("--picture", type=Path, help="draw here instead of beside --out")
     parser.add_argument("--compile-report", action="store_true", help="what the GPU kernels compile to; no GPU needed")

@@ -62,6 +62,8 @@ def measure(steps: dict[str, Step], rounds: int, device: str, warm_up: int = 1) 
 
 
 TOGETHER = "all in turns"
+LOST = 70
+"""Exit code of a process whose GPU has become useless to it; another goes on."""
 
 
 def take_turns(
@@ -93,7 +95,7 @@ def take_turns(
                 synchronize(device)
             except RuntimeError:
                 journal.died(outcomes[name])
-                raise SystemExit(70) from None
+                raise SystemExit(LOST) from None
         else:
             steps[name] = step
     together = f"{title} | {TOGETHER}"
@@ -107,6 +109,8 @@ def take_turns(
         outcomes |= {name: summarize(each) for name, each in measure(steps, rounds, device, warm_up=0).items()}
     except Exception as caught:
         journal.died(one_line(caught))
+        if device == "cuda":
+            raise SystemExit(LOST) from caught
         raise
     journal.trying(None)
     return outcomes

@@ -119,7 +119,7 @@ def gla(case: MLSTM, inputs: list[Tensor]) -> Contender:
     """Linear attention with a forget gate for every key unit, of flash-linear-attention."""
     from fla.ops.gla import chunk_gla
 
-    gates_BTHK = F.logsigmoid(3 + torch.randn_like(inputs[0]))
+    gates_BTHK = F.logsigmoid(3 + torch.randn_like(inputs[0], dtype=torch.float32))
     return _linear_attention(lambda *each: chunk_gla(*each)[0], case, [*inputs[:3], gates_BTHK])
 
 

@@ -7,6 +7,7 @@ import importlib.metadata
 import os
 import platform
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import ModuleType
@@ -184,10 +185,13 @@ def _advice(checks: list[Check]) -> list[str]:
     return advice
 
 
-def examine(say: Callable[[str], None]) -> bool:
-    """Examine this machine, giving `say` each line as soon as it is known. False where a kernel is wrong."""
+def examine(say: Callable[[str], None], dtypes: list[torch.dtype] | None = None) -> bool:
+    """Examine this machine, giving `say` each line as soon as it is known. False where a kernel is wrong.
+
+    Kernels are checked in `dtypes`; by default float32 and, on a GPU, bfloat16 and float16.
+    """
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtypes = [torch.float32, *([torch.bfloat16, torch.float16] if device == "cuda" else [])]
+    dtypes = dtypes or [torch.float32, *([torch.bfloat16, torch.float16] if device == "cuda" else [])]
     say(f"Versions\n  Python {platform.python_version()} on {platform.platform()}")
     for package in PACKAGES:
         say(f"  {package} {_version(package)}")
@@ -220,15 +224,16 @@ def examine(say: Callable[[str], None]) -> bool:
     return all(check.passed or check.problem for check in checks)
 
 
-def main() -> None:
+def main(dtypes: list[torch.dtype] | None = None) -> None:
     """Print the examination.
 
     Raises:
         SystemExit: with code 1, where a kernel computes something else than its definition.
     """
-    if not examine(functools.partial(print, flush=True)):
+    if not examine(functools.partial(print, flush=True), dtypes):
         raise SystemExit(1)
 
 
 if __name__ == "__main__":
-    main()
+    # python -m xlstm_lm.doctor [float32|bfloat16|float16 ...]: a process for each type compiles its kernels in parallel
+    main([getattr(torch, name) for name in sys.argv[1:]])

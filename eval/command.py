@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import argparse
 import os
-import platform
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.metadata import version
 from typing import Any
 
 import torch
 
+from eval import measure
 from eval.models import DTYPES
 
 
@@ -37,7 +36,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
         "--library",
         default="auto",
         choices=["auto", "xlstm_lm", "transformers"],
-        help="Who computes the model. Default: xlstm_lm wherever it knows the folder's layout.",
+        help="Who computes the model. Default: xlstm_lm for runs, checkpoints and xLSTM folders, else transformers.",
     )
     parser.add_argument(
         "--trained-context", type=positive, metavar="T", help="Tokens of a training row, where the folder does not say."
@@ -53,10 +52,5 @@ def positive(text: str) -> int:
 
 
 def environment(device: torch.device, packages: tuple[str, ...]) -> dict[str, Any]:
-    """What a figure was measured with."""
-    return {
-        "python": platform.python_version(),
-        "versions": {name: version(name) for name in ("torch", *packages)},
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
-        "torch_threads": torch.get_num_threads(),
-    }
+    """What a figure was measured with, the versions of `packages` included."""
+    return measure.environment(device.type) | {name: measure.version(name) for name in packages}

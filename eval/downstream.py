@@ -82,7 +82,7 @@ def evaluate(
     wrapped = HarnessModel(model, batch_size=batch_size, window=window)
     manager = manager or find_tasks(tasks)
     try:
-        loaded = manager.load(list(tasks))
+        loaded = [item for name in tasks for item in _load_task(manager, name)]
     except (OSError, ValueError) as error:
         raise ValueError(
             f"a data set of {', '.join(tasks)} cannot be had ({str(error).strip().splitlines()[0]}); without a network "
@@ -90,12 +90,18 @@ def evaluate(
         ) from error
     return simple_evaluate(
         wrapped,
-        tasks=[*loaded["groups"].values()] or [*loaded["tasks"].values()],
+        tasks=loaded,
         num_fewshot=num_fewshot,
         limit=limit,
         task_manager=manager,
         bootstrap_iters=bootstrap_rounds,
     )
+
+
+def _load_task(manager: Any, name: str) -> list[Any]:
+    """The group of that name, the task, or all tasks that have it as their tag; reads their data."""
+    found = manager.load(name)
+    return [found["groups"][name]] if name in found["groups"] else [*found["tasks"].values()]
 
 
 def as_markdown(results: dict[str, Any]) -> str:

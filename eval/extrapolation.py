@@ -22,7 +22,7 @@ def extrapolate(
     """Score the same tokens with contexts of each of `lengths` tokens, in windows that know nothing of each other.
 
     Documents are cut to a multiple of the longest length and shorter ones left out, so that all lengths have the same
-    targets. `second_half` counts only targets with at least half a context before them, again the same share for all.
+    targets. `second_half` counts only those with at least half a context before them, which are half of them.
 
     Args:
         model: any.

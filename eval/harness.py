@@ -149,7 +149,7 @@ class HarnessModel(TemplateLM):
         model = self.model
         sampling = SamplingConfig(
             max_new_tokens=arguments["max_gen_toks"],
-            temperature=arguments["temperature"],
+            temperature=arguments.get("temperature", 0.0) if arguments["do_sample"] else 0.0,
             top_p=arguments.get("top_p", 1.0),
         )
         until = [stop for stop in arguments["until"] if stop]

@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from xlstm_lm.data import IGNORED_TARGET, Tokenizer, TokenizerConfig, build_tokenizer, load_tokenizer
 from xlstm_lm.data.tokenizer import CONFIG_FILE
 from xlstm_lm.hub import load
-from xlstm_lm.hub.layouts import LAYOUTS, MODEL_TYPE, MODEL_TYPES
+from xlstm_lm.hub.layouts import LAYOUTS, MODEL_TYPE
 from xlstm_lm.recipe import read_recipe
 
+OWN_MODEL_TYPES = (MODEL_TYPE, "xlstm")
 LOGIT_ELEMENTS = 1 << 26  # logits that are formed at once, at most
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
 Library = Literal["auto", "xlstm_lm", "transformers"]
@@ -128,8 +129,10 @@ class CausalModel(ABC):
         carries = state_bytes(state) == size and same(self.logits(torch.cat((first, second), 1)), whole_BTV)
         padded_BT = torch.cat((torch.full_like(tokens_BT[:, cut:], self.begin), tokens_BT[:, :cut]), 1)
         padding_B = torch.tensor([length - cut], device=self.device)
-        padded_BTV = self.logits(self.forward(padded_BT, padding_B=padding_B)[0])
-        return carries, same(padded_BTV[:, length - cut :], whole_BTV[:, :cut])
+        first, state = self.forward(padded_BT, return_state=True, padding_B=padding_B)
+        second, _ = self.forward(tokens_BT[:, cut : cut + 1], state, return_state=True)
+        padded_BTV = self.logits(torch.cat((first[:, length - cut :], second), 1))
+        return carries, same(padded_BTV, whole_BTV[:, : cut + 1])
 
 
 class OwnModel(CausalModel):
@@ -168,7 +171,9 @@ class TransformersModel(CausalModel):
             mask_BT = torch.cat((mask_BT, torch.ones_like(tokens_BT)), 1)
         arguments: dict[str, Any] = {}
         if mask_BT is not None:
-            arguments["attention_mask"] = mask_BT
+            # A recurrent model wants the mask of the tokens given, attention that of all it can see.
+            recurrent = cache_name == "cache_params"
+            arguments["attention_mask"] = mask_BT[:, -tokens_BT.shape[1] :] if recurrent else mask_BT
             if "position_ids" in known:
                 arguments["position_ids"] = (mask_BT.cumsum(1) - 1).clamp(min=0)[:, -tokens_BT.shape[1] :]
         if cache is not None:
@@ -192,7 +197,7 @@ def load_model(
 
     Args:
         path: folder, or id on the hub.
-        library: who computes it; auto takes ours wherever it knows the layout.
+        library: who computes it; auto takes ours for runs, checkpoints and the model types xlstm_lm and xlstm.
         device: by default cuda where there is one.
         dtype: of the weights.
         trained_context: tokens of a training row, where the folder does not say or says otherwise.
@@ -202,35 +207,52 @@ def load_model(
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r} is not known: {', '.join(DTYPES)} are.")
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    place = pick_device(device)
+    # Gates let states fade through numbers that a CPU computes with a hundred times more slowly.
+    torch.set_flush_denormal(True)
     folder = Path(path)
     model_type = _model_type(folder)
     if library == "auto":
-        known = model_type in MODEL_TYPES if model_type else any(each.recognises(folder) for each in LAYOUTS.values())
-        library = "xlstm_lm" if known else "transformers"
+        # Of other model types that we can read (llama, mamba), a folder may use what our modules do not have.
+        other = model_type is not None and model_type not in OWN_MODEL_TYPES
+        ours = not other and any(layout.recognises(folder) for layout in LAYOUTS.values())
+        library = "xlstm_lm" if ours else "transformers"
     if library == "xlstm_lm":
         trained = load(folder)
         module, tokenizer, folder = trained.model, trained.tokenizer, trained.folder
-        context, limit = _trained_context(folder), None
+        context, limit = None, None
     else:
         module, context, limit = _load_transformers(path)
         tokenizer = _load_tokenizer(path)
     begin, always = tokenizer.end_of_document, True
-    if model_type != MODEL_TYPE and not any(
-        (place / CONFIG_FILE).is_file() for place in (folder, folder / "tokenizer")
-    ):
-        begin, always = _beginning(path, tokenizer)
+    of_ours = any((where / CONFIG_FILE).is_file() for where in (folder, folder / "tokenizer"))
+    if not of_ours and model_type != MODEL_TYPE:
+        begin, always = _beginning(str(folder), tokenizer)
     kind = OwnModel if library == "xlstm_lm" else TransformersModel
-    module = module.to(device=device, dtype=DTYPES[dtype]).eval()
+    module = module.to(device=place, dtype=DTYPES[dtype]).eval()
     return kind(
         module,
         name=path,
         tokenizer=tokenizer,
         begin=begin,
         always_begins=always,
-        trained_context=trained_context or context,
+        trained_context=trained_context or _trained_context(folder) or context,
         position_limit=limit,
     )
+
+
+def pick_device(name: str | None) -> torch.device:
+    """The device of that name, by default cuda where there is one.
+
+    Raises:
+        ValueError: there is no such device here.
+    """
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise ValueError(f"There is no device {name!r} here ({reason}); give cpu or cuda.") from error
 
 
 def state_bytes(state: Any) -> int:
@@ -259,9 +281,9 @@ def _model_type(folder: Path) -> str | None:
 
 
 def _trained_context(folder: Path) -> int | None:
-    """The row length in the recipe beside the weights of a checkpoint or an export, if there is one."""
-    recipe = folder / "config.yaml"
-    return read_recipe(recipe)[0].get("data", {}).get("context_length") if recipe.is_file() else None
+    """The row length in the recipe beside the weights of a checkpoint or an export of ours, if there is one."""
+    recipes = [folder / name for name in ("config.yaml", "recipe.yaml") if (folder / name).is_file()]
+    return read_recipe(recipes[0])[0].get("data", {}).get("context_length") if recipes else None
 
 
 def _load_transformers(path: str) -> tuple[nn.Module, int | None, int | None]:

@@ -15,13 +15,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from eval.command import add_model_flags, environment, one_message, positive
 from eval.documents import DocumentsConfig, Text, open_documents
 from eval.extrapolation import draw_extrapolation, extrapolate
 from eval.figures import Totals, as_sequence, exp
-from eval.models import CausalModel, load_model
+from eval.models import CausalModel, load_model, pick_device
 from eval.scoring import score_sequences
 
 DEFINITIONS = {
@@ -153,7 +151,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "data": asdict(data),
             "settings": asdict(config),
             "definitions": DEFINITIONS,
-            "environment": environment(torch.device(options.device or "cpu"), ("transformers",)),
+            "environment": environment(pick_device(options.device), ("transformers",)),
             "models": results,
         }
         if options.out:

@@ -23,13 +23,13 @@ def shake(module: torch.nn.Module) -> torch.nn.Module:
     return module.eval()
 
 
-def save_own(folder: Path, **changes) -> Path:
-    """An export of ours over bytes, mLSTM and sLSTM."""
+def save_own(folder: Path, format_name: str = "xlstm_lm", **changes) -> Path:
+    """An export of ours over bytes, mLSTM and sLSTM unless `changes` say otherwise."""
     build_tokenizer(TokenizerConfig()).save(folder / "source" / "tokenizer")
     torch.manual_seed(0)
     sizes = {"vocab_size": 257, "embedding_dim": 32, "num_blocks": 2, "num_heads": 2, "pattern": ["mlstm", "slstm"]}
     trained = hub.TrainedModel(shake(build_model(XLSTMConfig(**(sizes | changes)))), folder / "source")
-    return hub.save_export(trained, folder / "export")
+    return hub.save_export(trained, folder / "export", format_name)
 
 
 def save_stock(kind: str, folder: Path, tokenizer_folder: Path) -> Path:

@@ -65,6 +65,15 @@ def test_stock_models_are_scored_as_transformers_scores_them(stock_folder, kind,
     assert scores[0].nats.mean(dtype=np.float64) == pytest.approx(loss, rel=1e-6)
 
 
+def test_an_export_computed_by_transformers_scores_as_computed_by_us(own_folder):
+    ours, theirs = (load_model(str(own_folder), library=library) for library in ("auto", "transformers"))
+    assert (theirs.carries_state, theirs.pads_left, theirs.begin) == (True, True, ours.begin)
+    sequences = random_sequences([40, 7, 90])
+    scores = [score_sequences(model, sequences, batch_size=2, piece_length=16) for model in (ours, theirs)]
+    for first, second in zip(*scores, strict=True):
+        np.testing.assert_allclose(first.nats, second.nats, atol=1e-5)
+
+
 def test_the_state_of_a_recurrent_model_does_not_grow(own_folder, stock_folder):
     for folder, grows in ((own_folder, False), (stock_folder("mamba2"), False), (stock_folder("llama"), True)):
         model = load_model(str(folder))

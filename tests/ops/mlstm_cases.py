@@ -101,7 +101,7 @@ def assert_equal_to_definition(
     expected = _everything(run(exact, **definition), exact)
     actual = _everything(run(inputs, backend=backend, **options), inputs)
     rounded = _everything(run(inputs, **definition), inputs) if rounding else None
-    _assert_close(actual, expected, rtol, atol, rounding, rounded)
+    _assert_close(actual, expected, inputs, rtol, atol, rounding, rounded)
 
 
 def assert_halves_equal_the_whole(
@@ -121,7 +121,7 @@ def assert_halves_equal_the_whole(
     handed = dict(zip("Cnm", first[1:]))
     second = run({name: inputs[name][:, cut:] for name in "qkvif"} | handed, resets=second_resets, **options)
     halves = (torch.cat([first[0], second[0]], 1), *second[1:])
-    _assert_close(_everything(halves, inputs), _everything(whole, inputs), rtol, atol)
+    _assert_close(_everything(halves, inputs), _everything(whole, inputs), inputs, rtol, atol)
 
 
 def _everything(outputs: tuple[Tensor, ...], inputs: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -133,6 +133,7 @@ def _everything(outputs: tuple[Tensor, ...], inputs: dict[str, Tensor]) -> dict[
 def _assert_close(
     actual: dict[str, Tensor],
     expected: dict[str, Tensor],
+    inputs: dict[str, Tensor],
     rtol: float,
     atol: float,
     rounding: float = 0.0,
@@ -142,7 +143,9 @@ def _assert_close(
         return (x.double() - expected[name]).abs().max().item()
 
     allowed = {name: atol + rtol * x.abs().max().item() for name, x in expected.items()}
-    allowed["df"] = max(allowed["df"], allowed["di"])  # it is a difference of sums of such terms
+    for name in "qk":  # df is a sum of the differences of q . dq and k . dk
+        terms_BTH = torch.linalg.vecdot(inputs[name].detach().double(), expected[f"d{name}"].double())
+        allowed["df"] = max(allowed["df"], rtol * terms_BTH.abs().max().item())
     if rounded is not None:
         allowed = {name: x + rounding * largest_error(name, rounded[name]) for name, x in allowed.items()}
     for name, x in actual.items():
@@ -184,12 +187,15 @@ def check_case(
     inputs = {name: in_nan(x.requires_grad_(name != "m")) for name, x in inputs.items()}
     options["resets"] = None if resets is None else make_resets(B, T, *resets)
     options["backend"] = backend
+    # The exponents of the weights are differences of sums of log forget gates.
+    largest_sum = torch.nn.functional.logsigmoid(inputs["f"].detach()).sum(1).abs().max().item()
+    rtol = TOLERANCE[dtype] + torch.finfo(wide).eps * largest_sum
     in_chunks = contextlib.nullcontext()
     if backend == "triton":
         from xlstm_lm.ops.mlstm import triton_launch
 
         in_chunks = mock.patch.object(triton_launch, "SHORTEST", chunks)
     with in_chunks:
-        assert_equal_to_definition(inputs, TOLERANCE[dtype], rounding=10.0, **options)
+        assert_equal_to_definition(inputs, rtol, rounding=30.0, **options)
         if cut is not None:
-            assert_halves_equal_the_whole(inputs, cut, TOLERANCE[dtype], **options)
+            assert_halves_equal_the_whole(inputs, cut, rtol, **options)

@@ -182,7 +182,8 @@ def _backward_part(
     q, k, v, h, dh = (_matrices(x, dtype) for x in (q, k, v, h, dh))
     dnum = dh * inverse.flatten(0, 2)[..., None]
     dv = dnum * h  # in the place where dv comes to stand
-    delta = dv.sum(-1, keepdim=True).mul_(towards_d.flatten(0, 2)[..., None])  # dL/dd
+    towards_d = towards_d.flatten(0, 2)[..., None]
+    delta = dv.sum(-1, keepdim=True).mul_(towards_d).masked_fill_(towards_d == 0, 0.0)  # dL/dd; the sum may overflow
 
     weighted_q, weighted_k, weight, seen_k, between = _weighted(q, k, key, apart, reach)
     torch.bmm(weight.mT, dnum, out=dv)

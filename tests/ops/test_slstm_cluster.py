@@ -8,6 +8,7 @@ import pytest
 import torch
 from cluster_emulation import BARRIERS, EmulationError, emulated_launch
 
+from eval.compile_calls import CudaCall
 from xlstm_lm.ops.slstm import cluster
 from xlstm_lm.ops.slstm.fused import slstm_fused
 from xlstm_lm.ops.slstm.recurrence import slstm_recurrence
@@ -184,3 +185,17 @@ def test_a_crowded_gpu_gets_wider_tiles(monkeypatch, B, tiles):
 def test_a_mistake_in_the_source_is_told():
     with pytest.raises(RuntimeError, match='"undefined_name" is undefined'):
         cluster.compile_cuda("__global__ void kernel() { undefined_name(); }", "kernel", "sm_90", {})
+
+
+@pytest.mark.parametrize("target", ["sm_90", "sm_100"])
+@pytest.mark.parametrize("direction", cluster.DIRECTIONS)
+def test_compiles_without_spilling(direction, target):
+    pytest.importorskip("triton", reason="its cuobjdump reads what was compiled")
+    layout = cluster.Layout(direction=direction, D=256, dtype=torch.bfloat16, tiles=1)
+    call = CudaCall(kernel="", launch="", binary=layout.binary, dynamic_shared_bytes=layout.shared_bytes)
+    compiled = call.compile(target)
+    assert compiled["registers"] <= 255
+    assert compiled["spilled_bytes"] == 0
+    assert compiled["shared_bytes"] <= 227 * 1024
+    # 4 gates of 32 units by 256 units in products of 16 x 16, none of them twice, over the warps.
+    assert compiled["instructions"]["HMMA"] == 4 * 32 * 256 // 256 // layout.warps

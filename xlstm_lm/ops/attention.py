@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from xlstm_lm.ops.announce import announce_once
-from xlstm_lm.ops.selfcheck import TOLERANCE, compare
+from xlstm_lm.ops.selfcheck import TOLERANCE, asked_once, compare
 
 SHORT = 128  # mean steps of a document below which one masked product beats a call for each, on a CPU
 
@@ -142,8 +142,7 @@ BACKENDS: dict[str, Callable[[Tensor, Tensor, Tensor, Packing], Tensor]] = {
 """Every form by its name. "by_document" and "jagged" are for rows of several documents that see no earlier keys."""
 
 
-@torch.compiler.assume_constant_result
-@functools.cache
+@asked_once
 def _jagged_is_right(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether jagged attention agrees with the mask on this device, values and gradients; if not, says so."""
     with torch.random.fork_rng([device]), torch.enable_grad():

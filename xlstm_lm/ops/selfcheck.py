@@ -2,13 +2,32 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 5e-2}
 """How far a kernel may be from its definition, of the largest entry of a value or gradient."""
+
+Function = TypeVar("Function", bound=Callable)
+
+
+def asked_once(function: Function) -> Function:
+    """`function`, a question about this machine, with its answers kept: asked once a process for each arguments.
+
+    Also where torch.compile traces the caller. (It would follow a function with `functools.cache` around it inside.)
+    """
+    cached = functools.cache(function)
+
+    @torch.compiler.assume_constant_result
+    @functools.wraps(function)
+    def ask(*arguments: object) -> object:
+        return cached(*arguments)
+
+    return ask
 
 
 def compare(

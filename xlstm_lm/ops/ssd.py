@@ -16,7 +16,7 @@ from torch import Tensor
 
 from xlstm_lm.ops.announce import announce_once
 from xlstm_lm.ops.mlstm import mlstm
-from xlstm_lm.ops.selfcheck import TOLERANCE, compare
+from xlstm_lm.ops.selfcheck import TOLERANCE, asked_once, compare
 
 Result = tuple[Tensor, Tensor | None]
 
@@ -135,8 +135,7 @@ if importlib.util.find_spec("mamba_ssm") is not None:
     BACKENDS["mamba_ssm"] = _mamba_ssm
 
 
-@torch.compiler.assume_constant_result
-@functools.cache
+@asked_once
 def _mamba_ssm_is_right(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether mamba_ssm's kernels compute the definition on this device, values and gradients; if not, says so."""
     with torch.random.fork_rng([device]), torch.enable_grad():

@@ -15,7 +15,7 @@ from xlstm_lm.ops.mlstm.compiled import mlstm_compiled
 from xlstm_lm.ops.mlstm.recurrence import State, mlstm_recurrence
 from xlstm_lm.ops.mlstm.step import mlstm_step
 from xlstm_lm.ops.native import kernels_available
-from xlstm_lm.ops.selfcheck import TOLERANCE, compare, mlstm_inputs, some_resets
+from xlstm_lm.ops.selfcheck import TOLERANCE, asked_once, compare, mlstm_inputs, some_resets
 
 
 def _mlstm_triton(*inputs: Tensor, **options: object) -> tuple[Tensor, State | None]:
@@ -154,8 +154,7 @@ def choose_backend(q_BTHK: Tensor, *others: Tensor) -> str:
     return plain
 
 
-@torch.compiler.assume_constant_result
-@functools.cache
+@asked_once
 def triton_is_right(backend: str, device: torch.device, dtype: torch.dtype) -> bool:
     """Whether "triton" or "triton_step" computes the definition on this device, values and (not the step) gradients; if
     not, says so.

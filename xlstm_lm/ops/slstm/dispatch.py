@@ -10,7 +10,7 @@ import torch
 
 from xlstm_lm.ops.announce import announce_once
 from xlstm_lm.ops.native import kernels_available
-from xlstm_lm.ops.selfcheck import TOLERANCE, compare, slstm_inputs, some_resets
+from xlstm_lm.ops.selfcheck import TOLERANCE, asked_once, compare, slstm_inputs, some_resets
 from xlstm_lm.ops.slstm.compiled import slstm_compiled
 from xlstm_lm.ops.slstm.fused import LOOPS, loops_of, slstm_fused
 from xlstm_lm.ops.slstm.recurrence import SLSTMState, slstm_recurrence
@@ -51,8 +51,7 @@ def choose_backend(wx: torch.Tensor) -> str:
     return "batched"
 
 
-@torch.compiler.assume_constant_result
-@functools.cache
+@asked_once
 def _first_right(device: torch.device, dtype: torch.dtype, D: int) -> str:
     heads, reasons = f"for heads of {D} units in {dtype} on {device}", []
     for backend in LOOPS:
@@ -73,8 +72,7 @@ def _first_right(device: torch.device, dtype: torch.dtype, D: int) -> str:
     return "recurrence"
 
 
-@torch.compiler.assume_constant_result
-@functools.cache
+@asked_once
 def why_not(backend: str, device: torch.device, dtype: torch.dtype, D: int) -> str | None:
     """Why a backend of `LOOPS` cannot take heads of `D` units on a device; None if it can."""
     if backend not in BACKENDS:

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from xlstm_lm.ops.slstm import cuda_graphs
-from xlstm_lm.ops.slstm.fused import CHECKPOINT_STEPS
+from xlstm_lm.ops.slstm.fused import CHECKPOINT_STEPS, product
 from xlstm_lm.ops.slstm.recurrence import SLSTMState
 from xlstm_lm.ops.slstm.shares import Kept, from_shares, into_shares
 
@@ -55,7 +55,7 @@ def _forward_segment(
     kernels = _triton_kernels(wx_BTGHD)
     y_HBD = state[0].transpose(0, 1).to(wx_BTGHD.dtype).contiguous()
     for t, wx_BGHD in enumerate(wx_BTGHD.unbind(1)):
-        product_BGHD = _product(y_HBD, r_HDE).unflatten(-1, (4, -1)).permute(1, 2, 0, 3)
+        product_BGHD = product(y_HBD, r_HDE).unflatten(-1, (4, -1)).permute(1, 2, 0, 3)
         reset_B = None if resets_BT is None else resets_BT[:, t]
         if kernels:
             kernels.forward_step(product_BGHD, wx_BGHD, bias_GHD, reset_B, y_BTHD[:, t], y_HBD, state[1:])
@@ -179,14 +179,7 @@ def _backward_segment(values_BTVHD: Tensor, r_HED: Tensor, dgates_BTGHD: Tensor,
             dgates_BGHD = torch.stack((di_BHD, ds_BHD * closed_BHD, dz_BHD, do_BHD), 1)
             dgates_BTGHD[:, t] = dgates_BGHD
             factor_HBGD.copy_(dgates_BGHD.masked_fill(closed_BHD[:, None] < 0, 0.0).permute(2, 0, 1, 3))
-        carried_dy_HBD.copy_(_product(factor_HBGD.flatten(2), r_HED))
-
-
-def _product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b, batched, in the state type: 16-bit factors are multiplied exactly and summed in float32."""
-    if a.dtype.itemsize > 2:
-        return torch.bmm(a, b)
-    return torch.bmm(a, b, out_dtype=torch.float32) if a.is_cuda else torch.bmm(a.float(), b.float())
+        carried_dy_HBD.copy_(product(factor_HBGD.flatten(2), r_HED))
 
 
 def _triton_kernels(x: Tensor) -> ModuleType | None:

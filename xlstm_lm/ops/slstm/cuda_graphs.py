@@ -56,13 +56,14 @@ def run(
 def _capture(
     function: Callable[..., None], inputs: tuple[Tensor | None, ...], outputs: tuple[Tensor, ...]
 ) -> _Captured:
-    own = [None if x is None else x.clone() for x in (*inputs, *outputs)]
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        function(*own)  # so that kernels are compiled and libraries have their workspaces before
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads may pin memory meanwhile
-        function(*own)
+    with torch.inference_mode(False), torch.no_grad():  # what is captured serves training too
+        own = [None if x is None else x.clone() for x in (*inputs, *outputs)]
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            function(*own)  # so that kernels are compiled and libraries have their workspaces before
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads may pin memory meanwhile
+            function(*own)
     return _Captured(graph, tuple(own[: len(inputs)]), tuple(own[len(inputs) :]))

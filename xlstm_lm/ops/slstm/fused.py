@@ -165,11 +165,11 @@ def backward(
 
     gates_HBTGD = torch.empty(H, B, T, G, D, dtype=dtype, device=wx.device)
     torch.add(wx.permute(3, 0, 1, 2, 4), bias.transpose(0, 1)[:, None, None], out=gates_HBTGD)
-    gates_HBTGD = _add_product(
-        gates_HBTGD.view(H, B * T, G * D),
+    product(
         before_HBTD.view(H, B * T, D),
         r_GHDE.permute(1, 2, 0, 3).reshape(H, D, G * D),
-    ).view(H, B, T, G, D)
+        sums=gates_HBTGD.view(H, B * T, G * D),
+    )
 
     dgates_BTGHD, dfirst = loops_of(backend).backward_loop(
         gates_HBTGD.permute(1, 2, 3, 0, 4),
@@ -181,7 +181,7 @@ def backward(
     )
     del gates_HBTGD
     dgates_HRE = dgates_BTGHD.permute(3, 0, 1, 2, 4).view(H, B * T, G * D)
-    dr_HDGE = _add_product(None, before_HBTD.view(H, B * T, D).mT, dgates_HRE).view(H, D, G, D)
+    dr_HDGE = product(before_HBTD.view(H, B * T, D).mT, dgates_HRE).view(H, D, G, D)
     dbias_HGD = dgates_HRE.sum(1, dtype=dtype).view(H, G, D)
     dr_GHDE = dr_HDGE.permute(2, 0, 1, 3).to(r.dtype, memory_format=torch.contiguous_format, copy=True)
     return dgates_BTGHD, dr_GHDE, dbias_HGD.transpose(0, 1).contiguous(), *dfirst
@@ -199,16 +199,15 @@ def _last_dense(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _add_product(sums: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
-    """`sums` (None for zero) + a @ b, batched, with 16-bit factors multiplied exactly and summed in float32."""
+def product(a: Tensor, b: Tensor, sums: Tensor | None = None) -> Tensor:
+    """a @ b, batched, added to `sums` in place if given. 16-bit factors are multiplied exactly, summed in float32."""
     if a.dtype.itemsize == 2:
-        if not a.is_cuda:
-            a, b = a.float(), b.float()
-        elif sums is None:
-            return torch.bmm(a, b, out_dtype=torch.float32)
-        else:
-            return torch.baddbmm(sums, a, b, out_dtype=torch.float32)
-    return torch.bmm(a, b) if sums is None else torch.baddbmm(sums, a, b)
+        if a.is_cuda and torch.version.hip is None:
+            if sums is None:
+                return torch.bmm(a, b, out_dtype=torch.float32)
+            return torch.baddbmm(sums, a, b, out_dtype=torch.float32, out=sums)
+        a, b = a.float(), b.float()
+    return torch.bmm(a, b) if sums is None else sums.baddbmm_(a, b)
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:

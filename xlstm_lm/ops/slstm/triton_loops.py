@@ -38,15 +38,19 @@ class Launch(NamedTuple):
     """Of float32 products: three on tensor cores, nearly as exact, where they take float32 like that."""
 
 
+def largest(dtype: torch.dtype, device: torch.device) -> int:
+    """Units of the largest heads that these kernels take; 0 for types that they do not take."""
+    return LARGEST.get(dtype, 0) // (2 if architecture(device).startswith("gfx") else 1)
+
+
 def why_not(device: torch.device, D: int, dtype: torch.dtype) -> str | None:
     """Why these kernels do not take heads of D units on a device; None if they do."""
-    amd = architecture(device).startswith("gfx")
     if device.type != "cuda" and not triton.knobs.runtime.interpret:
         return f"Triton's kernels run on a GPU, not on {device}"
     if dtype not in LARGEST:
         return f"it takes float32, bfloat16 and float16, not {dtype}"
-    largest = LARGEST[dtype] // 2 if amd else LARGEST[dtype]
-    return f"it takes heads of up to {largest} units in {dtype}" if largest < D else None
+    limit = largest(dtype, device)
+    return f"it takes heads of up to {limit} units in {dtype}" if limit < D else None
 
 
 def launch_for(B: int, H: int, D: int, device: torch.device) -> Launch:
@@ -56,7 +60,7 @@ def launch_for(B: int, H: int, D: int, device: torch.device) -> Launch:
     tiles = TILES[1:] if amd else TILES  # its matrix instructions take 16 columns
     processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
     tile = next((tile for tile in tiles if H * -(-B // tile) <= processors), tiles[-1])
-    stages = 3 if padded(D) * tile <= 1024 else 2
+    stages = 3 if padded(D) * tile <= (512 if target == "sm_80" else 1024) else 2
     return Launch(tile, 8 if D > 64 else 4, stages, "ieee" if amd else "tf32x3")
 
 

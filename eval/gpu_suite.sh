@@ -60,7 +60,7 @@ models=(
 dtypes=(float32 bfloat16 float16)
 kernels=(--budget 150) # the lengths that matter most come first
 throughput=(--lengths 8192 2048 16384 --tokens 16384 --seconds 4 --budget 60)
-generation=(--lengths 512 4096 16384 --batch-sizes 1 32 --new-tokens 32 --rounds 3 --seconds 4 --budget 35)
+generation=(--lengths 512 4096 16384 --batch-sizes 1 16 --new-tokens 32 --rounds 3 --seconds 4 --budget 35)
 training=(
     --model.embedding_dim 512 --model.num_blocks 8 --data.context_length 2048 --training.steps 60
     --schedule.warmup_steps 10 --schedule.cooldown_steps 30 --data.validation_tokens 65536

@@ -86,9 +86,11 @@ def measure_length(
 
     def prepare(row: Row, model: Model) -> Step:
         module = model.build(options.device, dtype)
-        own = getattr(module, "model", None)
-        if options.activation_checkpointing and hasattr(own, "activation_checkpointing"):
-            own.activation_checkpointing = True
+        if options.activation_checkpointing:
+            if model.is_stock:
+                module.model.gradient_checkpointing_enable()
+            else:
+                module.model.activation_checkpointing = True
         with record_kernels() as taken:
             training_step(module, tokens_BT, "eager")()
         row.kernels = describe_kernels(model, taken)

@@ -26,7 +26,8 @@ FAST = ["--rounds", "3", "--seconds", "1", "--device", "cpu"]
 def test_training_speed_of_every_family_and_its_stock_twin(tmp_path, capsys):
     models = [XLSTM, LLAMA, MAMBA, LSTM, f"transformers:{XLSTM}", f"transformers:{LLAMA}", f"transformers:{MAMBA}"]
     out = tmp_path / "speed.json"
-    throughput.main(["--models", *models, "--lengths", "64", "128", "--tokens", "128", *FAST, "--out", str(out)])
+    sizes = ["--lengths", "64", "128", "--tokens", "128", "--activation-checkpointing"]
+    throughput.main(["--models", *models, *sizes, *FAST, "--out", str(out)])
     written = json.loads(out.read_text())
     rows = written["rows"]
     assert [(row["name"], row["length"], row["batch_size"]) for row in rows] == [

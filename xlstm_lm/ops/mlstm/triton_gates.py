@@ -106,7 +106,7 @@ def gates_kernel(
         tl.store(m_ptr + t + 1, m, inside)
 
 
-@triton.jit(do_not_specialize=["T", "steps", "has_border"])
+@triton.jit(do_not_specialize=["T", "steps", "pairs", "has_border"])
 def gate_gradients_kernel(
     i_ptr,
     f_ptr,

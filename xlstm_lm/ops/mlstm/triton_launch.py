@@ -30,8 +30,9 @@ class Launches(NamedTuple):
     L: int
     """Steps a chunk."""
     precision: str
-    """Of float32 products: "ieee", which is float32 throughout, or "tf32x3", three products on tensor cores that are
-    nearly as exact. Without meaning for 16-bit types."""
+    """Of float32 products: "ieee", which is float32 throughout. ("tf32x3", three products on tensor cores, would be
+    faster and nearly as exact, but the state and what it is split into do not fit in registers.) Without meaning for
+    16-bit types."""
     states: Launch
     forward: Launch
     dq: Launch

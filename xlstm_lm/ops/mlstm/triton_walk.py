@@ -33,7 +33,7 @@ from xlstm_lm.ops.mlstm.triton_launch import Launch, Plan
 from xlstm_lm.ops.mlstm.triton_tiles import chunk_weights, load_tile, store_tile
 
 
-@triton.jit(do_not_specialize=["T", "chunks"])
+@triton.jit(do_not_specialize=["T", "pairs", "chunks"])
 def walk_kernel(
     r_ptr,
     s_ptr,
@@ -65,6 +65,7 @@ def walk_kernel(
     L: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_W: tl.constexpr,
+    PARTS: tl.constexpr,
     REVERSE: tl.constexpr,
     HAS_NORMALIZER: tl.constexpr,
     HAS_PRODUCT: tl.constexpr,
@@ -76,7 +77,6 @@ def walk_kernel(
     HAS_NORMALIZER: r and s are dh and v, or v and dh, with their one more entry. HAS_PRODUCT: write this block's part
     of the product of out and `other` as well.
     """
-    PARTS: tl.constexpr = tl.cdiv(S, BLOCK_S)
     blocks = tl.cdiv(W, BLOCK_W)
     all_chunks = tl.cdiv(T, L)
     supers = tl.cdiv(all_chunks, chunks)
@@ -215,6 +215,7 @@ def walk(
             L=plan.L,
             BLOCK_S=launch.block_k,
             BLOCK_W=launch.block_v,
+            PARTS=triton.cdiv(S, launch.block_k),
             REVERSE=reverse,
             HAS_NORMALIZER=n_BHNW is not None,
             HAS_PRODUCT=other_BTHW is not None,

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from xlstm_lm.ops.selfcheck import errors, slstm_inputs, some_resets
+from xlstm_lm.ops.selfcheck import asked_once, errors, slstm_inputs, some_resets
 from xlstm_lm.ops.slstm import BACKENDS, choose_backend, dispatch, fused, slstm
 
 batched = functools.partial(slstm, backend="batched")
@@ -235,6 +235,21 @@ def test_the_tolerance_of_the_self_check_is_far_from_what_the_loops_differ_by():
         resets = some_resets(inputs)
         found = errors(*(functools.partial(each, resets=resets) for each in (batched, definition)), inputs)
         assert max(found) < tolerance
+
+
+def test_a_question_about_the_machine_is_asked_once_and_not_traced():
+    asked = []
+
+    @asked_once
+    def question(device, dtype):
+        x = torch.ones(2, device=device, dtype=dtype, requires_grad=True)
+        asked.append(torch.autograd.grad((x * x).sum(), x))  # what torch.compile could not trace
+        return True
+
+    function = torch.compile(lambda x: x + 1 if question(x.device, x.dtype) else x, backend="eager", fullgraph=True)
+    assert torch.equal(function(torch.zeros(2)), torch.ones(2))
+    assert question(torch.device("cpu"), torch.float32)
+    assert len(asked) == 1
 
 
 def test_auto_on_other_devices_says_that_it_is_slow(monkeypatch):

@@ -58,3 +58,17 @@ def test_the_decode_step_compiles() -> None:
 @pytest.mark.slow
 def test_every_decode_step_compiles() -> None:
     check(compiled("--operations", "mlstm_step"), {"step_kernel"})
+
+
+def test_the_slstm_compiles_for_hopper() -> None:
+    rows = compiled("--quick", "--operations", "slstm", "--targets", "sm_90")
+    check(rows, {"forward_loop_kernel", "rebuild_kernel", "backward_loop_kernel"})
+    assert all("HGMMA" in row["instructions"] for row in rows if "loop" in row["kernel"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", TARGETS)
+def test_everything_of_the_slstm_compiles(target: str) -> None:
+    loops = {"forward_loop_kernel", "rebuild_kernel", "backward_loop_kernel"}
+    rows = compiled("--operations", "slstm", "--targets", target)
+    check(rows, loops | {"forward_step_kernel", "backward_step_kernel"})

@@ -190,7 +190,7 @@ def make_run(tmp_path, **changes):
         {"split": "validation", "step": 0, "tokens": 10, "loss": 3.0, "bits_per_byte": 4.125, "perplexity": 20.25},
         {"split": "validation", "step": 9, "tokens": 90, "loss": 1.0, "bits_per_byte": 1.5, "perplexity": 2.5},
     ]
-    (run_dir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (run_dir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"split": "tra')
     return run_dir
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import tempfile
@@ -60,7 +61,11 @@ def _read_metrics(run_dir: Path | None) -> list[dict[str, Any]]:
     path = run_dir / "metrics.jsonl" if run_dir else None
     if path is None or not path.is_file():
         return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    records = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        with contextlib.suppress(ValueError):  # the last line of a run that was killed may be cut short
+            records.append(json.loads(line))
+    return records
 
 
 def _sources(recipe: dict[str, Any], key: str) -> list[dict[str, Any]]:
@@ -110,7 +115,7 @@ print(tokenizer.batch_decode(model.generate(**inputs, max_new_tokens=50), skip_s
     notes = [f"This is the format `{export_format.name}`. It suits {export_format.suits}.", *export_format.limits]
     if difference is not None:
         notes.append(
-            "Before it was given away, a fresh process loaded it and gave the trained model's logits (largest "
+            "Before this folder was finished, a fresh process loaded it and gave the trained model's logits (largest "
             f"difference {difference:.1e}) and its greedy texts."
         )
     return f"""## Use
@@ -179,6 +184,8 @@ def _training(recipe: dict[str, Any], records: list[dict[str, Any]], folder: Pat
             shutil.copyfile(draw_learning_curve(copy), folder / CURVE)
         parts.append(f"![Bits per byte over tokens]({CURVE})")
     shown = {key: recipe[key] for key in ("model", "optimizer", "schedule", "training") if key in recipe}
-    parts.append(f"The whole recipe is in `{RECIPE}`; `xlstm-lm train --config {RECIPE}` repeats the run.")
+    parts.append(
+        f"The whole recipe is in `{RECIPE}`; `xlstm-lm train --config {RECIPE} --training.run_dir NEW` repeats the run."
+    )
     parts.append(f"```yaml\n{yaml.safe_dump(shown, sort_keys=False)}```")
     return "\n\n".join(parts)

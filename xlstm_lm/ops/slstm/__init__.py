@@ -1,4 +1,4 @@
-"""The sLSTM cell: its definition, a compiled CPU loop, and the entry that chooses between them."""
+"""The sLSTM cell: its definition, a compiled CPU loop, fused loops for GPUs, and the entry that chooses among them."""
 
 from __future__ import annotations
 

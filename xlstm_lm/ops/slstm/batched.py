@@ -98,7 +98,7 @@ def advance(gates_BGHD: Tensor, reset_B: Tensor | None, c_BHD: Tensor, n_BHD: Te
 
 
 def rebuild(gates_BTGHD: Tensor, dy_BTHD: Tensor, checkpoints_NSBHD: Tensor, resets_BT: Tensor | None) -> Kept:
-    """Runs the cell again from every checkpoint at once, the recurrent products being known."""
+    """Runs the cell again from every checkpoint, the recurrent products being known."""
     kernels = _triton_kernels(gates_BTGHD)
     if kernels:
         return kernels.rebuild(gates_BTGHD, dy_BTHD, checkpoints_NSBHD, resets_BT)

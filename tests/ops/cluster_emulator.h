@@ -200,7 +200,7 @@ inline std::string run(
 }
 
 inline float value(unsigned bits, Bf16) { return std::bit_cast<float>(bits << 16); }
-inline float value(unsigned bits, Fp16) { return static_cast<float>(std::bit_cast<_Float16>(static_cast<uint16_t>(bits))); }
+inline float value(unsigned bits, Fp16) { return std::bit_cast<_Float16>(static_cast<uint16_t>(bits)); }
 inline float value(unsigned bits, float) { return std::bit_cast<float>(bits); }
 
 template <typename T> inline T narrow(float number);

@@ -1,6 +1,7 @@
-// The backward pass, from the last step to the first: a block multiplies the gradients of its own gates with its columns
-// of R^T and sends every block the part of dy that falls to its units. Two copies of what is sent take turns: whoever
-// sends the one after next has got the next from all, so all have read this one. Nothing else makes blocks wait.
+// The backward pass, from the last step to the first: a block multiplies the gradients of its own gates with its
+// columns of R^T and sends every block the part of dy that falls to its units. Two copies of what is sent take turns:
+// whoever sends the one after next has got the next from all, so all have read this one. Nothing else makes blocks
+// wait.
 
 struct Backward {
   const float* gates;  // pre-activations
@@ -21,7 +22,7 @@ constexpr int kBackwardSteps = product_steps(4 * kUnits);
 constexpr int kRowTiles = divide_up(divide_up(D, 16), WARPS);  // of 16 units, of a warp
 using GateGradientRows = Rows<4 * kUnits>;
 using TransposedWeights = Weights<kRowTiles, kBackwardSteps>;
-constexpr int kReplayedAtOnce = 4;
+constexpr int kReplayedAtOnce = 4 / TILES;
 
 constexpr int kReceivedPairs = BLOCKS * TILES * kUnits * 4;
 static_assert(
@@ -140,19 +141,23 @@ KERNEL slstm_backward(const Backward p) {
       }
     for (int first = start; first < end; first += kReplayedAtOnce) {
       float ifz[kReplayedAtOnce][TILES][2][3];
+      unsigned emptied = 0;  // a bit for each cell and step
       UNROLL for (int s = 0; s < kReplayedAtOnce; ++s)
         UNROLL for (int tile = 0; tile < TILES; ++tile)
-          UNROLL for (int j = 0; j < 2; ++j)
+          UNROLL for (int j = 0; j < 2; ++j) {
+            const bool taken = valid[tile][j] && first + s < end;
+            const float* from = p.gates + gate_at(tile, j, first + s);
             UNROLL for (int gate = 0; gate < 3; ++gate) {
-              const bool taken = valid[tile][j] && first + s < end;
-              ifz[s][tile][j][gate] = taken ? p.gates[gate_at(tile, j, first + s) + gate * p.gates_gate] : 0.0f;
+              ifz[s][tile][j][gate] = taken ? from[gate * p.gates_gate] : 0.0f;
             }
+            if (taken && reset_at(tile, j, first + s)) emptied |= 1u << ((s * TILES + tile) * 2 + j);
+          }
       UNROLL for (int s = 0; s < kReplayedAtOnce; ++s)
         UNROLL for (int tile = 0; tile < TILES; ++tile)
           UNROLL for (int j = 0; j < 2; ++j) {
             if (!valid[tile][j] || first + s >= end) continue;
             State& own = state[tile][j];
-            if (reset_at(tile, j, first + s)) own.empty();
+            if (emptied >> ((s * TILES + tile) * 2 + j) & 1) own.empty();
             float* to = p.replayed + (first + s) % kSegment * 3 * part + cell(tile, j);
             to[0] = own.c, to[part] = own.n, to[2 * part] = own.m;
             advance(own, ifz[s][tile][j][0], ifz[s][tile][j][1], ifz[s][tile][j][2]);
@@ -209,7 +214,8 @@ KERNEL slstm_backward(const Backward p) {
       UNROLL for (int tile = 0; tile < TILES; ++tile)
         UNROLL for (int j = 0; j < 2; ++j)
           UNROLL for (int gate = 0; gate < 4; ++gate) {
-            if (valid[tile][j]) p.dgates[gate_at(tile, j, t) + gate * p.gates_gate] = *own_gradient(turn, tile, j, gate);
+            Element* const to = p.dgates + gate_at(tile, j, t) + gate * p.gates_gate;
+            if (valid[tile][j]) *to = *own_gradient(turn, tile, j, gate);
           }
       if (t > start) prepare();
       wait_for_mail(boxes + (turn & 1), turn >> 1 & 1);

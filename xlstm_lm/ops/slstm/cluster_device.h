@@ -53,8 +53,8 @@ DEVICE unsigned remote_address(const void* own, int rank) {
   return address;
 }
 
-// A barrier in the shared memory of a block. Its phases, of parity 0, 1, 0 .. , end one after the other, each when as many
-// threads of the block as agreed on have arrived and all the bytes that they expected have come from the cluster.
+// A barrier in the shared memory of a block. Its phases, of parity 0, 1, 0 .. , end one after the other, each when as
+// many threads of the block as agreed on have arrived and all the bytes that they expected have come from the cluster.
 struct alignas(8) Mailbox {
   unsigned long long state;
 };

@@ -68,7 +68,9 @@ KERNEL slstm_forward(const Forward p) {
         state[tile][j] = {p.c_first[cell(tile, j)], p.n_first[cell(tile, j)], p.m_first[cell(tile, j)]};
       }
     }
-  auto reset_at = [&](int sequence, int t) { return p.resets && sequence < p.B && p.resets[Index(sequence) * p.T + t]; };
+  auto reset_at = [&](int sequence, int t) {
+    return p.resets && sequence < p.B && p.resets[Index(sequence) * p.T + t];
+  };
   constexpr int kColumns = kForwardSteps * 2 * kPerChunk;
   for (int k = place.thread; k < TILES * 8 * kColumns; k += kThreads) {
     const int sequence = place.sequence + k / kColumns, unit = k % kColumns;

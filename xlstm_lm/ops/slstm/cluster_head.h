@@ -1,8 +1,10 @@
-// What both passes of the cluster kernels share: which part of a head a thread has, how the matrices lie, and the cell.
+// What both passes of the cluster kernels share: which part of a head a thread has, how the matrices lie, and the
+// cell.
 //
-// One cluster computes one head for TILES * 8 sequences. Each of its BLOCKS blocks has 8 * WARPS units of the head, each
-// warp 8 of them, and of these each thread the unit `row` for the sequences 2 * column and 2 * column + 1 of every tile:
-// its place in the result of a tensor core product, so states and gates never leave the registers of their thread.
+// One cluster computes one head for TILES * 8 sequences. Each of its BLOCKS blocks has 8 * WARPS units of the head,
+// each warp 8 of them, and of these each thread the unit `row` for the sequences 2 * column and 2 * column + 1 of
+// every tile: its place in the result of a tensor core product, so states and gates never leave the registers of
+// their thread.
 //
 // D, BLOCKS, WARPS, TILES, HELD and Element are macros that the compiler is given.
 
@@ -32,16 +34,18 @@ struct Place {
     head = cluster_index() % heads, sequence = cluster_index() / heads * sequences;
     unit = rank * kUnits + warp * 8 + row;
   }
-  // The sequence of the thread's j-th cell in a tile: the thread's first sequence and a distance that is the same for all
-  // threads. Addresses are made in these two parts, because the GPU has registers apart for what all threads share.
+  // The sequence of the thread's j-th cell in a tile: the thread's first sequence and a distance that is the same for
+  // all threads. Addresses are made in these two parts, because the GPU has registers apart for what all threads
+  // share.
   DEVICE int sequence_of(int tile, int j) const { return first_sequence() + distance(tile, j); }
   DEVICE int first_sequence() const { return sequence + column * 2; }
   static DEVICE int distance(int tile, int j) { return tile * 8 + j; }
 };
 
-// The right-hand matrix of a product, transposed, in shared memory: a row of COLUMNS elements for each sequence. A thread
-// reads 16 bytes of a row at once, which are its part of two steps of the product (the order of a product's terms is
-// free). Rows are shifted against each other so that neither this nor writing single elements meets bank conflicts.
+// The right-hand matrix of a product, transposed, in shared memory: a row of COLUMNS elements for each sequence. A
+// thread reads 16 bytes of a row at once, which are its part of two steps of the product (the order of a product's
+// terms is free). Rows are shifted against each other so that neither this nor writing single elements meets bank
+// conflicts.
 template <int COLUMNS> struct Rows {
   static constexpr int kPitch = divide_up(COLUMNS * sizeof(Element), 128) * 128;
   static constexpr int kPairOfRows = 2 * kPitch + 144;

@@ -21,6 +21,8 @@ from unittest import mock
 import torch
 
 MATRIX_INSTRUCTIONS = ("HGMMA", "UTCHMMA", "HMMA", "FFMA")
+TENSOR_MEMORY = 512
+"""Columns that a multiprocessor of sm_100 has. Nothing but the launch itself refuses more."""
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int32: "i32", torch.bool: "i1"}
 
 
@@ -63,6 +65,8 @@ class TritonCall:
         start = time.perf_counter()
         compiled = triton.compile(source, target=machine, options=self.options)
         result = {"shared_bytes": compiled.metadata.shared, "seconds": time.perf_counter() - start}
+        if getattr(compiled.metadata, "tmem_size", 0) > TENSOR_MEMORY:
+            result["problem"] = f"{compiled.metadata.tmem_size} columns of tensor memory, {TENSOR_MEMORY} there are"
         if nvidia:
             return result | _assembled(compiled.asm["ptx"], machine.arch) | _disassembled(compiled.asm["cubin"])
         assembly = compiled.asm["amdgcn"]

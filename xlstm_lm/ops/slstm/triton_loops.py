@@ -60,7 +60,8 @@ def launch_for(B: int, H: int, D: int, device: torch.device) -> Launch:
     tiles = TILES[1:] if amd else TILES  # its matrix instructions take 16 columns
     processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
     tile = next((tile for tile in tiles if H * -(-B // tile) <= processors), tiles[-1])
-    stages = 3 if padded(D) * tile <= (512 if target == "sm_80" else 1024) else 2
+    room = padded(D) * tile * (2 if target == "sm_80" else 1)  # of one step, relative to what there is
+    stages = 3 if room <= 1024 else 2 if room <= 2048 else 1
     return Launch(tile, 8 if D > 64 else 4, stages, "ieee" if amd else "tf32x3")
 
 

@@ -118,13 +118,18 @@ def test_the_deepspeed_launcher(tmp_path):
         (["train", "--config", "configs/train/dmo.yaml"], "configs/train/dmo.yaml does not exist"),
         (["train"], "the following arguments are required: --config"),
         (["trian"], "invalid choice: 'trian'"),
-        (["generate", "--model", "nowhere", "--prompt", "x"], "nowhere is not a folder; give a run"),
+        (["generate", "--model", "nowhere", "--prompt", "x"], "nowhere does not exist. Give a run"),
         (
             ["generate", "--model", "nowhere", "--prompt", ""],
             "--prompt is empty; give at least one character to continue",
         ),
         (["generate", "--model", "nowhere", "--prompt", "x", "--top-p", "2"], "top_p is 2.0; it must be above 0"),
-        (["export", "--run", "nowhere", "--out", "x"], "nowhere is not a folder"),
+        (["export", "--run", "nowhere", "--out", "x"], "nowhere does not exist. Give a run"),
+        (
+            ["export", "--run", "nowhere", "--out", "x", "--shard-size", "many"],
+            "'many' is no size; give one such as 500MB",
+        ),
+        (["export", "--run", "nowhere", "--out", "x", "--push", "a/b/c"], "Give a name such as somebody/my-model"),
         (["tokenizer", "train", "--files", "nowhere/*.txt", "--vocab-size", "300", "--out", "x"], "nowhere/*.txt"),
     ],
 )

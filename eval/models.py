@@ -87,6 +87,10 @@ class CausalModel(ABC):
     def logits(self, outputs_BTD: Tensor) -> Tensor:
         """Logits (B, T, V), in float32 at least."""
 
+    def piece_length(self, rows: int, wanted: int) -> int:
+        """How many of the `wanted` inputs of each of so many rows to take at once, with the state carried on."""
+        return wanted
+
     @torch.inference_mode()
     def score(
         self, tokens_BT: Tensor, targets_BT: Tensor, state: Any = None, return_state: bool = False
@@ -180,6 +184,10 @@ class TransformersModel(CausalModel):
             arguments[cache_name] = cache
         output = self.module(tokens_BT, use_cache=return_state, **arguments)
         return output.logits, (getattr(output, cache_name), mask_BT) if return_state else None
+
+    def piece_length(self, rows, wanted):
+        # All logits of a piece are there at once.
+        return min(wanted, max(64, LOGIT_ELEMENTS // (rows * self.vocab_size)))
 
     def logits(self, outputs_BTD):
         return outputs_BTD.to(torch.promote_types(outputs_BTD.dtype, torch.float32))

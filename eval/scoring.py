@@ -58,7 +58,7 @@ def score_sequences(
         stride: how far each window is ahead of the one before (default: `window`). A smaller one gives every target but
             the first ones at least window - stride + 1 inputs to predict it from. The last window of a sequence reaches
             back so as to be full.
-        piece_length: inputs that a model which carries its state takes at once.
+        piece_length: inputs that a model which carries its state takes at once, at most.
 
     Raises:
         ValueError: the window is longer than the model's positions, or it needs one and there is none.
@@ -86,9 +86,8 @@ def score_sequences(
             length, skipped = segment.last - segment.first, segment.scored - segment.first
             tokens_BT[row, :length] = elements[segment.first : segment.last]
             targets_BT[row, skipped:length] = elements[segment.scored + 1 : segment.last + 1]
-        nats_BT, greedy_BT = _score_batch(
-            model, tokens_BT, targets_BT, piece_length if model.carries_state else longest
-        )
+        piece = model.piece_length(len(batch), piece_length) if model.carries_state else longest
+        nats_BT, greedy_BT = _score_batch(model, tokens_BT, targets_BT, piece)
         for row, segment in enumerate(batch):
             inputs = slice(segment.scored - segment.first, segment.last - segment.first)
             scores[segment.sequence].nats[segment.scored : segment.last] = nats_BT[row, inputs]

@@ -81,7 +81,7 @@ def test_long_documents_are_scored_with_all_their_context(stock_folder):
 def test_the_batch_size_changes_nothing(own_folder, stock_folder, kind):
     model = load_model(str(own_folder if kind == "own" else stock_folder(kind)), dtype="float64")
     window = None if model.carries_state else 64
-    runs = [evaluate(model, LOCAL, batch_size=size, window=window, limit=4, bootstrap_rounds=0) for size in (1, 4, 7)]
+    runs = [evaluate(model, LOCAL, batch_size=size, window=window, limit=2, bootstrap_rounds=0) for size in (1, 4, 7)]
     for run in runs[1:]:
         assert figures(run) == pytest.approx(figures(runs[0]), rel=1e-12, abs=0)
         for task, answers in per_document(run).items():

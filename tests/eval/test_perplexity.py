@@ -46,13 +46,10 @@ def test_a_carried_state_equals_one_long_forward(own_folder, dtype, digits):
     np.testing.assert_allclose(score.nats, expected, atol=10.0 ** (1 - digits) * 5)
 
 
-@pytest.mark.parametrize(
-    ("kind", "library"),
-    [("xlstm", "auto"), ("xlstm", "transformers"), ("mamba2", "auto"), ("mamba", "auto"), ("llama", "auto")],
-)
-def test_stock_models_are_scored_as_transformers_scores_them(stock_folder, kind, library):
+@pytest.mark.parametrize("kind", ["xlstm", "mamba2", "mamba", "llama"])
+def test_stock_models_are_scored_as_transformers_scores_them(stock_folder, kind):
     """Carried in pieces where the model can, in one window where it cannot, batched and padded."""
-    model = load_model(str(stock_folder(kind)), library=library)
+    model = load_model(str(stock_folder(kind)))
     assert model.carries_state == (kind in ("xlstm", "mamba2"))  # transformers' Mamba-1 forgets its state in pieces
     stock = AutoModelForCausalLM.from_pretrained(stock_folder(kind))
     sequences = random_sequences([50, 7, 33, 1, 21])

@@ -113,12 +113,16 @@ def _from_mamba(version: int) -> Callable[[dict[str, Any], Weights, bool], Mamba
     def read(values: dict[str, Any], weights: Weights, tied: bool) -> MambaConfig:
         width = weights["embedding.weight"].shape[1]
         inner = weights["blocks.0.mixer.out.weight"].shape[1]
-        limit = values.get("time_step_limit") or (0.0, math.inf)
+        # transformers writes {"__float__": "Infinity"} for what JSON has no number for.
+        smallest, largest = (
+            float(each["__float__"]) if isinstance(each, dict) else each
+            for each in values.get("time_step_limit") or (0.0, math.inf)
+        )
         unknown = {
             "hidden_act": values.get("hidden_act", "silu") != "silu",
             "use_bias": values.get("use_bias"),
             "expand": bool(inner % width),
-            "time_step_limit": version == 2 and (limit[0] > 0 or limit[1] != math.inf),
+            "time_step_limit": version == 2 and (smallest > 0 or largest != math.inf),
         }
         _refuse(f"Mamba-{version}", values, unknown)
         of_version = {

@@ -60,9 +60,9 @@ class Layout:
         """
         if self.dtype == torch.float32:
             return 0
-        return {("forward", 1): 32, ("backward", 1): 32, ("forward", 2): 16, ("backward", 2): 8}[
-            self.direction, self.tiles
-        ]
+        if self.tiles == 1:
+            return 32 if self.direction == "backward" or self.D <= 256 else 28
+        return 12 if self.direction == "forward" else 8
 
     @property
     def shared_bytes(self) -> int:

@@ -81,8 +81,11 @@ fi
 # A process for each type, because most of the time goes into compiling.
 stage correctness 130 bash -c 'logs=$1 python=$2 status=0
     shift 2
-    for dtype in "$@"; do "$python" -m xlstm_lm.doctor "$dtype" >"$logs/correctness-$dtype.log" 2>&1 & done
-    for job in $(jobs -p); do wait "$job" || status=1; done
+    for dtype in "$@"; do
+        "$python" -m xlstm_lm.doctor "$dtype" >"$logs/correctness-$dtype.log" 2>&1 &
+        processes+=($!)
+    done
+    for process in "${processes[@]}"; do wait "$process" || status=1; done
     for dtype in "$@"; do cat "$logs/correctness-$dtype.log"; done
     exit $status' _ "$logs" "$PYTHON" "${dtypes[@]}"
 stage kernels 190 "$PYTHON" -m eval.kernels "${kernels[@]}" --out "$OUT/kernels.json"

@@ -58,16 +58,16 @@ class Plan(NamedTuple):
 
 
 TABLE = {
-    # (16-bit?, architecture): L, entries of a part, columns, numbers of a state, warps at most, stages, edge of a
-    # contribution
-    (True, "sm_80"): (32, 64, 64, 8192, 4, 2, 128),
-    (True, "sm_90"): (32, 64, 128, 32768, 8, 2, 128),
-    (True, "sm_100"): (32, 64, 128, 32768, 8, 2, 128),
-    (True, "gfx942"): (32, 64, 64, 16384, 4, 1, 64),
-    (False, "sm_80"): (16, 32, 64, 4096, 8, 1, 64),
-    (False, "sm_90"): (16, 32, 64, 4096, 8, 1, 64),
-    (False, "sm_100"): (16, 32, 64, 4096, 8, 1, 64),
-    (False, "gfx942"): (16, 32, 64, 4096, 8, 1, 64),
+    # (16-bit?, architecture): L, entries of a part, columns and numbers of a state at most, warps at least and at most,
+    # stages, edge of a contribution
+    (True, "sm_80"): (32, 64, 64, 8192, 4, 4, 2, 128),
+    (True, "sm_90"): (32, 64, 128, 32768, 4, 8, 2, 128),
+    (True, "sm_100"): (32, 64, 128, 32768, 8, 8, 2, 128),
+    (True, "gfx942"): (32, 64, 64, 16384, 4, 4, 1, 64),
+    (False, "sm_80"): (16, 32, 64, 4096, 8, 8, 1, 64),
+    (False, "sm_90"): (16, 32, 64, 4096, 8, 8, 1, 64),
+    (False, "sm_100"): (16, 32, 64, 4096, 8, 8, 1, 64),
+    (False, "gfx942"): (16, 32, 64, 4096, 8, 8, 1, 64),
 }
 """Chosen so that everything fits and nothing spills on sm_90 and sm_100, as `eval.kernels --compile-report` shows.
 Their speed has not been measured."""
@@ -75,13 +75,13 @@ Their speed has not been measured."""
 
 def launches(K: int, V: int, dtype: torch.dtype, architecture: str) -> Launches:
     """The launch parameters for such heads on an architecture of `TABLE`."""
-    L, part, most, numbers, most_warps, stages, edge = TABLE[dtype != torch.float32, architecture]
+    L, part, most, numbers, least_warps, most_warps, stages, edge = TABLE[dtype != torch.float32, architecture]
 
     def walk(rows: int, width: int) -> Launch:
         rows = padded(rows)
         columns = min(padded(width), most, max(16, numbers // rows))
         warps = max(columns // 16, 8 * rows * columns // numbers)
-        return Launch(min(rows, part), columns, min(max(warps, 4), most_warps), stages)
+        return Launch(min(rows, part), columns, min(max(warps, least_warps), most_warps), stages)
 
     return Launches(
         L=L,

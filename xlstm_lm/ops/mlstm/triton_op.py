@@ -92,18 +92,19 @@ def launch_forward(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """h, the last C, n and m (empty unless `return_state`), and c, x, m, x_divided, d and scores for the backward."""
-    B, T, H, K = q.shape
-    chosen = launches(K, v.shape[-1], q.dtype, architecture(q.device))
-    plan = make_plan(chosen, B, T, H, K, v.shape[-1], q.device)
-    gates = make_gates(i, f, count_resets(resets), m, plan.L, sigmoid=sigmoid)
-    normalizers = border_normalizers(k, gates, n, plan.L)
-    weights, x_divided, d = scores(q, k, normalizers, gates, plan, normalize=normalize, eps=eps)
-    states = border_states(k, v, gates, C, plan, chosen.states, x_query_BHT=x_divided, to_the_end=return_state)
-    h, _ = walk(q, k, v, v, weights, states, gates, x_divided, plan, chosen.forward, transposed=False)
-    last = (states[:, :, -1].clone(), normalizers[:, :, -1].clone(), gates.m_BHT1[..., -1] / LOG2E.value)
-    if not return_state:
-        last = tuple(d.new_empty(0) for _ in range(3))
-    return h, *last, gates.c_BHT, gates.x_BHT, gates.m_BHT1, x_divided, d, weights
+    with torch.cuda.device_of(q):  # Triton launches on the current device
+        B, T, H, K = q.shape
+        chosen = launches(K, v.shape[-1], q.dtype, architecture(q.device))
+        plan = make_plan(chosen, B, T, H, K, v.shape[-1], q.device)
+        gates = make_gates(i, f, count_resets(resets), m, plan.L, sigmoid=sigmoid)
+        normalizers = border_normalizers(k, gates, n, plan.L)
+        weights, x_divided, d = scores(q, k, normalizers, gates, plan, normalize=normalize, eps=eps)
+        states = border_states(k, v, gates, C, plan, chosen.states, x_query_BHT=x_divided, to_the_end=return_state)
+        h, _ = walk(q, k, v, v, weights, states, gates, x_divided, plan, chosen.forward, transposed=False)
+        last = (states[:, :, -1].clone(), normalizers[:, :, -1].clone(), gates.m_BHT1[..., -1] / LOG2E.value)
+        if not return_state:
+            last = tuple(d.new_empty(0) for _ in range(3))
+        return h, *last, gates.c_BHT, gates.x_BHT, gates.m_BHT1, x_divided, d, weights
 
 
 forward = torch.library.custom_op("xlstm_lm_triton::mlstm_forward", launch_forward, mutates_args=())
@@ -143,38 +144,39 @@ def launch_backward(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, i, f and of the state before the first step, C and n (empty if there was none)."""
-    B, T, H, K = q.shape
-    V = v.shape[-1]
-    chosen = launches(K, V, q.dtype, architecture(q.device))
-    plan = make_plan(chosen, B, T, H, K, V, q.device)
-    gates = Gates(c, x, m, count_resets(resets))
-    has_first, has_last = C is not None, dC_last is not None
-    dweights, delta, q_dq = dscores(h, dh, v, gates, x_divided, d, plan, normalize=normalize, eps=eps)
-    n_all = border_normalizers(k, gates, n, plan.L)
-    dn_all = border_normalizers(q, gates, dn_last, plan.L, x_query_BHT=x_divided, delta_BHT=delta, reverse=True)
-    borders = {"x_query_BHT": x_divided, "plan": plan, "launch": chosen.states}
-    states = border_states(k, v, gates, C, **borders, to_the_end=has_last)
-    dstates = border_states(q, dh, gates, dC_last, **borders, reverse=True, to_the_end=has_first)
-    shared = {"gates": gates, "x_divided_BHT": x_divided, "plan": plan}
-    dq, _ = walk(
-        dh, v, k, q, dweights, states, **shared, launch=chosen.dq, transposed=True, n_BHNW=n_all, delta_BHT=delta
-    )
-    dk, k_dk = walk(
-        v, dh, q, k, dweights, dstates, **shared, launch=chosen.dk, transposed=True, reverse=True, n_BHNW=dn_all,
-        other_BTHW=k,
-    )  # fmt: skip
-    dv, _ = walk(k, q, dh, v, weights, dstates, **shared, launch=chosen.dv, transposed=False, reverse=True)
-    products = None
-    if plan.supers(T) > 1 or has_last:
-        at = torch.arange(plan.supers(T) + 1, device=q.device).mul(plan.chunks).clamp(max=n_all.shape[2] - 1)
-        products = torch.linalg.vecdot(states.flatten(3), dstates.flatten(3))
-        products += torch.linalg.vecdot(n_all[:, :, at], dn_all[:, :, at])
-        if not has_last:
-            products[..., -1] = 0.0
-    di, df = gate_gradients(i, f, gates, q_dq, k_dk, products, plan.steps, sigmoid=sigmoid)
-    if has_first:
-        return dq, dk, dv, di, df, dstates[:, :, 0].clone(), dn_all[:, :, 0].clone()
-    return dq, dk, dv, di, df, d.new_empty(0), d.new_empty(0)
+    with torch.cuda.device_of(q):  # Triton launches on the current device
+        B, T, H, K = q.shape
+        V = v.shape[-1]
+        chosen = launches(K, V, q.dtype, architecture(q.device))
+        plan = make_plan(chosen, B, T, H, K, V, q.device)
+        gates = Gates(c, x, m, count_resets(resets))
+        has_first, has_last = C is not None, dC_last is not None
+        dweights, delta, q_dq = dscores(h, dh, v, gates, x_divided, d, plan, normalize=normalize, eps=eps)
+        n_all = border_normalizers(k, gates, n, plan.L)
+        dn_all = border_normalizers(q, gates, dn_last, plan.L, x_query_BHT=x_divided, delta_BHT=delta, reverse=True)
+        borders = {"x_query_BHT": x_divided, "plan": plan, "launch": chosen.states}
+        states = border_states(k, v, gates, C, **borders, to_the_end=has_last)
+        dstates = border_states(q, dh, gates, dC_last, **borders, reverse=True, to_the_end=has_first)
+        shared = {"gates": gates, "x_divided_BHT": x_divided, "plan": plan}
+        dq, _ = walk(
+            dh, v, k, q, dweights, states, **shared, launch=chosen.dq, transposed=True, n_BHNW=n_all, delta_BHT=delta
+        )
+        dk, k_dk = walk(
+            v, dh, q, k, dweights, dstates, **shared, launch=chosen.dk, transposed=True, reverse=True, n_BHNW=dn_all,
+            other_BTHW=k,
+        )  # fmt: skip
+        dv, _ = walk(k, q, dh, v, weights, dstates, **shared, launch=chosen.dv, transposed=False, reverse=True)
+        products = None
+        if plan.supers(T) > 1 or has_last:
+            at = torch.arange(plan.supers(T) + 1, device=q.device).mul(plan.chunks).clamp(max=n_all.shape[2] - 1)
+            products = torch.linalg.vecdot(states.flatten(3), dstates.flatten(3))
+            products += torch.linalg.vecdot(n_all[:, :, at], dn_all[:, :, at])
+            if not has_last:
+                products[..., -1] = 0.0
+        di, df = gate_gradients(i, f, gates, q_dq, k_dk, products, plan.steps, sigmoid=sigmoid)
+        if has_first:
+            return dq, dk, dv, di, df, dstates[:, :, 0].clone(), dn_all[:, :, 0].clone()
+        return dq, dk, dv, di, df, d.new_empty(0), d.new_empty(0)
 
 
 backward = torch.library.custom_op("xlstm_lm_triton::mlstm_backward", launch_backward, mutates_args=())

@@ -121,14 +121,15 @@ def forward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """y of all steps, checkpoints, and y, c, n, m after the last step."""
-    y_BTHD, checkpoints_NSBHD, last = loops_of(backend).forward_loop(
-        _last_dense(wx),
-        r.to(wx.dtype).contiguous(),
-        bias.contiguous(),
-        None if resets is None else resets.contiguous(),
-        tuple(part.contiguous() for part in (y, c, n, m)),
-    )
-    return y_BTHD, checkpoints_NSBHD, *last
+    with torch.cuda.device_of(wx):  # Triton launches on the current device
+        y_BTHD, checkpoints_NSBHD, last = loops_of(backend).forward_loop(
+            _last_dense(wx),
+            r.to(wx.dtype).contiguous(),
+            bias.contiguous(),
+            None if resets is None else resets.contiguous(),
+            tuple(part.contiguous() for part in (y, c, n, m)),
+        )
+        return y_BTHD, checkpoints_NSBHD, *last
 
 
 @forward.register_fake
@@ -154,37 +155,38 @@ def backward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of wx, R, the bias, and of y, c, n before the first step."""
-    B, T, G, H, D = wx.shape
-    dtype = bias.dtype
-    r_GHDE = r.to(wx.dtype).contiguous()
-    before_HBTD = wx.new_empty(H, B, T, D)  # the y that goes into each step's recurrent product
-    before_HBTD[:, :, 0] = y_first.transpose(0, 1)
-    before_HBTD[:, :, 1:] = y[:, :-1].permute(2, 0, 1, 3)
-    if resets is not None:
-        before_HBTD.masked_fill_(resets[..., None], 0.0)
+    with torch.cuda.device_of(wx):  # Triton launches on the current device
+        B, T, G, H, D = wx.shape
+        dtype = bias.dtype
+        r_GHDE = r.to(wx.dtype).contiguous()
+        before_HBTD = wx.new_empty(H, B, T, D)  # the y that goes into each step's recurrent product
+        before_HBTD[:, :, 0] = y_first.transpose(0, 1)
+        before_HBTD[:, :, 1:] = y[:, :-1].permute(2, 0, 1, 3)
+        if resets is not None:
+            before_HBTD.masked_fill_(resets[..., None], 0.0)
 
-    gates_HBTGD = torch.empty(H, B, T, G, D, dtype=dtype, device=wx.device)
-    torch.add(wx.permute(3, 0, 1, 2, 4), bias.transpose(0, 1)[:, None, None], out=gates_HBTGD)
-    product(
-        before_HBTD.view(H, B * T, D),
-        r_GHDE.permute(1, 2, 0, 3).reshape(H, D, G * D),
-        sums=gates_HBTGD.view(H, B * T, G * D),
-    )
+        gates_HBTGD = torch.empty(H, B, T, G, D, dtype=dtype, device=wx.device)
+        torch.add(wx.permute(3, 0, 1, 2, 4), bias.transpose(0, 1)[:, None, None], out=gates_HBTGD)
+        product(
+            before_HBTD.view(H, B * T, D),
+            r_GHDE.permute(1, 2, 0, 3).reshape(H, D, G * D),
+            sums=gates_HBTGD.view(H, B * T, G * D),
+        )
 
-    dgates_BTGHD, dfirst = loops_of(backend).backward_loop(
-        gates_HBTGD.permute(1, 2, 3, 0, 4),
-        r_GHDE,
-        _last_dense(dy),
-        checkpoints,
-        None if resets is None else resets.contiguous(),
-        tuple(part.contiguous() for part in (dy_last, dc_last, dn_last)),
-    )
-    del gates_HBTGD
-    dgates_HRE = dgates_BTGHD.permute(3, 0, 1, 2, 4).view(H, B * T, G * D)
-    dr_HDGE = product(before_HBTD.view(H, B * T, D).mT, dgates_HRE).view(H, D, G, D)
-    dbias_HGD = dgates_HRE.sum(1, dtype=dtype).view(H, G, D)
-    dr_GHDE = dr_HDGE.permute(2, 0, 1, 3).to(r.dtype, memory_format=torch.contiguous_format, copy=True)
-    return dgates_BTGHD, dr_GHDE, dbias_HGD.transpose(0, 1).contiguous(), *dfirst
+        dgates_BTGHD, dfirst = loops_of(backend).backward_loop(
+            gates_HBTGD.permute(1, 2, 3, 0, 4),
+            r_GHDE,
+            _last_dense(dy),
+            checkpoints,
+            None if resets is None else resets.contiguous(),
+            tuple(part.contiguous() for part in (dy_last, dc_last, dn_last)),
+        )
+        del gates_HBTGD
+        dgates_HRE = dgates_BTGHD.permute(3, 0, 1, 2, 4).view(H, B * T, G * D)
+        dr_HDGE = product(before_HBTD.view(H, B * T, D).mT, dgates_HRE).view(H, D, G, D)
+        dbias_HGD = dgates_HRE.sum(1, dtype=dtype).view(H, G, D)
+        dr_GHDE = dr_HDGE.permute(2, 0, 1, 3).to(r.dtype, memory_format=torch.contiguous_format, copy=True)
+        return dgates_BTGHD, dr_GHDE, dbias_HGD.transpose(0, 1).contiguous(), *dfirst
 
 
 @backward.register_fake

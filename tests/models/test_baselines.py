@@ -106,6 +106,15 @@ def test_attention_backends_agree(backend):
     )
 
 
+def test_attention_that_does_not_run_is_left_by_name(monkeypatch):
+    """torch has no causal attention over jagged tensors on a CPU."""
+    said = []
+    monkeypatch.setattr(attention, "announce_once", said.append)
+    with torch.inference_mode():
+        assert not attention._jagged_is_right.__wrapped__(torch.device("cpu"), torch.float32)
+    assert "jagged attention's kernels do not run on cpu" in said[0] and "`masked`" in said[0]
+
+
 def test_lstm_layer_is_torchs():
     model = make_model("lstm")
     ours, theirs = model.blocks[0], nn.LSTM(24, 24, batch_first=True).double()

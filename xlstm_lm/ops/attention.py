@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from xlstm_lm.ops.announce import announce_once
-from xlstm_lm.ops.selfcheck import TOLERANCE, asked_once, compare
+from xlstm_lm.ops.selfcheck import asked_once, some_resets, what_is_wrong
 
 SHORT = 128  # mean steps of a document below which one masked product beats a call for each, on a CPU
 
@@ -145,19 +145,15 @@ BACKENDS: dict[str, Callable[[Tensor, Tensor, Tensor, Packing], Tensor]] = {
 @asked_once
 def _jagged_is_right(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether jagged attention agrees with the mask on this device, values and gradients; if not, says so."""
-    with torch.random.fork_rng([device]), torch.enable_grad():
-        torch.manual_seed(0)
+
+    def prepare() -> tuple[Callable, Callable, list[Tensor]]:
         inputs = [torch.randn(2, 100, 2, 64, device=device, dtype=dtype) for _ in range(3)]
-        resets_BT = torch.zeros(2, 100, dtype=torch.bool, device=device)
-        resets_BT[:, [31, 64, 99]] = True
-        packing = pack(2, 100, device, resets_BT)
-        jagged, masked = (functools.partial(attention, packing=packing, backend=name) for name in ("jagged", "masked"))
-        try:
-            error = compare(jagged, masked, inputs)
-        except RuntimeError as caught:
-            error = float("inf")
-            announce_once(f"jagged attention does not run on {device}, {dtype}: {str(caught).splitlines()[0]}")
-    if not error <= TOLERANCE[dtype]:
-        announce_once(f"attention on {device}, {dtype} takes one mask for all pairs (`masked`), which is slower")
-        return False
-    return True
+        packing = pack(2, 100, device, some_resets(inputs))
+        return *(functools.partial(attention, packing=packing, backend=name) for name in ("jagged", "masked")), inputs
+
+    found = what_is_wrong(prepare, device, dtype)
+    if found is not None:
+        verdict, reason = found
+        slow = "attention takes one mask for all pairs (`masked`), which is slower"
+        announce_once(f"jagged attention's kernels {verdict} on {device}, {dtype} ({reason}): {slow}")
+    return found is None

@@ -30,6 +30,30 @@ def asked_once(function: Function) -> Function:
     return ask
 
 
+def what_is_wrong(
+    prepare: Callable[[], tuple[Callable[..., Tensor], Callable[..., Tensor], list[Tensor]]],
+    device: torch.device,
+    dtype: torch.dtype,
+    gradients: bool = True,
+) -> tuple[str, str] | None:
+    """How kernels fail on a device: "do not run" or "are wrong", and the reason; None if they compute the definition.
+
+    `prepare` gives them, their definition and the inputs to compare them on. Neither the random state nor the mode of
+    autograd that the caller is in makes a difference, or changes.
+    """
+    with (
+        torch.random.fork_rng([device] if device.type == "cuda" else []),
+        torch.inference_mode(False),
+        torch.enable_grad(),
+    ):
+        torch.manual_seed(0)
+        try:
+            error = compare(*prepare(), gradients=gradients)
+        except Exception as caught:  # whatever a compiler, an assembler or a driver comes up with
+            return "do not run", (str(caught).strip() or type(caught).__name__).splitlines()[0]
+    return None if error <= TOLERANCE.get(dtype, 1e-9) else ("are wrong", f"error {error:.1e}")
+
+
 def compare(
     function: Callable[..., Tensor], definition: Callable[..., Tensor], inputs: list[Tensor], gradients: bool = True
 ) -> float:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from xlstm_lm.ops.announce import announce_once
 from xlstm_lm.ops.mlstm import mlstm
-from xlstm_lm.ops.selfcheck import TOLERANCE, asked_once, compare
+from xlstm_lm.ops.selfcheck import TOLERANCE, asked_once, what_is_wrong
 
 Result = tuple[Tensor, Tensor | None]
 
@@ -138,8 +138,8 @@ if importlib.util.find_spec("mamba_ssm") is not None:
 @asked_once
 def _mamba_ssm_is_right(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether mamba_ssm's kernels compute the definition on this device, values and gradients; if not, says so."""
-    with torch.random.fork_rng([device]), torch.enable_grad():
-        torch.manual_seed(0)
+
+    def prepare() -> tuple[Callable, Callable, list[Tensor]]:
         B, T, H, P, N = 2, 300, 2, 64, 128
         inputs = [torch.randn(B, T, *sizes, device=device, dtype=dtype) for sizes in ((H, P), (1, N), (1, N))]
         inputs += [torch.randn(B, T, H, device=device), torch.randn(H, device=device)]
@@ -149,14 +149,10 @@ def _mamba_ssm_is_right(device: torch.device, dtype: torch.dtype) -> bool:
         def run(x, b, c, dt, a, backend):
             return ssd(x, F.softplus(dt - 2), -torch.exp(a), b, c, resets=resets_BT, backend=backend)[0]
 
-        ours, definition = (functools.partial(run, backend=name) for name in ("mamba_ssm", "recurrence"))
-        try:
-            error = compare(ours, definition, inputs)
-        except Exception as caught:  # whatever a compiler or a driver comes up with
-            problem = (str(caught).strip() or type(caught).__name__).splitlines()[0]
-            announce_once(f"mamba_ssm does not run on {device}, {dtype} ({problem}): SSD takes the mLSTM's kernels")
-            return False
-    if not error <= TOLERANCE[dtype]:
-        announce_once(f"mamba_ssm is wrong on {device}, {dtype} (error {error:.1e}): SSD takes the mLSTM's kernels")
-        return False
-    return True
+        return *(functools.partial(run, backend=name) for name in ("mamba_ssm", "recurrence")), inputs
+
+    found = what_is_wrong(prepare, device, dtype)
+    if found is not None:
+        verdict, reason = found
+        announce_once(f"mamba_ssm's kernels {verdict} on {device}, {dtype} ({reason}): SSD takes the mLSTM's")
+    return found is None

@@ -15,7 +15,7 @@ from xlstm_lm.ops.mlstm.compiled import mlstm_compiled
 from xlstm_lm.ops.mlstm.recurrence import State, mlstm_recurrence
 from xlstm_lm.ops.mlstm.step import mlstm_step
 from xlstm_lm.ops.native import kernels_available
-from xlstm_lm.ops.selfcheck import TOLERANCE, asked_once, compare, mlstm_inputs, some_resets
+from xlstm_lm.ops.selfcheck import TOLERANCE, asked_once, mlstm_inputs, some_resets, what_is_wrong
 
 
 def _mlstm_triton(*inputs: Tensor, **options: object) -> tuple[Tensor, State | None]:
@@ -165,29 +165,24 @@ def triton_is_right(backend: str, device: torch.device, dtype: torch.dtype) -> b
     if backend not in BACKENDS:
         announce_once(f"Triton is not installed (pip install 'xlstm-lm[gpu]'): {slow}")
         return False
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices), torch.inference_mode(False), torch.enable_grad():
-        torch.manual_seed(0)
+
+    def prepare() -> tuple[Callable, Callable, list[Tensor]]:
         inputs = mlstm_inputs(device, dtype, K=64, V=128)
-        ours, definition = (functools.partial(mlstm, backend=name) for name in (backend, "recurrence"))
+        definition = functools.partial(mlstm, backend="recurrence")
         if backend in STEPS:
-            ours = functools.partial(_token_by_token, backend)
-        else:
-            ours, definition = (functools.partial(each, resets=some_resets(inputs)) for each in (ours, definition))
-        try:
-            error = compare(ours, definition, inputs, gradients=backend not in STEPS)
-        except Exception as caught:  # whatever a compiler, an assembler or a driver comes up with
-            problem = (str(caught).strip() or type(caught).__name__).splitlines()[0]
-            announce_once(
-                f"the mLSTM's Triton kernels (`{backend}`) do not run on {device}, {dtype} ({problem}): {slow}"
-            )
-            return False
-    if not error <= TOLERANCE[dtype]:
-        announce_once(
-            f"the mLSTM's Triton kernels (`{backend}`) are wrong on {device}, {dtype} (error {error:.1e}): {slow}"
+            return functools.partial(_token_by_token, backend), definition, inputs
+        resets = some_resets(inputs)
+        return (
+            functools.partial(mlstm, backend=backend, resets=resets),
+            functools.partial(definition, resets=resets),
+            inputs,
         )
-        return False
-    return True
+
+    found = what_is_wrong(prepare, device, dtype, gradients=backend not in STEPS)
+    if found is not None:
+        verdict, reason = found
+        announce_once(f"the mLSTM's Triton kernels (`{backend}`) {verdict} on {device}, {dtype} ({reason}): {slow}")
+    return found is None
 
 
 def _token_by_token(backend: str, *inputs: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 
 from xlstm_lm.ops.announce import announce_once
 from xlstm_lm.ops.native import kernels_available
-from xlstm_lm.ops.selfcheck import TOLERANCE, asked_once, compare, slstm_inputs, some_resets
+from xlstm_lm.ops.selfcheck import asked_once, slstm_inputs, some_resets, what_is_wrong
 from xlstm_lm.ops.slstm.compiled import slstm_compiled
 from xlstm_lm.ops.slstm.fused import LOOPS, loops_of, slstm_fused
 from xlstm_lm.ops.slstm.recurrence import SLSTMState, slstm_recurrence
@@ -85,21 +85,14 @@ def _what_is_wrong(backend: str, device: torch.device, dtype: torch.dtype, D: in
 
     A compiler that gets kernels wrong on a newer GPU must not go unnoticed.
     """
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices), torch.inference_mode(False), torch.enable_grad():
-        torch.manual_seed(0)
+
+    def prepare() -> tuple[Callable, Callable, list[torch.Tensor]]:
         inputs = slstm_inputs(device, dtype, B=3, D=D)
-        ours, definition = (
-            functools.partial(slstm, resets=some_resets(inputs), backend=name) for name in (backend, "recurrence")
-        )
-        try:
-            error = compare(ours, definition, inputs)
-        except Exception as caught:  # whatever a compiler, an assembler or a driver comes up with
-            problem = (str(caught).strip() or type(caught).__name__).splitlines()[0]
-            return f"they do not run ({problem})"
-    if not error <= TOLERANCE.get(dtype, 1e-9):
-        return f"they are wrong (error {error:.1e})"
-    return None
+        resets = some_resets(inputs)
+        return *(functools.partial(slstm, resets=resets, backend=name) for name in (backend, "recurrence")), inputs
+
+    found = what_is_wrong(prepare, device, dtype)
+    return None if found is None else f"they {found[0]} ({found[1]})"
 
 
 def slstm(

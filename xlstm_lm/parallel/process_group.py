@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import atexit
 import os
+import re
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -103,3 +106,22 @@ def join_world() -> World:
 def _leave_world() -> None:
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+    # DeepSpeed keeps groups of its own, so their threads live on. One that still holds a tensor of the last collective
+    # needs the interpreter's lock to free it; if it asks once the interpreter has gone, the process aborts.
+    until = time.monotonic() + 5
+    while time.monotonic() < until:
+        time.sleep(0.02)  # the lock is free meanwhile: a thread that sleeps through this wants nothing
+        if not _gloo_runs():
+            break
+
+
+def _gloo_runs() -> bool:
+    """Whether a thread of Gloo is running or ready to; False where the system does not tell (it is not Linux)."""
+    for thread in Path("/proc/self/task").glob("*"):
+        try:
+            name, state = re.search(r"\((.*)\) (\w)", (thread / "stat").read_text()).groups()
+        except FileNotFoundError:  # it has just ended
+            continue
+        if "gloo" in name and state != "S":
+            return True
+    return False

@@ -114,6 +114,8 @@ class ModelResult:
     """The best of them, by bits per byte on the validation documents; None until all are there."""
     runs: list[Run]
     """One run for each seed at that learning rate (the first is also in `tried`)."""
+    speed_name: str = ""
+    """The `name` of its rows in `training_speed` and `generation_speed`; empty where it is not measured there."""
 
 
 @dataclass(kw_only=True)

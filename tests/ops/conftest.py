@@ -7,23 +7,17 @@ process.
 from __future__ import annotations
 
 import multiprocessing
-import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
 import pytest
-import torch
-
-
-def _switch_on() -> None:
-    os.environ["TRITON_INTERPRET"] = "1"
-    torch.set_num_threads(1)
+from interpreter import switch_on
 
 
 def _new_process() -> ProcessPoolExecutor:
-    return ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"), initializer=_switch_on)
+    return ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"), initializer=switch_on)
 
 
 @pytest.fixture(scope="session")

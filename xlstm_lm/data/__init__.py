@@ -6,15 +6,18 @@ from xlstm_lm.data.config import DataConfig
 from xlstm_lm.data.sources import SourceConfig
 from xlstm_lm.data.stream import TrainingStream, open_source
 from xlstm_lm.data.tokenizer import Tokenizer, TokenizerConfig, build_tokenizer, load_tokenizer
+from xlstm_lm.data.training_data import DocumentData, TrainingData
 from xlstm_lm.data.validation import validation_batches
 
 __all__ = [
     "IGNORED_TARGET",
     "Batch",
     "DataConfig",
+    "DocumentData",
     "SourceConfig",
     "Tokenizer",
     "TokenizerConfig",
+    "TrainingData",
     "TrainingStream",
     "build_tokenizer",
     "load_tokenizer",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from xlstm_lm.data.sources import SourceConfig
 from xlstm_lm.data.tokenizer import TokenizerConfig
@@ -24,6 +25,9 @@ class DataConfig:
     """At most so many tokens of each validation source, from its beginning."""
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     """How text becomes tokens."""
+    task: dict[str, Any] | None = None
+    """A task of a study, by name and settings, whose made-up rows take the place of documents and tokenizer; such runs
+    are trained by python -m eval.tasks."""
     shuffle: bool = True
     """Shuffle files and documents by the run's seed; otherwise they come in the order of the sources."""
     shuffle_documents: int = 256
@@ -45,5 +49,7 @@ class DataConfig:
                 raise ValueError(f"data.{name} {getattr(self, name)} must be at least 1")
         if self.num_workers < 0:
             raise ValueError(f"data.num_workers {self.num_workers} must be 0 (no background process) or more")
-        if not self.sources:
+        if self.task is not None and (self.sources or self.validation):
+            raise ValueError("data.task takes the place of documents: set data.sources and data.validation to []")
+        if self.task is None and not self.sources:
             raise ValueError("data.sources is empty: name at least one source, such as kind: python_stdlib")

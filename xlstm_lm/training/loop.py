@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from xlstm_lm.config import RunConfig, as_dict, as_recipe
-from xlstm_lm.data import Batch, TrainingStream, build_tokenizer, validation_batches
+from xlstm_lm.data import Batch, DocumentData, TrainingData
 from xlstm_lm.models import build_model
 from xlstm_lm.models.accounting import training_flops_per_token
 from xlstm_lm.ops.announce import announce_once
@@ -45,10 +45,11 @@ from xlstm_lm.training.validation import count_targets, evaluate, split_rows
 FRESH_STATE = {"step": 0, "tokens": 0, "elapsed_seconds": 0.0, "skipped_steps": 0, "skipped_in_a_row": 0}
 
 
-def train(run: RunConfig) -> Path:
+def train(run: RunConfig, data: TrainingData | None = None) -> Path:
     """Train, or go on training, the run that `run` describes. Returns its folder.
 
-    Every process of the run calls this; started without a launcher it is a run of one process.
+    Every process of the run calls this; started without a launcher it is a run of one process. `data`, where given,
+    takes the place of the documents that `run.data` names.
 
     Raises:
         ValueError: the configuration cannot be trained, or the run folder or a checkpoint does not fit it.
@@ -62,13 +63,14 @@ def train(run: RunConfig) -> Path:
     torch.set_flush_denormal(True)
     split_batch(run.data.global_batch_size, world.size, run.training.micro_batch_size)
     with StopRequest() as stop_request, contextlib.ExitStack() as resources:
-        trainer = Trainer(run, world, stop_request, resources)
+        trainer = Trainer(run, world, stop_request, resources, data)
         stopped = trainer.run_steps()
     if world.is_first:
         draw_learning_curve(trainer.run_dir)
         if stopped:
             command = shlex.join(["xlstm-lm", "train", "--config", str(trainer.run_dir / "config.yaml")])
-            print(f"Saved step {trainer.step} of {run.training.steps}. Continue with: {command}", flush=True)
+            how = f" Continue with: {command}" if data is None else ""
+            print(f"Saved step {trainer.step} of {run.training.steps}.{how}", flush=True)
     if stopped:
         raise SystemExit(0)
     return trainer.run_dir
@@ -78,14 +80,20 @@ class Trainer:
     """A run in progress on this rank."""
 
     def __init__(
-        self, run: RunConfig, world: World, stop_request: StopRequest, resources: contextlib.ExitStack
+        self,
+        run: RunConfig,
+        world: World,
+        stop_request: StopRequest,
+        resources: contextlib.ExitStack,
+        data: TrainingData | None = None,
     ) -> None:
         """Set up everything, from the newest checkpoint if there is one; `resources` will close it."""
         self.run, self.world, self.stop_request = run, world, stop_request
         self.run_dir = Path(run.training.run_dir)
         config = as_dict(run)
         self.config_yaml = as_recipe(run)
-        self.tokenizer = build_tokenizer(run.data.tokenizer)
+        self.data = DocumentData(run.data) if data is None else data
+        self.tokenizer = self.data.tokenizer
         if self.tokenizer.vocab_size > run.model.vocab_size:
             raise ValueError(
                 f"The tokenizer has {self.tokenizer.vocab_size} tokens but model.vocab_size is {run.model.vocab_size}: "
@@ -100,7 +108,7 @@ class Trainer:
 
         rows = self.micro_rows * micro_batches
         lanes = range(world.rank * rows, (world.rank + 1) * rows)
-        self.stream = TrainingStream(run.data, self.tokenizer, lanes=lanes, seed=run.training.seed)
+        self.stream = self.data.stream(lanes, run.training.seed)
         resources.callback(self.stream.close)
         if checkpoint:
             self.restore_data(checkpoint)
@@ -203,11 +211,9 @@ class Trainer:
 
     def validate(self) -> None:
         """Measure the held-out documents, if there are any."""
-        if not self.run.data.validation:
+        batches = self.data.validation_batches(rows=self.micro_rows, rank=self.world.rank, world_size=self.world.size)
+        if batches is None:
             return
-        batches = validation_batches(
-            self.run.data, self.tokenizer, rows=self.micro_rows, rank=self.world.rank, world_size=self.world.size
-        )
         totals = evaluate(self.engine, batches, world=self.world, bytes_per_token=self.bytes_per_token)
         self.report.validation(self.step, *totals)
 

@@ -77,7 +77,7 @@ class Report:
             "step": step,
             "tokens": tokens,
             "loss": nats / max(step_tokens, 1),
-            "bits_per_byte": nats / math.log(2) / max(step_bytes, 1),
+            "bits_per_byte": bits_per_byte(nats, step_bytes),
             "lr": learning_rate,
             "grad_norm": float(result.gradient_norm),
             "tokens_per_second": tokens_per_second,
@@ -95,7 +95,7 @@ class Report:
         self.progress.show(record["loss"], record["bits_per_byte"], tokens_per_second)
 
     def validation(self, step: int, nats: float, tokens: int, size: int) -> None:
-        """Report the loss of `tokens` held-out tokens that stand for `size` bytes."""
+        """Report the loss of `tokens` held-out tokens that stand for `size` bytes of text."""
         if not self.world.is_first:
             return
         record = {
@@ -103,14 +103,14 @@ class Report:
             "step": step,
             "tokens": self.tokens,
             "loss": nats / tokens,
-            "bits_per_byte": nats / math.log(2) / size,
+            "bits_per_byte": bits_per_byte(nats, size),
             "perplexity": math.exp(min(nats / tokens, 700.0)),
             "elapsed_seconds": self.clock.elapsed,
         }
         self._write(record)
+        bits = "" if record["bits_per_byte"] is None else f"{record['bits_per_byte']:.4f} bits/byte, "
         self.progress.say(
-            f"validation at step {step}: {record['bits_per_byte']:.4f} bits/byte, loss {record['loss']:.4f}, "
-            f"perplexity {record['perplexity']:.2f}"
+            f"validation at step {step}: {bits}loss {record['loss']:.4f}, perplexity {record['perplexity']:.2f}"
         )
 
     def sync(self) -> None:
@@ -124,3 +124,8 @@ class Report:
     def _write(self, record: dict[str, Any]) -> None:
         self._metrics.append(record)
         self._wandb.log(record)
+
+
+def bits_per_byte(nats: float, size: int) -> float | None:
+    """A loss in nats over `size` bytes of text; None where the targets stand for no text."""
+    return nats / math.log(2) / size if size else None

@@ -136,11 +136,12 @@ class Progress:
         if self._bar:
             self._bar.update()
 
-    def show(self, loss: float, bits_per_byte: float, tokens_per_second: float) -> None:
+    def show(self, loss: float, bits_per_byte: float | None, tokens_per_second: float) -> None:
         """The numbers of a logged step."""
         if not self._enabled:
             return
-        numbers = f"loss {loss:.4f}  bits/byte {bits_per_byte:.4f}  {tokens_per_second:,.0f} tokens/s"
+        bits = "" if bits_per_byte is None else f"  bits/byte {bits_per_byte:.4f}"
+        numbers = f"loss {loss:.4f}{bits}  {tokens_per_second:,.0f} tokens/s"
         if self._bar:
             self._bar.set_postfix_str(numbers, refresh=False)
             return

@@ -1,0 +1,82 @@
+"""What a run trains on: the documents of its data section, or whatever else gives rows of tokens in lanes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from xlstm_lm.data.batch import Batch
+from xlstm_lm.data.config import DataConfig
+from xlstm_lm.data.stream import TrainingStream
+from xlstm_lm.data.tokenizer import build_tokenizer
+from xlstm_lm.data.validation import validation_batches
+
+
+class Vocabulary(Protocol):
+    """What training asks of a tokenizer, and of what stands in for one where the tokens are no text."""
+
+    vocab_size: int
+    """Number of ids; every id is below it."""
+    bytes_per_token: torch.Tensor
+    """Bytes of text each id stands for, int64 (V,); all 0 where tokens are no text."""
+
+    def fingerprint(self) -> str:
+        """Changes when ids come to mean something else."""
+
+    def save(self, folder: Path) -> None:
+        """Write files into `folder`, for a checkpoint."""
+
+
+class Stream(Protocol):
+    """Endless batches, a row for each owned lane; see `TrainingStream` for what each method promises."""
+
+    def start(self) -> None: ...
+    def next_batch(self) -> Batch: ...
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, states: Mapping[str, Any]) -> None: ...
+    def fingerprint(self) -> dict[str, Any]: ...
+    def close(self) -> None: ...
+
+
+class TrainingData(Protocol):
+    """Training and held-out rows. What lane and seed give must not depend on who reads the other lanes."""
+
+    tokenizer: Vocabulary
+    """What the tokens are."""
+
+    def stream(self, lanes: range, seed: int) -> Stream:
+        """The rows of the lanes of one rank."""
+
+    def validation_batches(self, *, rows: int, rank: int, world_size: int) -> Iterator[Batch] | None:
+        """Batches of `rows` held-out rows, as many on every rank and the same each time; None if there are none."""
+
+
+class DocumentData:
+    """The documents that the data section of a run names."""
+
+    def __init__(self, config: DataConfig) -> None:
+        """Load the tokenizer.
+
+        Raises:
+            ValueError: the section names a task instead of documents, or the tokenizer cannot be loaded.
+        """
+        if config.task is not None:
+            raise ValueError(
+                f"data.task is {config.task}: its rows are made up, not read from documents. Train this run, or go on "
+                "with it, by: python -m eval.tasks --run FOLDER/config.yaml"
+            )
+        self.config = config
+        self.tokenizer = build_tokenizer(config.tokenizer)
+
+    def stream(self, lanes: range, seed: int) -> TrainingStream:
+        """As in `TrainingData`; raises what `TrainingStream` does."""
+        return TrainingStream(self.config, self.tokenizer, lanes=lanes, seed=seed)
+
+    def validation_batches(self, *, rows: int, rank: int, world_size: int) -> Iterator[Batch] | None:
+        """As in `TrainingData`; raises what `xlstm_lm.data.validation_batches` does."""
+        if not self.config.validation:
+            return None
+        return validation_batches(self.config, self.tokenizer, rows=rows, rank=rank, world_size=world_size)

@@ -9,13 +9,11 @@ from __future__ import annotations
 
 import argparse
 import functools
-import gc
 import importlib.util
-import json
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -23,19 +21,10 @@ import torch
 from eval import compile_report
 from eval.journal import Journal, run_in_children
 from eval.kernel_cases import MLSTM, Case, Contender, Function, cpu_cases, gpu_cases
-from eval.measure import (
-    DTYPES,
-    Ceilings,
-    Step,
-    Timing,
-    dtype_name,
-    environment,
-    measure_ceilings,
-    one_line,
-    take_turns,
-)
+from eval.measure import DTYPES, Ceilings, Step, Timing, dtype_name, take_turns
 from eval.peers import PEERS
 from eval.picture import OWN, draw_over_length
+from eval.tables import ceilings_of_study, go_through
 from xlstm_lm.ops.selfcheck import TOLERANCE, errors
 
 SECONDS_A_CASE = {"cpu": 120.0, "cuda": 5.0}
@@ -97,7 +86,6 @@ def step_of(case: Case, contender: Contender) -> Step:
 
 def run_case(case: Case, journal: Journal, rounds: int, ceilings: Ceilings) -> list[Row]:
     """Check every contender, then time all that run."""
-    torch.manual_seed(0)
     direction = "forward + backward" if case.backward else "forward"
     common = {"operation": case.operation, "sizes": case.sizes, "dtype": dtype_name(case.dtype), "direction": direction}
     rows: dict[str, Row] = {}
@@ -209,56 +197,6 @@ def draw(rows: list[Row], cases: list[Case], path: Path) -> bool:
     return draw_over_length(panels, path, x_label="sequence length", y_label="ns a token, forward + backward")
 
 
-def measure_all(options: argparse.Namespace, cases: list[Case], journal: Journal) -> list[Row]:
-    """Go through the cases, printing each table, and keep the JSON up to date."""
-    dtype, begin = DTYPES[options.dtype], options.begin
-    if "ceilings" not in journal.results:
-        ceilings = measure_ceilings(options.device, dtype)
-        journal.done("ceilings", asdict(ceilings))
-        copied, multiplied = ceilings.bytes_per_second / 1e9, ceilings.operations_per_second / 1e12
-        print("\n".join(f"{name}: {value}" for name, value in environment(options.device).items()))
-        print(f"Ceilings measured here: copy {copied:.4g} GB/s, {options.dtype} product {multiplied:.4g} TFLOP/s.")
-    ceilings = Ceilings(**journal.results["ceilings"])
-    rows: list[Row] = []
-    left_out: list[str] = []
-    for case in cases:
-        if case.title in journal.results:
-            rows += (Row(**each) for each in journal.results[case.title])
-            continue
-        if options.budget and time.time() - begin > options.budget:
-            left_out.append(case.title)
-            continue
-        try:
-            found = run_case(case, journal, options.rounds, ceilings)
-        except torch.OutOfMemoryError as caught:  # of the inputs; a contender's own is in its row
-            left_out.append(f"{case.title} ({one_line(caught)})")
-            continue
-        journal.done(case.title, [asdict(row) for row in found])
-        rows += found
-        print(f"\n{case.operation}: {case.title}\n\n{as_markdown(found)}", flush=True)
-        if options.out:
-            _write(options, journal, rows, left_out)
-        gc.collect()
-        if options.device == "cuda":
-            torch.cuda.empty_cache()
-    if left_out:
-        print(f"\nLeft out, for want of time (--budget {options.budget:g}) or memory: {'; '.join(left_out)}")
-    if options.out:
-        _write(options, journal, rows, left_out)
-    return rows
-
-
-def _write(options: argparse.Namespace, journal: Journal, rows: list[Row], left_out: list[str]) -> None:
-    content = {
-        "environment": environment(options.device),
-        "ceilings": journal.results["ceilings"],
-        "rows": [asdict(row) for row in rows],
-        "left_out": left_out,
-    }
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(content, indent=1) + "\n")
-
-
 def main(arguments: list[str] | None = None) -> None:
     """Measure, print the tables and, with --out, write them as JSON and the mLSTM's times over length as a picture."""
     arguments = sys.argv[1:] if arguments is None else arguments
@@ -275,7 +213,10 @@ def main(arguments: list[str] | None = None) -> None:
         else cpu_cases(options.lengths, dtype)
     )
     cases = [case for case in cases if options.only in (None, case.operation)]
-    rows = measure_all(options, cases, Journal(options.journal))
+    journal = Journal(options.journal)
+    ceilings = ceilings_of_study(options, journal)
+    tables = {case.title: functools.partial(run_case, case, journal, options.rounds, ceilings) for case in cases}
+    rows = go_through(tables, options, journal, Row, as_markdown)
     picture = options.picture or (options.out and options.out.with_suffix(".png"))
     if picture and draw(rows, cases, picture):
         print(f"\nWrote {picture}")

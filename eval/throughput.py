@@ -9,22 +9,20 @@ from __future__ import annotations
 
 import argparse
 import functools
-import gc
-import json
 import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
 from eval.generation_speed import GenerationRow, as_markdown_generation, draw_generation, measure_generation
 from eval.journal import Journal, run_in_children
-from eval.measure import DTYPES, Ceilings, Step, Timing, environment, measure_ceilings, take_turns
+from eval.measure import DTYPES, Ceilings, Step, Timing, take_turns
 from eval.picture import draw_over_length
 from eval.speed_models import Model, describe_kernels, parse_model, record_kernels
+from eval.tables import ceilings_of_study, go_through
 from xlstm_lm.models.accounting import count_parameters, training_flops_per_token
 
 SILENCE = 180.0
@@ -164,64 +162,6 @@ def draw(rows: list[Row], path: Path) -> bool:
     return bool(curves) and draw_over_length({"training": curves}, path, **labels)
 
 
-def measure_all(options: argparse.Namespace, models: list[Model], journal: Journal) -> list[Any]:
-    """Go through the lengths, or prompts, printing each table, and keep the JSON up to date."""
-    device = options.device
-    if "ceilings" not in journal.results:
-        ceilings = measure_ceilings(device, DTYPES[options.dtype])
-        journal.done("ceilings", asdict(ceilings))
-        print("\n".join(f"{name}: {value}" for name, value in environment(device).items()))
-        print(
-            f"{options.dtype} product measured here: {ceilings.operations_per_second / 1e12:.4g} TFLOP/s.", flush=True
-        )
-    ceilings = Ceilings(**journal.results["ceilings"])
-    if options.generate:
-        pieces = [(length, batch) for length in options.lengths for batch in options.batch_sizes]
-        row_class, show = GenerationRow, as_markdown_generation
-    else:
-        pieces, row_class, show = [(length, None) for length in options.lengths], Row, as_markdown
-    rows: list[Any] = []
-    left_out: list[str] = []
-    for length, batch in pieces:
-        title = f"prompts of {length}, batch {batch}" if batch else f"length {length}"
-        if title in journal.results:
-            rows += (row_class(**each) for each in journal.results[title])
-            continue
-        if options.budget and time.time() - options.begin > options.budget:
-            left_out.append(title)
-            continue
-        torch.manual_seed(0)
-        if batch:
-            found = measure_generation(models, length, batch, options, journal)
-        else:
-            found = measure_length(models, length, options, journal, ceilings)
-        journal.done(title, [asdict(row) for row in found])
-        rows += found
-        print(f"\n{title}, {options.dtype}, {device}\n\n{show(found)}", flush=True)
-        if options.out:
-            _write(options, journal, rows, left_out)
-        gc.collect()
-        if device == "cuda":
-            torch.cuda.empty_cache()
-    if left_out:
-        print(f"\nLeft out, for want of time (--budget {options.budget:g}): {'; '.join(left_out)}")
-    if options.out:
-        _write(options, journal, rows, left_out)
-    return rows
-
-
-def _write(options: argparse.Namespace, journal: Journal, rows: list[Any], left_out: list[str]) -> None:
-    content = {
-        "environment": environment(options.device),
-        "ceilings": journal.results["ceilings"],
-        "models": {model.name: asdict(model.config) for model in map(parse_model, options.models)},
-        "rows": [asdict(row) for row in rows],
-        "left_out": left_out,
-    }
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(content, indent=1) + "\n")
-
-
 def main(arguments: list[str] | None = None) -> None:
     """Measure, print the tables and, with --out, write them as JSON and as a picture."""
     arguments = sys.argv[1:] if arguments is None else arguments
@@ -235,7 +175,27 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(run_in_children("eval.throughput", arguments, SILENCE))
     torch.set_num_threads(options.threads)
     torch.set_flush_denormal(True)  # as in training
-    rows = measure_all(options, models, Journal(options.journal))
+    journal = Journal(options.journal)
+    ceilings = ceilings_of_study(options, journal)
+    if options.generate:
+        row_class, show = GenerationRow, as_markdown_generation
+        tables = {
+            f"prompts of {length}, batch {size}, {options.dtype}": functools.partial(
+                measure_generation, models, length, size, options, journal
+            )
+            for length in options.lengths
+            for size in options.batch_sizes
+        }
+    else:
+        row_class, show = Row, as_markdown
+        tables = {
+            f"length {length}, {options.dtype}": functools.partial(
+                measure_length, models, length, options, journal, ceilings
+            )
+            for length in options.lengths
+        }
+    configs = {model.name: asdict(model.config) for model in models}
+    rows = go_through(tables, options, journal, row_class, show, models=configs)
     picture = options.picture or (options.out and options.out.with_suffix(".png"))
     if picture and (draw_generation if options.generate else draw)(rows, picture):
         print(f"\nWrote {picture}")

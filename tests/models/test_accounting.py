@@ -75,7 +75,9 @@ def test_every_preset_says_its_size():
         assert f"{count_parameters(preset):,} parameters" in preset.read_text().splitlines()[0], preset
 
 
-@pytest.mark.parametrize("size", ["165m", "400m", "830m", "1.3b", "2.7b", "7b", "cpu-0.7m", "cpu-1m", "cpu-3m"])
+@pytest.mark.parametrize(
+    "size", ["165m", "400m", "830m", "1.3b", "2.7b", "7b", "cpu-0.7m", "cpu-1m", "cpu-3m", "cpu-8.5m"]
+)
 def test_presets_of_a_size_match_within_one_percent(size):
     presets = list(PRESETS.glob(f"*-{size}.yaml"))
     families = {preset.name.split("-")[0] for preset in presets}

@@ -18,7 +18,7 @@ from types import FrameType
 import torch
 
 POLL_SECONDS = 0.1
-GRACE_SECONDS = 120.0
+GRACE_SECONDS = 600.0
 """Between asking a process to stop and killing it."""
 SHOWN_LINES = 12
 """Of the log of a job that failed."""
@@ -65,7 +65,7 @@ def run_jobs(
     too long a wait, kills them. A process that outlives its job is killed. Where this process is itself killed, Linux
     sends its jobs SIGTERM.
 
-    A job has one thread on a CPU; where there are GPUs it sees one of them, in turn.
+    A job has one thread on a CPU. Of several at once on a machine with GPUs each sees one of them, in turn.
 
     Args:
         jobs: what to run, in this order.
@@ -92,7 +92,7 @@ def run_jobs(
                     if job.name in outcomes or any(job.name == each.job.name for each in running.values()):
                         raise ValueError(f"Two jobs are called {job.name}; give each a name of its own.")
                     _say(f"{job.name} begins, {len(waiting)} waiting; its output: {job.log}")
-                    running[slot] = _Process(job, slot)
+                    running[slot] = _Process(job, _environment(slot, at_once))
             for process in running.values():
                 if stopping:
                     process.ask_to_stop()
@@ -110,7 +110,7 @@ def run_jobs(
 class _Process:
     """A job while it runs, the first process of a group of its own."""
 
-    def __init__(self, job: Job, slot: int) -> None:
+    def __init__(self, job: Job, environment: dict[str, str]) -> None:
         self.job = job
         self._begin = time.monotonic()
         self._asked: float | None = None
@@ -122,7 +122,7 @@ class _Process:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=os.environ | _environment(slot) | job.environment,
+                env=os.environ | environment | job.environment,
                 start_new_session=True,  # Ctrl-C in a terminal reaches this process alone, which passes it on
                 preexec_fn=_die_with_the_parent(os.getpid()),
             )
@@ -179,11 +179,13 @@ class _Signals:
         _say(f"{signal.Signals(number).name}: {what}.")
 
 
-def _environment(slot: int) -> dict[str, str]:
+def _environment(slot: int, at_once: int) -> dict[str, str]:
     """A GPU for the job in this slot, or one thread where there is none."""
     count = torch.cuda.device_count()
     if not count:
         return {"OMP_NUM_THREADS": "1"}
+    if at_once == 1:
+        return {}
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     devices = visible.split(",") if visible else [str(index) for index in range(count)]
     return {"CUDA_VISIBLE_DEVICES": devices[slot % len(devices)]}

@@ -191,14 +191,14 @@ def _measure_one(
             model, texts, lengths, batch_size=options.batch_size, max_tokens=options.max_tokens
         )
     else:
-        config, how = _resolve(model, config)
+        config, how = choose_windows(model, config)
         result |= {"how": how, **measure(model, open_documents(data), config)}
     print(f"\n{name}: {model.num_parameters:,} parameters, trained on {model.trained_context or 'unknown'} tokens")
     print(as_markdown(result))
     return result
 
 
-def _resolve(model: CausalModel, config: PerplexityConfig) -> tuple[PerplexityConfig, str]:
+def choose_windows(model: CausalModel, config: PerplexityConfig) -> tuple[PerplexityConfig, str]:
     """The windows of a model that cannot carry its state, where none were asked for, and the setting in words."""
     values = asdict(config)
     if config.context_length is None and not model.carries_state:

@@ -183,6 +183,15 @@ def load_run_config(paths: list[str | Path], overrides: dict[str, Any] | None = 
             value = {key: value}
         values = merge(values, value)
         origins[name] = f"flag --{name}"
+    return check_run_config(values, origins)
+
+
+def check_run_config(values: dict[str, Any], origins: dict[str, str]) -> RunConfig:
+    """The run that the sections in `values` describe; `origins` says for messages where a dotted key was set.
+
+    Raises:
+        ValueError: a key or a value is not allowed, as in `load_run_config`.
+    """
     # pydantic would take true for 1.
     numbers = {each.name for each in fields() if {"INT", "NUMBER"} & set(each.type_name.split("|"))}
     for name, value in dotted_items(values).items():

@@ -1,0 +1,102 @@
+"""The picture of gradient reach: a panel for each stage, both axes logarithmic, and every curve with its name on it."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
+
+COLORS = ("#8c8c8c", "#1f77b4", "#00b3c8", "#d62728", "#f08cb4", "#ff7f0e", "#2ca02c", "#7b3fb5", "#111111")
+LOWEST, HIGHEST = 1e-10, 10.0
+"""Ends of the vertical axis; a curve that leaves it at the bottom is named there."""
+LINE = 0.05
+"""Height of a name, of the panel's."""
+OUTLINE = [withStroke(linewidth=3, foreground="white")]
+
+
+def draw_reach(reaches: list[dict[str, Any]], path: Path) -> None:
+    """Median of g(k) / g(0) over k, of `eval.gradient_reach.Reach` as mappings."""
+    stages = list(dict.fromkeys(reach["stage"] for reach in reaches))
+    names = list(dict.fromkeys(reach["name"] for reach in reaches))
+    figure = Figure(figsize=(1 + 6.4 * len(stages), 5.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, stage in zip(figure.subplots(1, len(stages), squeeze=False)[0], stages, strict=True):
+        curves = {}
+        for reach in reaches:
+            if reach["stage"] == stage:
+                distances = np.array([math.sqrt(each["first"] * each["last"]) for each in reach["bins"]])
+                heights = np.array([_height(each["median"]) for each in reach["bins"]])
+                curves[reach["name"]] = (distances, heights)
+        _panel(axes, curves, {name: COLORS[index % len(COLORS)] for index, name in enumerate(names)})
+        axes.set_title(stage, fontsize="large")
+        axes.set_xlabel("k: tokens between an input and the prediction")
+    figure.axes[0].set_ylabel("gradient at the input k tokens back, over that at k = 0")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+
+
+def _height(value: float) -> float:
+    """Where a value stands on the vertical axis, from 0 at its foot to 1; a fade to nothing is far below."""
+    return math.log(max(value, 1e-300) / LOWEST) / math.log(HIGHEST / LOWEST)
+
+
+def _panel(axes: Axes, curves: dict[str, tuple[np.ndarray, np.ndarray]], colors: dict[str, str]) -> None:
+    last = max(distances[-1] for distances, _ in curves.values())
+    axes.set(xscale="log", yscale="log", xlim=(1, last), ylim=(LOWEST, HIGHEST))
+    axes.set_xticks([4**power for power in range(20) if 4**power <= last])
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.minorticks_off()
+    axes.set_yticks([10.0**power for power in range(-10, 2, 2)])
+    axes.grid(alpha=0.25)
+    axes.axhline(1, color="#444444", linewidth=0.8, linestyle=":")
+    ends: dict[str, tuple[float, float]] = {}
+    leaving: dict[str, float] = {}
+    for name, (distances, heights) in curves.items():
+        values = LOWEST * (HIGHEST / LOWEST) ** np.maximum(heights, -1)
+        axes.plot(distances, values, color=colors[name], linewidth=1.9, solid_capstyle="round")
+        if heights[-1] > 0:
+            ends[name] = (1, float(heights[-1]))
+        else:
+            leaving[name] = _where(distances, heights, 0)
+    # Those that leave at the foot are named there, the last of them beside the panel, for want of room between them.
+    inside = sorted(leaving, key=leaving.__getitem__)
+    if inside:
+        name = inside.pop()
+        ends[name] = (math.log(_where(*curves[name], LINE)) / math.log(last), LINE)
+    for line, name in enumerate(inside, start=1):
+        height = 1.2 * LINE * line
+        place = (_where(*curves[name], height), LOWEST * (HIGHEST / LOWEST) ** height)
+        axes.annotate(f"{name} ", place, color=colors[name], ha="right", va="center", path_effects=OUTLINE)
+    for name, height in _spread({name: height for name, (_, height) in ends.items()}).items():
+        line = {"arrowstyle": "-", "color": colors[name], "linewidth": 0.8, "shrinkA": 0, "shrinkB": 0}
+        where = {"xycoords": "axes fraction", "xytext": (1.035, height)}
+        axes.annotate(name, ends[name], **where, color=colors[name], va="center", arrowprops=line)
+
+
+def _where(distances: np.ndarray, heights: np.ndarray, height: float) -> float:
+    """The distance at which a curve first falls below a height."""
+    after = int(np.argmax(heights < height))
+    if after == 0:
+        return float(distances[0])
+    share = (heights[after - 1] - height) / (heights[after - 1] - heights[after])
+    return float(distances[after - 1] * (distances[after] / distances[after - 1]) ** share)
+
+
+def _spread(heights: dict[str, float]) -> dict[str, float]:
+    """Heights as near to those given as lets every name have a line of its own."""
+    names = sorted(heights, key=heights.__getitem__)
+    placed = dict(heights)
+    for below, above in itertools.pairwise(names):
+        placed[above] = max(placed[above], placed[below] + LINE)
+    ceiling = 1.0
+    for name in reversed(names):
+        placed[name] = min(placed[name], ceiling)
+        ceiling = placed[name] - LINE
+    return placed

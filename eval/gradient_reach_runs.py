@@ -1,0 +1,115 @@
+"""The trained models of the study of gradient reach: its configuration, and the runs that are trained or taken again.
+
+Every model is trained by `python -m xlstm_lm train` with the same recipe, in a folder of its own. A run that has got to
+its end is not begun again.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from eval.jobs import Job, run_jobs
+from xlstm_lm.config import RunConfig, as_dict, load_run_config
+from xlstm_lm.recipe import read_recipe
+from xlstm_lm.training.checkpoint import checkpoint_folders
+from xlstm_lm.training.run_folder import check_same_run
+
+
+@dataclass(kw_only=True)
+class StudyConfig:
+    """What a study's file says; its paths of recipes are relative to it."""
+
+    recipe: str
+    """Recipe that all models are trained with: everything but the model."""
+    models: dict[str, str]
+    """Recipes of the models, by their names in the table and the picture."""
+    run_dir: str = "runs/gradient-reach"
+    """Folder of the runs."""
+    windows: int = 64
+    """Windows to measure on, each as long as a training row."""
+    at_once: int = 1
+    """Runs trained at a time."""
+
+    def __post_init__(self) -> None:
+        if not self.models:
+            raise ValueError("models is empty; name a recipe, such as LSTM: ../model/lstm-cpu-0.7m.yaml.")
+        folders = [folder_name(name) for name in self.models]
+        if len(set(folders)) < len(folders):
+            raise ValueError(f"models has names that share a folder ({', '.join(folders)}); tell them apart.")
+        for name in ("windows", "at_once"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+
+
+@dataclass(frozen=True)
+class StudyRun:
+    """One model's training."""
+
+    name: str
+    config: RunConfig
+    command: list[str]
+
+    @property
+    def folder(self) -> Path:
+        """That it writes to."""
+        return Path(self.config.training.run_dir)
+
+    @property
+    def log(self) -> Path:
+        """What it prints."""
+        return self.folder.parent / f"{self.folder.name}.log"
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether it has got to its end."""
+        return max(checkpoint_folders(self.folder), default=-1) >= self.config.training.steps
+
+
+def folder_name(name: str) -> str:
+    """A model's name as that of a folder: xLSTM[1:1] becomes xlstm-1-1."""
+    return re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-.")
+
+
+def load_study(path: Path) -> tuple[StudyConfig, list[StudyRun]]:
+    """Read a study's file, and check every run of it.
+
+    Raises:
+        ValueError: the file, a recipe or a value cannot be used, or a folder holds another run.
+    """
+    values, _ = read_recipe(path)
+    known = [field.name for field in fields(StudyConfig)]
+    if unknown := sorted(values.keys() - set(known)):
+        raise ValueError(f"{path} has no field {', '.join(unknown)}; a study of gradient reach has {', '.join(known)}.")
+    if not isinstance(values.get("models"), dict) or "recipe" not in values:
+        raise ValueError(f"{path} must have recipe, a path, and models, a mapping of names to paths.")
+    try:
+        config = StudyConfig(**values)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    return config, [_make_run(path, config, name) for name in config.models]
+
+
+def _make_run(path: Path, config: StudyConfig, name: str) -> StudyRun:
+    recipes = [str(path.parent / recipe) for recipe in (config.recipe, config.models[name])]
+    folder = Path(config.run_dir) / folder_name(name)
+    run = load_run_config(recipes, {"training.run_dir": str(folder)})
+    if checkpoint_folders(folder):
+        check_same_run(folder, as_dict(run))
+    flags = [flag for recipe in recipes for flag in ("--config", recipe)]
+    command = [sys.executable, "-m", "xlstm_lm", "train", *flags, "--training.run_dir", str(folder)]
+    return StudyRun(name, run, command)
+
+
+def train_runs(runs: list[StudyRun], at_once: int) -> None:
+    """Train what is not trained yet, so many at a time; what was stopped goes on.
+
+    Raises:
+        ValueError: a run has not got to its end.
+    """
+    jobs = [Job(name=run.name, command=run.command, log=run.log) for run in runs if not run.is_finished]
+    run_jobs(jobs, at_once)
+    if unfinished := [f"{run.name} ({run.log})" for run in runs if not run.is_finished]:
+        raise ValueError(f"Not trained to the end: {', '.join(unfinished)}. The same command goes on with them.")

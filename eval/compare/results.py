@@ -161,6 +161,9 @@ class Results:
     published: list[Published] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
     """What was asked for and is not there, each with the reason; the report lists it at its top."""
+    notes: list[str] = field(default_factory=list)
+    """What else a reader must know: whether all runs read the same tokens, which best learning rates are the ends of
+    their grid, which runs diverged; the report lists it."""
 
 
 _RESULTS = TypeAdapter(Results)

@@ -1,0 +1,270 @@
+"""The answer of a comparison in words, made from its numbers alone: it can turn out against anyone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+
+from eval.compare.results import ModelResult, Results
+from eval.compare.statistics import Quantity, Spread, deciding_quantity, difference, spread, values_by_seed
+
+MATCHED = 0.01
+"""How far parameters within a size may lie apart, as a share."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Who is best at one size."""
+
+    size: str
+    outcome: str
+    """In a few words."""
+    sentence: str
+
+
+def sizes_of(results: Results) -> list[str]:
+    """In the order of the configuration."""
+    return list(dict.fromkeys(model.size for model in results.models))
+
+
+def of_size(results: Results, size: str) -> list[ModelResult]:
+    """The models of a size."""
+    return [model for model in results.models if model.size == size]
+
+
+def is_xlstm(model: ModelResult) -> bool:
+    """Whether a model is of the family that the project is about."""
+    recipe = yaml.safe_load(model.recipe) or {}
+    return recipe.get("model", recipe).get("family", "xlstm") == "xlstm"
+
+
+def ranked(models: list[ModelResult], quantity: Quantity) -> list[tuple[ModelResult, Spread]]:
+    """Those with finished runs, the best mean first."""
+    found = [(model, spread([*values_by_seed(model, quantity.of).values()])) for model in models]
+    return sorted(((model, each) for model, each in found if each), key=lambda pair: pair[1].mean)
+
+
+def sides(models: list[ModelResult], quantity: Quantity) -> tuple[ModelResult, ModelResult] | None:
+    """The best xLSTM and the best other model; the best two, where there is no other or no xLSTM; None of fewer."""
+    order = [model for model, _ in ranked(models, quantity)]
+    own = next((model for model in order if is_xlstm(model)), None)
+    other = next((model for model in order if not is_xlstm(model)), None)
+    if own and other:
+        return own, other
+    return (order[0], order[1]) if len(order) > 1 else None
+
+
+def show_spread(found: Spread, decimals: int) -> str:
+    """1.2345 ± 0.0021, or the value alone."""
+    shown = f"{found.mean:,.{decimals}f}"
+    return shown if found.deviation is None else f"{shown} ± {found.deviation:.{decimals}f}"
+
+
+def signed(value: float, decimals: int) -> str:
+    """With its sign, a minus as long as the plus."""
+    return f"{value:+,.{decimals}f}".replace("-", "−")
+
+
+def verdict(results: Results, size: str) -> Verdict:
+    """Who is best at a size, by how much, and whether that is beyond the spread over seeds."""
+    quantity, models = deciding_quantity(results), of_size(results, size)
+    order, pair = ranked(models, quantity), sides(models, quantity)
+    if not order:
+        return Verdict(size, "no result", "No run has finished.")
+    shown = {model.label: show_spread(found, quantity.decimals) for model, found in order}
+    if pair is None:
+        only = order[0][0].label
+        return Verdict(size, "nothing to compare", f"Only {only} has a finished run: {shown[only]} {quantity.name}.")
+    places = {model.label: place for place, (model, _) in enumerate(order, 1)}
+    best, worse = sorted(pair, key=lambda model: places[model.label])
+    two = f"{best.label} reaches {shown[best.label]} {quantity.name}, {worse.label} {shown[worse.label]}"
+    rest = _standing(pair[0], [model for model, _ in order if model not in pair], quantity)
+    if places[worse.label] > 2:
+        rest = f" {worse.label} is number {places[worse.label]} of {len(order)}.{rest}"
+    gap = difference(values_by_seed(worse, quantity.of), values_by_seed(best, quantity.of))
+    if gap is None:
+        sentence = f"{two}. They share no seed, so the difference is not judged.{rest}"
+        return Verdict(size, f"no seed in common of {best.label} and {worse.label}", sentence)
+    apart = f"{two}: {abs(gap.mean):.{quantity.decimals}f} apart ({abs(gap.mean) / order[0][1].mean:.1%})"
+    if gap.half_width is None:
+        sentence = f"{apart}. Only one seed is shared, so it is not known whether that is beyond the spread.{rest}"
+        return Verdict(size, f"{best.label} ahead of {worse.label}, on one seed", sentence)
+    interval = f"{signed(gap.low, quantity.decimals)} to {signed(gap.high, quantity.decimals)} over {gap.count} seeds"
+    if gap.mean > 0 and gap.is_beyond_spread:
+        sentence = f"{apart}, which is beyond the spread over seeds (95 % interval {interval}).{rest}"
+        lost = is_xlstm(worse) and not is_xlstm(best)
+        return Verdict(size, f"{'xLSTM loses: ' if lost else ''}{best.label} beats {worse.label}", sentence)
+    sentence = f"{apart}, which is within the spread over seeds (95 % interval {interval}).{rest}"
+    return Verdict(size, f"no winner between {best.label} and {worse.label}", sentence)
+
+
+def _standing(reference: ModelResult, others: list[ModelResult], quantity: Quantity) -> str:
+    """How the reference stands to each of the others."""
+    groups: dict[str, list[str]] = {"better than": [], "worse than": [], "not told apart from": []}
+    for model in others:
+        gap = difference(values_by_seed(model, quantity.of), values_by_seed(reference, quantity.of))
+        if gap is not None and gap.half_width is not None:
+            sign = "better than" if gap.mean > 0 else "worse than"
+            groups[sign if gap.is_beyond_spread else "not told apart from"].append(model.label)
+    words = [f"{group} {', '.join(labels)}" for group, labels in groups.items() if labels]
+    return f" Of the rest, seed by seed, {reference.label} is {'; '.join(words)}." if words else ""
+
+
+def further_findings(results: Results) -> list[tuple[str, list[str]]]:
+    """What else a reader wants to know first, (subject, a sentence for each size): long contexts, speed, memory."""
+    found = []
+    for title, describe in (
+        ("Beyond the training context", _extrapolation_finding),
+        ("Training speed", _training_finding),
+        ("Decoding speed", _decoding_finding),
+        ("Memory while writing", _state_finding),
+    ):
+        sentences = [f"{size}: {words}." for size, pair in _pairs(results) if (words := describe(results, *pair))]
+        if sentences:
+            found.append((title, sentences))
+    return found
+
+
+def _pairs(results: Results) -> Iterator[tuple[str, tuple[ModelResult, ModelResult]]]:
+    for size in sizes_of(results):
+        pair = sides(of_size(results, size), deciding_quantity(results))
+        if pair:
+            yield size, pair
+
+
+def mean_extrapolation(model: ModelResult) -> dict[int, float]:
+    """Bits a byte (a token's nats where there are none) by context length, the mean over finished runs."""
+    curves = [
+        {each.context_length: each.loss if each.bits_per_byte is None else each.bits_per_byte for each in points}
+        for run in model.runs
+        if run.status == "finished" and run.tested and (points := run.tested.extrapolation)
+    ]
+    shared = set.intersection(*(set(curve) for curve in curves)) if curves else set()
+    return {length: sum(curve[length] for curve in curves) / len(curves) for length in sorted(shared)}
+
+
+def _extrapolation_finding(results: Results, first: ModelResult, second: ModelResult) -> str:
+    words = []
+    for model in (first, second):
+        curve = mean_extrapolation(model)
+        trained, longest = results.context_length, max(curve, default=0)
+        if trained not in curve or longest <= trained:
+            return ""
+        change = signed(curve[longest] - curve[trained], 3)
+        words.append(f"{model.label} changes by {change} to {curve[longest]:.3f}")
+    return f"from {trained:,} to {longest:,} tokens of context {words[0]} and {words[1]} bits per byte"
+
+
+def fastest_training(results: Results, model: ModelResult) -> dict[int, dict[str, Any]]:
+    """The row of the faster mode at each context length."""
+    found: dict[int, dict[str, Any]] = {}
+    for row in results.training_speed:
+        length, speed = row["length"], row.get("tokens_per_second")
+        of_model = model.speed_name and row["name"] == model.speed_name
+        if of_model and speed and speed > found.get(length, {}).get("tokens_per_second", 0):
+            found[length] = row
+    return dict(sorted(found.items()))
+
+
+def generation_rows(results: Results, model: ModelResult, batch_size: int) -> dict[int, dict[str, Any]]:
+    """The row at each prompt length."""
+    rows = (row for row in results.generation_speed if model.speed_name and row["name"] == model.speed_name)
+    found = {row["length"]: row for row in rows if row["batch_size"] == batch_size and row.get("tokens_per_second")}
+    return dict(sorted(found.items()))
+
+
+def batch_sizes(results: Results) -> list[int]:
+    """Of the measurements of generation, the smallest first."""
+    return sorted({row["batch_size"] for row in results.generation_speed})
+
+
+def _training_finding(results: Results, first: ModelResult, second: ModelResult) -> str:
+    del second
+    return _ratio(results, first, lambda model: fastest_training(results, model), "tokens of context")
+
+
+def _decoding_finding(results: Results, first: ModelResult, second: ModelResult) -> str:
+    del second
+    batch = min(batch_sizes(results), default=1)
+    return _ratio(results, first, lambda model: generation_rows(results, model, batch), "tokens of prompt")
+
+
+def _ratio(results: Results, own: ModelResult, rows_of: Callable[[ModelResult], dict[int, Any]], unit: str) -> str:
+    """Tokens/s over the fastest other's (no xLSTM, if it is one itself), at the shortest and the longest length."""
+    speeds = {
+        model.label: {length: row["tokens_per_second"] for length, row in rows_of(model).items()}
+        for model in of_size(results, own.size)
+        if model is own or not (is_xlstm(own) and is_xlstm(model))
+    }
+    lengths = speeds.pop(own.label)
+    words = []
+    for length in dict.fromkeys((min(lengths, default=0), max(lengths, default=0))):
+        there = {label: found[length] for label, found in speeds.items() if length in found}
+        if there:
+            fastest = max(there, key=there.__getitem__)
+            times = lengths[length] / there[fastest]
+            words.append(f"{times:.2f} times the tokens/s of {fastest} at {length:,} {unit}")
+    return f"{own.label} has {' and '.join(words)}, the fastest other there" if words else ""
+
+
+def _state_finding(results: Results, first: ModelResult, second: ModelResult) -> str:
+    shared = dict(first.state_bytes).keys() & dict(second.state_bytes).keys()
+    if not shared:
+        return ""
+    length = max(shared)
+    own, other = dict(first.state_bytes)[length], dict(second.state_bytes)[length]
+    return (
+        f"behind {length:,} tokens {first.label} keeps {show_bytes(own)} a sequence, {second.label} {show_bytes(other)}"
+    )
+
+
+def show_bytes(count: float) -> str:
+    """With a binary unit."""
+    for unit in ("bytes", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:,.3g} {unit}"
+        count /= 1024
+    return f"{count:,.4g} GiB"
+
+
+def checks(results: Results) -> list[tuple[bool, str]]:
+    """Whether the comparison is fair, point by point: (holds, sentence)."""
+    runs = [run for model in results.models for run in model.runs if run.status == "finished"]
+    found = []
+    for size in sizes_of(results):
+        models = of_size(results, size)
+        counts = [model.parameters for model in models]
+        apart = max(counts) / min(counts) - 1
+        found.append((apart <= MATCHED, f"Parameters at {size} lie {apart:.1%} apart."))
+        tokens = sorted({run.tokens for model in models for run in model.runs if run.status == "finished"})
+        if tokens:
+            same = f"All finished runs at {size} saw {tokens[0]:,} tokens."
+            other = f"Finished runs at {size} saw between {tokens[0]:,} and {tokens[-1]:,} tokens."
+            found.append((len(tokens) == 1, same if len(tokens) == 1 else other))
+        short = [model.label for model in models if any(run.status != "finished" for run in model.runs)]
+        lacking = f"Not every seed finished at {size}, which may flatter or harm {', '.join(short)}."
+        found.append((not short, lacking if short else f"Every seed finished for all models at {size}."))
+    at_edge = [f"{model.label} at {model.size}" for model in results.models if is_at_edge(model)]
+    untuned = [f"{model.label} at {model.size}" for model in results.models if len(model.tried) < 2]
+    if at_edge:
+        beyond = "The best learning rate is the lowest or highest tried, so a better one may exist"
+        found.append((False, f"{beyond}: {', '.join(at_edge)}."))
+    if untuned:
+        found.append((False, f"The learning rate was not tuned here for {', '.join(untuned)}."))
+    if not at_edge and not untuned:
+        found.append((True, "The best learning rate of every model lies inside the grid that was tried."))
+    for key, what in (("git_commit", "commit of the source"), ("device", "hardware")):
+        names = sorted({str(run.environment[key]) for run in runs if run.environment.get(key)})
+        if names:
+            same = f"One {what} for all finished runs: {names[0]}."
+            found.append((len(names) == 1, same if len(names) == 1 else f"More than one {what}: {', '.join(names)}."))
+    return found
+
+
+def is_at_edge(model: ModelResult) -> bool:
+    """Whether the best learning rate is the lowest or highest of those tried."""
+    rates = [run.learning_rate for run in model.tried]
+    return len(rates) > 1 and model.learning_rate in (min(rates), max(rates))

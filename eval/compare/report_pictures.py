@@ -1,0 +1,278 @@
+"""The pictures of a comparison: which lines each has, from the results."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+
+from eval.compare.pictures import Frame, Line, Picture, draw_dots, draw_lines
+from eval.compare.report_answer import (
+    batch_sizes,
+    fastest_training,
+    generation_rows,
+    mean_extrapolation,
+    of_size,
+    ranked,
+    sizes_of,
+)
+from eval.compare.results import CurvePoint, ModelResult, Results, Run
+from eval.compare.statistics import VALIDATION_BITS, VALIDATION_LOSS, Quantity, deciding_quantity, values_by_seed
+
+Points = dict[int, float]
+
+
+def colours_of(results: Results) -> dict[str, int]:
+    """The place of each architecture's colour, the same in every picture and table."""
+    architectures = dict.fromkeys(model.architecture for model in results.models)
+    return {architecture: place % 10 for place, architecture in enumerate(architectures)}
+
+
+def line_pictures(
+    results: Results, name: str, models: Iterable[ModelResult], points_of: Callable[[ModelResult], Points], frame: Frame
+) -> list[Picture]:
+    """One panel with a line for each model that has points; none where no model has."""
+    lines = [Line(model.architecture, model.label, sorted(points_of(model).items())) for model in models]
+    lines = [line for line in lines if line.points]
+    return [draw_lines(name, frame, lines, colours_of(results))] if lines else []
+
+
+def final_pictures(results: Results, size: str) -> list[Picture]:
+    """Every finished run as a dot."""
+    quantity = deciding_quantity(results)
+    rows = [
+        (model.architecture, model.label, [*values_by_seed(model, quantity.of).values()])
+        for model, _ in ranked(of_size(results, size), quantity)
+    ]
+    title = f"Final result, {size}, each mark a seed"
+    return [draw_dots(f"{size}-final", title, quantity.short, rows, colours_of(results))] if rows else []
+
+
+def scale_pictures(results: Results) -> list[Picture]:
+    """The deciding number over parameters, where there are several sizes."""
+    if len(sizes_of(results)) < 2:
+        return []
+    quantity = deciding_quantity(results)
+    lines: dict[str, Line] = {}
+    for model in results.models:
+        for _, found in ranked([model], quantity):
+            line = lines.setdefault(model.architecture, Line(model.architecture, model.label, []))
+            line.points.append((model.parameters / 1e6, found.mean))
+            line.band.append((found.mean - (found.deviation or 0), found.mean + (found.deviation or 0)))
+    for line in lines.values():
+        line.points, line.band = map(list, zip(*sorted(zip(line.points, line.band))))
+    ticks = [(of_size(results, size)[0].parameters / 1e6, size) for size in sizes_of(results)]
+    frame = Frame(
+        title="Final result against size", x_label="parameters", y_label=quantity.short, log_x=True, ticks=ticks
+    )
+    return [draw_lines("scale", frame, [*lines.values()], colours_of(results))] if lines else []
+
+
+def curve_pictures(results: Results, size: str) -> list[Picture]:
+    """Validation against tokens, operations and wall time: the mean over seeds and a band of a standard deviation."""
+    models = of_size(results, size)
+    shown = {model.architecture: _shown_runs(model) for model in models}
+    points = [point for runs in shown.values() for run in runs for point in run.curve]
+    if not points:
+        return []
+    has_bits = all(point.bits_per_byte is not None for point in points)
+    quantity = VALIDATION_BITS if has_bits else VALIDATION_LOSS
+    nats = {point.loss / point.bits_per_byte if has_bits else 1.0 for point in points}
+    per_unit = statistics.fmean(nats)
+    second = None
+    if max(nats) - min(nats) < 1e-3 * per_unit:  # one tokenizer, so perplexity is a function of bits per byte
+        second = (lambda y: np.exp(np.clip(y * per_unit, -50, 50)), lambda p: np.log(np.maximum(p, 1e-9)) / per_unit)
+    y_of = (lambda point: point.bits_per_byte) if has_bits else (lambda point: point.loss)
+    found = []
+    for name, axis, x_of in (
+        ("tokens", "training tokens", lambda point: point.tokens),
+        ("flops", "training FLOPs", lambda point: point.flops),
+        ("time", "wall time", lambda point: point.seconds),
+    ):
+        divisor, unit = _unit(name, max(x_of(point) for point in points))
+        lines = [_mean_line(model, shown[model.architecture], x_of, y_of, divisor) for model in models]
+        lines = [line for line in lines if line.points]
+        if not lines:
+            continue
+        frame = Frame(
+            title=f"Validation against {axis}, {size}",
+            x_label=f"{axis} ({unit})",
+            y_label=quantity.short,
+            y_limits=_after_the_start(lines),
+            second_label="perplexity a token" if second else "",
+            second=second,
+        )
+        found.append(draw_lines(f"{size}-{name}", frame, lines, colours_of(results)))
+    return found
+
+
+def _shown_runs(model: ModelResult) -> list[Run]:
+    """Finished runs or, while there are none, what the unfinished have so far."""
+    by_status = [[run for run in model.runs if run.status == status] for status in ("finished", "unfinished")]
+    return by_status[0] or by_status[1]
+
+
+def _mean_line(
+    model: ModelResult,
+    runs: list[Run],
+    x_of: Callable[[CurvePoint], float],
+    y_of: Callable[[CurvePoint], float],
+    divisor: float,
+) -> Line:
+    """The mean over runs at the steps that all of them have."""
+    by_step = [{point.step: point for point in run.curve if math.isfinite(point.loss)} for run in runs]
+    steps = sorted(set.intersection(*map(set, by_step))) if by_step else []
+    line = Line(model.architecture, model.label, [], dashed=any(run.status != "finished" for run in runs))
+    for step in steps:
+        at = [points[step] for points in by_step]
+        values = [y_of(point) for point in at]
+        mean, deviation = statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+        line.points.append((statistics.fmean(map(x_of, at)) / divisor, mean))
+        line.band.append((mean - deviation, mean + deviation))
+    return line
+
+
+def _after_the_start(lines: list[Line]) -> tuple[float, float]:
+    """From the lowest value to where the lines are after a seventh of the way, so that the end can be told apart."""
+    low = min(y for line in lines for _, y in line.points)
+    early = statistics.median(line.points[len(line.points) // 7][1] for line in lines)
+    return low, max(early, *(line.points[-1][1] for line in lines))
+
+
+def _unit(name: str, largest: float) -> tuple[float, str]:
+    if name == "time":
+        units = ((86400.0, "days"), (3600.0, "hours"), (60.0, "minutes"), (1.0, "seconds"))
+        return next((each for each in units if largest >= 3 * each[0]), units[-1])
+    if name == "tokens":
+        units = ((1e9, "billions"), (1e6, "millions"), (1e3, "thousands"))
+        return next((each for each in units if largest >= each[0]), (1.0, "tokens"))
+    exponent = int(math.log10(largest)) if largest > 0 else 0
+    return 10.0**exponent, "10" + str(exponent).translate(str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹"))
+
+
+def tuning_pictures(results: Results, size: str) -> list[Picture]:
+    """The end of each run of the grid over its learning rate."""
+
+    def points(model: ModelResult) -> Points:
+        found = {run.learning_rate: tuning_value(run) for run in model.tried if run.status == "finished"}
+        found = {rate: value for rate, value in found.items() if value is not None and math.isfinite(value)}
+        return found if len(found) > 1 else {}
+
+    quantity = tuning_quantity(results)
+    frame = Frame(title=f"Learning rates, {size}", x_label="learning rate", y_label=quantity.short, log_x=True)
+    return line_pictures(results, f"{size}-learning-rates", of_size(results, size), points, frame)
+
+
+def tuning_quantity(results: Results) -> Quantity:
+    """What the learning rate is chosen by."""
+    finished = [run for model in results.models for run in model.tried if run.status == "finished"]
+    has_bits = any(VALIDATION_BITS.of(run) is not None for run in finished)
+    return VALIDATION_BITS if has_bits or not finished else VALIDATION_LOSS
+
+
+def tuning_value(run: Run) -> float | None:
+    """What a learning rate is chosen by: bits a byte on the validation documents, or nats where there are no bytes."""
+    bits = VALIDATION_BITS.of(run)
+    return VALIDATION_LOSS.of(run) if bits is None else bits
+
+
+def mean_by_position(model: ModelResult) -> Points:
+    """Bits a byte (nats a token without bytes) by the end of the bucket, the mean over finished runs."""
+    by_end: dict[int, list[float]] = {}
+    for run in model.runs:
+        for bucket in run.tested.by_position if run.status == "finished" and run.tested else ():
+            value = bucket.loss if bucket.bits_per_byte is None else bucket.bits_per_byte
+            by_end.setdefault(bucket.last, []).append(value)
+    return {last: statistics.fmean(values) for last, values in by_end.items()}
+
+
+def position_pictures(results: Results, size: str) -> list[Picture]:
+    """The loss over the position in the document."""
+    frame = Frame(
+        title=f"Loss by position, {size}",
+        x_label="position in the document, up to",
+        y_label="bits per byte, test",
+        lengths=True,
+        mark=(results.context_length, "training context"),
+    )
+    return line_pictures(results, f"{size}-position", of_size(results, size), mean_by_position, frame)
+
+
+def extrapolation_pictures(results: Results, size: str) -> list[Picture]:
+    """The loss on the same tokens over the length of the context."""
+    frame = Frame(
+        title=f"Beyond the training context, {size}",
+        x_label="context length",
+        y_label="bits per byte, test",
+        lengths=True,
+        mark=(results.context_length, "training context"),
+    )
+    return line_pictures(results, f"{size}-extrapolation", of_size(results, size), mean_extrapolation, frame)
+
+
+def training_speed_pictures(results: Results, size: str) -> list[Picture]:
+    """Tokens a second and share of the peak over the context length, the faster mode of each model."""
+
+    def points(key: str, scale: float = 1.0) -> Callable[[ModelResult], Points]:
+        def of(model: ModelResult) -> Points:
+            rows = fastest_training(results, model)
+            return {length: row[key] * scale for length, row in rows.items() if row.get(key)}
+
+        return of
+
+    models = of_size(results, size)
+    speed = Frame(
+        title=f"Training speed, {size}", x_label="context length", y_label="tokens/s", lengths=True, log_y=True
+    )
+    share = Frame(title=f"Share of the peak (MFU), {size}", x_label="context length", y_label="MFU, %", lengths=True)
+    return line_pictures(results, f"{size}-speed", models, points("tokens_per_second"), speed) + line_pictures(
+        results, f"{size}-mfu", models, points("flops_share", 100.0), share
+    )
+
+
+def generation_pictures(results: Results, size: str) -> list[Picture]:
+    """First token, tokens/s after it and memory over the prompt length, for the smallest and the largest batch."""
+    found: list[Picture] = []
+    sizes = batch_sizes(results)
+    memory = "peak_bytes" if any(row.get("peak_bytes") for row in results.generation_speed) else "state_bytes"
+    for batch in dict.fromkeys(sizes[:1] + sizes[-1:]):
+        for name, title, y_label, key, scale in (
+            ("first-token", "Time to the first token", "ms", "first_token_milliseconds", 1.0),
+            ("decoding", "Decoding speed", "tokens/s, whole batch", "tokens_per_second", 1.0),
+            ("memory", "Memory" if memory == "peak_bytes" else "State and cache", "MiB", memory, 2.0**-20),
+        ):
+
+            def points(
+                model: ModelResult, batch: int = batch, key: str = key, scale: float = scale, **_: Any
+            ) -> Points:
+                rows = generation_rows(results, model, batch)
+                return {length: row[key] * scale for length, row in rows.items() if row.get(key)}
+
+            frame = Frame(
+                title=f"{title}, batch {batch}, {size}",
+                x_label="prompt length",
+                y_label=y_label,
+                lengths=True,
+                log_y=True,
+            )
+            found += line_pictures(results, f"{size}-{name}-batch{batch}", of_size(results, size), points, frame)
+    return found
+
+
+def state_pictures(results: Results, size: str) -> list[Picture]:
+    """What a sequence leaves behind for the next token, over its length."""
+
+    def points(model: ModelResult) -> Points:
+        return {length: count / 1024 for length, count in model.state_bytes if count}
+
+    frame = Frame(
+        title=f"State or cache of a sequence, {size}",
+        x_label="tokens behind",
+        y_label="KiB",
+        lengths=True,
+        log_y=True,
+    )
+    return line_pictures(results, f"{size}-state", of_size(results, size), points, frame)

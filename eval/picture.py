@@ -26,7 +26,7 @@ def draw_over_length(panels: dict[str, Curves], path: Path, *, x_label: str, y_l
     FigureCanvasAgg(figure)
     for axes, (title, curves) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items()):
         for name, points in curves.items():
-            axes.plot(*zip(*sorted(points)), label=name, **_style(name, names.index(name)))
+            axes.plot(*zip(*sorted(points)), label=name, **style(name, names.index(name)))
         _scale(axes, sorted({x for points in curves.values() for x, _ in points}))
         axes.set(title=title, xlabel=x_label, ylabel=y_label)
     handles = {label: handle for axes in figure.axes for handle, label in zip(*axes.get_legend_handles_labels())}
@@ -36,8 +36,8 @@ def draw_over_length(panels: dict[str, Curves], path: Path, *, x_label: str, y_l
     return True
 
 
-def _style(name: str, index: int) -> dict[str, Any]:
-    """Ours in thick lines; a marker of its own where colours come round again."""
+def style(name: str, index: int) -> dict[str, Any]:
+    """How to draw a curve: ours in thick lines; a marker of its own where colours come round again."""
     own = name.startswith(OWN)
     return {
         "color": f"C{index % 10}",

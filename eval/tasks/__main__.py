@@ -1,0 +1,95 @@
+"""Train the models of a study on a made-up task, and test them far beyond what they were trained on.
+
+    python -m eval.tasks --config configs/tasks/parity.yaml --jobs 2 --out eval/results/parity.json
+
+Every run is a process with one thread, through the same trainer as a language model's. Given again, the command goes
+on: finished runs are reused, others continued. What is there is tested, printed and written, with a picture beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from eval.command import environment, one_message, positive
+from eval.jobs import Outcome
+from eval.tasks.rows import TaskData
+from eval.tasks.study import Study, collect, load_study, train_runs
+from eval.tasks.summary import as_markdown, draw, summarize
+from xlstm_lm.config import load_run_config
+from xlstm_lm.training.durable_files import RunError
+from xlstm_lm.training.loop import train
+
+COMMAND = "python -m eval.tasks"
+PACKAGES = ("xlstm-lm", "deepspeed", "numpy")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Train a study's models, or one run; a user's mistake ends with code 2, runs that are missing with 1."""
+    options = _parse(arguments)
+    torch.set_flush_denormal(True)  # as in training
+    with one_message(COMMAND):
+        if options.run:
+            _train_one(options.run)
+            return
+        folder = options.runs or Path("runs/tasks") / options.config.stem
+        study = load_study(options.config, folder, options.only or ())
+        outcomes = train_runs(study, options.jobs, options.minutes and 60 * options.minutes)
+        missing = _report(study, outcomes, options.out)
+    sys.exit(1 if missing else 0)
+
+
+def _train_one(recipe: Path) -> None:
+    """Train, or go on training, the run of a recipe with data.task."""
+    run = load_run_config([recipe])
+    try:
+        train(run, TaskData(run.data))
+    except RunError as error:
+        print(f"{COMMAND}: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+def _report(study: Study, outcomes: dict[str, Outcome], out: Path | None) -> bool:
+    """Print and write what the finished runs can do; gives whether any is missing."""
+    found = collect(study, outcomes)
+    curves = summarize(found["runs"])
+    if curves:
+        print(f"\n{study.config.title}: scaled accuracy\n\n{as_markdown(curves, study.task)}")
+    for each in found["missing"]:
+        print(f"Missing: {each['run']}, {each['reason']}")
+    if curves and out:
+        content = {"environment": environment(torch.device("cpu"), PACKAGES), "study": asdict(study.config), **found}
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        print(f"\nWrote {out}")
+        picture = out.with_suffix(".png")
+        if draw(curves, picture, study.task, study.config.title):
+            print(f"Wrote {picture}")
+    return bool(found["missing"])
+
+
+def _parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog=COMMAND, description=__doc__.splitlines()[0], allow_abbrev=False)
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--config", type=Path, metavar="STUDY", help="a recipe of configs/tasks")
+    what.add_argument(
+        "--run", type=Path, metavar="RECIPE", help="train one run, such as its config.yaml to go on with it"
+    )
+    parser.add_argument("--only", nargs="+", metavar="MODEL", help="these models of the study")
+    parser.add_argument("--jobs", type=positive, default=1, metavar="N", help="runs at once (default 1)")
+    parser.add_argument("--minutes", type=float, metavar="M", help="stop and save after so long; the command goes on")
+    parser.add_argument("--runs", type=Path, metavar="FOLDER", help="of the runs (default runs/tasks/STUDY)")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write the results to this JSON, and a PNG beside it")
+    options = parser.parse_args(arguments)
+    if options.run and (options.only or options.runs or options.out):
+        parser.error("--run takes neither --only, --runs nor --out")
+    return options
+
+
+if __name__ == "__main__":
+    main()

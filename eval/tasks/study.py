@@ -1,0 +1,204 @@
+"""A study: the runs of a grid over models and settings on one task, and what each of them can do in the end."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+from pydantic import TypeAdapter, ValidationError
+
+from eval.jobs import Job, Outcome, run_jobs
+from eval.tasks.accuracy import answer_cases
+from eval.tasks.registry import build_task, nearest
+from eval.tasks.task import Case, Task
+from xlstm_lm import hub
+from xlstm_lm.config import RunConfig, as_dict, as_recipe, load_run_config
+from xlstm_lm.models.accounting import count_parameters
+from xlstm_lm.recipe import merge, read_recipe
+from xlstm_lm.training.checkpoint import checkpoint_folders, newest_checkpoint
+from xlstm_lm.training.run_folder import check_same_run
+
+SEED, LEARNING_RATE = "training.seed", "optimizer.learning_rate"
+
+
+@dataclass(kw_only=True)
+class StudyConfig:
+    """What a study's recipe says."""
+
+    __pydantic_config__: ClassVar = {"extra": "forbid"}
+
+    title: str
+    """Over the picture."""
+    task: dict[str, Any]
+    """The task's name and settings."""
+    test: list[int | list[int]]
+    """Cases to test: lengths of a formal language, [context, pairs] of recall."""
+    test_sequences: int = 512
+    """Sequences of each case."""
+    run: dict[str, Any] = field(default_factory=dict)
+    """What all runs share: sections of a training recipe, `data.task` and what follows from it left out."""
+    models: dict[str, dict[str, Any]]
+    """The model section of each, on top of what `run` says of it."""
+    grid: dict[str, list[Any]] = field(default_factory=dict)
+    """Values of fields of a run that are combined with each other, for every model."""
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """One run of a study."""
+
+    name: str
+    model: str
+    settings: dict[str, Any]
+    """Its values of the grid's fields."""
+    config: RunConfig
+
+    @property
+    def folder(self) -> Path:
+        """The run's folder."""
+        return Path(self.config.training.run_dir)
+
+    @property
+    def recipe(self) -> Path:
+        """The file that its process reads, beside the folder."""
+        return self.folder.with_name(f"{self.name}.yaml")
+
+    def is_finished(self) -> bool:
+        """Whether all of its steps are done.
+
+        Raises:
+            ValueError: the folder holds a run with another configuration.
+        """
+        steps = checkpoint_folders(self.folder)
+        if steps:
+            check_same_run(self.folder, as_dict(self.config))
+        return max(steps, default=-1) >= self.config.training.steps
+
+
+@dataclass(frozen=True)
+class Study:
+    """A study, checked and ready to run."""
+
+    config: StudyConfig
+    task: Task
+    cases: list[Case]
+    runs: list[PlannedRun]
+
+
+def load_study(path: Path, folder: Path, only: Iterable[str] = ()) -> Study:
+    """The study of a recipe, its runs below `folder`; of all models or of those that `only` names.
+
+    Raises:
+        ValueError: something in the recipe is not known or not allowed, or `only` names a model that it does not have.
+    """
+    values, _ = read_recipe(path)
+    for key in values:
+        if key not in StudyConfig.__dataclass_fields__:
+            raise ValueError(f"{path}: {key}: there is no such key. {nearest(key, StudyConfig.__dataclass_fields__)}")
+    try:
+        config = TypeAdapter(StudyConfig).validate_python(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ValueError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}.") from None
+    try:
+        task = build_task(config.task)
+        cases = [tuple(case) if isinstance(case, list) else (case,) for case in config.test]
+        for case in cases:
+            task.check(case)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    if not config.models or not cases or config.test_sequences < 1:
+        raise ValueError(f"{path}: models and test must not be empty, and test_sequences at least 1.")
+    for name in only:
+        if name not in config.models:
+            raise ValueError(f"--only {name}: {path} has no such model. {nearest(name, config.models)}")
+    planned = [
+        _plan(path, folder, config, task, model, dict(zip(config.grid, combination, strict=True)))
+        for model in (only or config.models)
+        for combination in itertools.product(*config.grid.values())
+    ]
+    return Study(config, task, cases, planned)
+
+
+def _plan(
+    path: Path, folder: Path, config: StudyConfig, task: Task, model: str, settings: dict[str, Any]
+) -> PlannedRun:
+    parts = [model, *(f"{key.split('.')[-1]}-{value}" for key, value in settings.items())]
+    name = re.sub(r"[^\w.]+", "-", "-".join(parts)).strip("-")
+    own = {
+        "model": {"vocab_size": len(task.symbols)} | config.models[model],
+        "data": {"task": config.task, "sources": [], "validation": [], "num_workers": 0},
+        "training": {"run_dir": str(folder / name)},
+    }
+    try:
+        run = load_run_config([], merge(config.run, own) | settings)
+    except ValueError as error:
+        message = re.sub(r"flag --[\w.]+(, flag --[\w.]+)*: ", "", str(error))
+        raise ValueError(f"{path}, run {name}: {message}") from None
+    return PlannedRun(name, model, settings, run)
+
+
+def train_runs(study: Study, at_once: int, max_seconds: float | None = None) -> dict[str, Outcome]:
+    """Train what is not finished, each run in a process; gives how those that were begun have ended.
+
+    Raises:
+        ValueError: a folder holds a run with another configuration.
+    """
+    jobs = []
+    for run in study.runs:
+        if run.is_finished():
+            continue
+        run.recipe.parent.mkdir(parents=True, exist_ok=True)
+        run.recipe.write_text(as_recipe(run.config), encoding="utf-8")
+        command = [sys.executable, "-m", "eval.tasks", "--run", str(run.recipe)]
+        jobs.append(Job(name=run.name, command=command, log=run.recipe.with_suffix(".log")))
+    return run_jobs(jobs, at_once, max_seconds=max_seconds)
+
+
+def collect(study: Study, outcomes: dict[str, Outcome]) -> dict[str, Any]:
+    """What the finished runs can do, and which are missing for what reason."""
+    found, missing = [], []
+    for run in study.runs:
+        if run.is_finished():
+            found.append(_measure(study, run))
+            continue
+        outcome = outcomes.get(run.name)
+        failed = outcome is not None and outcome.code and not outcome.asked_to_stop
+        reason = f"failed with code {outcome.code}, see {run.recipe.with_suffix('.log')}" if failed else "not finished"
+        missing.append({"run": run.name, "reason": reason})
+    return {"runs": found, "missing": missing}
+
+
+def _measure(study: Study, run: PlannedRun) -> dict[str, Any]:
+    """A finished run's numbers; its answers are kept in the folder, and asked for again only where others are."""
+    checkpoint = newest_checkpoint(run.folder)
+    asked = {
+        "checkpoint": checkpoint.name,
+        "test": [list(case) for case in study.cases],
+        "test_sequences": study.config.test_sequences,
+    }
+    path = run.folder / "accuracy.json"
+    known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if {key: known.get(key) for key in asked} != asked:
+        model = hub.load(checkpoint).model
+        known = asked | {"cases": answer_cases(model, study.task, study.cases, study.config.test_sequences)}
+        path.write_text(json.dumps(known) + "\n", encoding="utf-8")
+    lines = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    validation = next(line for line in reversed(lines) if line["split"] == "validation")
+    return {
+        "run": run.name,
+        "model": run.model,
+        "settings": run.settings,
+        "parameters": count_parameters(run.config.model),
+        "steps": run.config.training.steps,
+        "training_answers": validation["tokens"],
+        "validation_loss": validation["loss"],
+        "seconds": validation["elapsed_seconds"],
+        "cases": known["cases"],
+    }

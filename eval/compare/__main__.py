@@ -1,0 +1,151 @@
+"""`python -m eval.compare --config configs/compare/NAME.yaml`: train or reuse the runs, measure, write the report.
+
+It can be stopped at any time, and goes on where it was. It ends with code 0 when all is done, 1 when something failed,
+2 on a mistake in what it was told, and 3 when there is more to do.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from eval.command import one_message, positive
+from eval.compare.collect import collect, command
+from eval.compare.config import Model, check_data, load_comparison
+from eval.compare.measure import measure_all, speeds_left, to_test
+from eval.compare.report import write_report
+from eval.compare.runs import Runs, examine
+from eval.compare.train import is_chosen, to_train, train_all
+from eval.jobs import Outcome
+from xlstm_lm.models.accounting import count_parameters
+
+DONE, FAILED, UNFINISHED = 0, 1, 3
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Do what the options ask for, say what is left, and exit."""
+    options = _parse(arguments)
+    with one_message("eval.compare"):
+        comparison = load_comparison(options.config, options.data_root)
+        if options.at_once:
+            comparison = dataclasses.replace(
+                comparison, config=dataclasses.replace(comparison.config, at_once=options.at_once)
+            )
+        runs = Runs(comparison, options.out or Path("runs") / "compare" / comparison.config.name)
+        runs.check_folders()
+        if options.stage != "report":
+            check_data(comparison)
+        _check_patterns(runs, options.only)
+        if options.dry_run:
+            _show_plan(runs, options.only)
+            return
+        outcomes = _work(runs, options)
+        if options.stage in ("report", "all"):
+            for path in write_report(collect(runs), runs.out):
+                print(f"Wrote {path}")
+    sys.exit(_conclude(runs, outcomes, options))
+
+
+def _work(runs: Runs, options: argparse.Namespace) -> dict[str, Outcome]:
+    """Train and measure, as far as the time goes."""
+    begin, at_once = time.monotonic(), runs.comparison.config.at_once
+    outcomes: dict[str, Outcome] = {}
+
+    def left() -> float | None:
+        return None if options.max_minutes is None else 60 * options.max_minutes - (time.monotonic() - begin)
+
+    if options.stage in ("train", "all"):
+        outcomes |= train_all(runs, options.only, at_once=at_once, launch=options.launch, max_seconds=left())
+    if options.stage in ("measure", "all") and not any(each.asked_to_stop for each in outcomes.values()):
+        outcomes |= measure_all(runs, options.only, at_once=at_once, max_seconds=left())
+    return outcomes
+
+
+def _conclude(runs: Runs, outcomes: dict[str, Outcome], options: argparse.Namespace) -> int:
+    """Say what failed and what is left, with the command that goes on; gives the exit code."""
+    failed = [name for name, outcome in outcomes.items() if outcome.code and not outcome.asked_to_stop]
+    left = [run.name for run in to_train(runs, options.only)]
+    unknown = [model.name for model in runs.models if runs.best(model) is None and not _all_diverged(runs, model)]
+    left += [f"{len(runs.comparison.config.seeds) - 1} more seeds of {name}" for name in unknown if not options.only]
+    if options.stage != "train":
+        left += [f"test of {run.name}" for run in to_test(runs, options.only)]
+        left += [f"{kind} speed" for kind in speeds_left(runs)]
+    if failed:
+        print(f"Failed: {', '.join(failed)}.")
+    if not left:
+        print(f"Nothing is left to do of stage {options.stage}.")
+        return FAILED if failed else DONE
+    again = command(runs.comparison, runs)
+    for name in ("stage", "only", "max_minutes", "at_once", "data_root", "launch"):
+        value = getattr(options, name)
+        if value:
+            values = [shlex.join(value)] if name == "launch" else value if isinstance(value, list) else [value]
+            again += [f"--{name.replace('_', '-')}", *map(str, values)]
+    shown = ", ".join(left[:12]) + (f" and {len(left) - 12} more" if len(left) > 12 else "")
+    print(f"Left to do: {shown}.\nGo on with:  {shlex.join(again)}")
+    return FAILED if failed else UNFINISHED
+
+
+def _all_diverged(runs: Runs, model: Model) -> bool:
+    return all(examine(run).status == "diverged" for run in runs.grid(model))
+
+
+def _show_plan(runs: Runs, only: Sequence[str]) -> None:
+    """What there is and what would be done."""
+    config = runs.comparison.config
+    for model in runs.models:
+        run = runs.grid(model)[0].config
+        tokens = run.training.steps * run.data.global_batch_size * run.data.context_length
+        print(f"{model.name} ({model.label}): {count_parameters(run.model):,} parameters, {tokens:,} tokens a run")
+        for each in runs.needed(model):
+            if is_chosen(each, only):
+                state = examine(each)
+                print(f"  {each.name}: {state.status}{f', {state.problem}' if state.problem else ''}")
+        if runs.best(model) is None:
+            print(f"  then seeds {', '.join(map(str, config.seeds[1:])) or 'none'} at the best of these learning rates")
+    print(
+        f"Now to train: {len(to_train(runs, only))} runs, {config.at_once} at once; to test: {len(to_test(runs, only))}; "
+        f"speed to measure: {', '.join(speeds_left(runs)) or 'none'}."
+    )
+
+
+def _check_patterns(runs: Runs, only: Sequence[str]) -> None:
+    """Refuse a pattern that no run of any seed has."""
+    seeds = runs.comparison.config.seeds
+    known = [
+        runs.planned(model, rate, seed) for model in runs.models for rate in model.learning_rates for seed in seeds
+    ]
+    for pattern in only:
+        if not any(is_chosen(run, [pattern]) for run in known):
+            names = ", ".join(model.name for model in runs.models)
+            raise ValueError(f"--only {pattern}: no run is called so. Models are {names}; a run is {known[0].name}.")
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m eval.compare", description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--config", type=Path, required=True, metavar="FILE", help="A comparison, such as configs/compare/smoke.yaml.")
+    add("--out", type=Path, metavar="FOLDER", help="Default: runs/compare/NAME.")
+    add("--at-once", type=positive, metavar="N", help="Runs at a time. Default: what the comparison says.")
+    add("--only", nargs="+", default=[], metavar="PATTERN", help="Only these models or runs, such as 'mamba2-*'.")
+    add("--stage", default="all", choices=["train", "measure", "report", "all"], help="Default: all, in this order.")
+    add("--max-minutes", type=float, metavar="M", help="After so long begin nothing more, and let what runs save.")
+    add("--data-root", metavar="FOLDER", help="Where the comparison's local data lie, if not where it says.")
+    add(
+        "--launch",
+        type=shlex.split,
+        default=[],
+        metavar="COMMAND",
+        help="What starts a training run, such as 'torchrun --nproc-per-node 8 -m'. Default: this Python.",
+    )
+    add("--dry-run", action="store_true", help="Check everything and show what would be done.")
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    main()

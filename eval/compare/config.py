@@ -1,0 +1,364 @@
+"""What a comparison is told: a recipe that all runs share, and a section `compare` with models, grid, seeds and tests.
+
+The file is a recipe like those of training, with includes. Its other sections are those of a run, without model;
+learning rate, seed and folder of each run come from the comparison.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import math
+import statistics
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+from pydantic import TypeAdapter, ValidationError
+
+from eval.compare.results import Published
+from eval.documents import DocumentsConfig, open_documents
+from eval.perplexity import PerplexityConfig
+from eval.speed_models import PRESETS
+from xlstm_lm.config import RunConfig, check_run_config
+from xlstm_lm.data import open_source
+from xlstm_lm.data.tokenizer import build_tokenizer
+from xlstm_lm.models.accounting import count_parameters
+from xlstm_lm.recipe import merge, read_recipe
+from xlstm_lm.training.deepspeed_config import check_deepspeed_section
+
+TOLERANCE = 0.01
+"""By which the models of a size may differ in parameters from their median."""
+
+
+@dataclass(kw_only=True)
+class ArchitectureConfig:
+    """A kind of model."""
+
+    label: str
+    """For people, such as xLSTM[1:1]."""
+    sizes: dict[str, str | dict[str, Any]]
+    """Its model at each size: a preset of configs/model, the path of a recipe, or the fields of a model section."""
+    learning_rates: dict[str, list[float]] = field(default_factory=dict)
+    """Its own grid at a size, where it is not the common one."""
+
+
+@dataclass(kw_only=True)
+class SizeConfig:
+    """What the models of a size share."""
+
+    learning_rates: list[float] = field(default_factory=list)
+    """The grid at this size, where it is not the common one."""
+    recipe: dict[str, Any] = field(default_factory=dict)
+    """Sections of a run that win over the common recipe."""
+
+
+@dataclass(kw_only=True)
+class TestConfig:
+    """How the trained models are tested."""
+
+    documents: DocumentsConfig
+    """The test documents."""
+    scoring: PerplexityConfig = field(default_factory=PerplexityConfig)
+    """How they are scored."""
+    extrapolate: int = 16
+    """Longest context over that of training, a power of two; 1 for none."""
+    max_tokens: int | None = None
+    """Tokens at each context length of the extrapolation, at most."""
+
+    __test__: ClassVar = False  # its name means something to pytest
+
+    def __post_init__(self) -> None:
+        if self.extrapolate < 1 or self.extrapolate & (self.extrapolate - 1):
+            raise ValueError(f"extrapolate is {self.extrapolate}; it must be a power of two: 16 gives 1, 2, 4, 8, 16.")
+
+
+@dataclass(kw_only=True)
+class SpeedConfig:
+    """How speed is measured (`eval.throughput`)."""
+
+    lengths: list[int] = field(default_factory=lambda: [256, 1024, 4096])
+    """Of training rows."""
+    tokens: int = 4096
+    """In a batch, at every length."""
+    prompts: list[int] = field(default_factory=lambda: [256, 1024, 4096])
+    """Lengths of prompts to go on from; none: generation is not measured."""
+    batch_sizes: list[int] = field(default_factory=lambda: [1, 8])
+    """Of prompts."""
+    new_tokens: int = 32
+    """Written after a prompt."""
+    rounds: int = 7
+    """Timed rounds at most."""
+    seconds: float = 60.0
+    """For the rounds of a table."""
+
+    def __post_init__(self) -> None:
+        for name in ("lengths", "tokens", "prompts", "batch_sizes", "new_tokens", "rounds"):
+            values = getattr(self, name)
+            if min(values if isinstance(values, list) else [values], default=1) < 1:
+                raise ValueError(f"{name} is {values}; it must be at least 1.")
+        if not self.lengths:
+            raise ValueError("lengths is empty; give at least one, or leave the section speed out.")
+
+
+@dataclass(kw_only=True)
+class CompareConfig:
+    """The section `compare`."""
+
+    __pydantic_config__: ClassVar = {"extra": "forbid"}
+
+    name: str
+    """Of the comparison and its folder."""
+    title: str
+    """Of the report."""
+    question: str
+    """What is being asked, for the report's first lines."""
+    data: str
+    """The training and test documents in a sentence, with licence or source."""
+    models: dict[str, ArchitectureConfig]
+    """The architectures by a short key."""
+    learning_rates: list[float]
+    """The grid that every model is tried on, with the first seed."""
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
+    """Seeds of the runs at the best learning rate."""
+    sizes: dict[str, SizeConfig] = field(default_factory=dict)
+    """What differs at a size."""
+    matched: bool = True
+    """Whether the models of a size must agree in parameters within one percent."""
+    data_root: str | None = None
+    """Folder that the paths of local data are in, training, validation and test; null for the current one."""
+    test: TestConfig | None = None
+    """The test of the trained models; null for none."""
+    speed: SpeedConfig | None = None
+    """The measurement of speed; null for none."""
+    published: list[Published] = field(default_factory=list)
+    """Numbers from elsewhere, shown beside ours."""
+    at_once: int = 1
+    """Runs at a time."""
+
+    def __post_init__(self) -> None:
+        for name in ("models", "learning_rates", "seeds"):
+            if not getattr(self, name):
+                raise ValueError(f"{name} is empty; give at least one.")
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"seeds is {self.seeds}; each may be there once.")
+        used = {size for architecture in self.models.values() for size in architecture.sizes}
+        for where, sizes in [("sizes", self.sizes), *((f"models.{key}", m.learning_rates) for key, m in self._models)]:
+            for size in sizes.keys() - used:
+                raise ValueError(f"{where} names the size {size}, which no model has; there are {', '.join(used)}.")
+        grids = [self.learning_rates, *(size.learning_rates for size in self.sizes.values())]
+        for grid in grids + [grid for _, model in self._models for grid in model.learning_rates.values()]:
+            if any(not rate > 0 for rate in grid) or len(set(grid)) < len(grid):
+                raise ValueError(f"learning_rates is {grid}; each must be above 0 and there once.")
+        if self.at_once < 1:
+            raise ValueError(f"at_once is {self.at_once}; it must be at least 1.")
+        if not self.name or Path(self.name).name != self.name:
+            raise ValueError(f"name is {self.name!r}; it must be a name that a folder can have.")
+
+    @property
+    def _models(self) -> list[tuple[str, ArchitectureConfig]]:
+        return list(self.models.items())
+
+
+_COMPARE = TypeAdapter(CompareConfig)
+
+
+@dataclass(frozen=True)
+class Model:
+    """An architecture at a size."""
+
+    architecture: str
+    size: str
+    label: str
+    section: dict[str, Any]
+    """The model section of its runs."""
+    origins: dict[str, str]
+    """Where the fields of `section` were set."""
+    learning_rates: list[float]
+    """Its grid, ascending."""
+
+    @property
+    def name(self) -> str:
+        """Such as mamba2-1m."""
+        return f"{self.architecture}-{self.size}"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A comparison's configuration, checked."""
+
+    path: Path
+    config: CompareConfig
+    recipe: dict[str, Any]
+    """What all runs share."""
+    origins: dict[str, str]
+    models: list[Model]
+    """Smallest size first, as the sizes come in the file."""
+
+    def run_config(self, model: Model, learning_rate: float, seed: int, run_dir: Path) -> RunConfig:
+        """One run.
+
+        Raises:
+            ValueError: a key or a value of the recipe or the model is not allowed.
+        """
+        size = self.config.sizes.get(model.size, SizeConfig())
+        values = merge(merge(self.recipe, size.recipe), {"model": model.section})
+        own = {"training": {"seed": seed, "run_dir": str(run_dir)}, "optimizer": {"learning_rate": learning_rate}}
+        run = check_run_config(merge(values, own), self.origins | model.origins)
+        for source in run.data.sources + run.data.validation:
+            source.paths = [self.locate(path) for path in source.paths]
+        return run
+
+    def locate(self, path: str) -> str:
+        """Where a path of local data lies."""
+        return str(Path(self.config.data_root or "") / path)
+
+    def test_documents(self) -> DocumentsConfig:
+        """The test documents, where they lie."""
+        assert self.config.test
+        documents = self.config.test.documents
+        recipe = Path(documents.data[0]).suffix in (".yaml", ".yml")
+        return documents if recipe else dataclasses.replace(documents, data=[*map(self.locate, documents.data)])
+
+
+def load_comparison(path: Path, data_root: str | None = None) -> Comparison:
+    """Read and check a comparison: every recipe resolves, and the models of a size agree in parameters.
+
+    Raises:
+        ValueError: anything is not allowed; the message names the file and the key.
+    """
+    recipe, origins = read_recipe(path)
+    section = recipe.pop("compare", None)
+    if not isinstance(section, dict):
+        raise ValueError(f"{path} has no section 'compare' with models, learning_rates and so on.")
+    if "model" in recipe:
+        raise ValueError(f"{path}: a section 'model' stands beside compare; models are listed in compare.models.")
+    if data_root is not None:
+        section = section | {"data_root": data_root}
+    try:
+        config = _COMPARE.validate_json(json.dumps(section, default=str), strict=True)
+    except ValidationError as error:
+        messages = [_explain(each, section, origins, path) for each in error.errors(include_url=False)]
+        raise ValueError("\n".join(dict.fromkeys(messages))) from None
+    comparison = Comparison(path, config, recipe, origins, [])
+    comparison.models.extend(_models(comparison))
+    _check_runs(comparison)
+    if config.matched:
+        _check_sizes(comparison)
+    return comparison
+
+
+def check_data(comparison: Comparison) -> None:
+    """Look whether all local files are there, before any run begins.
+
+    Raises:
+        ValueError: a file is missing or empty; or the tokenizer of bytes does not fit a model.
+    """
+    config = comparison.config
+    try:
+        for model in comparison.models:
+            run = comparison.run_config(model, model.learning_rates[0], config.seeds[0], Path("run"))
+            for source in run.data.sources + run.data.validation:
+                if source.kind != "hub":
+                    open_source(source)
+        if config.test:
+            open_documents(comparison.test_documents())
+    except ValueError as error:
+        if config.data_root is None:
+            raise
+        raise ValueError(
+            f"{error}. The data of this comparison are looked for in {config.data_root}; if they lie elsewhere, give "
+            f"--data-root FOLDER. They are: {config.data}"
+        ) from None
+
+
+def _models(comparison: Comparison) -> list[Model]:
+    config, found = comparison.config, []
+    sizes = dict.fromkeys([*config.sizes, *(size for each in config.models.values() for size in each.sizes)])
+    for size in sizes:
+        for key, architecture in config.models.items():
+            if size not in architecture.sizes:
+                continue
+            where = f"compare.models.{key}.sizes.{size}"
+            section, origins = _model_section(architecture.sizes[size], where, comparison)
+            common = config.sizes[size].learning_rates if size in config.sizes else []
+            grid = architecture.learning_rates.get(size) or common or config.learning_rates
+            found.append(Model(key, size, architecture.label, section, origins, sorted(grid)))
+    return found
+
+
+def _model_section(
+    model: str | dict[str, Any], where: str, comparison: Comparison
+) -> tuple[dict[str, Any], dict[str, str]]:
+    origin = next((file for key, file in comparison.origins.items() if key.startswith(where)), str(comparison.path))
+    if isinstance(model, dict):
+        return model, {f"model.{field_name}": f"{origin}: {where}" for field_name in model}
+    path = Path(model) if model.endswith((".yaml", ".yml")) else PRESETS / f"{model}.yaml"
+    if not path.is_file():
+        close = difflib.get_close_matches(model, [each.stem for each in PRESETS.glob("*.yaml")], n=1)
+        hint = f"Did you mean {close[0]}?" if close else "Presets are the files of configs/model."
+        raise ValueError(f"{origin}: {where} = {model!r}: there is no such preset or recipe. {hint}")
+    values, origins = read_recipe(path)
+    if not isinstance(values.get("model"), dict):
+        raise ValueError(f"{origin}: {where} = {model!r}: {path} has no section 'model'.")
+    return values["model"], {key: file for key, file in origins.items() if key.startswith("model.")}
+
+
+def _check_runs(comparison: Comparison) -> None:
+    """Every model makes a run that can be trained; the grid and the seeds change nothing about that."""
+    for model in comparison.models:
+        run = comparison.run_config(model, model.learning_rates[0], comparison.config.seeds[0], Path("run"))
+        run.schedule.check_steps(run.training.steps)
+        check_deepspeed_section(run.deepspeed)
+        if not run.data.validation:
+            raise ValueError(
+                f"{comparison.path}: data.validation is empty, but the best learning rate is the one that is best on "
+                "validation documents; name some."
+            )
+        if run.data.tokenizer.kind == "bytes":
+            tokens = build_tokenizer(run.data.tokenizer).vocab_size
+            if tokens > run.model.vocab_size:
+                raise ValueError(f"{model.name} has vocab_size {run.model.vocab_size}, the tokenizer {tokens} tokens.")
+
+
+def _check_sizes(comparison: Comparison) -> None:
+    by_size: dict[str, dict[str, int]] = {}
+    for model in comparison.models:
+        run = comparison.run_config(model, model.learning_rates[0], comparison.config.seeds[0], Path("run"))
+        by_size.setdefault(model.size, {})[model.architecture] = count_parameters(run.model)
+    for size, counts in by_size.items():
+        middle = statistics.median(counts.values())
+        far = [key for key, count in counts.items() if math.fabs(count / middle - 1) > TOLERANCE]
+        if far:
+            listed = ", ".join(f"{key} {count:,}" for key, count in counts.items())
+            raise ValueError(
+                f"{comparison.path}: of size {size}, {', '.join(far)} differ by more than {TOLERANCE:.0%} in "
+                f"parameters ({listed}): match them, or set compare.matched to false, which the report then shows."
+            )
+
+
+_SECTIONS = (CompareConfig, ArchitectureConfig, SizeConfig, TestConfig, SpeedConfig)
+_SECTIONS += (Published, DocumentsConfig, PerplexityConfig)
+_FIELDS = sorted({each.name for section in _SECTIONS for each in dataclasses.fields(section)})
+
+
+def _explain(error: dict[str, Any], section: dict[str, Any], origins: dict[str, str], path: Path) -> str:
+    """One line on one mistake that pydantic found."""
+    keys, node = [], section
+    for part in error["loc"]:
+        # A union adds the name of each alternative to the location.
+        if part in node if isinstance(node, dict) else isinstance(node, list) and isinstance(part, int):
+            keys.append(str(part))
+            node = node[part]
+    name = ".".join(["compare", *keys])
+    near = [file for key, file in origins.items() if f"{key}.".startswith(f"{name}.") or name.startswith(f"{key}.")]
+    where = f"{near[0] if near else path}: {name}"
+    if error["type"] in ("missing", "missing_argument"):
+        return f"{where}.{error['loc'][-1]} is missing."
+    if error["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+        close = difflib.get_close_matches(keys[-1], _FIELDS, n=1, cutoff=0.5)
+        hint = f"Did you mean {close[0]}?" if close else "eval/compare/config.py says what there is."
+        return f"{where} = {node!r}: there is no such field. {hint}"
+    message = str(error["ctx"]["error"]) if error["type"] == "value_error" else error["msg"]
+    return f"{where}: {message}" if error["type"] == "value_error" else f"{where} = {node!r}: {message}."

@@ -1,0 +1,111 @@
+"""Tests the final runs of a comparison and measures the speed of its models; what has been measured is kept as JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from eval.compare.runs import PlannedRun, Runs, examine
+from eval.compare.tested import as_json
+from eval.compare.train import is_chosen
+from eval.jobs import Job, Outcome, run_jobs
+from xlstm_lm.training.durable_files import replace_durably
+
+SPEEDS = ("training", "generation")
+
+
+def test_file(runs: Runs, run: PlannedRun) -> Path:
+    """Where the test of a finished run is kept: its name changes with the steps and the way of testing."""
+    assert runs.comparison.config.test
+    # Where data lie is no part of what is measured: the paths are taken as the configuration has them.
+    settings = asdict(runs.comparison.config.test)
+    return run.folder / f"test-step{run.config.training.steps}-{_digest(settings)}.json"
+
+
+def speed_file(runs: Runs, kind: str) -> Path:
+    """Where the speeds of all models are kept, of training or of generation."""
+    assert runs.comparison.config.speed
+    settings = [asdict(runs.comparison.config.speed), {model.name: model.section for model in runs.models}]
+    return runs.out / "speed" / f"{kind}-{_digest(settings)}.json"
+
+
+def to_test(runs: Runs, only: Sequence[str]) -> list[PlannedRun]:
+    """The final runs that are finished and not tested."""
+    if runs.comparison.config.test is None:
+        return []
+    final = [run for model in runs.models for run in runs.final(model) if is_chosen(run, only)]
+    return [run for run in final if examine(run).status == "finished" and not test_file(runs, run).is_file()]
+
+
+def speeds_left(runs: Runs) -> list[str]:
+    """The kinds of speed that are asked for and not measured."""
+    speed = runs.comparison.config.speed
+    asked = [] if speed is None else [kind for kind in SPEEDS if kind == "training" or speed.prompts]
+    return [kind for kind in asked if not speed_file(runs, kind).is_file()]
+
+
+def measure_all(runs: Runs, only: Sequence[str], *, at_once: int, max_seconds: float | None) -> dict[str, Outcome]:
+    """Test what is to be tested, several runs at once; then measure speed, with nothing else going on."""
+    begin = time.monotonic()
+    tests = [_test_job(runs, run) for run in to_test(runs, only)]
+    outcomes = run_jobs(tests, at_once, max_seconds=max_seconds)
+    if any(outcome.asked_to_stop for outcome in outcomes.values()):
+        return outcomes
+    left = None if max_seconds is None else max_seconds - (time.monotonic() - begin)
+    jobs = [_speed_job(runs, kind) for kind in speeds_left(runs)]
+
+    def then(outcome: Outcome) -> Sequence[Job]:
+        if outcome.code == 0:
+            unfinished = _unfinished(runs, outcome.name.split()[0])
+            unfinished.rename(speed_file(runs, outcome.name.split()[0]))
+        return ()
+
+    return outcomes | run_jobs(jobs, 1, then=then, max_seconds=left)
+
+
+def _test_job(runs: Runs, run: PlannedRun) -> Job:
+    test = runs.comparison.config.test
+    assert test
+    test = dataclasses.replace(test, documents=runs.comparison.test_documents())
+    command = [sys.executable, "-m", "eval.compare.tested", "--run", str(run.folder)]
+    command += ["--test", as_json(test), "--out", str(test_file(runs, run))]
+    return Job(name=f"test of {run.name}", command=command, log=run.folder / "output.log")
+
+
+def _speed_job(runs: Runs, kind: str) -> Job:
+    speed = runs.comparison.config.speed
+    assert speed
+    models = []
+    for model in runs.models:
+        path = runs.out / "models" / f"{model.name}.yaml"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        replace_durably(path, yaml.safe_dump({"model": model.section}, sort_keys=False).encode())
+        models.append(f"{model.name}={path}")
+    out = _unfinished(runs, kind)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "eval.throughput", "--models", *models, "--out", str(out)]
+    command += ["--rounds", str(speed.rounds), "--seconds", str(speed.seconds)]
+    if kind == "generation":
+        command += ["--generate", "--new-tokens", str(speed.new_tokens)]
+        command += ["--lengths", *map(str, speed.prompts), "--batch-sizes", *map(str, speed.batch_sizes)]
+    else:
+        command += ["--lengths", *map(str, speed.lengths), "--tokens", str(speed.tokens)]
+    return Job(name=f"{kind} speed", command=command, log=runs.out / "speed" / "output.log")
+
+
+def _unfinished(runs: Runs, kind: str) -> Path:
+    """What `eval.throughput` writes to, table by table, until it is done."""
+    return runs.out / "speed" / f"{kind}-unfinished.json"
+
+
+def _digest(settings: Any) -> str:
+    return hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=4).hexdigest()

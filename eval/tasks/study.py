@@ -120,8 +120,8 @@ def load_study(path: Path, folder: Path, only: Iterable[str] = ()) -> Study:
             raise ValueError(f"--only {name}: {path} has no such model. {nearest(name, config.models)}")
     planned = [
         _plan(path, folder, config, task, model, dict(zip(config.grid, combination, strict=True)))
+        for combination in itertools.product(*config.grid.values())  # all models of a seed before the next seed
         for model in (only or config.models)
-        for combination in itertools.product(*config.grid.values())
     ]
     return Study(config, task, cases, planned)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from eval.journal import Journal
-from eval.measure import DTYPES, Step, Timing, summarize, synchronize, take_turns
+from eval.measure import DTYPES, Step, Timing, clock, summarize, synchronize, take_turns
 from eval.picture import draw_over_length
 from eval.speed_models import Model, describe_kernels, record_kernels
 from xlstm_lm.models.accounting import count_parameters
@@ -62,15 +61,16 @@ def write(model: nn.Module, prompts_BT: Tensor, new_tokens: int) -> Iterator[lis
 
 def run_own(model: nn.Module, prompts_BT: Tensor, new_tokens: int, device: str) -> Timed:
     """One continuation, timed."""
+    now = clock(device)
     synchronize(device)
-    start = time.perf_counter()
+    start = now()
     steps = write(model, prompts_BT, new_tokens)
     next(steps)
     synchronize(device)
-    first = time.perf_counter()
+    first = now()
     next(steps)
     synchronize(device)
-    return first - start, time.perf_counter() - first
+    return first - start, now() - first
 
 
 def run_stock(model: nn.Module, prompts_BT: Tensor, new_tokens: int, device: str) -> Timed:
@@ -82,12 +82,13 @@ def run_stock(model: nn.Module, prompts_BT: Tensor, new_tokens: int, device: str
         "eos_token_id": None,
     }
     marks = []
+    now = clock(device)
     for count in (1, 1 + new_tokens):
         synchronize(device)
-        start = time.perf_counter()
+        start = now()
         model.generate(prompts_BT, min_new_tokens=count, max_new_tokens=count, **options)
         synchronize(device)
-        marks.append(time.perf_counter() - start)
+        marks.append(now() - start)
     return marks[0], marks[1] - marks[0]
 
 

@@ -1,12 +1,14 @@
 """How the studies of speed measure: contenders that take turns, medians with their spread, and the machine's ceilings.
 
 On a GPU a step is timed by events on the device, and before each the L2 cache is filled with something else. That
-takes longer than the host needs to launch a step, so that the launches themselves do not count.
+takes longer than the host needs to launch a step, so that the launches themselves do not count. On a CPU a step on one
+thread is timed by what the processor spends on this process, so that what others have it do in between does not count.
 """
 
 from __future__ import annotations
 
 import datetime
+import functools
 import importlib.metadata
 import os
 import platform
@@ -51,7 +53,7 @@ def summarize(seconds: list[float]) -> Timing:
 
 def measure(steps: dict[str, Step], rounds: int, device: str, warm_up: int = 1) -> dict[str, list[float]]:
     """Seconds of each step in each round, the steps taking turns; `warm_up` more rounds before are not counted."""
-    run = _by_events if device == "cuda" else _by_the_clock
+    run = _by_events if device == "cuda" else functools.partial(_by_a_clock, clock(device))
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for round_index in range(warm_up + rounds):
         for name, step in steps.items():
@@ -128,10 +130,15 @@ def one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
 
 
-def _by_the_clock(step: Step) -> float:
-    start = time.perf_counter()
+def clock(device: str) -> Callable[[], float]:
+    """What tells seconds: on a CPU with one thread the time of this process, otherwise that on the wall."""
+    return time.process_time if device == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
+
+
+def _by_a_clock(now: Callable[[], float], step: Step) -> float:
+    start = now()
     step()
-    return time.perf_counter() - start
+    return now() - start
 
 
 def _by_events(step: Step) -> float:

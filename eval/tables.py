@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from eval.journal import Journal
-from eval.measure import DTYPES, Ceilings, environment, measure_ceilings, one_line
+from eval.measure import DTYPES, Ceilings, clock, environment, measure_ceilings, one_line
 
 
 def ceilings_of_study(options: argparse.Namespace, journal: Journal) -> Ceilings:
@@ -49,6 +49,8 @@ def go_through(
         if options.out is None:
             return
         content = {"environment": environment(options.device), "ceilings": journal.results["ceilings"]}
+        if options.device == "cpu":
+            content["clock"] = clock(options.device).__name__
         content |= also | {"rows": [asdict(row) for row in rows], "left_out": left_out}
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps(content, indent=1) + "\n")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 
 import pytest
 import torch
@@ -43,6 +44,16 @@ def test_contenders_take_turns():
     order = []
     measure({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, rounds=2, device="cpu")
     assert order == ["a", "b"] * 3
+
+
+def test_what_others_do_meanwhile_does_not_count_on_one_thread(monkeypatch):
+    def waits():
+        time.sleep(0.2)
+
+    for threads, counts in ((1, False), (2, True)):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        (seconds,) = measure({"waits": waits}, rounds=1, device="cpu", warm_up=0)["waits"]
+        assert (seconds >= 0.2) == counts
 
 
 def wrong_gradient(q, k, v, i, f):

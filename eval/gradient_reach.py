@@ -212,7 +212,10 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _measure_all(options: argparse.Namespace) -> list[Reach]:
     models = [parse_model(text) for text in options.models]
-    folders = {Path(folder): Path(folder).name for folder in options.runs}
+    last_parts = [Path(folder).name for folder in options.runs]
+    folders = {
+        Path(each): last if last_parts.count(last) == 1 else each for each, last in zip(options.runs, last_parts)
+    }
     if options.config:
         study, runs = load_study(options.config)
         options.length, options.windows = runs[0].config.data.context_length, study.windows

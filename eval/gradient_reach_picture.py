@@ -34,7 +34,7 @@ def draw_reach(reaches: list[dict[str, Any]], path: Path) -> None:
                 distances = np.array([math.sqrt(each["first"] * each["last"]) for each in reach["bins"]])
                 heights = np.array([_height(each["median"]) for each in reach["bins"]])
                 curves[reach["name"]] = (distances, heights)
-        _panel(axes, curves, {name: COLORS[index % len(COLORS)] for index, name in enumerate(names)})
+        _panel(axes, curves, names)
         axes.set_title(stage, fontsize="large")
         axes.set_xlabel("k: tokens between an input and the prediction")
     figure.axes[0].set_ylabel("gradient at the input k tokens back, over that at k = 0")
@@ -47,7 +47,8 @@ def _height(value: float) -> float:
     return math.log(max(value, 1e-300) / LOWEST) / math.log(HIGHEST / LOWEST)
 
 
-def _panel(axes: Axes, curves: dict[str, tuple[np.ndarray, np.ndarray]], colors: dict[str, str]) -> None:
+def _panel(axes: Axes, curves: dict[str, tuple[np.ndarray, np.ndarray]], names: list[str]) -> None:
+    colors = {name: COLORS[index % len(COLORS)] for index, name in enumerate(names)}
     last = max(distances[-1] for distances, _ in curves.values())
     axes.set(xscale="log", yscale="log", xlim=(1, last), ylim=(LOWEST, HIGHEST))
     axes.set_xticks([4**power for power in range(20) if 4**power <= last])
@@ -60,7 +61,8 @@ def _panel(axes: Axes, curves: dict[str, tuple[np.ndarray, np.ndarray]], colors:
     leaving: dict[str, float] = {}
     for name, (distances, heights) in curves.items():
         values = LOWEST * (HIGHEST / LOWEST) ** np.maximum(heights, -1)
-        axes.plot(distances, values, color=colors[name], linewidth=1.9, solid_capstyle="round")
+        style = "-" if names.index(name) < len(COLORS) else "--"
+        axes.plot(distances, values, style, color=colors[name], linewidth=1.9, solid_capstyle="round")
         if heights[-1] > 0:
             ends[name] = (1, float(heights[-1]))
         else:

@@ -138,6 +138,8 @@ class _Process:
 
     def has_ended(self) -> bool:
         """Whether the first process has; its number stays taken, for the rest of the group bears it."""
+        if self._child.returncode is not None:  # killed, and its number free again
+            return True
         return os.waitid(os.P_PID, self._child.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
     def kill(self) -> int:

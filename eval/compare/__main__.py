@@ -109,8 +109,8 @@ def _show_plan(runs: Runs, only: Sequence[str]) -> None:
         if runs.best(model) is None:
             print(f"  then seeds {', '.join(map(str, config.seeds[1:])) or 'none'} at the best of these learning rates")
     print(
-        f"Now to train: {len(to_train(runs, only))} runs, {config.at_once} at once; to test: {len(to_test(runs, only))}; "
-        f"speed to measure: {', '.join(speeds_left(runs)) or 'none'}."
+        f"Now to train: {len(to_train(runs, only))} runs, {config.at_once} at once; to test: "
+        f"{len(to_test(runs, only))}; speed to measure: {', '.join(speeds_left(runs)) or 'none'}."
     )
 
 

@@ -61,6 +61,7 @@ def _markdown(words: dict[str, object]) -> str:
         lines += ["", "Missing:", "", *(f"* {plain(each)}" for each in results.missing)]
     lines += ["", "Whether the comparison is fair:", ""]
     lines += [f"* {'yes' if holds else '**look**'}: {plain(sentence)}" for holds, sentence in words["checks"]]
+    lines += [f"* {plain(each)}" for each in results.notes]
     for section in words["sections"]:
         lines += ["", f"## {section.title}", "", *_section_lines(section)]
     return "\n".join(lines) + "\n"

@@ -89,6 +89,8 @@ def verdict(results: Results, size: str) -> Verdict:
         sentence = f"{two}. They share no seed, so the difference is not judged.{rest}"
         return Verdict(size, f"no seed in common of {best.label} and {worse.label}", sentence)
     apart = f"{two}: {abs(gap.mean):.{quantity.decimals}f} apart ({abs(gap.mean) / order[0][1].mean:.1%})"
+    if any(found.count > gap.count for model, found in order if model in pair):
+        apart += " on the seeds that both have"
     if gap.half_width is None:
         sentence = f"{apart}. Only one seed is shared, so it is not known whether that is beyond the spread.{rest}"
         return Verdict(size, f"{best.label} ahead of {worse.label}, on one seed", sentence)
@@ -247,14 +249,10 @@ def checks(results: Results) -> list[tuple[bool, str]]:
         short = [model.label for model in models if any(run.status != "finished" for run in model.runs)]
         lacking = f"Not every seed finished at {size}, which may flatter or harm {', '.join(short)}."
         found.append((not short, lacking if short else f"Every seed finished for all models at {size}."))
-    at_edge = [f"{model.label} at {model.size}" for model in results.models if is_at_edge(model)]
     untuned = [f"{model.label} at {model.size}" for model in results.models if len(model.tried) < 2]
-    if at_edge:
-        beyond = "The best learning rate is the lowest or highest tried, so a better one may exist"
-        found.append((False, f"{beyond}: {', '.join(at_edge)}."))
     if untuned:
         found.append((False, f"The learning rate was not tuned here for {', '.join(untuned)}."))
-    if not at_edge and not untuned:
+    if not untuned and not any(map(is_at_edge, results.models)):
         found.append((True, "The best learning rate of every model lies inside the grid that was tried."))
     for key, what in (("git_commit", "commit of the source"), ("device", "hardware")):
         names = sorted({str(run.environment[key]) for run in runs if run.environment.get(key)})

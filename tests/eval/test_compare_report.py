@@ -131,6 +131,9 @@ def test_verdict_with_too_few_runs():
     apart = pair([1.5, 1.5], [1.6, 1.6])
     apart.models[0].runs[0].status = apart.models[1].runs[1].status = "failed"
     assert verdict(apart, "1m").outcome == "no seed in common of xLSTM[1:1] and Transformer"
+    uneven = pair([1.50, 1.51, 1.7], [1.6, 1.62, 1.61])
+    uneven.models[0].runs[2].status = "failed"
+    assert "0.1050 apart (7.0%) on the seeds that both have" in verdict(uneven, "1m").sentence
 
 
 def test_verdict_names_the_place_and_how_the_rest_stands():
@@ -184,8 +187,9 @@ def test_checks_see_what_is_unfair():
     unfair.models[1].learning_rate = unfair.models[1].tried[-1].learning_rate
     unfair.models[1].runs[1].status = "failed"
     said = " ".join(sentence for holds, sentence in checks(unfair) if not holds)
-    for expected in ("2.0% apart", "between 8,192,000 and 8,192,001", "Not every seed finished", "another", "lowest"):
+    for expected in ("2.0% apart", "between 8,192,000 and 8,192,001", "Not every seed finished", "another"):
         assert expected in said
+    assert not any("inside the grid" in sentence for _, sentence in checks(unfair))  # it is marked in the table
     unfair.models[0].tried = []
     assert any("not tuned here for xLSTM[1:1] at 1m" in sentence for _, sentence in checks(unfair))
 
@@ -235,6 +239,7 @@ def test_page_and_markdown_say_what_there_is(full):
             "cb8a9dc0a0c7",
             "Three seeds are few",
             "embedding_dim: 128",
+            "the data fingerprints of all runs are equal",
         ):
             assert expected in text, expected
 

@@ -30,7 +30,7 @@ NONE = -1
 
 @dataclass(frozen=True)
 class Language:
-    """A language: its symbols, the answers there are, all equally likely in the long run, and how a string is drawn."""
+    """A language: its symbols, the answers there are (chance is one over their number), and how a string is drawn."""
 
     symbols: tuple[str, ...]
     answers: tuple[str, ...]

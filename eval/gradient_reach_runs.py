@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import re
 import sys
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 from eval.jobs import Job, run_jobs
 from xlstm_lm.config import RunConfig, as_dict, load_run_config
@@ -26,6 +27,8 @@ class StudyConfig:
     """Recipe that all models are trained with: everything but the model."""
     models: dict[str, str]
     """Recipes of the models, by their names in the table and the picture."""
+    learning_rates: dict[str, float] = field(default_factory=dict)
+    """Peak learning rates other than the recipe's, by the models' names."""
     run_dir: str = "runs/gradient-reach"
     """Folder of the runs."""
     windows: int = 64
@@ -39,6 +42,8 @@ class StudyConfig:
         folders = [folder_name(name) for name in self.models]
         if len(set(folders)) < len(folders):
             raise ValueError(f"models has names that share a folder ({', '.join(folders)}); tell them apart.")
+        if unknown := self.learning_rates.keys() - self.models.keys():
+            raise ValueError(f"learning_rates names {', '.join(sorted(unknown))}; models has {', '.join(self.models)}.")
         for name in ("windows", "at_once"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1.")
@@ -80,7 +85,7 @@ def load_study(path: Path) -> tuple[StudyConfig, list[StudyRun]]:
         ValueError: the file, a recipe or a value cannot be used, or a folder holds another run.
     """
     values, _ = read_recipe(path)
-    known = [field.name for field in fields(StudyConfig)]
+    known = [each.name for each in fields(StudyConfig)]
     if unknown := sorted(values.keys() - set(known)):
         raise ValueError(f"{path} has no field {', '.join(unknown)}; a study of gradient reach has {', '.join(known)}.")
     if not isinstance(values.get("models"), dict) or "recipe" not in values:
@@ -94,13 +99,15 @@ def load_study(path: Path) -> tuple[StudyConfig, list[StudyRun]]:
 
 def _make_run(path: Path, config: StudyConfig, name: str) -> StudyRun:
     recipes = [str(path.parent / recipe) for recipe in (config.recipe, config.models[name])]
-    folder = Path(config.run_dir) / folder_name(name)
-    run = load_run_config(recipes, {"training.run_dir": str(folder)})
-    if checkpoint_folders(folder):
-        check_same_run(folder, as_dict(run))
-    flags = [flag for recipe in recipes for flag in ("--config", recipe)]
-    command = [sys.executable, "-m", "xlstm_lm", "train", *flags, "--training.run_dir", str(folder)]
-    return StudyRun(name, run, command)
+    overrides: dict[str, Any] = {"training.run_dir": str(Path(config.run_dir) / folder_name(name))}
+    if name in config.learning_rates:
+        overrides["optimizer.learning_rate"] = config.learning_rates[name]
+    run = StudyRun(name, load_run_config(recipes, overrides), [sys.executable, "-m", "xlstm_lm", "train"])
+    if checkpoint_folders(run.folder):
+        check_same_run(run.folder, as_dict(run.config))
+    run.command.extend(flag for recipe in recipes for flag in ("--config", recipe))
+    run.command.extend(part for flag, value in overrides.items() for part in (f"--{flag}", str(value)))
+    return run
 
 
 def train_runs(runs: list[StudyRun], at_once: int) -> None:

@@ -205,14 +205,13 @@ def test_the_committed_study_trains_models_of_one_size_with_one_recipe():
     assert list(config.models) == [run.name for run in runs] and len({run.folder for run in runs}) == len(runs)
     sizes = [count_parameters(run.config.model) for run in runs]
     assert max(sizes) / min(sizes) < 1.02
-    first = runs[0].config
-    for run in runs:
-        assert (run.config.data, run.config.optimizer, run.config.schedule) == (
-            first.data,
-            first.optimizer,
-            first.schedule,
-        )
-        assert run.config.training.steps == first.training.steps and run.config.training.seed == first.training.seed
+    assert {run.name: run.config.optimizer.learning_rate for run in runs}["plain RNN"] == 5e-4
+    same = [
+        (each.data, each.schedule, each.training.steps, each.training.seed, replace(each.optimizer, learning_rate=1.0))
+        for each in (run.config for run in runs)
+    ]
+    assert all(each == same[0] for each in same)
+    assert runs[0].command[-2:] == ["--optimizer.learning_rate", "0.0005"]
 
 
 def write_study(folder: Path, **changes) -> Path:
@@ -243,6 +242,7 @@ def write_study(folder: Path, **changes) -> Path:
         ({"models": {"a b": "rnn.yaml", "A-B": "gru.yaml"}}, "share a folder"),
         ({"models": {"x": "none.yaml"}}, "none.yaml"),
         ({"windows": 0}, "windows is 0"),
+        ({"learning_rates": {"LSTM": 1e-3}}, "learning_rates names LSTM; models has plain RNN, GRU"),
     ],
 )
 def test_a_study_that_cannot_be_is_refused(tmp_path, changes, message):

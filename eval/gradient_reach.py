@@ -216,12 +216,14 @@ def _measure_all(options: argparse.Namespace) -> list[Reach]:
     folders = {
         Path(each): last if last_parts.count(last) == 1 else each for each, last in zip(options.runs, last_parts)
     }
+    trained_stage = TRAINED
     if options.config:
         study, runs = load_study(options.config)
         options.length, options.windows = runs[0].config.data.context_length, study.windows
         options.data = [str(options.config.parent / study.recipe)]
         models = [Model(run.name, run.config.model, is_stock=False) for run in runs]
         folders = {run.folder: run.name for run in runs}
+        trained_stage = f"after {runs[0].tokens:,} tokens of training"
         train_runs(runs, study.at_once)
     texts = list(open_documents(DocumentsConfig(data=options.data)))
     windows: dict[str, Tensor] = {}  # by the tokenizer
@@ -248,7 +250,7 @@ def _measure_all(options: argparse.Namespace) -> list[Reach]:
         trained = hub.load(folder)
         module = Own(trained.model).to(device, dtype)
         model = Model(name, trained.model.config, is_stock=False)
-        reaches.append(measure(module, model, trained.tokenizer, stage=TRAINED, source=str(folder)))
+        reaches.append(measure(module, model, trained.tokenizer, stage=trained_stage, source=str(folder)))
     return reaches
 
 

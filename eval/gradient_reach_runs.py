@@ -63,6 +63,12 @@ class StudyRun:
         return Path(self.config.training.run_dir)
 
     @property
+    def tokens(self) -> int:
+        """That it is trained on."""
+        data = self.config.data
+        return self.config.training.steps * data.global_batch_size * data.context_length
+
+    @property
     def log(self) -> Path:
         """What it prints."""
         return self.folder.parent / f"{self.folder.name}.log"

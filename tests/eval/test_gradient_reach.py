@@ -257,7 +257,9 @@ def test_a_study_trains_what_is_missing_and_takes_the_rest_again(tmp_path, capsy
     gradient_reach.main(arguments)
     first = json.loads(out.read_text())["reaches"]
     assert [(reach["name"], reach["stage"]) for reach in first] == [
-        (name, stage) for stage in ("at initialisation", "after training") for name in ("plain RNN", "GRU")
+        (name, stage)
+        for stage in ("at initialisation", "after 128 tokens of training")
+        for name in ("plain RNN", "GRU")
     ]
     assert {reach["length"] for reach in first} == {32} and {reach["windows"] for reach in first} == {3}
     shutil.rmtree(tmp_path / "runs" / "gru")

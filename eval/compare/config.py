@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 from pydantic import TypeAdapter, ValidationError
 
 from eval.compare.results import Published
-from eval.documents import DocumentsConfig, open_documents
+from eval.documents import DocumentsConfig, document_sources
 from eval.perplexity import PerplexityConfig
 from eval.speed_models import PRESETS
 from xlstm_lm.config import RunConfig, check_run_config
@@ -218,8 +218,9 @@ class Comparison:
         """The test documents, where they lie."""
         assert self.config.test
         documents = self.config.test.documents
-        recipe = Path(documents.data[0]).suffix in (".yaml", ".yml")
-        return documents if recipe else dataclasses.replace(documents, data=[*map(self.locate, documents.data)])
+        if _is_recipe(documents):
+            return documents
+        return dataclasses.replace(documents, data=[self.locate(path) for path in documents.data])
 
 
 def load_comparison(path: Path, data_root: str | None = None) -> Comparison:
@@ -250,20 +251,20 @@ def load_comparison(path: Path, data_root: str | None = None) -> Comparison:
 
 
 def check_data(comparison: Comparison) -> None:
-    """Look whether all local files are there, before any run begins.
+    """Look whether all local files are there, before any run begins. What is on the hub is not asked for.
 
     Raises:
         ValueError: a file is missing or empty; or the tokenizer of bytes does not fit a model.
     """
     config = comparison.config
     try:
+        sources = document_sources(comparison.test_documents()) if config.test else []
         for model in comparison.models:
             run = comparison.run_config(model, model.learning_rates[0], config.seeds[0], Path("run"))
-            for source in run.data.sources + run.data.validation:
-                if source.kind != "hub":
-                    open_source(source)
-        if config.test:
-            open_documents(comparison.test_documents())
+            sources += run.data.sources + run.data.validation
+        for source in sources:
+            if source.kind != "hub":
+                open_source(source)
     except ValueError as error:
         if config.data_root is None:
             raise
@@ -271,6 +272,10 @@ def check_data(comparison: Comparison) -> None:
             f"{error}. The data of this comparison are looked for in {config.data_root}; if they lie elsewhere, give "
             f"--data-root FOLDER. They are: {config.data}"
         ) from None
+
+
+def _is_recipe(documents: DocumentsConfig) -> bool:
+    return Path(documents.data[0]).suffix in (".yaml", ".yml")
 
 
 def _models(comparison: Comparison) -> list[Model]:

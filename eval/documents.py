@@ -52,10 +52,15 @@ def open_documents(config: DocumentsConfig) -> Iterator[Text]:
     Raises:
         ValueError: at the call, files that are missing or empty; while reading, a bad document.
     """
-    return _read([open_source(source) for source in _sources(config)], config)
+    return _read([open_source(source) for source in document_sources(config)], config)
 
 
-def _sources(config: DocumentsConfig) -> list[SourceConfig]:
+def document_sources(config: DocumentsConfig) -> list[SourceConfig]:
+    """Where the documents lie; nothing is opened.
+
+    Raises:
+        ValueError: a recipe names no source, or one that cannot be.
+    """
     if Path(config.data[0]).suffix in (".yaml", ".yml"):
         if len(config.data) > 1:
             raise ValueError(f"{config.data[0]} is a recipe and stands alone; got {' '.join(config.data[1:])} as well.")

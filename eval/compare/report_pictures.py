@@ -137,7 +137,7 @@ def _mean_line(
 
 def _after_the_start(lines: list[Line]) -> tuple[float, float]:
     """From the lowest value to where the lines are after a seventh of the way, so that the end can be told apart."""
-    low = min(y for line in lines for _, y in line.points)
+    low = min(low for line in lines for low, _ in line.band)
     early = statistics.median(line.points[len(line.points) // 7][1] for line in lines)
     return low, max(early, *(line.points[-1][1] for line in lines))
 

@@ -13,6 +13,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 from invented_results import full_results, make_model, make_results, make_run, sparse_results
 
+from eval.compare.config import load_comparison
 from eval.compare.pictures import Frame, Line, draw_lines, spread_out
 from eval.compare.report import write_report
 from eval.compare.report_answer import checks, further_findings, sides, verdict
@@ -320,3 +321,24 @@ def test_an_architecture_has_one_colour_that_the_page_can_change():
     lines = [Line("b", "B", [(1.0, 2.0), (2.0, 1.0)])]
     picture = draw_lines("one", Frame(title="T", x_label="x", y_label="y"), lines, {"a": 0, "b": 3})
     assert "var(--model-3)" in picture.svg and "var(--model-0)" not in picture.svg and "#b8579a" not in picture.svg
+
+
+@pytest.mark.parametrize(
+    ("name", "runs", "tokens", "rates"),
+    [
+        ("paper-15b-350m", 4, 15e9, {"xlstm71-350m": 1e-3, "mamba-350m": 1.5e-3}),
+        ("paper-ladder", 16, 300e9, {"llama-125m": 3e-3, "xlstm10-1.3b": 5e-4}),
+    ],
+)
+def test_cluster_comparisons_are_those_of_the_paper(name, runs, tokens, rates):
+    comparison = load_comparison(Path(__file__).parents[2] / "configs" / "compare" / f"{name}.yaml")
+    assert len(comparison.models) == runs
+    assert all(len(model.learning_rates) == 1 for model in comparison.models)
+    found = {model.name: model.learning_rates[0] for model in comparison.models}
+    assert rates.items() <= found.items()
+    run = comparison.run_config(comparison.models[0], 1e-3, 0, Path("run"))
+    seen = run.training.steps * run.data.global_batch_size * run.data.context_length
+    assert tokens <= seen < 1.0001 * tokens
+    known = {(label, model.size) for model in comparison.models for label in (model.label, model.architecture)}
+    published = {(entry.model, entry.size) for entry in comparison.config.published}
+    assert published - known == ({("RWKV-4", "350m")} if runs == 4 else set())

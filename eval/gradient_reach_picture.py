@@ -13,7 +13,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 
-COLORS = ("#8c8c8c", "#1f77b4", "#d62728", "#f08cb4", "#ff7f0e", "#2ca02c", "#7b3fb5", "#111111", "#00b3c8")
+COLORS = ("#8c8c8c", "#1f77b4", "#d62728", "#ff7f0e", "#2ca02c", "#7b3fb5", "#111111", "#f08cb4", "#00b3c8")
 LOWEST, HIGHEST = 1e-10, 10.0
 """Ends of the vertical axis; a curve that leaves it at the bottom is named there."""
 LINE = 0.05

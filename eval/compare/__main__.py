@@ -70,8 +70,9 @@ def _conclude(runs: Runs, outcomes: dict[str, Outcome], options: argparse.Namesp
     """Say what failed and what is left, with the command that goes on; gives the exit code."""
     failed = [name for name, outcome in outcomes.items() if outcome.code and not outcome.asked_to_stop]
     left = [run.name for run in to_train(runs, options.only)]
+    more = len(runs.comparison.config.seeds) - 1
     unknown = [model.name for model in runs.models if runs.best(model) is None and not _all_diverged(runs, model)]
-    left += [f"{len(runs.comparison.config.seeds) - 1} more seeds of {name}" for name in unknown if not options.only]
+    left += [f"{more} more seeds of {name}" for name in unknown if more and not options.only]
     if options.stage != "train":
         left += [f"test of {run.name}" for run in to_test(runs, options.only)]
         left += [f"{kind} speed" for kind in speeds_left(runs)]
@@ -81,7 +82,8 @@ def _conclude(runs: Runs, outcomes: dict[str, Outcome], options: argparse.Namesp
         print(f"Nothing is left to do of stage {options.stage}.")
         return FAILED if failed else DONE
     again = command(runs.comparison, runs)
-    for name in ("stage", "only", "max_minutes", "at_once", "data_root", "launch"):
+    again += ["--stage", options.stage] if options.stage in ("train", "measure") else []
+    for name in ("only", "max_minutes", "at_once", "data_root", "launch"):
         value = getattr(options, name)
         if value:
             values = [shlex.join(value)] if name == "launch" else value if isinstance(value, list) else [value]

@@ -36,6 +36,7 @@ def collect(runs: Runs) -> Results:
     missing: list[str] = []
     notes = [_same_tokens(runs)]
     models = [_model_result(runs, model, missing, notes) for model in runs.models]
+    notes.append(_ways_of_testing(models))
     speeds = {kind: _speed(runs, kind, missing) for kind in SPEEDS}
     first = runs.grid(runs.models[0])[0]
     measured = speeds["training"] or speeds["generation"]
@@ -141,6 +142,22 @@ def _run_result(runs: Runs, run: PlannedRun, section: Any, is_final: bool) -> Ru
         ],
         tested=tested,
         environment=json.loads(sessions.read_text(encoding="utf-8"))["sessions"][-1] if sessions.is_file() else {},
+    )
+
+
+def _ways_of_testing(models: list[ModelResult]) -> str:
+    """Say which models were tested in which way, where there are several."""
+    ways: dict[str, list[str]] = {}
+    for model in models:
+        for run in model.runs[:1]:
+            if run.tested:
+                ways.setdefault(run.tested.how, []).append(f"{model.label} at {model.size}")
+    if len(ways) < 2:
+        return ""
+    listed = "; ".join(f"{', '.join(names)}: {how}" for how, names in ways.items())
+    return (
+        f"The test documents were read in different ways ({listed}). A state carried along sees the whole document so "
+        "far; at equal contexts all models stand in the table of context lengths, which begins with that of training."
     )
 
 

@@ -328,7 +328,7 @@ def test_results_of_real_runs(write, tmp_path):
 
     save_results(collect(runs), tmp_path / "results.json")
     results = load_results(tmp_path / "results.json")
-    assert results.missing == [] and "the 2 runs" in results.notes[0]
+    assert results.missing == [] and "the 2 runs" in results.notes[0] and "in different ways" in results.notes[1]
     assert "run_dir" not in results.recipe and "learning_rate" not in results.recipe
     recurrent, attending = (model.runs[0] for model in results.models)
     assert recurrent.tested.how == "state carried through each document"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +13,7 @@ from eval.compare.results import ModelResult, Results
 from eval.compare.statistics import Quantity, Spread, deciding_quantity, difference, spread, values_by_seed
 
 MATCHED = 0.01
-"""How far parameters within a size may lie apart, as a share."""
+"""How far parameters may lie from the median of their size, as a share."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ def verdict(results: Results, size: str) -> Verdict:
     quantity, models = deciding_quantity(results), of_size(results, size)
     order, pair = ranked(models, quantity), sides(models, quantity)
     if not order:
-        return Verdict(size, "no result", "No run has finished.")
+        return Verdict(size, "no result", "No run at a chosen learning rate has finished.")
     shown = {model.label: show_spread(found, quantity.decimals) for model, found in order}
     if pair is None:
         only = order[0][0].label
@@ -239,20 +240,23 @@ def checks(results: Results) -> list[tuple[bool, str]]:
     for size in sizes_of(results):
         models = of_size(results, size)
         counts = [model.parameters for model in models]
-        apart = max(counts) / min(counts) - 1
-        found.append((apart <= MATCHED, f"Parameters at {size} lie {apart:.1%} apart."))
+        off = max(abs(count / statistics.median(counts) - 1) for count in counts)
+        found.append((off <= MATCHED, f"Parameters at {size} lie within {off:.1%} of their median."))
         tokens = sorted({run.tokens for model in models for run in model.runs if run.status == "finished"})
         if tokens:
             same = f"All finished runs at {size} saw {tokens[0]:,} tokens."
             other = f"Finished runs at {size} saw between {tokens[0]:,} and {tokens[-1]:,} tokens."
             found.append((len(tokens) == 1, same if len(tokens) == 1 else other))
-        short = [model.label for model in models if any(run.status != "finished" for run in model.runs)]
+        short = [m.label for m in models if not m.runs or any(run.status != "finished" for run in m.runs)]
         lacking = f"Not every seed finished at {size}, which may flatter or harm {', '.join(short)}."
         found.append((not short, lacking if short else f"Every seed finished for all models at {size}."))
+    open_rates = [f"{model.label} at {model.size}" for model in results.models if model.learning_rate is None]
     untuned = [f"{model.label} at {model.size}" for model in results.models if len(model.tried) < 2]
     if untuned:
         found.append((False, f"The learning rate was not tuned here for {', '.join(untuned)}."))
-    if not untuned and not any(map(is_at_edge, results.models)):
+    if open_rates:
+        found.append((False, f"The best learning rate is not known yet of {', '.join(open_rates)}."))
+    if not untuned and not open_rates and not any(map(is_at_edge, results.models)):
         found.append((True, "The best learning rate of every model lies inside the grid that was tried."))
     for key, what in (("git_commit", "commit of the source"), ("device", "hardware")):
         names = sorted({str(run.environment[key]) for run in runs if run.environment.get(key)})

@@ -75,7 +75,7 @@ def curve_pictures(results: Results, size: str) -> list[Picture]:
     """Validation against tokens, operations and wall time: the mean over seeds and a band of a standard deviation."""
     models = of_size(results, size)
     shown = {model.architecture: _shown_runs(model) for model in models}
-    points = [point for runs in shown.values() for run in runs for point in run.curve]
+    points = [point for runs, _ in shown.values() for run in runs for point in run.curve]
     if not points:
         return []
     has_bits = all(point.bits_per_byte is not None for point in points)
@@ -93,7 +93,7 @@ def curve_pictures(results: Results, size: str) -> list[Picture]:
         ("time", "wall time", lambda point: point.seconds),
     ):
         divisor, unit = _unit(name, max(x_of(point) for point in points))
-        lines = [_mean_line(model, shown[model.architecture], x_of, y_of, divisor) for model in models]
+        lines = [_mean_line(model, *shown[model.architecture], x_of, y_of, divisor) for model in models]
         lines = [line for line in lines if line.points]
         if not lines:
             continue
@@ -109,15 +109,18 @@ def curve_pictures(results: Results, size: str) -> list[Picture]:
     return found
 
 
-def _shown_runs(model: ModelResult) -> list[Run]:
-    """Finished runs or, while there are none, what the unfinished have so far."""
-    by_status = [[run for run in model.runs if run.status == status] for status in ("finished", "unfinished")]
-    return by_status[0] or by_status[1]
+def _shown_runs(model: ModelResult) -> tuple[list[Run], bool]:
+    """Finished runs and True or, while there are none, the best that there is so far and False: unfinished runs, or the
+    best of those that tune the learning rate."""
+    finished, unfinished = ([run for run in model.runs if run.status == each] for each in ("finished", "unfinished"))
+    tried = [run for run in model.tried if run.status == "finished" and tuning_value(run) is not None]
+    return finished or unfinished or sorted(tried, key=tuning_value)[:1], bool(finished)
 
 
 def _mean_line(
     model: ModelResult,
     runs: list[Run],
+    is_final: bool,
     x_of: Callable[[CurvePoint], float],
     y_of: Callable[[CurvePoint], float],
     divisor: float,
@@ -125,7 +128,7 @@ def _mean_line(
     """The mean over runs at the steps that all of them have."""
     by_step = [{point.step: point for point in run.curve if math.isfinite(point.loss)} for run in runs]
     steps = sorted(set.intersection(*map(set, by_step))) if by_step else []
-    line = Line(model.architecture, model.label, [], dashed=any(run.status != "finished" for run in runs))
+    line = Line(model.architecture, model.label, [], dashed=not is_final)
     for step in steps:
         at = [points[step] for points in by_step]
         values = [y_of(point) for point in at]

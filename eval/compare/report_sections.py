@@ -64,12 +64,13 @@ def sections(results: Results) -> list[Section]:
             title="Final result",
             lead=_tested_how(results),
             parts=[Part(pictures=_final_pictures(results)), *_by_size(results, tables.final_table)],
-            absent="No run has finished.",
+            absent="No run at a chosen learning rate has finished.",
         ),
         Section(
             title="Learning curves",
             lead="Loss on the validation documents while training, mean over seeds; the band is one standard deviation "
-            "to each side. A dashed line is of runs that have not finished. The beginning is cut off.",
+            "to each side. A dashed line is not final: runs that go on, or the best so far of those that tune the "
+            "learning rate. The beginning is cut off.",
             parts=_by_size(results, pictures.curve_pictures),
             absent="No run has been validated.",
         ),

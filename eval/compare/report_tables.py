@@ -69,7 +69,7 @@ def final_table(results: Results, size: str) -> list[Table]:
     unranked = [model for model in models if model not in [ranked_model for ranked_model, _ in order]]
     for model in unranked:
         rows.append([Cell(NOTHING), name_cell(model), Cell(f"0 of {len(model.runs)}"), *cells([NOTHING] * 8)])
-    return [Table(columns=columns, rows=rows, words=frozenset({1, 8}))] if rows else []
+    return [Table(columns=columns, rows=rows, words=frozenset({1, 8}))] if order else []
 
 
 def _against(model: ModelResult, reference: ModelResult, results: Results) -> tuple[str, str]:

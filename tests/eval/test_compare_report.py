@@ -182,17 +182,25 @@ def test_checks_see_what_is_unfair():
     fair = pair([1.5, 1.51], [1.6, 1.61])
     assert all(holds for holds, _ in checks(fair))
     unfair = pair([1.5, 1.51], [1.6, 1.61])
-    unfair.models[0].parameters = 1_020_000
+    unfair.models[0].parameters = 1_030_000
     unfair.models[0].runs[0].tokens += 1
     unfair.models[0].runs[0].environment["git_commit"] = "another"
     unfair.models[1].learning_rate = unfair.models[1].tried[-1].learning_rate
     unfair.models[1].runs[1].status = "failed"
     said = " ".join(sentence for holds, sentence in checks(unfair) if not holds)
-    for expected in ("2.0% apart", "between 8,192,000 and 8,192,001", "Not every seed finished", "another"):
+    for expected in (
+        "within 1.5% of their median",
+        "between 8,192,000 and 8,192,001",
+        "Not every seed finished",
+        "another",
+    ):
         assert expected in said
     assert not any("inside the grid" in sentence for _, sentence in checks(unfair))  # it is marked in the table
     unfair.models[0].tried = []
-    assert any("not tuned here for xLSTM[1:1] at 1m" in sentence for _, sentence in checks(unfair))
+    unfair.models[0].learning_rate, unfair.models[1].runs = None, []
+    said = " ".join(sentence for _, sentence in checks(unfair))
+    for expected in ("not tuned here for xLSTM[1:1] at 1m", "not known yet of xLSTM[1:1] at 1m", "harm Transformer"):
+        assert expected in said
 
 
 def test_files_and_round_trip(full):
@@ -287,8 +295,19 @@ def test_nothing_finished_and_odd_names_make_a_report_all_the_same(tmp_path):
     assert Page(text).open == []
     for raw in ("<script>", "<b>a", "<i>", "<all>"):
         assert raw not in text and raw not in markdown
-    assert "No run has finished." in text
+    assert "No run at a chosen learning rate has finished." in text
     assert "a\\|b" in markdown
+
+
+def test_runs_of_the_grid_stand_in_for_final_ones(tmp_path):
+    results = pair([1.5], [1.6])
+    for model in results.models:
+        model.runs, model.learning_rate = [], None
+    results.missing = [f"thing {number}" for number in range(30)]
+    write_report(results, tmp_path)
+    page = "".join(Page((tmp_path / "report.html").read_text()).words)
+    assert (tmp_path / "pictures" / "1m-tokens.png").is_file() and "not yet" in page
+    assert "No run at a chosen learning rate has finished." in page and "and 20 more" in page and "thing 29" in page
 
 
 def test_published_number_stands_beside_ours_of_the_same_model_and_size(tmp_path):

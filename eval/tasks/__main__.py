@@ -82,7 +82,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--only", nargs="+", metavar="MODEL", help="these models of the study")
     parser.add_argument("--jobs", type=positive, default=1, metavar="N", help="runs at once (default 1)")
-    parser.add_argument("--minutes", type=float, metavar="M", help="stop and save after so long; the command goes on")
+    parser.add_argument("--minutes", type=float, metavar="M", help="stop and save after so long; 0: report only")
     parser.add_argument("--runs", type=Path, metavar="FOLDER", help="of the runs (default runs/tasks/STUDY)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the results to this JSON, and a PNG beside it")
     options = parser.parse_args(arguments)

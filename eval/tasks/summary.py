@@ -83,7 +83,9 @@ def draw(curves: list[Curve], path: Path, task: Task, title: str) -> bool:
         for curve in (curve for curve in curves if curve.panel == panel):
             cases, mean, low, high = zip(*sorted(curve.points, key=lambda point: point[0][-1]), strict=True)
             x = [case[-1] for case in cases]
-            shown = style(curve.model, names.index(curve.model))
+            # Rings of their own size, so that curves on top of each other are all seen.
+            rings = {"markersize": 3 + 2 * (len(names) - names.index(curve.model)), "markerfacecolor": "none"}
+            shown = style(curve.model, names.index(curve.model)) | rings
             axes.plot(x, mean, label=curve.model, **shown)
             axes.fill_between(x, low, high, color=shown["color"], alpha=0.15, linewidth=0)
         axes.set_xscale("log", base=2)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import collections
 import ctypes
+import fcntl
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -49,6 +50,24 @@ class Outcome:
     """Whether it was told to: then a code of 0 does not say that it got to its end."""
     last_lines: str
     """Of what it wrote to its log."""
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Keep other processes that ask for the same out of a folder.
+
+    Raises:
+        ValueError: one is there.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"{folder}: another process is at work there. Wait until it ends, stop it, or choose another folder."
+            ) from None
+        yield
 
 
 def run_jobs(

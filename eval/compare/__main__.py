@@ -21,7 +21,7 @@ from eval.compare.measure import measure_all, speeds_left, to_test
 from eval.compare.report import write_report
 from eval.compare.runs import Runs, examine
 from eval.compare.train import is_chosen, to_train, train_all
-from eval.jobs import Outcome
+from eval.jobs import Outcome, alone_in
 from xlstm_lm.models.accounting import count_parameters
 
 DONE, FAILED, UNFINISHED = 0, 1, 3
@@ -44,7 +44,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if options.dry_run:
             _show_plan(runs, options.only)
             return
-        outcomes = _work(runs, options)
+        outcomes = {}
+        if options.stage != "report":  # a comparison that is under way can be looked at
+            with alone_in(runs.out):
+                outcomes = _work(runs, options)
         if options.stage in ("report", "all"):
             for path in write_report(collect(runs), runs.out):
                 print(f"Wrote {path}")

@@ -236,9 +236,13 @@ def test_a_comparison_stops_when_its_time_is_up(write, trainer, tmp_path, capsys
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells children of their parent's death")
-def test_jobs_do_not_outlive_a_comparison_that_is_killed(write, trainer, tmp_path):
-    process = start(write(seeds=[0]), tmp_path / "out", trainer(60.0))
+def test_a_comparison_keeps_others_out_and_its_jobs_do_not_outlive_it(write, trainer, tmp_path, capsys):
+    path = write(seeds=[0])
+    process = start(path, tmp_path / "out", trainer(60.0))
     wait_until_at_work(tmp_path / "out", 0.1)
+    with pytest.raises(SystemExit) as ended:
+        command.main(["--config", str(path), "--out", str(tmp_path / "out"), "--stage", "train"])
+    assert ended.value.code == 2 and "another process is at work" in capsys.readouterr().err
     process.kill()
     process.communicate()
     deadline = time.monotonic() + 30

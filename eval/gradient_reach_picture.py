@@ -18,6 +18,8 @@ LOWEST, HIGHEST = 1e-10, 10.0
 """Ends of the vertical axis; a curve that leaves it at the bottom is named there."""
 LINE = 0.05
 """Height of a name, of the panel's."""
+NEAR_EDGE = 0.85
+"""Share of the panel's width."""
 OUTLINE = [withStroke(linewidth=3, foreground="white")]
 
 
@@ -67,19 +69,18 @@ def _panel(axes: Axes, curves: dict[str, tuple[np.ndarray, np.ndarray]], names: 
             ends[name] = (1, float(heights[-1]))
         else:
             leaving[name] = _where(distances, heights, 0)
-    # Those that leave at the foot are named there, the last of them beside the panel, for want of room between them.
-    inside = sorted(leaving, key=leaving.__getitem__)
-    if inside:
-        name = inside.pop()
-        ends[name] = (math.log(_where(*curves[name], LINE)) / math.log(last), LINE)
-    for line, name in enumerate(inside, start=1):
+    # Those that leave at the foot are named there, or beside the panel where they come near its edge.
+    inside = [name for name, distance in leaving.items() if distance < last**NEAR_EDGE]
+    for line, name in enumerate(sorted(inside, key=leaving.__getitem__), start=1):
         height = 1.2 * LINE * line
         place = (_where(*curves[name], height), LOWEST * (HIGHEST / LOWEST) ** height)
         axes.annotate(f"{name} ", place, color=colors[name], ha="right", va="center", path_effects=OUTLINE)
+    for name in leaving.keys() - inside:
+        ends[name] = (math.log(_where(*curves[name], LINE)) / math.log(last), LINE)
     for name, height in _spread({name: height for name, (_, height) in ends.items()}).items():
-        line = {"arrowstyle": "-", "color": colors[name], "linewidth": 0.8, "shrinkA": 0, "shrinkB": 0}
-        where = {"xycoords": "axes fraction", "xytext": (1.035, height)}
-        axes.annotate(name, ends[name], **where, color=colors[name], va="center", arrowprops=line)
+        line = {"arrowstyle": "-", "color": colors[name], "linewidth": 0.8, "relpos": (0, 0.5), "shrinkA": 0}
+        where = {"xycoords": "axes fraction", "xytext": (1.045, height)}
+        axes.annotate(name, ends[name], **where, color=colors[name], va="center", arrowprops=line | {"shrinkB": 0})
 
 
 def _where(distances: np.ndarray, heights: np.ndarray, height: float) -> float:
@@ -92,13 +93,11 @@ def _where(distances: np.ndarray, heights: np.ndarray, height: float) -> float:
 
 
 def _spread(heights: dict[str, float]) -> dict[str, float]:
-    """Heights as near to those given as lets every name have a line of its own."""
+    """Heights near those given that leave every name a line of its own: names too close push each other away."""
     names = sorted(heights, key=heights.__getitem__)
-    placed = dict(heights)
-    for below, above in itertools.pairwise(names):
-        placed[above] = max(placed[above], placed[below] + LINE)
-    ceiling = 1.0
-    for name in reversed(names):
-        placed[name] = min(placed[name], ceiling)
-        ceiling = placed[name] - LINE
-    return placed
+    placed = [heights[name] for name in names]
+    for _ in range(1000):
+        for below, above in itertools.pairwise(range(len(names))):
+            push = max(0.0, LINE - (placed[above] - placed[below])) / 2
+            placed[below], placed[above] = placed[below] - push, placed[above] + push
+    return dict(zip(names, placed, strict=True))

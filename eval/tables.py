@@ -22,7 +22,8 @@ def ceilings_of_study(options: argparse.Namespace, journal: Journal) -> Ceilings
     if "ceilings" not in journal.results:
         ceilings = measure_ceilings(options.device, DTYPES[options.dtype])
         journal.done("ceilings", asdict(ceilings))
-        print("\n".join(f"{name}: {value}" for name, value in environment(options.device).items()))
+        journal.done("environment", environment(options.device))  # now: the checkout may change while tables are measured
+        print("\n".join(f"{name}: {value}" for name, value in journal.results["environment"].items()))
         copied, multiplied = ceilings.bytes_per_second / 1e9, ceilings.operations_per_second / 1e12
         print(f"Ceilings measured here: copy {copied:.4g} GB/s, {options.dtype} product {multiplied:.4g} TFLOP/s.")
     return Ceilings(**journal.results["ceilings"])
@@ -48,7 +49,7 @@ def go_through(
     def write() -> None:
         if options.out is None:
             return
-        content = {"environment": environment(options.device), "ceilings": journal.results["ceilings"]}
+        content = {name: journal.results[name] for name in ("environment", "ceilings")}
         if options.device == "cpu":
             content["clock"] = clock(options.device).__name__
         content |= also | {"rows": [asdict(row) for row in rows], "left_out": left_out}

@@ -22,7 +22,7 @@ def ceilings_of_study(options: argparse.Namespace, journal: Journal) -> Ceilings
     if "ceilings" not in journal.results:
         ceilings = measure_ceilings(options.device, DTYPES[options.dtype])
         journal.done("ceilings", asdict(ceilings))
-        journal.done("environment", environment(options.device))  # now: the checkout may change while tables are measured
+        journal.done("environment", environment(options.device))  # the checkout may change later
         print("\n".join(f"{name}: {value}" for name, value in journal.results["environment"].items()))
         copied, multiplied = ceilings.bytes_per_second / 1e9, ceilings.operations_per_second / 1e12
         print(f"Ceilings measured here: copy {copied:.4g} GB/s, {options.dtype} product {multiplied:.4g} TFLOP/s.")

@@ -197,12 +197,13 @@ def main(arguments: list[str] | None = None) -> None:
     torch.set_num_threads(options.threads)
     torch.set_flush_denormal(True)  # as in training
     with one_message("python -m eval.gradient_reach"):
+        made_with = environment(options.device)  # the checkout may change later
         reaches = _measure_all(options)
         print("\nMedian of g(k) / g(0), and the distance within which a part of the whole lies")
         print(f"\n{as_markdown(reaches)}")
         if options.out:
             definition = __doc__.split("\n\n", 1)[1]
-            content = {"environment": environment(options.device), "definition": definition, "data": options.data}
+            content = {"environment": made_with, "definition": definition, "data": options.data}
             content["reaches"] = [asdict(reach) for reach in reaches]
             options.out.parent.mkdir(parents=True, exist_ok=True)
             options.out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

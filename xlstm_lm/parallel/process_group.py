@@ -120,7 +120,7 @@ def _gloo_runs() -> bool:
     for thread in Path("/proc/self/task").glob("*"):
         try:
             name, state = re.search(r"\((.*)\) (\w)", (thread / "stat").read_text()).groups()
-        except FileNotFoundError:  # it has just ended
+        except (FileNotFoundError, ProcessLookupError):  # it has just ended
             continue
         if "gloo" in name and state != "S":
             return True

@@ -8,20 +8,22 @@ from __future__ import annotations
 
 import re
 import sys
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-from eval.jobs import Job, run_jobs
+from eval.jobs import Job, alone_in, run_jobs
+from eval.study_file import check_section
 from xlstm_lm.config import RunConfig, as_dict, load_run_config
 from xlstm_lm.recipe import read_recipe
-from xlstm_lm.training.checkpoint import checkpoint_folders
-from xlstm_lm.training.run_folder import check_same_run
+from xlstm_lm.training.run_folder import is_finished
 
 
 @dataclass(kw_only=True)
 class StudyConfig:
     """What a study's file says; its paths of recipes are relative to it."""
+
+    __pydantic_config__: ClassVar = {"extra": "forbid"}
 
     recipe: str
     """Recipe that all models are trained with: everything but the model."""
@@ -73,11 +75,6 @@ class StudyRun:
         """What it prints."""
         return self.folder.parent / f"{self.folder.name}.log"
 
-    @property
-    def is_finished(self) -> bool:
-        """Whether it has got to its end."""
-        return max(checkpoint_folders(self.folder), default=-1) >= self.config.training.steps
-
 
 def folder_name(name: str) -> str:
     """A model's name as that of a folder: xLSTM[1:1] becomes xlstm-1-1."""
@@ -88,18 +85,10 @@ def load_study(path: Path) -> tuple[StudyConfig, list[StudyRun]]:
     """Read a study's file, and check every run of it.
 
     Raises:
-        ValueError: the file, a recipe or a value cannot be used, or a folder holds another run.
+        ValueError: the file, a recipe or a value cannot be used.
     """
-    values, _ = read_recipe(path)
-    known = [each.name for each in fields(StudyConfig)]
-    if unknown := sorted(values.keys() - set(known)):
-        raise ValueError(f"{path} has no field {', '.join(unknown)}; a study of gradient reach has {', '.join(known)}.")
-    if not isinstance(values.get("models"), dict) or "recipe" not in values:
-        raise ValueError(f"{path} must have recipe, a path, and models, a mapping of names to paths.")
-    try:
-        config = StudyConfig(**values)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+    values, origins = read_recipe(path)
+    config = check_section(StudyConfig, values, origins=origins, path=path)
     return config, [_make_run(path, config, name) for name in config.models]
 
 
@@ -109,20 +98,23 @@ def _make_run(path: Path, config: StudyConfig, name: str) -> StudyRun:
     if name in config.learning_rates:
         overrides["optimizer.learning_rate"] = config.learning_rates[name]
     run = StudyRun(name, load_run_config(recipes, overrides), [sys.executable, "-m", "xlstm_lm", "train"])
-    if checkpoint_folders(run.folder):
-        check_same_run(run.folder, as_dict(run.config))
     run.command.extend(flag for recipe in recipes for flag in ("--config", recipe))
     run.command.extend(part for flag, value in overrides.items() for part in (f"--{flag}", str(value)))
     return run
 
 
-def train_runs(runs: list[StudyRun], at_once: int) -> None:
+def train_runs(runs: list[StudyRun], at_once: int, max_seconds: float | None = None) -> None:
     """Train what is not trained yet, so many at a time; what was stopped goes on.
 
     Raises:
-        ValueError: a run has not got to its end.
+        ValueError: a folder holds another run, or a run has not got to its end.
     """
-    jobs = [Job(name=run.name, command=run.command, log=run.log) for run in runs if not run.is_finished]
-    run_jobs(jobs, at_once)
-    if unfinished := [f"{run.name} ({run.log})" for run in runs if not run.is_finished]:
+    jobs = [Job(name=run.name, command=run.command, log=run.log) for run in _unfinished(runs)]
+    with alone_in(runs[0].folder.parent):
+        run_jobs(jobs, at_once, max_seconds=max_seconds)
+    if unfinished := [f"{run.name} ({run.log})" for run in _unfinished(runs)]:
         raise ValueError(f"Not trained to the end: {', '.join(unfinished)}. The same command goes on with them.")
+
+
+def _unfinished(runs: list[StudyRun]) -> list[StudyRun]:
+    return [run for run in runs if not is_finished(as_dict(run.config))]

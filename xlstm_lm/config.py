@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import reduce
 from operator import or_
@@ -252,10 +253,14 @@ def _origin(name: str, origins: dict[str, str]) -> str:
     return f"{', '.join(dict.fromkeys(sources))}: " if sources else ""
 
 
-def nearest(name: str, known: list[str]) -> str:
-    """'Did you mean ...?' for a name that is none of the known, by the whole name first, then by its last part."""
+def nearest(name: str, known: Iterable[str], otherwise: str = "See 'xlstm-lm train --help' for all fields.") -> str:
+    """'Did you mean ...?' for a name that is none of the known, by the whole name first, then by its last part.
+
+    Where nothing is near, `otherwise`, in which {known} becomes the list of all.
+    """
+    known = list(known)
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     if not close:
         last_parts = {each.split(".")[-1]: each for each in known}
         close = [last_parts[match] for match in difflib.get_close_matches(name.split(".")[-1], list(last_parts), n=1)]
-    return f"Did you mean {close[0]}?" if close else "See 'xlstm-lm train --help' for all fields."
+    return f"Did you mean {close[0]}?" if close else otherwise.format(known=", ".join(known))

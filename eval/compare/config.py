@@ -7,21 +7,18 @@ learning rate, seed and folder of each run come from the comparison.
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import json
 import math
 import statistics
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-from pydantic import TypeAdapter, ValidationError
-
 from eval.compare.results import Published
 from eval.documents import DocumentsConfig, document_sources
 from eval.perplexity import PerplexityConfig
 from eval.speed_models import PRESETS
-from xlstm_lm.config import RunConfig, check_run_config
+from eval.study_file import check_section
+from xlstm_lm.config import RunConfig, check_run_config, nearest
 from xlstm_lm.data import open_source
 from xlstm_lm.data.tokenizer import build_tokenizer
 from xlstm_lm.models.accounting import count_parameters
@@ -161,9 +158,6 @@ class CompareConfig:
         return list(self.models.items())
 
 
-_COMPARE = TypeAdapter(CompareConfig)
-
-
 @dataclass(frozen=True)
 class Model:
     """An architecture at a size."""
@@ -237,11 +231,7 @@ def load_comparison(path: Path, data_root: str | None = None) -> Comparison:
         raise ValueError(f"{path}: a section 'model' stands beside compare; models are listed in compare.models.")
     if data_root is not None:
         section = section | {"data_root": data_root}
-    try:
-        config = _COMPARE.validate_json(json.dumps(section, default=str), strict=True)
-    except ValidationError as error:
-        messages = [_explain(each, section, origins, path) for each in error.errors(include_url=False)]
-        raise ValueError("\n".join(dict.fromkeys(messages))) from None
+    config = check_section(CompareConfig, section, name="compare", origins=origins, path=path)
     comparison = Comparison(path, config, recipe, origins, [])
     comparison.models.extend(_models(comparison))
     _check_runs(comparison)
@@ -301,8 +291,8 @@ def _model_section(
         return model, {f"model.{field_name}": f"{origin}: {where}" for field_name in model}
     path = Path(model) if model.endswith((".yaml", ".yml")) else PRESETS / f"{model}.yaml"
     if not path.is_file():
-        close = difflib.get_close_matches(model, [each.stem for each in PRESETS.glob("*.yaml")], n=1)
-        hint = f"Did you mean {close[0]}?" if close else "Presets are the files of configs/model."
+        presets = [each.stem for each in PRESETS.glob("*.yaml")]
+        hint = nearest(model, presets, otherwise="Presets are the files of configs/model.")
         raise ValueError(f"{origin}: {where} = {model!r}: there is no such preset or recipe. {hint}")
     values, origins = read_recipe(path)
     if not isinstance(values.get("model"), dict):
@@ -341,29 +331,3 @@ def _check_sizes(comparison: Comparison) -> None:
                 f"{comparison.path}: of size {size}, {', '.join(far)} differ by more than {TOLERANCE:.0%} in "
                 f"parameters ({listed}): match them, or set compare.matched to false, which the report then shows."
             )
-
-
-_SECTIONS = (CompareConfig, ArchitectureConfig, SizeConfig, TestConfig, SpeedConfig)
-_SECTIONS += (Published, DocumentsConfig, PerplexityConfig)
-_FIELDS = sorted({each.name for section in _SECTIONS for each in dataclasses.fields(section)})
-
-
-def _explain(error: dict[str, Any], section: dict[str, Any], origins: dict[str, str], path: Path) -> str:
-    """One line on one mistake that pydantic found."""
-    keys, node = [], section
-    for part in error["loc"]:
-        # A union adds the name of each alternative to the location.
-        if part in node if isinstance(node, dict) else isinstance(node, list) and isinstance(part, int):
-            keys.append(str(part))
-            node = node[part]
-    name = ".".join(["compare", *keys])
-    near = [file for key, file in origins.items() if f"{key}.".startswith(f"{name}.") or name.startswith(f"{key}.")]
-    where = f"{near[0] if near else path}: {name}"
-    if error["type"] in ("missing", "missing_argument"):
-        return f"{where}.{error['loc'][-1]} is missing."
-    if error["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
-        close = difflib.get_close_matches(keys[-1], _FIELDS, n=1, cutoff=0.5)
-        hint = f"Did you mean {close[0]}?" if close else "eval/compare/config.py says what there is."
-        return f"{where} = {node!r}: there is no such field. {hint}"
-    message = str(error["ctx"]["error"]) if error["type"] == "value_error" else error["msg"]
-    return f"{where}: {message}" if error["type"] == "value_error" else f"{where} = {node!r}: {message}."

@@ -1,6 +1,6 @@
 """Train the models of a study on a made-up task, and test them far beyond what they were trained on.
 
-    python -m eval.tasks --config configs/tasks/parity.yaml --jobs 2 --out eval/results/parity.json
+    python -m eval.tasks --config configs/tasks/parity.yaml --at-once 2 --out eval/results/parity.json
 
 Every run is a process with one thread, through the same trainer as a language model's. Given again, the command goes
 on: finished runs are reused, others continued. What is there is tested, printed and written, with a picture beside it.
@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from eval.command import environment, one_message, positive
-from eval.jobs import Outcome
+from eval.jobs import Outcome, alone_in
 from eval.tasks.rows import TaskData
 from eval.tasks.study import Study, collect, load_study, train_runs
 from eval.tasks.summary import as_markdown, draw, summarize
@@ -39,7 +39,8 @@ def main(arguments: list[str] | None = None) -> None:
             return
         folder = options.runs or Path("runs/tasks") / options.config.stem
         study = load_study(options.config, folder, options.only or ())
-        outcomes = train_runs(study, options.jobs, options.minutes and 60 * options.minutes)
+        with alone_in(folder):
+            outcomes = train_runs(study, options.at_once, options.max_minutes and 60 * options.max_minutes)
         missing = _report(study, outcomes, options.out)
     sys.exit(1 if missing else 0)
 
@@ -81,8 +82,8 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         "--run", type=Path, metavar="RECIPE", help="train one run, such as its config.yaml to go on with it"
     )
     parser.add_argument("--only", nargs="+", metavar="MODEL", help="these models of the study")
-    parser.add_argument("--jobs", type=positive, default=1, metavar="N", help="runs at once (default 1)")
-    parser.add_argument("--minutes", type=float, metavar="M", help="stop and save after so long; 0: report only")
+    parser.add_argument("--at-once", type=positive, default=1, metavar="N", help="runs at once (default 1)")
+    parser.add_argument("--max-minutes", type=float, metavar="M", help="stop and save after so long; 0: report only")
     parser.add_argument("--runs", type=Path, metavar="FOLDER", help="of the runs (default runs/tasks/STUDY)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the results to this JSON, and a PNG beside it")
     options = parser.parse_args(arguments)

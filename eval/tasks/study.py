@@ -11,18 +11,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-from pydantic import TypeAdapter, ValidationError
-
 from eval.jobs import Job, Outcome, run_jobs
+from eval.study_file import check_section
 from eval.tasks.accuracy import answer_cases
-from eval.tasks.registry import build_task, nearest
+from eval.tasks.registry import build_task
 from eval.tasks.task import Case, Task
 from xlstm_lm import hub
-from xlstm_lm.config import RunConfig, as_dict, as_recipe, load_run_config
+from xlstm_lm.config import RunConfig, as_dict, as_recipe, load_run_config, nearest
 from xlstm_lm.models.accounting import count_parameters
 from xlstm_lm.recipe import merge, read_recipe
-from xlstm_lm.training.checkpoint import checkpoint_folders, newest_checkpoint
-from xlstm_lm.training.run_folder import check_same_run
+from xlstm_lm.training.checkpoint import newest_checkpoint
+from xlstm_lm.training.run_folder import is_finished
 
 SEED, LEARNING_RATE = "training.seed", "optimizer.learning_rate"
 
@@ -69,17 +68,6 @@ class PlannedRun:
         """The file that its process reads, beside the folder."""
         return self.folder.with_name(f"{self.name}.yaml")
 
-    def is_finished(self) -> bool:
-        """Whether all of its steps are done.
-
-        Raises:
-            ValueError: the folder holds a run with another configuration.
-        """
-        steps = checkpoint_folders(self.folder)
-        if steps:
-            check_same_run(self.folder, as_dict(self.config))
-        return max(steps, default=-1) >= self.config.training.steps
-
 
 @dataclass(frozen=True)
 class Study:
@@ -97,15 +85,8 @@ def load_study(path: Path, folder: Path, only: Iterable[str] = ()) -> Study:
     Raises:
         ValueError: something in the recipe is not known or not allowed, or `only` names a model that it does not have.
     """
-    values, _ = read_recipe(path)
-    for key in values:
-        if key not in StudyConfig.__dataclass_fields__:
-            raise ValueError(f"{path}: {key}: there is no such key. {nearest(key, StudyConfig.__dataclass_fields__)}")
-    try:
-        config = TypeAdapter(StudyConfig).validate_python(values)
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise ValueError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}.") from None
+    values, origins = read_recipe(path)
+    config = check_section(StudyConfig, values, origins=origins, path=path)
     try:
         task = build_task(config.task)
         cases = [tuple(case) if isinstance(case, list) else (case,) for case in config.test]
@@ -117,7 +98,8 @@ def load_study(path: Path, folder: Path, only: Iterable[str] = ()) -> Study:
         raise ValueError(f"{path}: models and test must not be empty, and test_sequences at least 1.")
     for name in only:
         if name not in config.models:
-            raise ValueError(f"--only {name}: {path} has no such model. {nearest(name, config.models)}")
+            hint = nearest(name, config.models, otherwise="There are {known}.")
+            raise ValueError(f"--only {name}: {path} has no such model. {hint}")
     planned = [
         _plan(path, folder, config, task, model, dict(zip(config.grid, combination, strict=True)))
         for combination in itertools.product(*config.grid.values())  # all models of a seed before the next seed
@@ -152,7 +134,7 @@ def train_runs(study: Study, at_once: int, max_seconds: float | None = None) -> 
     """
     jobs = []
     for run in study.runs:
-        if run.is_finished():
+        if is_finished(as_dict(run.config)):
             continue
         run.recipe.parent.mkdir(parents=True, exist_ok=True)
         run.recipe.write_text(as_recipe(run.config), encoding="utf-8")
@@ -165,7 +147,7 @@ def collect(study: Study, outcomes: dict[str, Outcome]) -> dict[str, Any]:
     """What the finished runs can do, and which are missing for what reason."""
     found, missing = [], []
     for run in study.runs:
-        if run.is_finished():
+        if is_finished(as_dict(run.config)):
             found.append(_measure(study, run))
             continue
         outcome = outcomes.get(run.name)

@@ -16,7 +16,7 @@ from eval import gradient_reach
 from eval.documents import Text
 from eval.gradient_reach import input_gradients, make_bins, make_windows, summarize
 from eval.gradient_reach_picture import draw_reach
-from eval.gradient_reach_runs import load_study
+from eval.gradient_reach_runs import load_study, train_runs
 from eval.speed_models import Own
 from xlstm_lm.data.tokenizer import ByteTokenizer
 from xlstm_lm.models import LSTMConfig, MambaConfig, TransformerConfig, XLSTMConfig, build_model
@@ -236,9 +236,9 @@ def write_study(folder: Path, **changes) -> Path:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"window": 3}, "has no field window"),
+        ({"window": 3}, r"window = 3: there is no such field. Did you mean windows\?"),
         ({"models": {}}, "models is empty"),
-        ({"models": ["rnn.yaml"]}, "models, a mapping"),
+        ({"models": ["rnn.yaml"]}, "models = .*an object"),
         ({"models": {"a b": "rnn.yaml", "A-B": "gru.yaml"}}, "share a folder"),
         ({"models": {"x": "none.yaml"}}, "none.yaml"),
         ({"windows": 0}, "windows is 0"),
@@ -271,7 +271,7 @@ def test_a_study_trains_what_is_missing_and_takes_the_rest_again(tmp_path, capsy
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(recipe.read_text().replace('"context_length": 32', '"context_length": 16'))
     with pytest.raises(ValueError, match="another configuration"):
-        load_study(study)
+        train_runs(load_study(study)[1], at_once=1)
 
 
 def test_curves_that_leave_the_panel_are_drawn_too(tmp_path):

@@ -292,10 +292,13 @@ def test_every_study_is_valid_and_short(path, tmp_path):
     ("changes", "message"),
     [
         ({"task": {"name": "pariti"}}, r"task.name is 'pariti': there is no such task. Did you mean parity\?"),
-        ({"task": {"name": "parity", "lenghts": [3, 8]}}, r"parity has no such setting. Did you mean lengths\?"),
+        (
+            {"task": {"name": "parity", "lenghts": [3, 8]}},
+            r"task.lenghts = .*: there is no such field. Did you mean lengths\?",
+        ),
         ({"task": {"name": "modular_arithmetic"}}, r"test names \[8\]; for modular_arithmetic give an odd length"),
         ({"task": {"name": "associative_recall"}, "test": [[64, 32]]}, r"\[64, 32\] is no case of associative_recall"),
-        ({"modells": {}}, r"modells: there is no such key. Did you mean models\?"),
+        ({"modells": {}}, r"modells = {}: there is no such field. Did you mean models\?"),
         ({"grid": {"training.sed": [0]}}, r"run .*sed-0: training.sed = 0: .* Did you mean training.seed\?"),
         ({"models": {"a": {"family": "lstm", "cell": "lstn"}}}, r"run a-.*model.cell = 'lstn'"),
         ({"test": []}, r"models and test must not be empty"),
@@ -312,7 +315,7 @@ def test_wrong_flags_end_with_one_message(tmp_path, capsys):
     for flags, message in (
         (["--config", path, "--only", "lstn"], "no such model. Did you mean lstm?"),
         (["--config", str(tmp_path / "no.yaml")], "does not exist"),
-        (["--config", path, "--jobs", "0"], "must be at least 1"),
+        (["--config", path, "--at-once", "0"], "must be at least 1"),
         (["--run", path, "--only", "lstm"], "--run takes neither"),
         ([], "one of the arguments --config --run is required"),
     ):

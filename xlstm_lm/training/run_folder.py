@@ -111,6 +111,19 @@ def open_run_folder(run_dir: Path, config: dict[str, Any], config_yaml: str, res
     replace_durably(run_dir / "config.yaml", config_yaml.encode())
 
 
+def is_finished(config: dict[str, Any]) -> bool:
+    """Whether the run of this configuration has a checkpoint, in its folder, of its last step.
+
+    Raises:
+        ValueError: the folder holds a run with another configuration.
+    """
+    run_dir = Path(config["training"]["run_dir"])
+    steps = checkpoint_folders(run_dir)
+    if steps:
+        check_same_run(run_dir, config)
+    return max(steps, default=-1) >= config["training"]["steps"]
+
+
 def record_environment(run_dir: Path, world: World, step: int) -> None:
     """Add what this session runs on to environment.json, which lists every session of the run."""
     path = run_dir / "environment.json"

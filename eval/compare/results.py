@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import TypeAdapter
 
@@ -136,6 +136,8 @@ class Published:
 @dataclass(kw_only=True)
 class Results:
     """A comparison."""
+
+    __pydantic_config__: ClassVar = {"ser_json_inf_nan": "strings"}  # the loss of a broken model is read back as it is
 
     name: str
     title: str

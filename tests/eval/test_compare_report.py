@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html.parser
+import math
 import re
 import sys
 from pathlib import Path
@@ -17,7 +18,7 @@ from eval.compare.config import load_comparison
 from eval.compare.pictures import Frame, Line, draw_lines, spread_out
 from eval.compare.report import write_report
 from eval.compare.report_answer import checks, further_findings, sides, verdict
-from eval.compare.results import Published, Results, load_results
+from eval.compare.results import Published, Results, load_results, save_results
 from eval.compare.statistics import T_975, deciding_quantity, difference, spread, values_by_seed
 
 
@@ -219,6 +220,14 @@ def test_files_and_round_trip(full):
         assert f"{name}.png" in pictures
     assert all((full / "pictures" / name).read_bytes().startswith(b"\x89PNG") for name in pictures)
     assert load_results(full / "results.json") == full_results()
+
+
+def test_a_loss_that_is_not_finite_is_read_back(tmp_path):
+    results = sparse_results()
+    results.models[0].runs = [make_run("broken", 0, 2.0)]
+    results.models[0].runs[0].tested.loss = math.inf
+    save_results(results, tmp_path / "results.json")
+    assert load_results(tmp_path / "results.json") == results
 
 
 def test_page_stands_alone_and_closes_its_elements(full):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import re
 import sys
 from collections.abc import Iterable
@@ -45,7 +46,8 @@ class StudyConfig:
     models: dict[str, dict[str, Any]]
     """The model section of each, on top of what `run` says of it."""
     grid: dict[str, list[Any]] = field(default_factory=dict)
-    """Values of fields of a run that are combined with each other, for every model."""
+    """Values of fields of a run that are combined with each other, for every model. Of several learning rates and
+    seeds, the seeds after the first are trained at the best learning rate alone."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,26 @@ class PlannedRun:
         """The file that its process reads, beside the folder."""
         return self.folder.with_name(f"{self.name}.yaml")
 
+    @property
+    def is_finished(self) -> bool:
+        """Whether all of its steps are done.
+
+        Raises:
+            ValueError: the folder holds a run with another configuration.
+        """
+        return is_finished(as_dict(self.config))
+
+    def last_validation(self) -> dict[str, Any]:
+        """The record of it, of a finished run."""
+        lines = (self.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        return next(line for line in map(json.loads, reversed(lines)) if line["split"] == "validation")
+
+    @property
+    def loss(self) -> float:
+        """The last of validation, of a finished run; infinite where it is not finite."""
+        loss = self.last_validation()["loss"]
+        return math.inf if loss is None else loss
+
 
 @dataclass(frozen=True)
 class Study:
@@ -76,7 +98,29 @@ class Study:
     config: StudyConfig
     task: Task
     cases: list[Case]
-    runs: list[PlannedRun]
+    planned: list[PlannedRun]
+    """For the whole grid."""
+
+    @property
+    def runs(self) -> list[PlannedRun]:
+        """Those that are known to be needed: the whole grid with the first seed, and with the other seeds what has the
+        best learning rate, as soon as that is known."""
+        found: dict[str, PlannedRun] = {}
+        for alike in self._groups().values():
+            first_seed = [run for run in alike if run.settings.get(SEED) == alike[0].settings.get(SEED)]
+            found |= {run.name: run for run in first_seed}
+            if all(run.is_finished for run in first_seed):
+                rate = min(first_seed, key=lambda run: run.loss).settings.get(LEARNING_RATE)
+                found |= {run.name: run for run in alike if run.settings.get(LEARNING_RATE) == rate}
+        return [run for run in self.planned if run.name in found]
+
+    def _groups(self) -> dict[tuple, list[PlannedRun]]:
+        """The planned runs that differ in learning rate and seed alone."""
+        groups: dict[tuple, list[PlannedRun]] = {}
+        for run in self.planned:
+            others = [(key, str(value)) for key, value in run.settings.items() if key not in (SEED, LEARNING_RATE)]
+            groups.setdefault((run.model, *others), []).append(run)
+        return groups
 
 
 def load_study(path: Path, folder: Path, only: Iterable[str] = ()) -> Study:
@@ -127,27 +171,33 @@ def _plan(
 
 
 def train_runs(study: Study, at_once: int, max_seconds: float | None = None) -> dict[str, Outcome]:
-    """Train what is not finished, each run in a process; gives how those that were begun have ended.
+    """Train what is needed and not finished, each run in a process; gives how those that were begun have ended.
 
     Raises:
         ValueError: a folder holds a run with another configuration.
     """
-    jobs = []
-    for run in study.runs:
-        if is_finished(as_dict(run.config)):
-            continue
-        run.recipe.parent.mkdir(parents=True, exist_ok=True)
-        run.recipe.write_text(as_recipe(run.config), encoding="utf-8")
-        command = [sys.executable, "-m", "eval.tasks", "--run", str(run.recipe)]
-        jobs.append(Job(name=run.name, command=command, log=run.recipe.with_suffix(".log")))
-    return run_jobs(jobs, at_once, max_seconds=max_seconds)
+    begun: set[str] = set()
+
+    def next_jobs() -> list[Job]:
+        jobs = [_job(run) for run in study.runs if run.name not in begun and not run.is_finished]
+        begun.update(job.name for job in jobs)
+        return jobs
+
+    return run_jobs(next_jobs(), at_once, then=lambda outcome: next_jobs(), max_seconds=max_seconds)
+
+
+def _job(run: PlannedRun) -> Job:
+    run.recipe.parent.mkdir(parents=True, exist_ok=True)
+    run.recipe.write_text(as_recipe(run.config), encoding="utf-8")
+    command = [sys.executable, "-m", "eval.tasks", "--run", str(run.recipe)]
+    return Job(name=run.name, command=command, log=run.recipe.with_suffix(".log"))
 
 
 def collect(study: Study, outcomes: dict[str, Outcome]) -> dict[str, Any]:
     """What the finished runs can do, and which are missing for what reason."""
     found, missing = [], []
     for run in study.runs:
-        if is_finished(as_dict(run.config)):
+        if run.is_finished:
             found.append(_measure(study, run))
             continue
         outcome = outcomes.get(run.name)
@@ -171,8 +221,7 @@ def _measure(study: Study, run: PlannedRun) -> dict[str, Any]:
         model = hub.load(checkpoint).model
         known = asked | {"cases": answer_cases(model, study.task, study.cases, study.config.test_sequences)}
         path.write_text(json.dumps(known) + "\n", encoding="utf-8")
-    lines = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    validation = next(line for line in reversed(lines) if line["split"] == "validation")
+    validation = run.last_validation()
     return {
         "run": run.name,
         "model": run.model,
@@ -180,7 +229,7 @@ def _measure(study: Study, run: PlannedRun) -> dict[str, Any]:
         "parameters": count_parameters(run.config.model),
         "steps": run.config.training.steps,
         "training_answers": validation["tokens"],
-        "validation_loss": validation["loss"],
+        "validation_loss": run.loss,
         "seconds": validation["elapsed_seconds"],
         "cases": known["cases"],
     }

@@ -22,7 +22,7 @@ class Curve:
     panel: str
     """The other settings of the grid, such as "embedding_dim 64"; empty where there are none."""
     learning_rate: float | None
-    """The best of those tried, by validation loss over the seeds; None where the grid has one for all."""
+    """The best of those tried, by the first seed's validation loss; None where the grid has one for all."""
     seeds: int
     points: list[tuple[Case, float, float, float]]
     """A case, and the mean, the lowest and the highest over the seeds."""
@@ -38,7 +38,7 @@ def summarize(runs: list[dict[str, Any]]) -> list[Curve]:
         by_rate.setdefault(run["settings"].get(LEARNING_RATE), []).append(run)
     curves = []
     for (model, panel), by_rate in groups.items():
-        rate = min(by_rate, key=lambda rate: fmean(run["validation_loss"] for run in by_rate[rate]))
+        rate = min(by_rate, key=lambda rate: by_rate[rate][0]["validation_loss"])
         chosen = [run["cases"] for run in by_rate[rate]]
         points = []
         for same in zip(*chosen, strict=True):

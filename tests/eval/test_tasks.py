@@ -198,14 +198,16 @@ def write_study(folder: Path, **changes) -> Path:
     return path
 
 
-def train_here(jobs, at_once, max_seconds=None) -> dict[str, Outcome]:
+def train_here(jobs, at_once, then, max_seconds=None) -> dict[str, Outcome]:
     """As `run_jobs`, one after the other in this process, which has imported everything already."""
     del at_once, max_seconds
-    outcomes = {}
-    for job in jobs:
+    outcomes, waiting = {}, list(jobs)
+    while waiting:
+        job = waiting.pop(0)
         assert job.command[:3] == [sys.executable, "-m", "eval.tasks"]
         main(job.command[3:])
         outcomes[job.name] = Outcome(name=job.name, code=0, seconds=0.0, asked_to_stop=False, last_lines="")
+        waiting = [*then(outcomes[job.name]), *waiting]
     return outcomes
 
 
@@ -238,7 +240,15 @@ def test_a_study_trains_reuses_tests_and_reports(tmp_path, monkeypatch, capsys):
         main(flags)
     assert (run_dir / "checkpoints/step_00000006/manifest.json").stat().st_mtime_ns == written
     out = json.loads((tmp_path / "out.json").read_text())
-    assert len(out["runs"]) == 8 and not out["missing"] and out["environment"]["torch"]
+    assert not out["missing"] and out["environment"]["torch"]
+    for model in ("xlstm[0:1]", "lstm"):
+        tried = {
+            (run["settings"]["optimizer.learning_rate"], run["settings"]["training.seed"]): run["validation_loss"]
+            for run in out["runs"]
+            if run["model"] == model
+        }
+        best = min((0.01, 0.001), key=lambda rate: tried[rate, 0])
+        assert tried.keys() == {(0.01, 0), (0.001, 0), (best, 1)}
     assert [case["case"] for case in out["runs"][0]["cases"]] == [[8], [20]]
     assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
     table = capsys.readouterr().out
@@ -274,7 +284,7 @@ def test_the_best_learning_rate_is_shown_with_the_range_over_seeds():
             "cases": [{"case": [40], "scaled": scaled}],
         }
 
-    runs = [run(0.1, 0, 0.7, 0.0), run(0.1, 1, 0.1, 1.0), run(0.01, 0, 0.2, 0.5), run(0.01, 1, 0.3, 0.75)]
+    runs = [run(0.1, 0, 0.3, 0.0), run(0.01, 0, 0.2, 0.5), run(0.01, 1, 0.9, 0.75)]
     (curve,) = summarize(runs)
     assert (curve.panel, curve.learning_rate, curve.seeds) == ("embedding_dim 32", 0.01, 2)
     assert curve.points == [((40,), 0.625, 0.5, 0.75)]

@@ -1,7 +1,7 @@
 """What a comparison is told: a recipe that all runs share, and a section `compare` with models, grid, seeds and tests.
 
-The file is a recipe like those of training, with includes. Its other sections are those of a run, without model;
-learning rate, seed and folder of each run come from the comparison.
+The file is a recipe like those of training, with includes. Its other sections are those of a run; what the section
+model says holds for every model, over its preset. Learning rate, seed and folder of each run come from the comparison.
 """
 
 from __future__ import annotations
@@ -227,8 +227,6 @@ def load_comparison(path: Path, data_root: str | None = None) -> Comparison:
     section = recipe.pop("compare", None)
     if not isinstance(section, dict):
         raise ValueError(f"{path} has no section 'compare' with models, learning_rates and so on.")
-    if "model" in recipe:
-        raise ValueError(f"{path}: a section 'model' stands beside compare; models are listed in compare.models.")
     if data_root is not None:
         section = section | {"data_root": data_root}
     config = check_section(CompareConfig, section, name="compare", origins=origins, path=path)
@@ -277,9 +275,11 @@ def _models(comparison: Comparison) -> list[Model]:
                 continue
             where = f"compare.models.{key}.sizes.{size}"
             section, origins = _model_section(architecture.sizes[size], where, comparison)
-            common = config.sizes[size].learning_rates if size in config.sizes else []
-            grid = architecture.learning_rates.get(size) or common or config.learning_rates
-            found.append(Model(key, size, architecture.label, section, origins, sorted(grid)))
+            common = config.sizes.get(size, SizeConfig())
+            shared = merge(comparison.recipe, common.recipe).get("model", {})
+            grid = architecture.learning_rates.get(size) or common.learning_rates or config.learning_rates
+            origins = {name: file for name, file in origins.items() if name.removeprefix("model.") not in shared}
+            found.append(Model(key, size, architecture.label, merge(section, shared), origins, sorted(grid)))
     return found
 
 

@@ -52,9 +52,9 @@ class LSTMConfig:
     """Whether the head is the embedding."""
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "embedding_dim", "num_blocks"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+        for name in ("vocab_size", "embedding_dim", "hidden_dim", "num_blocks"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"{name} is {value}; it must be at least 1.")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is {self.dropout}; it must be at least 0 and below 1.")
         if self.peepholes and self.cell != "lstm":
@@ -184,9 +184,9 @@ class LSTM(LanguageModel):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Inputs uniform within one over the root of their number (Glorot and Bengio, 2010), each gate's recurrence
-        orthogonal (arXiv 1312.6120), no biases but an LSTM's forget gate's."""
-        nn.init.normal_(self.embedding.weight, std=self.config.embedding_dim**-0.5)
+        """An embedding of unit variance, as the projections of inputs expect it (Glorot and Bengio, 2010); each gate's
+        recurrence orthogonal (arXiv 1312.6120); no biases but an LSTM's forget gate's."""
+        nn.init.normal_(self.embedding.weight)
         nn.init.normal_(self.head.weight, std=self.config.width**-0.5)
         for layer in self.blocks:
             for gate in layer.input_weight.chunk(GATES[self.config.cell]):

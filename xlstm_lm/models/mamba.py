@@ -45,7 +45,7 @@ class MambaConfig:
     conv_width: int = 4
     """Width of the causal convolution."""
     initializer_range: float = 0.02
-    """Standard deviation of embeddings and projections at the start."""
+    """Standard deviation of embedding and head at the start."""
     norm_eps: float = 1e-5
     """Epsilon of all norms."""
     logit_soft_cap: float | None = None
@@ -54,9 +54,10 @@ class MambaConfig:
     """Whether the head is the embedding."""
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "embedding_dim", "num_blocks", "expand", "head_dim", "num_groups", "conv_width"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+        widths = ("vocab_size", "embedding_dim", "expand", "state_dim", "head_dim", "step_rank", "conv_width")
+        for name in ("num_blocks", "num_groups", *widths):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"{name} is {value}; it must be at least 1.")
         if self.version == 2 and (self.inner_dim % self.head_dim or self.num_heads % self.num_groups):
             raise ValueError(
                 f"head_dim {self.head_dim} and num_groups {self.num_groups} do not divide the inner width "
@@ -200,8 +201,8 @@ class Mamba(LanguageModel):
     @torch.no_grad()
     def init_weights(self) -> None:
         """As published: steps between 0.001 and 0.1, evenly in their logarithm, decays of 1 to the number of states
-        (Mamba-2: between 1 and 16), N(0, 0.02) elsewhere, and what leads back to the residual stream smaller with
-        depth."""
+        (Mamba-2: between 1 and 16), N(0, 0.02) for embedding and head, torch's own for the projections, and what leads
+        back to the residual stream smaller with depth."""
         std, depth = self.config.initializer_range, len(self.blocks)
         nn.init.normal_(self.embedding.weight, std=std)
         nn.init.normal_(self.head.weight, std=std)
@@ -209,12 +210,13 @@ class Mamba(LanguageModel):
         for block in self.blocks:
             mixer = block.mixer
             nn.init.ones_(block.norm.weight)
-            nn.init.normal_(mixer.input.weight, std=std)
-            nn.init.normal_(mixer.out.weight, std=std / depth**0.5)
+            mixer.input.reset_parameters()
+            mixer.out.reset_parameters()
+            mixer.out.weight /= depth**0.5
             mixer.conv.init_weights()
             nn.init.ones_(mixer.skip)
             if isinstance(mixer, Mamba1Mixer):
-                nn.init.normal_(mixer.selection.weight, std=std)
+                mixer.selection.reset_parameters()
                 nn.init.uniform_(mixer.step.weight, -(self.config.rank**-0.5), self.config.rank**-0.5)
                 mixer.log_decay.copy_(torch.arange(1, self.config.states + 1).to(mixer.log_decay).log())
                 step_bias = mixer.step.bias

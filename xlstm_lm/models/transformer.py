@@ -44,13 +44,15 @@ class TransformerConfig:
     """Whether the head is the embedding."""
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "embedding_dim", "num_blocks", "num_heads"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+        for name in ("vocab_size", "embedding_dim", "num_blocks", "num_heads", "feedforward_dim"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"{name} is {value}; it must be at least 1.")
+        if self.embedding_dim % 2:
+            raise ValueError(f"embedding_dim is {self.embedding_dim}; rotary positions need an even width.")
         if self.embedding_dim % self.num_heads or self.head_dim % 2:
             raise ValueError(
                 f"num_heads {self.num_heads} does not give heads of an even width to embedding_dim "
-                f"{self.embedding_dim}; choose a divisor of {self.embedding_dim / 2:g}."
+                f"{self.embedding_dim}; choose a divisor of {self.embedding_dim // 2}."
             )
         if self.key_value_heads < 1 or self.num_heads % self.key_value_heads:
             raise ValueError(

@@ -11,6 +11,7 @@ import torch
 from xlstm_lm import doctor
 from xlstm_lm.ops import mlstm as mlstm_ops
 from xlstm_lm.ops.mlstm.chunkwise import mlstm_chunkwise
+from xlstm_lm.ops.native import KernelsUnavailableError
 from xlstm_lm.ops.selfcheck import mlstm_inputs
 
 
@@ -69,15 +70,27 @@ def test_a_wrong_kernel_is_reported_by_name(monkeypatch, capsys):
     assert "ok  mlstm / compiled" in printed
 
 
-def test_a_kernel_that_does_not_run_is_no_reason_to_stop(monkeypatch):
-    def crashes(*inputs, **options):
-        raise KeyError("no such target\nand more")
+@pytest.mark.parametrize(
+    ("raised", "line_begins", "right"),
+    [
+        (ValueError("it takes no such heads\nand more"), "  --  ", True),
+        (KernelsUnavailableError("no compiler"), "  --  ", True),
+        (KeyError("no such target\nand more"), "  BAD ", False),
+        (RuntimeError("an illegal memory access was encountered"), "  BAD ", False),
+    ],
+    ids=lambda each: type(each).__name__,
+)
+def test_only_a_kernel_that_refuses_is_no_reason_to_stop(raised, line_begins, right, monkeypatch):
+    def fails(*inputs, **options):
+        raise raised
 
-    monkeypatch.setitem(mlstm_ops.BACKENDS, "chunkwise", crashes)
+    monkeypatch.setitem(mlstm_ops.BACKENDS, "chunkwise", fails)
     lines: list[str] = []
-    assert doctor.examine(lines.append)
-    (line,) = (line for line in lines if "mlstm / chunkwise" in line)
-    assert line.startswith("  --  ") and "not available: 'no such target" in line
+    assert doctor.examine(lines.append) == right
+    (line,) = (line for line in lines if "mlstm / chunkwise, " in line)
+    assert line.startswith(line_begins) and str(raised).splitlines()[0] in line
+    assert ("not available: " in line) == right
+    assert ("  mlstm / chunkwise does not compute what it should: do not train with it." in lines) != right
 
 
 def test_the_report_on_the_terminal():

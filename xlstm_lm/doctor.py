@@ -20,6 +20,7 @@ from xlstm_lm.ops import mlstm as mlstm_ops
 from xlstm_lm.ops import slstm as slstm_ops
 from xlstm_lm.ops.conv import causal_conv
 from xlstm_lm.ops.loss import linear_cross_entropy
+from xlstm_lm.ops.native import KernelsUnavailableError
 from xlstm_lm.ops.selfcheck import TOLERANCE, compare, mlstm_inputs, slstm_inputs, some_resets
 
 PACKAGES = ("xlstm-lm", "torch", "deepspeed", "datasets", "transformers", "tokenizers", "wandb", "triton")
@@ -47,10 +48,23 @@ class Check:
     error: float
     tolerance: float
     problem: str = ""
+    """What it raised, if it did."""
+    available: bool = True
+    """False where it says itself that it cannot run here."""
 
     @property
     def passed(self) -> bool:
         return not self.problem and self.error <= self.tolerance
+
+    @property
+    def wrong(self) -> bool:
+        return self.available and not self.passed
+
+    @property
+    def verdict(self) -> str:
+        if self.problem:
+            return f"{'fails' if self.available else 'not available'}: {self.problem}"
+        return f"error {self.error:.1e} (allowed {self.tolerance:.0e})"
 
 
 def _token_by_token(backend: str, *inputs: Tensor) -> Tensor:
@@ -143,13 +157,14 @@ def _check(
     gradients: bool = True,
 ) -> Check:
     device, dtype = inputs[0].device.type, inputs[0].dtype
-    error, problem = float("inf"), ""
+    error, problem, available = float("inf"), "", True
     try:
         error = compare(function, definition, inputs, gradients)
     except Exception as caught:  # whatever a compiler, an assembler or a driver comes up with
         problem = (str(caught).strip() or type(caught).__name__).splitlines()[0]
+        available = not isinstance(caught, (ValueError, KernelsUnavailableError))  # a backend's own refusals
     sizes = " x ".join(map(str, inputs[0].shape))
-    return Check(operation, backend, device, _name(dtype), sizes, error, TOLERANCE[dtype], problem)
+    return Check(operation, backend, device, _name(dtype), sizes, error, TOLERANCE[dtype], problem, available)
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -174,9 +189,7 @@ def _devices() -> list[str]:
 
 def _advice(checks: list[Check]) -> list[str]:
     """What would make this machine faster or right."""
-    wrong = dict.fromkeys(
-        f"{check.operation} / {check.backend}" for check in checks if not check.passed and not check.problem
-    )
+    wrong = dict.fromkeys(f"{check.operation} / {check.backend}" for check in checks if check.wrong)
     advice = [f"{name} does not compute what it should: do not train with it." for name in wrong]
     if shutil.which(os.environ.get("CXX", "c++")) is None:
         advice.append("No C++ compiler: on the CPU the sLSTM takes its slow Python loop. Debian: apt-get install g++.")
@@ -186,7 +199,7 @@ def _advice(checks: list[Check]) -> list[str]:
 
 
 def examine(say: Callable[[str], None], dtypes: list[torch.dtype] | None = None) -> bool:
-    """Examine this machine, giving `say` each line as soon as it is known. False where a kernel is wrong.
+    """Examine this machine, giving `say` each line as soon as it is known. False where a kernel is wrong or fails.
 
     Kernels are checked in `dtypes`; by default float32 and, on a GPU, bfloat16 and float16.
     """
@@ -211,24 +224,20 @@ def examine(say: Callable[[str], None], dtypes: list[torch.dtype] | None = None)
     checks = []
     for check in (each for dtype in dtypes for each in check_operations(device, dtype)):
         checks.append(check)
-        verdict = (
-            f"not available: {check.problem}"
-            if check.problem
-            else f"error {check.error:.1e} (allowed {check.tolerance:.0e})"
-        )
-        mark = "ok  " if check.passed else ("--  " if check.problem else "BAD ")
-        say(f"  {mark}{check.operation} / {check.backend}, {check.device}, {check.dtype}, {check.sizes}: {verdict}")
+        mark = "ok  " if check.passed else "BAD " if check.wrong else "--  "
+        kernel = f"{check.operation} / {check.backend}, {check.device}, {check.dtype}, {check.sizes}"
+        say(f"  {mark}{kernel}: {check.verdict}")
     say("\nAdvice")
     for line in _advice(checks) or ["nothing to mend."]:
         say(f"  {line}")
-    return all(check.passed or check.problem for check in checks)
+    return not any(check.wrong for check in checks)
 
 
 def main(dtypes: list[torch.dtype] | None = None) -> None:
     """Print the examination.
 
     Raises:
-        SystemExit: with code 1, where a kernel computes something else than its definition.
+        SystemExit: with code 1, where a kernel fails or computes something else than its definition.
     """
     if not examine(functools.partial(print, flush=True), dtypes):
         raise SystemExit(1)

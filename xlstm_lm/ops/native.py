@@ -32,6 +32,10 @@ _NATIVE_FLAG = "-mcpu=native" if platform.machine() in ("aarch64", "arm64") else
 _OPENMP_FLAGS = ["-fopenmp"] if platform.system() == "Linux" else []  # Apple's clang has none; one thread there
 
 
+class KernelsUnavailableError(RuntimeError):
+    """The kernels can be neither built nor loaded on this machine."""
+
+
 @torch.compiler.assume_constant_result  # torch.compile would follow it into the hashing of sources
 def kernels_available(consequence: str) -> bool:
     """Whether the compiled kernels can be used here; builds them if need be.
@@ -40,7 +44,7 @@ def kernels_available(consequence: str) -> bool:
     """
     try:
         load_kernels()
-    except RuntimeError as error:
+    except KernelsUnavailableError as error:
         announce_once(f"no compiled CPU kernels, so {consequence}: {error}")
         return False
     return True
@@ -51,11 +55,11 @@ def load_kernels() -> None:
     """Load the kernels' library into this process, after building it where nobody has yet.
 
     Raises:
-        RuntimeError: it can be neither built nor loaded; says why and what to install.
+        KernelsUnavailableError: it can be neither built nor loaded; says why and what to install.
     """
     problem = _load_once()
     if problem is not None:
-        raise RuntimeError(problem)
+        raise KernelsUnavailableError(problem)
 
 
 @functools.cache

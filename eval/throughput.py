@@ -1,7 +1,8 @@
 """How fast whole models train, or with --generate write: `python -m eval.throughput --models xlstm-400m ...`.
 
 Every model gets its best kernel, which is named, and the same loss. A batch holds the same number of tokens at every
-length. The models of a table take turns in one process; the share of the arithmetic peak (MFU) refers to a large matrix
+length (to a whole number of rows), each row one document: what a document's beginning costs inside a row is not in it.
+The models of a table take turns in one process; the share of the arithmetic peak (MFU) refers to a large matrix
 product measured in the same run, with the operations of `xlstm_lm.models.accounting.training_flops_per_token`.
 """
 
@@ -168,6 +169,9 @@ def main(arguments: list[str] | None = None) -> None:
     options = _parse(arguments)
     try:
         models = [parse_model(text) for text in options.models]
+        names = [model.name for model in models]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"two models are called {', '.join(twice)}; tell them apart, as in NAME=MODEL.")
     except ValueError as error:
         print(f"python -m eval.throughput: {error}", file=sys.stderr)
         sys.exit(2)
@@ -234,6 +238,11 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     options.dtype = options.dtype or ("bfloat16" if on_gpu else "float32")
     options.tokens = options.tokens or (32768 if on_gpu else 2048)
     options.lengths = options.lengths or ([2048, 8192, 32768] if on_gpu else [512, 2048])
+    if not options.generate and max(options.lengths) > options.tokens:
+        parser.error(
+            f"--lengths {max(options.lengths)} is longer than a batch of --tokens {options.tokens}, which is the same at "
+            f"every length: give --tokens {max(options.lengths)} or more"
+        )
     if min(*options.lengths, *options.batch_sizes, options.new_tokens, options.rounds, options.tokens) < 1:
         parser.error("--lengths, --batch-sizes, --new-tokens, --tokens and --rounds must be at least 1")
     return options

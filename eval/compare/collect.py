@@ -39,7 +39,6 @@ def collect(runs: Runs) -> Results:
     notes.append(_ways_of_testing(models))
     speeds = {kind: _speed(runs, kind, missing) for kind in SPEEDS}
     first = runs.grid(runs.models[0])[0]
-    measured = speeds["training"] or speeds["generation"]
     for result, model in zip(models, runs.models, strict=True):
         if any(row["name"] == model.name for speed in speeds.values() for row in speed.get("rows", ())):
             result.speed_name = model.name
@@ -56,7 +55,7 @@ def collect(runs: Runs) -> Results:
         models=models,
         training_speed=speeds["training"].get("rows", []),
         generation_speed=speeds["generation"].get("rows", []),
-        speed_environment=measured.get("environment", {}),
+        speed_environments={kind: speed["environment"] for kind, speed in speeds.items() if speed},
         published=config.published,
         missing=missing,
         notes=[note for note in notes if note],

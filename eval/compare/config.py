@@ -11,7 +11,7 @@ import math
 import statistics
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from eval.compare.results import Published
 from eval.documents import DocumentsConfig, document_sources
@@ -79,6 +79,8 @@ class SpeedConfig:
     """Of training rows."""
     tokens: int = 4096
     """In a batch, at every length."""
+    modes: list[Literal["eager", "compiled"]] = field(default_factory=lambda: ["eager"])
+    """Ways of running; the report's pictures show the fastest."""
     prompts: list[int] = field(default_factory=lambda: [256, 1024, 4096])
     """Lengths of prompts to go on from; none: generation is not measured."""
     batch_sizes: list[int] = field(default_factory=lambda: [1, 8])
@@ -95,8 +97,12 @@ class SpeedConfig:
             values = getattr(self, name)
             if min(values if isinstance(values, list) else [values], default=1) < 1:
                 raise ValueError(f"{name} is {values}; it must be at least 1.")
+        if not self.modes:
+            raise ValueError("modes is empty; name eager, compiled or both.")
         if not self.lengths:
             raise ValueError("lengths is empty; give at least one, or leave the section speed out.")
+        if max(self.lengths) > self.tokens:
+            raise ValueError(f"lengths has {max(self.lengths)}, more than a batch of tokens {self.tokens} can hold.")
 
 
 @dataclass(kw_only=True)

@@ -61,12 +61,13 @@ def measure_all(runs: Runs, only: Sequence[str], *, at_once: int, max_seconds: f
     if any(outcome.asked_to_stop for outcome in outcomes.values()):
         return outcomes
     left = None if max_seconds is None else max_seconds - (time.monotonic() - begin)
-    jobs = [_speed_job(runs, kind) for kind in speeds_left(runs)]
+    kinds = {f"{kind} speed": kind for kind in speeds_left(runs)}
+    jobs = [_speed_job(runs, name, kind) for name, kind in kinds.items()]
 
     def then(outcome: Outcome) -> Sequence[Job]:
         if outcome.code == 0:
-            unfinished = _unfinished(runs, outcome.name.split()[0])
-            unfinished.rename(speed_file(runs, outcome.name.split()[0]))
+            kind = kinds[outcome.name]
+            _unfinished(runs, kind).rename(speed_file(runs, kind))
         return ()
 
     return outcomes | run_jobs(jobs, 1, then=then, max_seconds=left)
@@ -81,7 +82,7 @@ def _test_job(runs: Runs, run: PlannedRun) -> Job:
     return Job(name=f"test of {run.name}", command=command, log=run.folder / "output.log")
 
 
-def _speed_job(runs: Runs, kind: str) -> Job:
+def _speed_job(runs: Runs, name: str, kind: str) -> Job:
     speed = runs.comparison.config.speed
     assert speed
     models = []
@@ -99,7 +100,8 @@ def _speed_job(runs: Runs, kind: str) -> Job:
         command += ["--lengths", *map(str, speed.prompts), "--batch-sizes", *map(str, speed.batch_sizes)]
     else:
         command += ["--lengths", *map(str, speed.lengths), "--tokens", str(speed.tokens)]
-    return Job(name=f"{kind} speed", command=command, log=runs.out / "speed" / "output.log")
+        command += ["--modes", *speed.modes]
+    return Job(name=name, command=command, log=runs.out / "speed" / "output.log")
 
 
 def _unfinished(runs: Runs, kind: str) -> Path:

@@ -10,10 +10,14 @@ from typing import Any
 import yaml
 
 from eval.compare.results import ModelResult, Results
-from eval.compare.statistics import Quantity, Spread, deciding_quantity, difference, spread, values_by_seed
+from eval.compare.spread import Quantity, Spread, deciding_quantity, difference, spread, values_by_seed
 
 MATCHED = 0.01
 """How far parameters may lie from the median of their size, as a share."""
+
+
+STEADY = 0.2
+"""How far the speeds of one model's runs may lie apart, as a share."""
 
 
 @dataclass(frozen=True)
@@ -117,9 +121,10 @@ def _standing(reference: ModelResult, others: list[ModelResult], quantity: Quant
 
 
 def further_findings(results: Results) -> list[tuple[str, list[str]]]:
-    """What else a reader wants to know first, (subject, a sentence for each size): long contexts, speed, memory."""
+    """What else a reader wants to know first, (subject, a sentence for each size): contexts, speed, memory."""
     found = []
     for title, describe in (
+        ("At equal contexts", _equal_context_finding),
         ("Beyond the training context", _extrapolation_finding),
         ("Training speed", _training_finding),
         ("Decoding speed", _decoding_finding),
@@ -149,6 +154,21 @@ def mean_extrapolation(model: ModelResult) -> dict[int, float]:
     return {length: sum(curve[length] for curve in curves) / len(curves) for length in sorted(shared)}
 
 
+def unit_of_tests(results: Results) -> str:
+    """Of the losses on test documents."""
+    tested = [run.tested for model in results.models for run in model.runs if run.tested]
+    return "nats per token" if any(each.bits_per_byte is None for each in tested) else "bits per byte"
+
+
+def _equal_context_finding(results: Results, first: ModelResult, second: ModelResult) -> str:
+    trained = results.context_length
+    values = {model.label: mean_extrapolation(model).get(trained) for model in (first, second)}
+    if None in values.values():
+        return ""
+    words = " and ".join(f"{label} reaches {value:.4f}" for label, value in values.items())
+    return f"reading {trained:,} tokens from an empty state, {words} {unit_of_tests(results)}"
+
+
 def _extrapolation_finding(results: Results, first: ModelResult, second: ModelResult) -> str:
     words = []
     for model in (first, second):
@@ -158,7 +178,7 @@ def _extrapolation_finding(results: Results, first: ModelResult, second: ModelRe
             return ""
         change = signed(curve[longest] - curve[trained], 3)
         words.append(f"{model.label} changes by {change} to {curve[longest]:.3f}")
-    return f"from {trained:,} to {longest:,} tokens of context {words[0]} and {words[1]} bits per byte"
+    return f"from {trained:,} to {longest:,} tokens of context {words[0]} and {words[1]} {unit_of_tests(results)}"
 
 
 def fastest_training(results: Results, model: ModelResult) -> dict[int, dict[str, Any]]:
@@ -258,12 +278,32 @@ def checks(results: Results) -> list[tuple[bool, str]]:
         found.append((False, f"The best learning rate is not known yet of {', '.join(open_rates)}."))
     if not untuned and not open_rates and not any(map(is_at_edge, results.models)):
         found.append((True, "The best learning rate of every model lies inside the grid that was tried."))
+    ways = {run.tested.how for run in runs if run.tested}
+    if len(ways) > 1:
+        found.append(
+            (False, "The models read the test documents in different ways; at equal contexts they stand further down.")
+        )
+    unsteady = [f"{model.label} at {model.size}" for model in results.models if _speed_range(model) > STEADY]
+    if unsteady:
+        found.append(
+            (
+                False,
+                f"Runs of one model differ by more than {STEADY:.0%} in speed ({', '.join(unsteady)}): something else "
+                "was running, so wall time and tokens/s of training say little. Speed is measured by itself below.",
+            )
+        )
     for key, what in (("git_commit", "commit of the source"), ("device", "hardware")):
         names = sorted({str(run.environment[key]) for run in runs if run.environment.get(key)})
         if names:
             same = f"One {what} for all finished runs: {names[0]}."
             found.append((len(names) == 1, same if len(names) == 1 else f"More than one {what}: {', '.join(names)}."))
     return found
+
+
+def _speed_range(model: ModelResult) -> float:
+    """How much faster the fastest run is than the slowest, as a share."""
+    speeds = [run.tokens_per_second for run in model.runs if run.status == "finished" and run.tokens_per_second]
+    return max(speeds) / min(speeds) - 1 if speeds else 0.0
 
 
 def is_at_edge(model: ModelResult) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from eval.compare.pictures import Frame, Line, Picture, draw_dots, draw_lines
+from eval.compare.pictures import COLOURS, Frame, Line, Picture, draw_dots, draw_lines
 from eval.compare.report_answer import (
     batch_sizes,
     fastest_training,
@@ -18,17 +18,27 @@ from eval.compare.report_answer import (
     of_size,
     ranked,
     sizes_of,
+    unit_of_tests,
 )
 from eval.compare.results import CurvePoint, ModelResult, Results, Run
-from eval.compare.statistics import VALIDATION_BITS, VALIDATION_LOSS, Quantity, deciding_quantity, values_by_seed
+from eval.compare.spread import VALIDATION_BITS, VALIDATION_LOSS, Quantity, deciding_quantity, values_by_seed
 
 Points = dict[int, float]
 
 
 def colours_of(results: Results) -> dict[str, int]:
-    """The place of each architecture's colour, the same in every picture and table."""
+    """The place of each architecture's colour, the same in every picture and table.
+
+    Raises:
+        ValueError: there are more architectures than colours.
+    """
     architectures = dict.fromkeys(model.architecture for model in results.models)
-    return {architecture: place % 10 for place, architecture in enumerate(architectures)}
+    if len(architectures) > len(COLOURS):
+        raise ValueError(
+            f"{len(architectures)} architectures in one comparison cannot be told apart in its pictures; at most "
+            f"{len(COLOURS)} can: make two comparisons of them."
+        )
+    return {architecture: place for place, architecture in enumerate(architectures)}
 
 
 def line_pictures(
@@ -197,7 +207,7 @@ def position_pictures(results: Results, size: str) -> list[Picture]:
     frame = Frame(
         title=f"Loss by position, {size}",
         x_label="position in the document, up to",
-        y_label="bits per byte, test",
+        y_label=f"{unit_of_tests(results)}, test",
         lengths=True,
         mark=(results.context_length, "training context"),
     )
@@ -209,7 +219,7 @@ def extrapolation_pictures(results: Results, size: str) -> list[Picture]:
     frame = Frame(
         title=f"Beyond the training context, {size}",
         x_label="context length",
-        y_label="bits per byte, test",
+        y_label=f"{unit_of_tests(results)}, test",
         lengths=True,
         mark=(results.context_length, "training context"),
     )

@@ -96,13 +96,13 @@ def sections(results: Results) -> list[Section]:
         Section(
             title="Training speed",
             lead="Forward and backward, the same number of tokens in every batch, each model with its best kernel and "
-            "the faster of the modes measured." + _measured_on(results),
+            "the faster of the modes measured; rows are single documents." + _measured_on(results, "training"),
             parts=_by_size(results, pictures.training_speed_pictures, tables.training_speed_tables),
             absent="The speed of training against context length was not measured.",
         ),
         Section(
             title="Generation",
-            lead="Reading a prompt and writing behind it, greedily." + _measured_on(results),
+            lead="Reading a prompt and writing behind it, greedily." + _measured_on(results, "generation"),
             parts=_by_size(results, pictures.generation_pictures, tables.generation_table),
             absent="The speed of generation was not measured.",
         ),
@@ -163,8 +163,9 @@ def _tested_how(results: Results) -> str:
     return f"Tested on {counts}: {how}." if tested else "No run has been tested; the validation documents stand in."
 
 
-def _measured_on(results: Results) -> str:
-    device, threads = (results.speed_environment.get(key) for key in ("device_name", "threads"))
+def _measured_on(results: Results, kind: str) -> str:
+    environment = results.speed_environments.get(kind, {})
+    device, threads = environment.get("device_name"), environment.get("threads")
     if not device:
         return ""
     return f" Measured on {device}" + (f", {threads} thread{'s' * (threads != 1)}." if threads else ".")
@@ -174,16 +175,23 @@ def _configurations(results: Results) -> list[tuple[str, str]]:
     """Verbatim: the comparison's, what runs share, each model's, and each environment with the runs that have it."""
     folds = [("Configuration of the comparison", results.config), ("Recipe that all runs share", results.recipe)]
     folds += [(f"Recipe of {model.label} at {model.size}", model.recipe) for model in results.models]
-    folds.append(("Environment of the evaluation", json.dumps(results.environment, indent=1)))
-    if results.speed_environment:
-        folds.append(("Environment of the measurements of speed", json.dumps(results.speed_environment, indent=1)))
-    by_environment: dict[str, list[str]] = {}
-    for model in results.models:
-        for run in [*model.tried, *model.runs]:
-            if run.environment:
-                same = {key: value for key, value in run.environment.items() if key not in ("started", "command")}
-                names = by_environment.setdefault(json.dumps(same, indent=1, default=str), [])
-                names += [run.name] * (run.name not in names)
-    for place, (text, names) in enumerate(by_environment.items(), 1):
-        folds.append((f"Environment {place} of training", f"{text}\n\nof the runs {', '.join(names)}"))
+    folds.append(("Environment of the report", json.dumps(results.environment, indent=1)))
+    for kind, environment in results.speed_environments.items():
+        folds.append((f"Environment of the speed of {kind}", json.dumps(environment, indent=1)))
+    runs = {run.name: run for model in results.models for run in [*model.tried, *model.runs]}
+    folds += _environments("training", {name: run.environment for name, run in runs.items()})
+    folds += _environments("testing", {name: run.tested.environment for name, run in runs.items() if run.tested})
     return [(title, text.strip()) for title, text in folds if text.strip()]
+
+
+def _environments(what: str, environments: dict[str, dict[str, Any]]) -> list[tuple[str, str]]:
+    """Each environment with the runs that have it, times and commands aside."""
+    by_environment: dict[str, list[str]] = {}
+    for name, environment in environments.items():
+        same = {key: value for key, value in environment.items() if key not in ("started", "date", "command")}
+        if same:
+            by_environment.setdefault(json.dumps(same, indent=1, default=str), []).append(name)
+    return [
+        (f"Environment {place} of {what}", f"{text}\n\nof the runs {', '.join(names)}")
+        for place, (text, names) in enumerate(by_environment.items(), 1)
+    ]

@@ -16,16 +16,18 @@ from eval.compare.report_answer import (
     show_spread,
     sides,
     signed,
+    unit_of_tests,
 )
 from eval.compare.report_parts import NOTHING, Cell, Table, cells, duration, large, name_cell, number
 from eval.compare.report_pictures import mean_by_position, tuning_quantity, tuning_value
 from eval.compare.results import ModelResult, Published, Results, Run
-from eval.compare.statistics import deciding_quantity, difference, spread, values_by_seed
+from eval.compare.spread import deciding_quantity, difference, spread, values_by_seed
 
 
 def final_table(results: Results, size: str) -> list[Table]:
     """All models at a size, the best first, with what separates them from the reference."""
     quantity, models = deciding_quantity(results), of_size(results, size)
+    trained = results.context_length
     order = ranked(models, quantity)
     pair = sides(models, quantity)
     reference = pair[0] if pair else None
@@ -43,6 +45,7 @@ def final_table(results: Results, size: str) -> list[Table]:
                 name_cell(model),
                 Cell(f"{len(finished)} of {len(model.runs)}"),
                 Cell(show_spread(found, quantity.decimals), strong=place == 1),
+                Cell(number(mean_extrapolation(model).get(trained), f".{quantity.decimals}f")),
                 Cell(_over_seeds(model, lambda run: run.tested and run.tested.perplexity, 2)),
                 Cell(_over_seeds(model, lambda run: run.tested and run.tested.word_perplexity, 1)),
                 Cell(_over_seeds(model, lambda run: run.curve[-1].perplexity if run.curve else None, 2)),
@@ -58,6 +61,7 @@ def final_table(results: Results, size: str) -> list[Table]:
         "model",
         "seeds",
         quantity.name,
+        f"the same, in windows of {trained:,} tokens",
         "test perplexity a token",
         "test perplexity a word",
         "validation perplexity a token",
@@ -68,8 +72,8 @@ def final_table(results: Results, size: str) -> list[Table]:
     ]
     unranked = [model for model in models if model not in [ranked_model for ranked_model, _ in order]]
     for model in unranked:
-        rows.append([Cell(NOTHING), name_cell(model), Cell(f"0 of {len(model.runs)}"), *cells([NOTHING] * 8)])
-    return [Table(columns=columns, rows=rows, words=frozenset({1, 8}))] if order else []
+        rows.append([Cell(NOTHING), name_cell(model), Cell(f"0 of {len(model.runs)}"), *cells([NOTHING] * 9)])
+    return [Table(columns=columns, rows=rows, words=frozenset({1, 9}))] if order else []
 
 
 def _against(model: ModelResult, reference: ModelResult, results: Results) -> tuple[str, str]:
@@ -138,14 +142,16 @@ def length_table(
 
 
 def position_table(results: Results, size: str) -> list[Table]:
-    """Bits a byte by position."""
-    title = "Bits per byte of the test targets up to a position (from the end of the column before)"
+    """The loss by position."""
+    unit = unit_of_tests(results)
+    title = f"{unit[:1].upper()}{unit[1:]} of the test targets up to a position (from the end of the column before)"
     return length_table(results, size, mean_by_position, "to ", title)
 
 
 def extrapolation_table(results: Results, size: str) -> list[Table]:
-    """Bits a byte by the length of the context."""
-    title = "Bits per byte of the same test tokens, by the length of the context"
+    """The loss by the length of the context."""
+    unit = unit_of_tests(results)
+    title = f"{unit[:1].upper()}{unit[1:]} of the same test tokens, by the length of the context"
     return length_table(results, size, mean_extrapolation, "", title)
 
 

@@ -67,6 +67,8 @@ class Tested:
     bits_per_byte: float | None
     by_position: list[Bucket]
     extrapolation: list[Extrapolated] = field(default_factory=list)
+    environment: dict[str, Any] = field(default_factory=dict)
+    """Of the test: date, git commit, versions, hardware."""
 
 
 @dataclass(kw_only=True)
@@ -151,7 +153,7 @@ class Results:
     recipe: str
     """What all runs share, resolved, as YAML."""
     environment: dict[str, Any]
-    """Of the evaluation and the report (`eval.measure.environment`): date, git commit, versions, hardware."""
+    """Of the report (`eval.measure.environment`): date, git commit, versions, hardware."""
     command: str
     """That makes the report again."""
     models: list[ModelResult]
@@ -159,7 +161,8 @@ class Results:
     """Rows of `eval.throughput` (its Row) over context lengths at a constant number of tokens a batch."""
     generation_speed: list[dict[str, Any]] = field(default_factory=list)
     """Rows of `eval.throughput --generate` (GenerationRow)."""
-    speed_environment: dict[str, Any] = field(default_factory=dict)
+    speed_environments: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Of the measurements of training and of generation."""
     published: list[Published] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
     """What was asked for and is not there, each with the reason; the report lists it at its top."""

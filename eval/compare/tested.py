@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -73,7 +74,8 @@ def as_json(test: TestConfig) -> str:
 
 def read_tested(path: Path) -> Tested:
     """What `main` wrote."""
-    return _TESTED.validate_python(json.loads(path.read_text(encoding="utf-8"))["tested"])
+    content = json.loads(path.read_text(encoding="utf-8"))
+    return dataclasses.replace(_TESTED.validate_python(content["tested"]), environment=content["environment"])
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -238,7 +238,7 @@ def full_results() -> Results:
         models,
         training_speed=training,
         generation_speed=generation,
-        speed_environment=dict(ENVIRONMENT),
+        speed_environments={"training": dict(ENVIRONMENT), "generation": dict(ENVIRONMENT)},
         published=published,
         missing=[
             "Plain RNN at 8m: left out by the configuration.",

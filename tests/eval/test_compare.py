@@ -278,6 +278,7 @@ def test_a_comparison_keeps_others_out_and_its_jobs_do_not_outlive_it(write, tra
         ({"test": {"documents": {"data": ["held_out.txt"]}, "extrapolate": 3}}, "power of two"),
         ({"published": [{"model": "x", "value": "low"}]}, "compare.published.0.value = 'low'"),
         ({"speed": {"length": [4]}}, "compare.speed.length = .*Did you mean lengths?"),
+        ({"speed": {"lengths": [64], "tokens": 32}}, "lengths has 64, more than a batch of tokens 32"),
     ],
 )
 def test_mistakes_in_a_comparison_are_named(write, changes, message):
@@ -290,6 +291,18 @@ def test_mistakes_in_a_comparison_are_named(write, changes, message):
 def test_data_that_are_not_there_are_named_with_the_way_out(write):
     with pytest.raises(ValueError, match=r"nowhere/train.txt is missing.*--data-root FOLDER\. They are: Bottles\."):
         check_data(load_comparison(write(), data_root="nowhere"))
+
+
+def test_the_section_model_holds_for_all_over_their_presets(write):
+    models = {
+        key: {"label": key, "sizes": {"s": preset}}
+        for key, preset in (("xlstm", "xlstm-cpu-1m"), ("transformer", "transformer-cpu-1m"))
+    }
+    comparison = load_comparison(write({"model": {"logit_soft_cap": 7.0}}, models=models))
+    caps = [comparison.run_config(each, 0.1, 0, Path("run")).model.logit_soft_cap for each in comparison.models]
+    assert caps == [7.0, 7.0]
+    with pytest.raises(ValueError, match=r"try.yaml: model.num_bloks = 3: .* Did you mean model.num_blocks\?"):
+        load_comparison(write({"model": {"num_bloks": 3}}, models=models))
 
 
 def test_an_architecture_may_have_a_grid_of_its_own_at_a_size(write):

@@ -19,7 +19,7 @@ from eval.compare.pictures import Frame, Line, draw_lines, spread_out
 from eval.compare.report import write_report
 from eval.compare.report_answer import checks, further_findings, sides, verdict
 from eval.compare.results import Published, Results, load_results, save_results
-from eval.compare.statistics import T_975, deciding_quantity, difference, spread, values_by_seed
+from eval.compare.spread import T_975, deciding_quantity, difference, spread, values_by_seed
 
 
 class Page(html.parser.HTMLParser):
@@ -188,11 +188,15 @@ def test_checks_see_what_is_unfair():
     unfair.models[0].runs[0].environment["git_commit"] = "another"
     unfair.models[1].learning_rate = unfair.models[1].tried[-1].learning_rate
     unfair.models[1].runs[1].status = "failed"
+    unfair.models[0].runs[0].tested.how = "with a state carried"
+    unfair.models[0].runs[0].tokens_per_second *= 1.3
     said = " ".join(sentence for holds, sentence in checks(unfair) if not holds)
     for expected in (
         "within 1.5% of their median",
         "between 8,192,000 and 8,192,001",
         "Not every seed finished",
+        "read the test documents in different ways",
+        "differ by more than 20% in speed (xLSTM[1:1] at 1m)",
         "another",
     ):
         assert expected in said

@@ -152,6 +152,19 @@ def test_a_model_that_does_not_exist_is_refused(text, message, capsys):
     assert ended.value.code == 2 and "python -m eval.throughput: " in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--lengths", "64", "--tokens", "32"], "--lengths 64 is longer than a batch of --tokens 32"),
+        (["--models", "xlstm-cpu-1m", "xlstm-cpu-1m"], "two models are called xlstm-cpu-1m; tell them apart"),
+    ],
+)
+def test_flags_that_cannot_be_are_refused(flags, message, capsys):
+    with pytest.raises(SystemExit) as ended:
+        throughput.main([*FAST, *flags])
+    assert ended.value.code == 2 and message in capsys.readouterr().err
+
+
 def test_the_kernels_that_run_are_recorded():
     model = parse_model("xlstm:pattern=['mlstm','slstm'],num_blocks=2,embedding_dim=32,num_heads=2,vocab_size=32")
     module = model.build("cpu", torch.float32)

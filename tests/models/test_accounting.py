@@ -84,8 +84,7 @@ def test_presets_of_a_size_match_within_one_percent(size):
     assert families >= {"xlstm", "transformer", "mamba1", "mamba2"}
     reference = count_parameters(PRESETS / f"xlstm-{size}.yaml")
     for preset in presets:
-        if not preset.name.startswith("xlstm-paper"):
-            assert abs(count_parameters(preset) / reference - 1) < 0.01, preset
+        assert abs(count_parameters(preset) / reference - 1) < 0.01, preset
 
 
 def test_published_baseline_totals():

@@ -240,8 +240,8 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     options.lengths = options.lengths or ([2048, 8192, 32768] if on_gpu else [512, 2048])
     if not options.generate and max(options.lengths) > options.tokens:
         parser.error(
-            f"--lengths {max(options.lengths)} is longer than a batch of --tokens {options.tokens}, which is the same at "
-            f"every length: give --tokens {max(options.lengths)} or more"
+            f"--lengths {max(options.lengths)} is longer than a batch of --tokens {options.tokens}, the same at every "
+            f"length: give --tokens {max(options.lengths)} or more"
         )
     if min(*options.lengths, *options.batch_sizes, options.new_tokens, options.rounds, options.tokens) < 1:
         parser.error("--lengths, --batch-sizes, --new-tokens, --tokens and --rounds must be at least 1")

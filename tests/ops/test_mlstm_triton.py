@@ -119,7 +119,13 @@ def test_kernels_that_fail_or_are_wrong_are_not_taken(
             forget = forget - forget.detach()
         return h + 1e-3 * forget[..., None] * h.detach().abs().max(), state
 
-    monkeypatch.setitem(BACKENDS, backend, wrong)
-    assert not check()
-    assert "are wrong on cpu" in said[-1]
+    def wrong_last_state(*inputs: Tensor, **options: Any) -> tuple[Tensor, Any]:
+        h, (C, n, m) = BACKENDS[stand_in](*inputs, **options)
+        return h, (C, 1.01 * n, m)
+
+    for each in (wrong, wrong_last_state):
+        monkeypatch.setitem(BACKENDS, backend, each)
+        said.clear()
+        assert not check()
+        assert "are wrong on cpu" in said[-1]
     assert torch.equal(torch.random.get_rng_state(), state)

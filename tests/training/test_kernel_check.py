@@ -34,7 +34,20 @@ def wrong_value(*inputs, **options):
 
 
 def wrong_gradient(q, k, v, i, f, **options):
-    return mlstm_compiled(q, k, v, i, f.detach(), **options)[0] + 0 * f.sum(), None
+    h, state = mlstm_compiled(q, k, v, i, f.detach(), **options)
+    return h + 0 * f.sum(), state
+
+
+def begins_empty(*inputs, initial_state=None, **options):
+    if initial_state is not None:
+        C, n, m = initial_state
+        initial_state = (0 * C, 0 * n, m)
+    return mlstm_compiled(*inputs, initial_state=initial_state, **options)
+
+
+def no_gradient_of_the_last_state(*inputs, **options):
+    h, state = mlstm_compiled(*inputs, **options)
+    return h, None if state is None else tuple(x.detach() + 0 * h.sum() for x in state)
 
 
 def crashes(*inputs, **options):
@@ -49,7 +62,7 @@ def test_right_kernels_stay_and_the_random_state_too(dtype, caplog):
     assert not caplog.records
 
 
-@pytest.mark.parametrize("kernel", [wrong_value, wrong_gradient, crashes])
+@pytest.mark.parametrize("kernel", [wrong_value, wrong_gradient, begins_empty, no_gradient_of_the_last_state, crashes])
 @pytest.mark.parametrize("configured", ["auto", "compiled"])
 def test_a_wrong_mlstm_is_replaced_by_name(kernel, configured, monkeypatch, caplog):
     monkeypatch.setitem(mlstm_ops.BACKENDS, "compiled", kernel)

@@ -7,12 +7,18 @@ from collections.abc import Callable
 from typing import TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 5e-2}
 """How far a kernel may be from its definition, of the largest entry of a value or gradient."""
 
+STATE_ENTRIES = 2**17
+"""Of all rows and heads together, so that the memory of the definition stays small for the widest heads."""
+
 Function = TypeVar("Function", bound=Callable)
+Checked = Callable[..., Tensor | tuple[Tensor, ...]]
+"""What is checked: a function of tensors, all of them leaves."""
 
 
 def asked_once(function: Function) -> Function:
@@ -31,7 +37,7 @@ def asked_once(function: Function) -> Function:
 
 
 def what_is_wrong(
-    prepare: Callable[[], tuple[Callable[..., Tensor], Callable[..., Tensor], list[Tensor]]],
+    prepare: Callable[[], tuple[Checked, Checked, list[Tensor]]],
     device: torch.device,
     dtype: torch.dtype,
     gradients: bool = True,
@@ -54,30 +60,34 @@ def what_is_wrong(
     return None if error <= TOLERANCE.get(dtype, 1e-9) else ("are wrong", f"error {error:.1e}")
 
 
-def compare(
-    function: Callable[..., Tensor], definition: Callable[..., Tensor], inputs: list[Tensor], gradients: bool = True
-) -> float:
-    """Largest error of the value and, by default, of every gradient of `function` against `definition` in float64.
+def compare(function: Checked, definition: Checked, inputs: list[Tensor], gradients: bool = True) -> float:
+    """Largest error of the values and, by default, of every gradient of `function` against `definition` in float64.
 
     Each is relative to the largest entry of what it should be; infinite where anything is not finite.
     """
     return max(errors(function, definition, inputs, gradients))
 
 
-def errors(
-    function: Callable[..., Tensor], definition: Callable[..., Tensor], inputs: list[Tensor], gradients: bool = True
-) -> tuple[float, float]:
-    """As `compare`, apart: the error of the value, and the largest of the gradients (0 where none was asked for)."""
+def errors(function: Checked, definition: Checked, inputs: list[Tensor], gradients: bool = True) -> tuple[float, float]:
+    """As `compare`, apart: the largest error of the values, and of the gradients (0 where none was asked for)."""
     leaves = [each.detach().requires_grad_(gradients) for each in inputs]
     exact_leaves = [each.detach().double().requires_grad_(gradients) for each in inputs]
-    value, exact = function(*leaves), definition(*exact_leaves)
-    of_value = _distance(value.detach(), exact.detach())
+    values, exact = _several(function(*leaves)), _several(definition(*exact_leaves))
+    of_values = _largest_distance(values, exact)
     if not gradients:
-        return of_value, 0.0
-    upstream = torch.randn_like(exact)
-    ours = torch.autograd.grad(value, leaves, upstream.to(value.dtype))
+        return of_values, 0.0
+    upstream = [torch.randn_like(each) for each in exact]
+    ours = torch.autograd.grad(values, leaves, [each.to(x.dtype) for each, x in zip(upstream, values, strict=True)])
     right = torch.autograd.grad(exact, exact_leaves, upstream)
-    return of_value, max(_distance(one, other) for one, other in zip(ours, right, strict=True))
+    return of_values, _largest_distance(ours, right)
+
+
+def _several(values: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (values,) if isinstance(values, Tensor) else values
+
+
+def _largest_distance(ours: tuple[Tensor, ...], right: tuple[Tensor, ...]) -> float:
+    return max(_distance(one.detach(), other.detach()) for one, other in zip(ours, right, strict=True))
 
 
 def _distance(ours: Tensor, right: Tensor) -> float:
@@ -96,6 +106,26 @@ def mlstm_inputs(
     return [*heads, *(gate + shift for gate, shift in zip(gates, (-1.0, 3.0), strict=True))]
 
 
+def mlstm_inputs_and_state(device: torch.device | str, dtype: torch.dtype, *, H: int, K: int, V: int) -> list[Tensor]:
+    """q, k, v, i, f of at most H heads, and C and n of a state, to check kernels for heads of such sizes with: more
+    steps than a chunk has, and no multiple of any."""
+    H = max(1, min(H, STATE_ENTRIES // (2 * K * V)))
+    inputs = mlstm_inputs(device, dtype, T=70, H=H, K=K, V=V)
+    return [*inputs, torch.randn(2, H, K, V, device=device), torch.randn(2, H, K, device=device)]
+
+
+def from_state_to_state(mlstm: Callable[..., tuple[Tensor, tuple[Tensor, Tensor, Tensor]]]) -> Checked:
+    """The mLSTM as a function of q, k, v, i, f, C and n (the first state; m is 0): h, and C and n of the last state."""
+
+    def function(*inputs: Tensor, **options: object) -> tuple[Tensor, Tensor, Tensor]:
+        *inputs, C_BHKV, n_BHK = inputs
+        state = (C_BHKV, n_BHK, torch.zeros_like(n_BHK[..., 0]))
+        h_BTHV, (C_BHKV, n_BHK, _) = mlstm(*inputs, initial_state=state, return_state=True, **options)
+        return h_BTHV, C_BHKV, n_BHK
+
+    return function
+
+
 def slstm_inputs(
     device: torch.device | str, dtype: torch.dtype, *, B: int = 2, T: int = 70, H: int = 2, D: int = 24
 ) -> list[Tensor]:
@@ -105,9 +135,38 @@ def slstm_inputs(
     return [scale * torch.randn(shape, device=device, dtype=dtype) for shape, scale in zip(shapes, scales, strict=True)]
 
 
+def scan_inputs(
+    device: torch.device | str, dtype: torch.dtype, *, B: int = 2, T: int = 100, E: int = 24, N: int = 16
+) -> list[Tensor]:
+    """x, dt, a, b, c and a state for the selective scan; dt, a and the state in float32."""
+    x, b, c = (torch.randn(B, T, width, device=device, dtype=dtype) for width in (E, N, N))
+    dt, a, state = (torch.randn(shape, device=device) for shape in ((B, T, E), (E, N), (B, E, N)))
+    return [x, F.softplus(dt - 2), -a.exp(), b, c, state]
+
+
+def ssd_inputs(
+    device: torch.device | str, dtype: torch.dtype, *, B: int = 2, T: int = 300, H: int = 2, P: int = 64, N: int = 128
+) -> list[Tensor]:
+    """x, dt, a, b, c and a state for SSD with one group, longer than mamba_ssm's chunks; dt, a and the state in
+    float32."""
+    x, b, c = (torch.randn(B, T, *sizes, device=device, dtype=dtype) for sizes in ((H, P), (1, N), (1, N)))
+    dt, a, state = (torch.randn(shape, device=device) for shape in ((B, T, H), (H,), (B, H, N, P)))
+    return [x, F.softplus(dt - 2), -a.exp(), b, c, state]
+
+
+def with_states(operation: Callable[..., tuple[Tensor, Tensor]], *inputs: Tensor, **options: object) -> Tensor:
+    """What such an operation makes of such inputs, the last of which is the state handed to it: its values and its last
+    state in one vector."""
+    *inputs, state = inputs
+    y, last = operation(*inputs, initial_state=state, return_state=True, **options)
+    return torch.cat((y.flatten().to(last.dtype), last.flatten()))
+
+
 def some_resets(inputs: list[Tensor]) -> Tensor:
-    """(B, T) for such inputs: documents start at 0, in the middle of a chunk, at its border, and at the last token."""
+    """(B, T) for such inputs: documents start in the middle of a chunk, at its border, and at the last token; in all
+    rows but the first, which goes on a state, also at 0."""
     B, T = inputs[0].shape[:2]
     resets_BT = torch.zeros(B, T, dtype=torch.bool, device=inputs[0].device)
-    resets_BT[:, [0, 31, min(64, T - 1), -1]] = True
+    resets_BT[:, [31, min(64, T - 1), -1]] = True
+    resets_BT[1:, 0] = True
     return resets_BT

@@ -14,8 +14,16 @@ from xlstm_lm.ops.mlstm.chunkwise import mlstm_chunkwise
 from xlstm_lm.ops.mlstm.compiled import mlstm_compiled
 from xlstm_lm.ops.mlstm.recurrence import State, mlstm_recurrence
 from xlstm_lm.ops.mlstm.step import mlstm_step
+from xlstm_lm.ops.mlstm.triton_launch import super_chunks_of
 from xlstm_lm.ops.native import kernels_available
-from xlstm_lm.ops.selfcheck import TOLERANCE, asked_once, mlstm_inputs, some_resets, what_is_wrong
+from xlstm_lm.ops.selfcheck import (
+    TOLERANCE,
+    asked_once,
+    from_state_to_state,
+    mlstm_inputs_and_state,
+    some_resets,
+    what_is_wrong,
+)
 
 
 def _mlstm_triton(*inputs: Tensor, **options: object) -> tuple[Tensor, State | None]:
@@ -167,31 +175,31 @@ def triton_is_right(backend: str, device: torch.device, dtype: torch.dtype) -> b
         return False
 
     def prepare() -> tuple[Callable, Callable, list[Tensor]]:
-        inputs = mlstm_inputs(device, dtype, K=64, V=128)
-        definition = functools.partial(mlstm, backend="recurrence")
-        if backend in STEPS:
-            return functools.partial(_token_by_token, backend), definition, inputs
-        resets = some_resets(inputs)
-        return (
-            functools.partial(mlstm, backend=backend, resets=resets),
-            functools.partial(definition, resets=resets),
-            inputs,
-        )
+        inputs = mlstm_inputs_and_state(device, dtype, H=2, K=64, V=128)
+        options = {"resets": some_resets(inputs)}
+        kernels = functools.partial(_token_by_token if backend in STEPS else mlstm, backend=backend, **options)
+        definition = functools.partial(mlstm, backend="recurrence", **options)
+        return from_state_to_state(kernels), from_state_to_state(definition), inputs
 
-    found = what_is_wrong(prepare, device, dtype, gradients=backend not in STEPS)
+    with super_chunks_of(2):
+        found = what_is_wrong(prepare, device, dtype, gradients=backend not in STEPS)
     if found is not None:
         verdict, reason = found
         announce_once(f"the mLSTM's Triton kernels (`{backend}`) {verdict} on {device}, {dtype} ({reason}): {slow}")
     return found is None
 
 
-def _token_by_token(backend: str, *inputs: Tensor) -> Tensor:
-    """A whole sequence through a backend of `STEPS`, as in generation."""
-    h_BTHV, state = [], None
-    for step in zip(*(x.split(1, dim=1) for x in inputs)):
-        h_B1HV, state = mlstm(*step, initial_state=state, return_state=True, overwrite_state=True, backend=backend)
+def _token_by_token(
+    *inputs: Tensor, resets: Tensor, initial_state: State, return_state: bool, backend: str
+) -> tuple[Tensor, State]:
+    """`mlstm` through a backend of `STEPS`, as in generation: with resets only where there is one."""
+    h_BTHV, state = [], initial_state
+    options = {"return_state": return_state, "backend": backend}
+    for *step, resets_B1 in zip(*(x.split(1, dim=1) for x in (*inputs, resets))):
+        options["resets"] = resets_B1 if resets_B1.any() else None
+        h_B1HV, state = mlstm(*step, initial_state=state, overwrite_state=bool(h_BTHV), **options)
         h_BTHV.append(h_B1HV)
-    return torch.cat(h_BTHV, 1)
+    return torch.cat(h_BTHV, 1), state
 
 
 def _check(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -117,6 +119,20 @@ def make_plan(chosen: Launches, B: int, T: int, H: int, K: int, V: int, device: 
     wanted = max(1, PROGRAMS * _processors(device) // (B * H * blocks))
     longest = -(-chunks // wanted)
     return Plan(chosen.L, min(chunks, max(longest, SHORTEST)), chosen.precision)
+
+
+@contextlib.contextmanager
+def super_chunks_of(chunks: int) -> Iterator[None]:
+    """Have super-chunks of `chunks` chunks at least, so that in a check a few steps make several.
+
+    In the whole process: the backward pass of a GPU has a thread of its own.
+    """
+    global SHORTEST
+    before, SHORTEST = SHORTEST, chunks
+    try:
+        yield
+    finally:
+        SHORTEST = before
 
 
 @functools.cache

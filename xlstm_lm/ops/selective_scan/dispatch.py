@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 from collections.abc import Callable
 
 import torch
@@ -10,10 +12,16 @@ from torch import Tensor
 from xlstm_lm.ops.announce import announce_once
 from xlstm_lm.ops.native import kernels_available
 from xlstm_lm.ops.selective_scan.compiled import scan_compiled
+from xlstm_lm.ops.selective_scan.mamba_ssm import scan_mamba_ssm
 from xlstm_lm.ops.selective_scan.recurrence import Result, scan_recurrence
+from xlstm_lm.ops.selfcheck import TOLERANCE, asked_once, scan_inputs, some_resets, what_is_wrong, with_states
 
 BACKENDS: dict[str, Callable[..., Result]] = {"recurrence": scan_recurrence, "compiled": scan_compiled}
-"""Every implementation by its name; all take the arguments of `selective_scan` but `backend`."""
+"""Every implementation by its name; all take the arguments of `selective_scan` but `backend`. Where the package
+mamba_ssm is installed also its own, for a GPU."""
+if importlib.util.find_spec("mamba_ssm") is not None:
+    BACKENDS["mamba_ssm"] = scan_mamba_ssm
+SLOW = "Mamba-1's selective scan runs step by step in Python (`recurrence`), which is far slower"
 
 
 def selective_scan(
@@ -45,7 +53,7 @@ def selective_scan(
         ValueError: an unknown backend.
     """
     if backend == "auto":
-        backend = choose_backend(x_BTE)
+        backend = choose_backend(x_BTE, a_EN)
     elif backend == "compiled" and x_BTE.device.type != "cpu":
         raise ValueError(f"the backend 'compiled' takes CPU tensors, but x is on {x_BTE.device}; choose 'auto'")
     elif backend not in BACKENDS:
@@ -65,10 +73,31 @@ def selective_scan(
     )
 
 
-def choose_backend(x_BTE: Tensor) -> str:
-    """What "auto" means for an input like `x_BTE`. Builds the CPU kernel on first use."""
-    slow = "Mamba-1's selective scan runs step by step in Python (`recurrence`), which is far slower"
-    if x_BTE.device.type == "cpu":
-        return "compiled" if kernels_available(slow) else "recurrence"
-    announce_once(f"no fused selective scan for {x_BTE.device.type}: {slow}")
+def choose_backend(x_BTE: Tensor, a_EN: Tensor) -> str:
+    """What "auto" means for such inputs: "compiled" on a CPU, which is built on first use; "mamba_ssm" on a GPU where
+    that package is installed and proves right; else, and for a single step on a GPU, "recurrence"."""
+    device, N = x_BTE.device, a_EN.shape[1]
+    if device.type == "cpu":
+        return "compiled" if kernels_available(SLOW) else "recurrence"
+    if x_BTE.shape[1] == 1:
+        return "recurrence"
+    if device.type == "cuda" and "mamba_ssm" in BACKENDS and x_BTE.dtype in TOLERANCE:
+        return "mamba_ssm" if _mamba_ssm_is_right(device, x_BTE.dtype, N) else "recurrence"
+    announce_once(f"no fused selective scan for {x_BTE.dtype} on {device.type} (on a GPU, install mamba_ssm): {SLOW}")
     return "recurrence"
+
+
+@asked_once
+def _mamba_ssm_is_right(device: torch.device, dtype: torch.dtype, N: int) -> bool:
+    """Whether mamba_ssm's scan computes the definition on this device, values and gradients; if not, says so."""
+
+    def prepare() -> tuple[Callable, Callable, list[Tensor]]:
+        inputs = scan_inputs(device, dtype, N=N)
+        run = functools.partial(with_states, selective_scan, resets=some_resets(inputs))
+        return *(functools.partial(run, backend=name) for name in ("mamba_ssm", "recurrence")), inputs
+
+    found = what_is_wrong(prepare, device, dtype)
+    if found is not None:
+        verdict, reason = found
+        announce_once(f"mamba_ssm's selective scan {verdict} on {device}, {dtype}, {N} states ({reason}): {SLOW}")
+    return found is None

@@ -154,12 +154,14 @@ def ssd_inputs(
     return [x, F.softplus(dt - 2), -a.exp(), b, c, state]
 
 
-def with_states(operation: Callable[..., tuple[Tensor, Tensor]], *inputs: Tensor, **options: object) -> Tensor:
-    """What such an operation makes of such inputs, the last of which is the state handed to it: its values and its last
-    state in one vector."""
-    *inputs, state = inputs
-    y, last = operation(*inputs, initial_state=state, return_state=True, **options)
-    return torch.cat((y.flatten().to(last.dtype), last.flatten()))
+def with_states(operation: Callable[..., tuple[Tensor, Tensor]]) -> Checked:
+    """Such an operation as a function of all these, the state too: its values and its last state."""
+
+    def function(*inputs: Tensor, **options: object) -> tuple[Tensor, Tensor]:
+        *inputs, state = inputs
+        return operation(*inputs, initial_state=state, return_state=True, **options)
+
+    return function
 
 
 def some_resets(inputs: list[Tensor]) -> Tensor:

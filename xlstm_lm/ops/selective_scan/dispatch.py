@@ -93,7 +93,7 @@ def _mamba_ssm_is_right(device: torch.device, dtype: torch.dtype, N: int) -> boo
 
     def prepare() -> tuple[Callable, Callable, list[Tensor]]:
         inputs = scan_inputs(device, dtype, N=N)
-        run = functools.partial(with_states, selective_scan, resets=some_resets(inputs))
+        run = functools.partial(with_states(selective_scan), resets=some_resets(inputs))
         return *(functools.partial(run, backend=name) for name in ("mamba_ssm", "recurrence")), inputs
 
     found = what_is_wrong(prepare, device, dtype)

@@ -128,15 +128,17 @@ def test_the_backend_is_chosen_by_what_is_asked() -> None:
 @pytest.mark.parametrize("right", [True, False])
 def test_a_gpu_takes_the_kernels_that_prove_right(right: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
-    monkeypatch.setattr(dispatch, "triton_is_right", lambda backend, *_: asked.append(backend) or right)
+    monkeypatch.setattr(dispatch, "triton_is_right", lambda *kind: asked.append(kind) or right)
     with FakeTensorMode():
         one, two = (torch.empty(1, T, 2, 8, device="cuda") for T in (1, 2))
-        assert choose_backend(one) == ("triton_step" if right else "step")
-        assert choose_backend(one.requires_grad_()) == ("triton" if right else "chunkwise")
-        assert choose_backend(two) == ("triton" if right else "chunkwise")
-        assert asked == ["triton_step", "triton", "triton"]
-        assert choose_backend(two.double()) == "chunkwise", "the kernels have no float64"
-        assert choose_backend(one.detach().double()) == "step"
+        qkv = lambda x: (x, x, torch.empty(*x.shape[:3], 24, device="cuda", dtype=x.dtype))
+        assert choose_backend(*qkv(one)) == ("triton_step" if right else "step")
+        assert choose_backend(*qkv(one.requires_grad_())) == ("triton" if right else "chunkwise")
+        assert choose_backend(*qkv(two), input_gate="sigmoid") == ("triton" if right else "chunkwise")
+        kinds = ("triton_step", "exp"), ("triton", "exp"), ("triton", "sigmoid")
+        assert asked == [(name, two.device, torch.float32, 8, 24, gate, True) for name, gate in kinds]
+        assert choose_backend(*qkv(two.double())) == "chunkwise", "the kernels have no float64"
+        assert choose_backend(*qkv(one.detach().double())) == "step"
         assert len(asked) == 3
 
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from mlstm_cases import check_case
 from torch import Tensor
+
+from xlstm_lm.ops.selfcheck import mlstm_inputs_and_state
 
 pytest.importorskip("triton", reason="Triton is not installed (pip install 'xlstm-lm[gpu]')")
 
@@ -91,6 +94,51 @@ def test_what_the_kernels_cannot_take_is_named() -> None:
         mlstm_triton(*(x.double() for x in inputs))
 
 
+def verdict(broken: str | None) -> str:
+    """What the guard of every GPU says of the kernels, interpreted, with a part of the super-chunks' path `broken`."""
+    from xlstm_lm.ops.mlstm import dispatch, triton_op, triton_states
+
+    def zero_borders(*arguments: Any, reverse: bool = False, **options: Any) -> Tensor:
+        C_BHSKV = border_states(*arguments, reverse=reverse, **options)
+        if reverse == (broken == "gradients at borders"):
+            C_BHSKV[:, :, 1:-1] = 0.0
+        return C_BHSKV
+
+    def no_products(*arguments: Any, **options: Any) -> tuple[Tensor, Tensor]:
+        products = arguments[5]
+        products[..., :-1] = 0.0
+        return gate_gradients(*arguments, **options)
+
+    border_states, gate_gradients, said = triton_op.border_states, triton_op.gate_gradients, []
+    changes = {
+        None: (triton_op, "border_states", border_states),
+        "states at borders": (triton_op, "border_states", zero_borders),
+        "gradients at borders": (triton_op, "border_states", zero_borders),
+        "join": (triton_states, "_join", lambda *_, **__: None),
+        "products": (triton_op, "gate_gradients", no_products),
+    }
+    one_head = lambda *kind, H, **sizes: mlstm_inputs_and_state(*kind, H=1, **sizes)  # of two: the interpreter is slow
+    with (
+        mock.patch.object(*changes[broken]),
+        mock.patch.object(dispatch, "mlstm_inputs_and_state", one_head),
+        mock.patch.object(dispatch, "announce_once", said.append),
+    ):
+        dispatch.triton_is_right.__wrapped__("triton", torch.device("cpu"), torch.float32, 16, 16, "exp", True)
+    return " ".join(said)
+
+
+SLOW = [pytest.param(each, marks=pytest.mark.slow) for each in ("gradients at borders", "join")]
+
+
+@pytest.mark.parametrize("broken", [None, "states at borders", "products", *SLOW])
+def test_the_guard_reaches_what_passes_between_super_chunks(interpreted: Callable, broken: str | None) -> None:
+    said = interpreted(verdict, broken)
+    assert ("are wrong on cpu for heads of 16 x 16" in said) if broken else not said
+
+
+KIND = (8, 12, "exp", True)
+
+
 @pytest.mark.parametrize(("backend", "stand_in"), [("triton", "chunkwise"), ("triton_step", "step")])
 def test_kernels_that_fail_or_are_wrong_are_not_taken(
     monkeypatch: pytest.MonkeyPatch, backend: str, stand_in: str
@@ -100,7 +148,7 @@ def test_kernels_that_fail_or_are_wrong_are_not_taken(
 
     said: list[str] = []
     monkeypatch.setattr(dispatch, "announce_once", said.append)
-    check = lambda: dispatch.triton_is_right.__wrapped__(backend, torch.device("cpu"), torch.float32)
+    check = lambda: dispatch.triton_is_right.__wrapped__(backend, torch.device("cpu"), torch.float32, *KIND)
     state = torch.random.get_rng_state()
     assert not check()
     assert f"(`{backend}`) do not run on cpu" in said[-1]

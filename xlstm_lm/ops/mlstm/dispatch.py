@@ -119,7 +119,7 @@ def mlstm(
         raise ValueError(f"chunk_length must be at least 1, got {chunk_length}; None picks a good one.")
     if backend == "auto":
         state = () if initial_state is None else initial_state
-        backend = choose_backend(q, k, v, i, f, *state)
+        backend = choose_backend(q, k, v, i, f, *state, input_gate=input_gate, normalize=normalize)
     elif backend == "compiled" and q.device.type != "cpu":
         raise ValueError(f"The mLSTM backend 'compiled' takes CPU tensors, but q is on {q.device}: choose 'auto'.")
     elif backend not in BACKENDS:
@@ -145,29 +145,41 @@ def mlstm(
     return (h_BTHV, state) if return_state else h_BTHV
 
 
-def choose_backend(q_BTHK: Tensor, *others: Tensor) -> str:
-    """What "auto" means for such inputs (`others`: k, v, i, f, the state).
+def choose_backend(
+    q_BTHK: Tensor,
+    k_BTHK: Tensor,
+    v_BTHV: Tensor,
+    *others: Tensor,
+    input_gate: str = "exp",
+    normalize: bool = True,
+) -> str:
+    """What "auto" means for such inputs (`others`: i, f, the state).
 
     On a GPU "triton", or "triton_step" for one token without gradient, for types that they take and where they prove
     right. Elsewhere "step" for one token without gradient, else on a CPU "compiled", which is built on first use, and
     "chunkwise" where that cannot be and on other devices.
     """
-    needs_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in (q_BTHK, *others))
+    inputs = (q_BTHK, k_BTHK, v_BTHV, *others)
+    needs_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
     one_step = q_BTHK.shape[1] == 1 and not needs_gradient
     plain, triton = ("step", "triton_step") if one_step else ("chunkwise", "triton")
-    if q_BTHK.device.type == "cuda" and all(x.dtype in TOLERANCE for x in (q_BTHK, *others)):
-        return triton if triton_is_right(triton, q_BTHK.device, q_BTHK.dtype) else plain
+    if q_BTHK.device.type == "cuda" and all(x.dtype in TOLERANCE for x in inputs):
+        kind = (q_BTHK.device, q_BTHK.dtype, q_BTHK.shape[-1], v_BTHV.shape[-1], input_gate, normalize)
+        return triton if triton_is_right(triton, *kind) else plain
     if q_BTHK.device.type == "cpu" and not one_step:
         return "compiled" if kernels_available(f"the mLSTM runs {SLOWER[plain]}, which is slower") else plain
     return plain
 
 
 @asked_once
-def triton_is_right(backend: str, device: torch.device, dtype: torch.dtype) -> bool:
+def triton_is_right(
+    backend: str, device: torch.device, dtype: torch.dtype, K: int, V: int, input_gate: str, normalize: bool
+) -> bool:
     """Whether "triton" or "triton_step" computes the definition on this device, values and (not the step) gradients; if
     not, says so.
 
-    Looked at once a process: a compiler that gets them wrong on a newer GPU must not go unnoticed.
+    Looked at once a process for all that other kernels are compiled for: a compiler that gets them wrong on a newer GPU
+    must not go unnoticed.
     """
     slow = f"the mLSTM runs {SLOWER['step' if backend in STEPS else 'chunkwise']}, which is slower"
     if backend not in BACKENDS:
@@ -175,8 +187,8 @@ def triton_is_right(backend: str, device: torch.device, dtype: torch.dtype) -> b
         return False
 
     def prepare() -> tuple[Callable, Callable, list[Tensor]]:
-        inputs = mlstm_inputs_and_state(device, dtype, H=2, K=64, V=128)
-        options = {"resets": some_resets(inputs)}
+        inputs = mlstm_inputs_and_state(device, dtype, H=2, K=K, V=V)
+        options = {"resets": some_resets(inputs), "input_gate": input_gate, "normalize": normalize}
         kernels = functools.partial(_token_by_token if backend in STEPS else mlstm, backend=backend, **options)
         definition = functools.partial(mlstm, backend="recurrence", **options)
         return from_state_to_state(kernels), from_state_to_state(definition), inputs
@@ -185,16 +197,14 @@ def triton_is_right(backend: str, device: torch.device, dtype: torch.dtype) -> b
         found = what_is_wrong(prepare, device, dtype, gradients=backend not in STEPS)
     if found is not None:
         verdict, reason = found
-        announce_once(f"the mLSTM's Triton kernels (`{backend}`) {verdict} on {device}, {dtype} ({reason}): {slow}")
+        heads = f"heads of {K} x {V}, {dtype}"
+        announce_once(f"the mLSTM's Triton kernels (`{backend}`) {verdict} on {device} for {heads} ({reason}): {slow}")
     return found is None
 
 
-def _token_by_token(
-    *inputs: Tensor, resets: Tensor, initial_state: State, return_state: bool, backend: str
-) -> tuple[Tensor, State]:
+def _token_by_token(*inputs: Tensor, resets: Tensor, initial_state: State, **options: object) -> tuple[Tensor, State]:
     """`mlstm` through a backend of `STEPS`, as in generation: with resets only where there is one."""
     h_BTHV, state = [], initial_state
-    options = {"return_state": return_state, "backend": backend}
     for *step, resets_B1 in zip(*(x.split(1, dim=1) for x in (*inputs, resets))):
         options["resets"] = resets_B1 if resets_B1.any() else None
         h_B1HV, state = mlstm(*step, initial_state=state, overwrite_state=bool(h_BTHV), **options)

@@ -1,14 +1,22 @@
 """Causal depthwise convolution over time that restarts, exactly, where a document starts.
 
 Written as W shifted multiply-adds over blocks of rows small enough to stay in the cache: on a CPU that is
-two to three times as fast, forward and backward, as a grouped `conv1d`, whose weight gradient is slow there.
+two to three times as fast, forward and backward, as a grouped `conv1d`, whose weight gradient is slow there. On a GPU
+the kernel of the package causal_conv1d takes its place, where that is installed.
 """
 
 from __future__ import annotations
 
+import functools
+import importlib.util
+from collections.abc import Callable
+
 import torch
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
+
+from xlstm_lm.ops.announce import announce_once
+from xlstm_lm.ops.selfcheck import TOLERANCE, asked_once, some_resets, what_is_wrong
 
 _BLOCK_ELEMENTS = 1 << 16  # of a CPU block; 256 KiB of float32, half a small core's L2 with its output
 
@@ -21,6 +29,7 @@ def causal_conv(
     resets_BT: torch.Tensor | None = None,
     initial_state_BWD: torch.Tensor | None = None,
     return_state: bool = False,
+    backend: str = "auto",
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """y_t = bias + sum_j weight[:, W-1-j] * x_{t-j}, each channel for itself, over the inputs of t's own document.
 
@@ -34,15 +43,22 @@ def causal_conv(
         resets_BT: (B, T) bool; true where a document starts: nothing before it is seen from there on.
         initial_state_BWD: (B, W - 1, D), the inputs before the first, oldest first; None means zeros.
         return_state: also return such a state for what follows, with what precedes the last reset set to zero.
+        backend: "auto" or a name in `BACKENDS`.
 
     Returns:
         y (B, T, D) in x's dtype and, with `return_state`, the state (B, W - 1, D). Half precisions are summed in
         float32. Gradients reach x, weight, bias and the initial state, also from the returned state.
 
     Raises:
-        ValueError: shapes or dtypes that do not fit each other.
+        ValueError: shapes or dtypes that do not fit each other, or an unknown backend.
     """
     _check(x_BTD, weight_DW, bias_D, resets_BT, initial_state_BWD)
+    if backend == "auto":
+        backend = choose_backend(x_BTD, weight_DW)
+    elif backend not in BACKENDS:
+        raise ValueError(
+            f"unknown convolution backend {backend!r}: choose 'auto' or one of {', '.join(map(repr, BACKENDS))}"
+        )
     past = weight_DW.shape[1] - 1
     extended_BTD = x_BTD
     if initial_state_BWD is not None:
@@ -50,7 +66,7 @@ def causal_conv(
         resets_BT = None if resets_BT is None else pad(resets_BT, (past, 0))
     documents_BT = None if resets_BT is None else resets_BT.cumsum(1)
 
-    y_BTD = _CausalConv.apply(extended_BTD, weight_DW, bias_D, documents_BT)
+    y_BTD = BACKENDS[backend](extended_BTD, weight_DW, bias_D, documents_BT)
     if initial_state_BWD is not None:
         y_BTD = y_BTD[:, past:]
     if not return_state:
@@ -62,6 +78,14 @@ def causal_conv(
         of_last_document_BW = documents_BT[:, max(first, 0) :] == documents_BT[:, -1:]
         state_BWD = torch.where(of_last_document_BW[:, :, None], state_BWD, 0.0)
     return y_BTD, pad(state_BWD, (0, 0, max(-first, 0), 0))
+
+
+def choose_backend(x_BTD: torch.Tensor, weight_DW: torch.Tensor) -> str:
+    """What "auto" means: "causal_conv1d" on a GPU where that package is installed, takes such a width and such weights
+    and proves right, else "torch"."""
+    if x_BTD.device.type == "cuda" and "causal_conv1d" in BACKENDS and x_BTD.dtype in TOLERANCE:
+        return "causal_conv1d" if _causal_conv1d_is_right(x_BTD.device, x_BTD.dtype, *weight_DW.shape) else "torch"
+    return "torch"
 
 
 class _CausalConv(torch.autograd.Function):
@@ -133,6 +157,47 @@ def _same_document(values: torch.Tensor, documents: torch.Tensor | None, age: in
     if documents is None:
         return values
     return values * (documents[:, :-age] == documents[:, age:]).to(values.dtype)[:, :, None]
+
+
+@torch.compiler.disable  # torch.compile cannot look into the package
+def _causal_conv1d(
+    x_BTD: torch.Tensor, weight_DW: torch.Tensor, bias_D: torch.Tensor | None, documents_BT: torch.Tensor | None
+) -> torch.Tensor:
+    """By the package causal_conv1d, which knows documents where the channels lie side by side."""
+    from causal_conv1d import causal_conv1d_fn
+
+    stride_B, stride_T, stride_D = x_BTD.stride()
+    if stride_D != 1 or any(each % 8 for each in (stride_B, stride_T, x_BTD.storage_offset())):
+        x_BTD = x_BTD.clone(memory_format=torch.contiguous_format)  # it reads eight channels at once
+    bias_D = None if bias_D is None else bias_D.to(weight_DW.dtype)
+    documents_BT = None if documents_BT is None else documents_BT.to(torch.int32)
+    return causal_conv1d_fn(x_BTD.transpose(1, 2), weight_DW, bias_D, seq_idx=documents_BT).transpose(1, 2)
+
+
+BACKENDS: dict[str, Callable[..., torch.Tensor]] = {"torch": _CausalConv.apply}
+"""The convolution from an empty past by name: the definition and, where the package causal_conv1d is installed, its
+kernel for a GPU."""
+if importlib.util.find_spec("causal_conv1d") is not None:
+    BACKENDS["causal_conv1d"] = _causal_conv1d
+
+
+@asked_once
+def _causal_conv1d_is_right(device: torch.device, dtype: torch.dtype, D: int, W: int) -> bool:
+    """Whether causal_conv1d's kernel computes the definition on this device, values and gradients; if not, says so."""
+
+    def prepare() -> tuple[Callable, Callable, list[torch.Tensor]]:
+        inputs = [torch.randn(shape, device=device, dtype=dtype) for shape in ((2, 70, D), (D, W), (D,))]
+        run = functools.partial(causal_conv, resets_BT=some_resets(inputs))
+        return *(functools.partial(run, backend=name) for name in ("causal_conv1d", "torch")), inputs
+
+    found = what_is_wrong(prepare, device, dtype)
+    if found is not None:
+        verdict, reason = found
+        announce_once(
+            f"causal_conv1d's kernel {verdict} on {device}, {dtype}, {D} channels, {W} taps ({reason}): the "
+            "convolution runs in PyTorch (`torch`), which is slower"
+        )
+    return found is None
 
 
 def _check(x_BTD, weight_DW, bias_D, resets_BT, initial_state_BWD) -> None:

@@ -11,12 +11,11 @@ import importlib.util
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from xlstm_lm.ops.announce import announce_once
 from xlstm_lm.ops.mlstm import mlstm
-from xlstm_lm.ops.selfcheck import TOLERANCE, asked_once, what_is_wrong
+from xlstm_lm.ops.selfcheck import TOLERANCE, asked_once, ssd_inputs, what_is_wrong, with_states
 
 Result = tuple[Tensor, Tensor | None]
 
@@ -81,7 +80,7 @@ def _recurrence(x_BTHP, dt_BTH, a_H, b_BTGN, c_BTGN, resets_BT, state_BHNP, retu
     return torch.stack(steps, dim=1).to(x_BTHP.dtype), state_BHNP if return_state else None
 
 
-def _mlstm(x_BTHP, dt_BTH, a_H, b_BTGN, c_BTGN, resets_BT, state_BHNP, return_state) -> Result:
+def _mlstm(x_BTHP, dt_BTH, a_H, b_BTGN, c_BTGN, resets_BT, state_BHNP, return_state, backend="auto") -> Result:
     heads, N = x_BTHP.shape[2], b_BTGN.shape[3]
     tiny = torch.finfo(dt_BTH.dtype).tiny
     decay_BTH = (-dt_BTH * a_H).clamp_min(tiny)
@@ -98,6 +97,7 @@ def _mlstm(x_BTHP, dt_BTH, a_H, b_BTGN, c_BTGN, resets_BT, state_BHNP, return_st
         initial_state=initial_state,
         return_state=return_state,
         normalize=False,
+        backend=backend,
     )
     if not return_state:
         return y_BTHP, None
@@ -105,6 +105,7 @@ def _mlstm(x_BTHP, dt_BTH, a_H, b_BTGN, c_BTGN, resets_BT, state_BHNP, return_st
     return y_BTHP, state_BHNP * m_BH.exp()[..., None, None]
 
 
+@torch.compiler.disable  # torch.compile cannot look into the package
 def _mamba_ssm(x_BTHP, dt_BTH, a_H, b_BTGN, c_BTGN, resets_BT, state_BHNP, return_state) -> Result:
     from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
 
@@ -129,8 +130,13 @@ def _for_each_head(x_BTGN: Tensor, num_heads: int) -> Tensor:
     return x_BTGN[:, :, :, None].expand(B, T, G, num_heads // G, N).reshape(B, T, num_heads, N)
 
 
-BACKENDS: dict[str, Callable[..., Result]] = {"recurrence": _recurrence, "mlstm": _mlstm}
-"""The definition, and the mLSTM's kernels; where the package mamba_ssm is installed, also its own for a GPU."""
+BACKENDS: dict[str, Callable[..., Result]] = {
+    "recurrence": _recurrence,
+    "mlstm": _mlstm,
+    "chunkwise": functools.partial(_mlstm, backend="chunkwise"),
+}
+"""The definition, the mLSTM's fastest kernels, and its form in plain PyTorch; where the package mamba_ssm is installed,
+also its own for a GPU."""
 if importlib.util.find_spec("mamba_ssm") is not None:
     BACKENDS["mamba_ssm"] = _mamba_ssm
 
@@ -140,15 +146,10 @@ def _mamba_ssm_is_right(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether mamba_ssm's kernels compute the definition on this device, values and gradients; if not, says so."""
 
     def prepare() -> tuple[Callable, Callable, list[Tensor]]:
-        B, T, H, P, N = 2, 300, 2, 64, 128
-        inputs = [torch.randn(B, T, *sizes, device=device, dtype=dtype) for sizes in ((H, P), (1, N), (1, N))]
-        inputs += [torch.randn(B, T, H, device=device), torch.randn(H, device=device)]
-        resets_BT = torch.zeros(B, T, dtype=torch.bool, device=device)
-        resets_BT[:, [31, 256, 299]] = True
-
-        def run(x, b, c, dt, a, backend):
-            return ssd(x, F.softplus(dt - 2), -torch.exp(a), b, c, resets=resets_BT, backend=backend)[0]
-
+        inputs = ssd_inputs(device, dtype)
+        resets_BT = torch.zeros(inputs[0].shape[:2], dtype=torch.bool, device=device)
+        resets_BT[0, [31, 256, 299]] = True  # the other row goes from state to state
+        run = functools.partial(with_states(ssd), resets=resets_BT)
         return *(functools.partial(run, backend=name) for name in ("mamba_ssm", "recurrence")), inputs
 
     found = what_is_wrong(prepare, device, dtype)

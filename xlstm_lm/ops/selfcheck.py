@@ -165,10 +165,10 @@ def with_states(operation: Callable[..., tuple[Tensor, Tensor]]) -> Checked:
 
 
 def some_resets(inputs: list[Tensor]) -> Tensor:
-    """(B, T) for such inputs: documents start in the middle of a chunk, at its border, and at the last token; in all
-    rows but the first, which goes on a state, also at 0."""
+    """(B, T) for such inputs. Documents of the first row start at 0, in the middle of a chunk, at its border, and at
+    the last token; those of the others once, so that a first state is seen before and states pass all borders after."""
     B, T = inputs[0].shape[:2]
     resets_BT = torch.zeros(B, T, dtype=torch.bool, device=inputs[0].device)
-    resets_BT[:, [31, min(64, T - 1), -1]] = True
-    resets_BT[1:, 0] = True
+    resets_BT[0, [0, min(31, T - 1), min(64, T - 1), -1]] = True
+    resets_BT[1:, min(5, T - 1)] = True
     return resets_BT

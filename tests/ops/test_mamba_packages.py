@@ -92,7 +92,7 @@ def test_the_scan_through_mamba_ssm_is_given_no_more_steps_than_documents_and_st
 def test_documents_and_states_go_through_causal_conv1d(T, kind, dtype):
     torch.manual_seed(0)
     # As a model hands it over: an odd part of one projection, which the kernel could not read where it lies.
-    shapes = ((2, T, 5 + 16 + 4), (16, 4), (16,), (2, 3, 16))
+    shapes = ((2, T, 5 + 16 + 3), (16, 4), (16,), (2, 3, 16))
     inputs = [torch.randn(shape, dtype=dtype) for shape in shapes]
     options = {"resets_BT": resets_of(kind, 2, T), "return_state": True}
 

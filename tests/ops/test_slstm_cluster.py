@@ -180,6 +180,7 @@ def test_a_crowded_gpu_gets_wider_tiles(monkeypatch, B, tiles):
     )
     [(layout, blocks, threads)] = launched
     assert (layout.tiles, blocks, threads) == (tiles, -(-B // (8 * tiles)) * 3 * 8, 128)
+    assert cluster.rows(B, 3, 256, torch.bfloat16, torch.device("cpu")) == 8 * tiles
 
 
 def test_a_mistake_in_the_source_is_told():

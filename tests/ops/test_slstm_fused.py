@@ -187,13 +187,15 @@ def stand_ins(monkeypatch):
     said = []
     monkeypatch.setattr(dispatch, "announce_once", said.append)
     monkeypatch.setattr(dispatch, "why_not", lambda backend, *_: None)
+    monkeypatch.setattr(dispatch, "_rows", lambda backend, B, *_: 8 if B < 100 else 16)
+    monkeypatch.setattr(dispatch, "_what_is_wrong", dispatch._what_is_wrong.__wrapped__)
     for name in ("triton", "cluster"):
         monkeypatch.setitem(BACKENDS, name, BACKENDS["batched"])
     return said
 
 
-def chosen(dtype=torch.float32, D=8):
-    return dispatch._first_right.__wrapped__(torch.device("cpu"), dtype, D)
+def chosen(dtype=torch.float32, B=3):
+    return dispatch._first_right.__wrapped__(torch.device("cpu"), dtype, B, 2, 8)
 
 
 def test_the_fastest_that_takes_the_heads_is_chosen(stand_ins, monkeypatch):
@@ -226,6 +228,18 @@ def test_kernels_that_are_wrong_or_do_not_run_are_not_chosen(stand_ins, monkeypa
     monkeypatch.setitem(BACKENDS, "batched", broken)
     assert chosen() == "recurrence"
     assert "step by step in Python" in stand_ins[-1]
+
+
+def test_kernels_are_checked_with_the_rows_that_they_take_of_the_batch(stand_ins, monkeypatch):
+    def wrong_on_large_batches(wx, r, bias, **options):
+        y = BACKENDS["batched"](wx, r, bias, **options)
+        return y if len(wx) < 100 else 1.01 * y
+
+    monkeypatch.setitem(BACKENDS, "triton", wrong_on_large_batches)
+    assert chosen(B=99) == "triton"
+    assert not stand_ins
+    assert chosen(B=100) == "cluster"
+    assert "without its kernels `triton`" in stand_ins[0] and "are wrong (error" in stand_ins[0]
 
 
 def test_the_tolerance_of_the_self_check_is_far_from_what_the_loops_differ_by():

@@ -161,9 +161,16 @@ def launches() -> list[tuple[int, int]]:
     return [triton_loops.launch_for(B, H, 64, device)[:2] for B, H in ((16, 12), (88, 12), (96, 12), (1024, 12))]
 
 
+def triton_rows(B: int) -> int:
+    from xlstm_lm.ops.slstm import triton_loops
+
+    return triton_loops.rows(B, 12, 64, torch.bfloat16, torch.device("cpu"))
+
+
 def test_the_batch_is_cut_as_fine_as_there_are_processors():
     pytest.importorskip("triton", reason="Triton is not installed (pip install 'xlstm-lm[gpu]')")
     assert launches() == [(8, 4), (8, 4), (16, 4), (16, 4)]
+    assert [triton_rows(B) for B in (88, 96)] == [8, 16]
 
 
 def test_heads_that_do_not_fit_are_refused_by_name(interpreted):

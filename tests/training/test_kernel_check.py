@@ -57,7 +57,7 @@ def crashes(*inputs, **options):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_right_kernels_stay_and_the_random_state_too(dtype, caplog):
     before = torch.random.get_rng_state()
-    assert with_kernels_that_are_right(MIXED, ALONE, dtype) is MIXED
+    assert with_kernels_that_are_right(MIXED, ALONE, dtype, 4) is MIXED
     assert torch.equal(torch.random.get_rng_state(), before)
     assert not caplog.records
 
@@ -67,22 +67,31 @@ def test_right_kernels_stay_and_the_random_state_too(dtype, caplog):
 def test_a_wrong_mlstm_is_replaced_by_name(kernel, configured, monkeypatch, caplog):
     monkeypatch.setitem(mlstm_ops.BACKENDS, "compiled", kernel)
     config = replace(MIXED, mlstm_backend=configured)
-    assert with_kernels_that_are_right(config, ALONE, torch.float32) == replace(config, mlstm_backend="chunkwise")
+    assert with_kernels_that_are_right(config, ALONE, torch.float32, 4) == replace(config, mlstm_backend="chunkwise")
     (record,) = caplog.records
     assert "the mlstm kernel 'compiled' does not compute its definition on cpu" in record.getMessage()
 
 
 def test_a_wrong_slstm_is_replaced_by_name(monkeypatch, caplog):
     monkeypatch.setitem(slstm_ops.BACKENDS, "compiled", lambda wx, *rest, **options: slstm_compiled(-wx, *rest))
-    found = with_kernels_that_are_right(MIXED, ALONE, torch.float32)
+    found = with_kernels_that_are_right(MIXED, ALONE, torch.float32, 4)
     assert found.mlstm_backend == "auto" and found.slstm_backend in ("batched", "recurrence")
     assert "the slstm kernel 'compiled' does not compute" in caplog.text
+
+
+def test_the_slstm_is_checked_on_as_many_rows_as_the_run_has(monkeypatch):
+    def wrong_on_many_rows(wx, *rest, **options):
+        return slstm_compiled(-wx if len(wx) > 4 else wx, *rest, **options)
+
+    monkeypatch.setitem(slstm_ops.BACKENDS, "compiled", wrong_on_many_rows)
+    assert with_kernels_that_are_right(MIXED, ALONE, torch.float32, 4) is MIXED
+    assert with_kernels_that_are_right(MIXED, ALONE, torch.float32, 5).slstm_backend == "batched"
 
 
 def test_a_replacement_that_is_wrong_too_is_passed_over(monkeypatch):
     monkeypatch.setitem(mlstm_ops.BACKENDS, "compiled", crashes)
     monkeypatch.setitem(mlstm_ops.BACKENDS, "chunkwise", wrong_value)
-    assert with_kernels_that_are_right(MIXED, ALONE, torch.float32).mlstm_backend == "recurrence"
+    assert with_kernels_that_are_right(MIXED, ALONE, torch.float32, 4).mlstm_backend == "recurrence"
 
 
 class AmongTwo(World):
@@ -108,7 +117,7 @@ def test_what_another_rank_finds_counts_here(seen_there, expected, caplog):
     elsewhere[:] = seen_there
     two = AmongTwo(rank=0, size=2, local_rank=0, device=torch.device("cpu"))
     config = XLSTMConfig(vocab_size=32, embedding_dim=32, num_blocks=1)
-    assert with_kernels_that_are_right(config, two, torch.float32).mlstm_backend == expected
+    assert with_kernels_that_are_right(config, two, torch.float32, 4).mlstm_backend == expected
     assert ("on 1 of 2 processes" in caplog.text) == (expected == "chunkwise")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -36,6 +36,8 @@ class _Case:
     """An operation on the model's own head sizes."""
 
     module: ModuleType
+    choose: Callable[[list[Tensor]], str]
+    """The backend that "auto" means for such inputs."""
     function: Checked
     inputs: list[Tensor]
 
@@ -53,19 +55,20 @@ class _Case:
         return "" if error <= tolerance else f"error {error:.1e}, allowed {tolerance:.0e}"
 
 
-def with_kernels_that_are_right(config: Any, world: World, dtype: torch.dtype) -> Any:
+def with_kernels_that_are_right(config: Any, world: World, dtype: torch.dtype, micro_rows: int) -> Any:
     """The model configuration, with another backend named where the one it would take computes something else.
 
     Compares, on small inputs with the model's head sizes and in `dtype`, the kernels that the model takes on this
-    world's device with their definitions in float64, values and gradients. A kernel that is wrong, or does not run, on
-    any rank is replaced on all of them, and announced. Collective; leaves the random state as it was.
+    world's device for `micro_rows` rows with their definitions in float64, values and gradients. A kernel that is
+    wrong, or does not run, on any rank is replaced on all of them, and announced. Collective; leaves the random state
+    as it was.
     """
     if not isinstance(config, XLSTMConfig):
         return config
     devices = [world.device] if world.device.type == "cuda" else []
     with torch.random.fork_rng(devices), torch.enable_grad():
         torch.manual_seed(0)
-        for name, cases in _cases(config, world.device, dtype):
+        for name, cases in _cases(config, world.device, dtype, micro_rows):
             field = f"{name}_backend"
             backend = _backend_for_all(name, getattr(config, field), cases, world)
             if backend is not None:
@@ -80,8 +83,7 @@ def _backend_for_all(name: str, configured: str, cases: list[_Case], world: Worl
     module = cases[0].module
     own = configured
     if configured == "auto":
-        inputs = [each.detach().requires_grad_() for each in cases[0].inputs]
-        own = module.choose_backend(*(inputs if name == "mlstm" else inputs[:1]))
+        own = cases[0].choose([each.detach().requires_grad_() for each in cases[0].inputs])
     wanted = world.from_first(own)
     for backend in dict.fromkeys((wanted, *(each for each in SLOWER if each in module.BACKENDS))):
         problems = [] if backend == "recurrence" else [case.problem(backend) for case in cases]
@@ -99,7 +101,9 @@ def _backend_for_all(name: str, configured: str, cases: list[_Case], world: Worl
     raise AssertionError("the definition is always right")
 
 
-def _cases(config: XLSTMConfig, device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, list[_Case]]]:
+def _cases(
+    config: XLSTMConfig, device: torch.device, dtype: torch.dtype, micro_rows: int
+) -> Iterator[tuple[str, list[_Case]]]:
     """Each operation that the model has, with its head sizes."""
     kinds, heads = set(config.block_kinds()), config.num_heads
     widths = {"mlstm": (config.qk_dim, config.v_dim), "mlstm_paper": (config.paper_inner_dim,) * 2}
@@ -109,7 +113,12 @@ def _cases(config: XLSTMConfig, device: torch.device, dtype: torch.dtype) -> Ite
     )
     if sizes:
         inputs = [mlstm_inputs_and_state(device, dtype, H=min(heads, 2), K=K, V=V) for K, V in sizes]
-        yield "mlstm", [_Case(mlstm_ops, from_state_to_state(mlstm), each) for each in inputs]
+        choose = lambda inputs: mlstm_ops.choose_backend(*inputs, input_gate=config.input_gate)
+        yield "mlstm", [_Case(mlstm_ops, choose, from_state_to_state(mlstm), each) for each in inputs]
     if "slstm" in kinds:
         D = config.embedding_dim // heads
-        yield "slstm", [_Case(slstm_ops, slstm_ops.slstm, slstm_inputs(device, dtype, H=min(heads, 2), D=D))]
+        # A few steps of all rows, of which the kernels take more at a time where there are many; and many of a few.
+        sizes = {"B": micro_rows, "T": 3, "H": heads}, {"B": 2, "T": 70, "H": min(heads, 2)}
+        inputs = [slstm_inputs(device, dtype, **each, D=D) for each in sizes]
+        choose = lambda inputs: slstm_ops.choose_backend(inputs[0])
+        yield "slstm", [_Case(slstm_ops, choose, slstm_ops.slstm, each) for each in inputs]

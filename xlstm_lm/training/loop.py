@@ -116,7 +116,7 @@ class Trainer:
 
         precision = choose_precision(run.training.precision, world.device)
         dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-        model_config = with_kernels_that_are_right(run.model, world, dtype)
+        model_config = with_kernels_that_are_right(run.model, world, dtype, self.micro_rows)
         torch.manual_seed(run.training.seed)
         model = build_model(model_config)
         model.activation_checkpointing = run.training.activation_checkpointing

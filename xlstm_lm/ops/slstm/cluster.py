@@ -138,6 +138,11 @@ def why_not(device: torch.device, D: int, dtype: torch.dtype) -> str | None:
     return None
 
 
+def rows(B: int, H: int, D: int, dtype: torch.dtype, device: torch.device) -> int:
+    """Rows of the batch that a cluster takes at most, in either direction."""
+    return 8 * max(_layout(direction, B, H, D, dtype, device).tiles for direction in DIRECTIONS)
+
+
 def forward_loop(
     wx_BTGHD: Tensor, r_GHDE: Tensor, bias_GHD: Tensor, resets_BT: Tensor | None, state: SLSTMState
 ) -> tuple[Tensor, Tensor, SLSTMState]:
@@ -204,15 +209,19 @@ def _pointer(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
-def _launch(direction: str, like_BTHD: Tensor, parameters: ctypes.Structure) -> None:
-    B, H, D = parameters.B, parameters.H, like_BTHD.shape[-1]
-    layout, wide = (Layout(direction=direction, D=D, dtype=like_BTHD.dtype, tiles=tiles) for tiles in (1, 2))
-    properties = torch.cuda.get_device_properties(like_BTHD.device)
+def _layout(direction: str, B: int, H: int, D: int, dtype: torch.dtype, device: torch.device) -> Layout:
+    """Twice the rows in a cluster where the clusters would else wait for each other, if there is room."""
+    layout, wide = (Layout(direction=direction, D=D, dtype=dtype, tiles=tiles) for tiles in (1, 2))
+    properties = torch.cuda.get_device_properties(device)
     crowded = layout.clusters(B, H) * layout.blocks > properties.multi_processor_count
-    if crowded and wide.shared_bytes <= properties.shared_memory_per_block_optin:
-        layout = wide
+    return wide if crowded and wide.shared_bytes <= properties.shared_memory_per_block_optin else layout
+
+
+def _launch(direction: str, like_BTHD: Tensor, parameters: ctypes.Structure) -> None:
+    B, H, D, device = parameters.B, parameters.H, like_BTHD.shape[-1], like_BTHD.device
+    layout = _layout(direction, B, H, D, like_BTHD.dtype, device)
     blocks = layout.clusters(B, H) * layout.blocks
-    _kernel(layout, _indexed(like_BTHD.device)).launch(blocks, 32 * layout.warps, parameters)
+    _kernel(layout, _indexed(device)).launch(blocks, 32 * layout.warps, parameters)
 
 
 def _indexed(device: torch.device) -> torch.device:

@@ -78,9 +78,10 @@ LOOPS = {
 
 
 def loops_of(backend: str) -> Loops:
-    """The module of a backend in `LOOPS`. Those for some devices and heads only also have a function
+    """The module of a backend in `LOOPS`. Those for some devices and heads only also have the functions
 
     why_not(device, D, dtype) -> str | None: why they do not take heads of D units there; None if they do.
+    rows(B, H, D, dtype, device) -> int: rows of the batch that they take at a time, which other code is compiled for.
     """
     return importlib.import_module(LOOPS[backend])
 

@@ -53,6 +53,11 @@ def why_not(device: torch.device, D: int, dtype: torch.dtype) -> str | None:
     return f"it takes heads of up to {limit} units in {dtype}" if limit < D else None
 
 
+def rows(B: int, H: int, D: int, dtype: torch.dtype, device: torch.device) -> int:
+    """Rows of the batch that a program takes."""
+    return launch_for(B, H, D, device).tile
+
+
 def launch_for(B: int, H: int, D: int, device: torch.device) -> Launch:
     """The launch parameters on a device."""
     target = architecture(device)

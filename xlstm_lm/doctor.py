@@ -30,10 +30,11 @@ SIZES = {
     "cpu": {"mlstm": [{}], "slstm": [{}]},
     "cuda": {
         "mlstm": [{}, {"T": 600, "K": 128, "V": 256}],
-        "slstm": [{}, *({"T": 150, "D": D} for D in (64, 128, 256))],
+        "slstm": [{}, *({"T": 150, "D": D} for D in (64, 128, 256)), {"B": 600, "T": 6, "D": 64}],
     },
 }
-"""What the cells are checked on: odd sizes everywhere, on a GPU also those that its kernels are made for."""
+"""What the cells are checked on: odd sizes everywhere, on a GPU also those that its kernels are made for, and a batch
+of which the sLSTM's take more rows at a time."""
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,7 @@ DISPATCHERS = {
     "attention": "xlstm_lm.ops.attention",
     "ssd": "xlstm_lm.ops.ssd",
     "selective scan": "xlstm_lm.ops.selective_scan.dispatch",
+    "convolution": "xlstm_lm.ops.conv",
 }
 """Operations with a choice of kernels, and the module whose `choose_backend` makes it."""
 
@@ -140,27 +141,16 @@ def _stock_model(config: Any, generating: bool) -> Stock:
         ValueError: it has none.
     """
     transformers = _import_transformers()
-    common = {"vocab_size": config.vocab_size, "hidden_size": config.embedding_dim}
-    common |= {"num_hidden_layers": config.num_blocks, "tie_word_embeddings": config.tie_embeddings}
-    if config.family == "transformer":
-        stock = transformers.LlamaConfig(
-            **common,
-            intermediate_size=config.hidden_dim,
-            num_attention_heads=config.num_heads,
-            num_key_value_heads=config.key_value_heads,
-            attn_implementation="sdpa",
-            max_position_embeddings=2**20,
-        )
-    elif config.family == "mamba":
-        sizes = {"state_size": config.states, "expand": config.expand, "conv_kernel": config.conv_width}
-        if config.version == 1:
-            stock = transformers.MambaConfig(**common, **sizes)
-        else:
-            heads = {"num_heads": config.num_heads, "head_dim": config.head_dim, "n_groups": config.num_groups}
-            stock = transformers.Mamba2Config(**common, **sizes, **heads)
+    if config.family in ("transformer", "mamba"):
+        from xlstm_lm.hub.baseline_formats import BASELINE_FORMAT  # needs more than torch
+
+        stock = BASELINE_FORMAT.make_config(config)
     elif config.family == "xlstm" and set(config.block_kinds()) == {"mlstm"}:
         stock = transformers.xLSTMConfig(
-            **common,
+            vocab_size=config.vocab_size,
+            hidden_size=config.embedding_dim,
+            num_hidden_layers=config.num_blocks,
+            tie_word_embeddings=config.tie_embeddings,
             embedding_dim=config.embedding_dim,
             num_blocks=config.num_blocks,
             num_heads=config.num_heads,

@@ -36,7 +36,9 @@ def test_training_speed_of_every_family_and_its_stock_twin(tmp_path, capsys):
     assert not [row["problem"] for row in rows if row["problem"]]
     kernels = {row["name"]: row["kernels"] for row in rows}
     assert kernels[XLSTM] == "mlstm compiled" and kernels[LSTM] == "torch.lstm"
-    assert kernels[LLAMA] == "attention masked, SDPA" and kernels[MAMBA] == "mlstm compiled, ssd mlstm"
+    assert (
+        kernels[LLAMA] == "attention masked, SDPA" and kernels[MAMBA] == "convolution torch, mlstm compiled, ssd mlstm"
+    )
     assert kernels[f"transformers:{XLSTM}"] == "transformers"
     for row in rows:
         assert row["tokens_per_second"] == pytest.approx(128 / row["milliseconds"] * 1e3)
@@ -49,7 +51,9 @@ def test_training_speed_of_every_family_and_its_stock_twin(tmp_path, capsys):
 
 
 def test_twins_have_the_same_parameters_and_the_same_loss_function():
-    for text in (XLSTM, LLAMA, MAMBA):
+    sizes = "embedding_dim=64,num_blocks=2,vocab_size=96"
+    mamba1 = f"mamba:version=1,{sizes},step_rank=7,state_dim=5,expand=3,conv_width=3"
+    for text in (XLSTM, LLAMA, f"transformer:{sizes},num_heads=4,num_key_value_heads=2", MAMBA, mamba1):
         stock = parse_model(f"transformers:{text}").build("cpu", torch.float32)
         own = count_parameters(parse_model(text).config)
         assert sum(parameter.numel() for parameter in stock.parameters()) == own, text
@@ -170,5 +174,5 @@ def test_the_kernels_that_run_are_recorded():
     module = model.build("cpu", torch.float32)
     with record_kernels() as taken:
         module.hidden(torch.zeros(1, 8, dtype=torch.long))
-    assert taken == {"mlstm": ["compiled"], "slstm": ["compiled"]}
-    assert describe_kernels(model, taken) == "mlstm compiled, slstm compiled"
+    assert taken == {"mlstm": ["compiled"], "slstm": ["compiled"], "convolution": ["torch"]}
+    assert describe_kernels(model, taken) == "convolution torch, mlstm compiled, slstm compiled"

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
-from unittest import mock
-
 import torch
 from torch import Tensor
 
 from xlstm_lm.ops.mlstm import mlstm
+from xlstm_lm.ops.mlstm.triton_launch import super_chunks_of
 
 NAMES = ("q", "k", "v", "i", "f", "C", "n")
 FAST = ("chunkwise", "compiled")  # the backends that are made for training on a CPU
@@ -124,6 +122,16 @@ def assert_halves_equal_the_whole(
     _assert_close(_everything(halves, inputs), _everything(whole, inputs), inputs, rtol, atol)
 
 
+def assert_equal_under_autocast(**options: object) -> None:
+    """Values, state and all gradients, as without it."""
+    inputs = make_inputs(B=1, T=20, K=16, V=16, dtype=torch.float32, state=True)
+    expected = _everything(run(inputs, **options), inputs)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = _everything(run(inputs, **options), inputs)
+    for name, right in expected.items():
+        assert torch.equal(found[name], right), name
+
+
 def _everything(outputs: tuple[Tensor, ...], inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     """h, the state and all gradients, by name."""
     found = {f"d{name}": x for name, x in gradients(outputs[:3], inputs).items()}
@@ -190,12 +198,7 @@ def check_case(
     # The exponents of the weights are differences of sums of log forget gates.
     largest_sum = torch.nn.functional.logsigmoid(inputs["f"].detach()).sum(1).abs().max().item()
     rtol = TOLERANCE[dtype] + torch.finfo(wide).eps * largest_sum
-    in_chunks = contextlib.nullcontext()
-    if backend == "triton":
-        from xlstm_lm.ops.mlstm import triton_launch
-
-        in_chunks = mock.patch.object(triton_launch, "SHORTEST", chunks)
-    with in_chunks:
+    with super_chunks_of(chunks):
         assert_equal_to_definition(inputs, rtol, rounding=30.0, **options)
         if cut is not None:
             assert_halves_equal_the_whole(inputs, cut, rtol, **options)

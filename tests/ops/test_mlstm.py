@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from mlstm_cases import FAST, assert_equal_to_definition, gradients, make_inputs, make_resets, run
+from mlstm_cases import (
+    FAST,
+    assert_equal_to_definition,
+    assert_equal_under_autocast,
+    gradients,
+    make_inputs,
+    make_resets,
+    run,
+)
 
 from xlstm_lm.ops.mlstm import block, gates, mlstm
 
@@ -119,14 +127,7 @@ def test_16_bit_inputs_lose_only_the_rounding_of_outputs(dtype: torch.dtype, bac
 
 @EACH_FAST_BACKEND
 def test_autocast_does_not_reach_the_products(backend: str) -> None:
-    inputs = make_inputs(T=70, K=16, V=16, dtype=torch.float32)
-    expected = run(inputs, backend=backend)[0]
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        h = run(inputs, backend=backend)[0]
-        found = gradients((h,), inputs)
-    assert torch.equal(h, expected)
-    for name, gradient in gradients((expected,), inputs).items():
-        assert torch.equal(found[name], gradient), name
+    assert_equal_under_autocast(backend=backend)
 
 
 @EACH_FAST_BACKEND

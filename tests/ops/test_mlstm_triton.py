@@ -8,9 +8,10 @@ from unittest import mock
 
 import pytest
 import torch
-from mlstm_cases import check_case
+from mlstm_cases import assert_equal_under_autocast, check_case
 from torch import Tensor
 
+from xlstm_lm.ops.mlstm.triton_launch import super_chunks_of
 from xlstm_lm.ops.selfcheck import mlstm_inputs_and_state
 
 pytest.importorskip("triton", reason="Triton is not installed (pip install 'xlstm-lm[gpu]')")
@@ -41,6 +42,15 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_values_and_gradients(interpreted: Callable, name: str) -> None:
     interpreted(check_case, "triton", **{"B": 1, "H": 1} | CASES[name])
+
+
+def under_autocast() -> None:
+    with super_chunks_of(1):
+        assert_equal_under_autocast(backend="triton")
+
+
+def test_autocast_does_not_reach_the_products(interpreted: Callable) -> None:
+    interpreted(under_autocast)
 
 
 def as_operators() -> None:

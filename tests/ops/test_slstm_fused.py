@@ -166,6 +166,17 @@ def test_the_operators_are_what_they_say(dtype):
     torch.library.opcheck(fused.backward, of_backward, test_utils=("test_schema", "test_faketensor"))
 
 
+@pytest.mark.parametrize("backend", ["batched", "compiled"])
+def test_autocast_does_not_reach_the_products(backend):
+    torch.manual_seed(0)
+    inputs = made(2, 20, 2, 8, torch.float32)
+    function = functools.partial(slstm, backend=backend)
+    expected = values_and_gradients(function, inputs, None)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = values_and_gradients(function, inputs, None)
+    assert all(map(torch.equal, found, expected))
+
+
 def test_no_gradients_of_gradients():
     wx, r, bias = made(1, 3, 1, 2, state=False)
     (gradient,) = torch.autograd.grad(batched(wx, r, bias).sum(), wx, create_graph=True)

@@ -92,7 +92,8 @@ def launch_forward(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """h, the last C, n and m (empty unless `return_state`), and c, x, m, x_divided, d and scores for the backward."""
-    with torch.cuda.device_of(q):  # Triton launches on the current device
+    # Triton launches on the current device; what little PyTorch computes here stays float32.
+    with torch.cuda.device_of(q), torch.autocast(q.device.type, enabled=False):
         B, T, H, K = q.shape
         chosen = launches(K, v.shape[-1], q.dtype, architecture(q.device))
         plan = make_plan(chosen, B, T, H, K, v.shape[-1], q.device)
@@ -144,7 +145,8 @@ def launch_backward(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, i, f and of the state before the first step, C and n (empty if there was none)."""
-    with torch.cuda.device_of(q):  # Triton launches on the current device
+    # Triton launches on the current device; what little PyTorch computes here stays float32.
+    with torch.cuda.device_of(q), torch.autocast(q.device.type, enabled=False):
         B, T, H, K = q.shape
         V = v.shape[-1]
         chosen = launches(K, V, q.dtype, architecture(q.device))

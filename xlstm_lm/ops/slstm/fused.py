@@ -122,7 +122,8 @@ def forward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """y of all steps, checkpoints, and y, c, n, m after the last step."""
-    with torch.cuda.device_of(wx):  # Triton launches on the current device
+    # Triton launches on the current device; products are taken in the types that they are given.
+    with torch.cuda.device_of(wx), torch.autocast(wx.device.type, enabled=False):
         y_BTHD, checkpoints_NSBHD, last = loops_of(backend).forward_loop(
             _last_dense(wx),
             r.to(wx.dtype).contiguous(),
@@ -156,7 +157,8 @@ def backward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of wx, R, the bias, and of y, c, n before the first step."""
-    with torch.cuda.device_of(wx):  # Triton launches on the current device
+    # Triton launches on the current device; products are taken in the types that they are given.
+    with torch.cuda.device_of(wx), torch.autocast(wx.device.type, enabled=False):
         B, T, G, H, D = wx.shape
         dtype = bias.dtype
         r_GHDE = r.to(wx.dtype).contiguous()

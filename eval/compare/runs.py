@@ -23,6 +23,7 @@ FREE = (
     "training.keep_checkpoints",
     "data.num_workers",
     "data.prefetch_batches",
+    "model.scan_backend",  # which runs of before it was a field do not have
     "wandb.",
 )
 """Fields in which a run that is there may differ from what the comparison asks for."""

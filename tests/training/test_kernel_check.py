@@ -9,11 +9,15 @@ import pytest
 import torch
 from runs import configure, records, write_text
 
+from xlstm_lm.models import LSTMConfig, MambaConfig, build_model
 from xlstm_lm.models.xlstm_config import XLSTMConfig
 from xlstm_lm.ops import mlstm as mlstm_ops
+from xlstm_lm.ops import selective_scan as scan_ops
 from xlstm_lm.ops import slstm as slstm_ops
+from xlstm_lm.ops import ssd as ssd_ops
 from xlstm_lm.ops.announce import announce_once
 from xlstm_lm.ops.mlstm.compiled import mlstm_compiled
+from xlstm_lm.ops.selective_scan.compiled import scan_compiled
 from xlstm_lm.ops.slstm.compiled import slstm_compiled
 from xlstm_lm.parallel.process_group import World
 from xlstm_lm.training.kernel_check import with_kernels_that_are_right
@@ -92,6 +96,53 @@ def test_a_replacement_that_is_wrong_too_is_passed_over(monkeypatch):
     monkeypatch.setitem(mlstm_ops.BACKENDS, "compiled", crashes)
     monkeypatch.setitem(mlstm_ops.BACKENDS, "chunkwise", wrong_value)
     assert with_kernels_that_are_right(MIXED, ALONE, torch.float32, 4).mlstm_backend == "recurrence"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("version", [1, 2])
+def test_right_kernels_of_mamba_stay_and_the_random_state_too(version, dtype, caplog):
+    config = MambaConfig(version=version, vocab_size=32, embedding_dim=64, num_groups=2)
+    before = torch.random.get_rng_state()
+    assert with_kernels_that_are_right(config, ALONE, dtype, 4) is config
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert not caplog.records
+
+
+def wrong_gradient_of_the_decays(x, dt, a, *others, **options):
+    return scan_compiled(x, dt, a.detach() + 0 * a, *others, **options)
+
+
+def test_a_wrong_scan_of_mamba_is_replaced_by_name(monkeypatch, caplog):
+    config = MambaConfig(version=1, vocab_size=32, embedding_dim=32, num_blocks=1)
+    monkeypatch.setitem(scan_ops.BACKENDS, "compiled", wrong_gradient_of_the_decays)
+    found = with_kernels_that_are_right(config, ALONE, torch.float32, 4)
+    assert found == replace(config, scan_backend="recurrence")
+    assert "the scan kernel 'compiled' does not compute its definition on cpu" in caplog.text
+    monkeypatch.setitem(scan_ops.BACKENDS, "compiled", crashes)
+    build_model(found)(torch.zeros(1, 5, dtype=torch.long))
+
+
+def wrong_without_normalizer(*inputs, normalize=True, **options):
+    h, state = mlstm_compiled(*inputs, normalize=normalize, **options)
+    return h if normalize else 1.01 * h, state
+
+
+def test_kernels_of_the_mlstm_that_are_wrong_for_mamba_2_are_replaced_by_name(monkeypatch, caplog):
+    config = MambaConfig(vocab_size=32, embedding_dim=32, num_blocks=1)
+    monkeypatch.setitem(mlstm_ops.BACKENDS, "compiled", wrong_without_normalizer)
+    assert with_kernels_that_are_right(MIXED, ALONE, torch.float32, 4) is MIXED
+    found = with_kernels_that_are_right(config, ALONE, torch.float32, 4)
+    assert found == replace(config, scan_backend="chunkwise")
+    assert "the scan kernel 'mlstm' does not compute its definition on cpu" in caplog.text
+    monkeypatch.setitem(mlstm_ops.BACKENDS, "compiled", crashes)
+    build_model(found)(torch.zeros(1, 5, dtype=torch.long))
+    monkeypatch.setitem(ssd_ops.BACKENDS, "chunkwise", crashes)
+    assert with_kernels_that_are_right(config, ALONE, torch.float32, 4).scan_backend == "recurrence"
+
+
+def test_a_model_on_kernels_of_torch_is_left_alone():
+    config = LSTMConfig(vocab_size=32)
+    assert with_kernels_that_are_right(config, ALONE, torch.float32, 4) is config
 
 
 class AmongTwo(World):

@@ -52,6 +52,8 @@ class MambaConfig:
     """Soft cap of the logits; null for none."""
     tie_embeddings: bool = False
     """Whether the head is the embedding."""
+    scan_backend: str = "auto"
+    """Kernel of the selective scan (Mamba-1) or of SSD (Mamba-2)."""
 
     def __post_init__(self) -> None:
         widths = ("vocab_size", "embedding_dim", "expand", "state_dim", "head_dim", "step_rank", "conv_width")
@@ -121,6 +123,7 @@ class Mamba2Mixer(nn.Module):
             resets=resets_BT,
             initial_state=state and state[1],
             return_state=return_state,
+            backend=config.scan_backend,
         )
         y_BTE = (y_BTHP + self.skip[:, None] * x_BTHP).flatten(2) * F.silu(gate_BTE)
         groups = y_BTE.unflatten(-1, (config.num_groups, -1))
@@ -133,7 +136,7 @@ class Mamba1Mixer(nn.Module):
 
     def __init__(self, config: MambaConfig) -> None:
         super().__init__()
-        inner = config.inner_dim
+        inner, self.scan_backend = config.inner_dim, config.scan_backend
         self.widths = (config.rank, config.states, config.states)
         self.input = nn.Linear(config.embedding_dim, 2 * inner, bias=False)
         self.conv = CausalConv(inner, config.conv_width)
@@ -160,6 +163,7 @@ class Mamba1Mixer(nn.Module):
             resets=resets_BT,
             initial_state=state and state[1],
             return_state=return_state,
+            backend=self.scan_backend,
         )
         y_BTE = (y_BTE + self.skip * x_BTE) * F.silu(gate_BTE)
         return self.out(y_BTE), (conv_state, cell_state) if return_state else None

@@ -145,11 +145,18 @@ def scan_inputs(
 
 
 def ssd_inputs(
-    device: torch.device | str, dtype: torch.dtype, *, B: int = 2, T: int = 300, H: int = 2, P: int = 64, N: int = 128
+    device: torch.device | str,
+    dtype: torch.dtype,
+    *,
+    B: int = 2,
+    T: int = 300,
+    H: int = 2,
+    P: int = 64,
+    G: int = 1,
+    N: int = 128,
 ) -> list[Tensor]:
-    """x, dt, a, b, c and a state for SSD with one group, longer than mamba_ssm's chunks; dt, a and the state in
-    float32."""
-    x, b, c = (torch.randn(B, T, *sizes, device=device, dtype=dtype) for sizes in ((H, P), (1, N), (1, N)))
+    """x, dt, a, b, c and a state for SSD, longer than mamba_ssm's chunks; dt, a and the state in float32."""
+    x, b, c = (torch.randn(B, T, *sizes, device=device, dtype=dtype) for sizes in ((H, P), (G, N), (G, N)))
     dt, a, state = (torch.randn(shape, device=device) for shape in ((B, T, H), (H,), (B, H, N, P)))
     return [x, F.softplus(dt - 2), -a.exp(), b, c, state]
 

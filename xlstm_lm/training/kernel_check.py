@@ -12,9 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from xlstm_lm.models.mamba import MambaConfig
 from xlstm_lm.models.xlstm_config import XLSTMConfig
 from xlstm_lm.ops import mlstm as mlstm_ops
+from xlstm_lm.ops import selective_scan as scan_ops
 from xlstm_lm.ops import slstm as slstm_ops
+from xlstm_lm.ops import ssd as ssd_ops
 from xlstm_lm.ops.announce import announce_once
 from xlstm_lm.ops.mlstm.triton_launch import super_chunks_of
 from xlstm_lm.ops.selfcheck import (
@@ -23,12 +26,16 @@ from xlstm_lm.ops.selfcheck import (
     compare,
     from_state_to_state,
     mlstm_inputs_and_state,
+    scan_inputs,
     slstm_inputs,
     some_resets,
+    ssd_inputs,
+    with_states,
 )
 from xlstm_lm.parallel.process_group import World
 
-SLOWER = ("chunkwise", "batched", "recurrence")  # what a run falls back to, the first that is right; the last is
+SLOWER = ("mlstm", "chunkwise", "batched", "recurrence")
+"""What a run falls back to: the first that is right, as the last is."""
 
 
 @dataclass(frozen=True)
@@ -61,14 +68,18 @@ def with_kernels_that_are_right(config: Any, world: World, dtype: torch.dtype, m
     Compares, on small inputs with the model's head sizes and in `dtype`, the kernels that the model takes on this
     world's device for `micro_rows` rows with their definitions in float64, values and gradients. A kernel that is
     wrong, or does not run, on any rank is replaced on all of them, and announced. Collective; leaves the random state
-    as it was.
+    as it was. (The causal convolution asks by itself, for its own width, before it first takes a kernel.)
     """
-    if not isinstance(config, XLSTMConfig):
+    if isinstance(config, XLSTMConfig):
+        operations = _xlstm_operations(config, world.device, dtype, micro_rows)
+    elif isinstance(config, MambaConfig):
+        operations = _mamba_operations(config, world.device, dtype)
+    else:
         return config
     devices = [world.device] if world.device.type == "cuda" else []
     with torch.random.fork_rng(devices), torch.enable_grad():
         torch.manual_seed(0)
-        for name, cases in _cases(config, world.device, dtype, micro_rows):
+        for name, cases in operations:
             field = f"{name}_backend"
             backend = _backend_for_all(name, getattr(config, field), cases, world)
             if backend is not None:
@@ -101,7 +112,7 @@ def _backend_for_all(name: str, configured: str, cases: list[_Case], world: Worl
     raise AssertionError("the definition is always right")
 
 
-def _cases(
+def _xlstm_operations(
     config: XLSTMConfig, device: torch.device, dtype: torch.dtype, micro_rows: int
 ) -> Iterator[tuple[str, list[_Case]]]:
     """Each operation that the model has, with its head sizes."""
@@ -122,3 +133,19 @@ def _cases(
         inputs = [slstm_inputs(device, dtype, **each, D=D) for each in sizes]
         choose = lambda inputs: slstm_ops.choose_backend(inputs[0])
         yield "slstm", [_Case(slstm_ops, choose, slstm_ops.slstm, each) for each in inputs]
+
+
+def _mamba_operations(
+    config: MambaConfig, device: torch.device, dtype: torch.dtype
+) -> Iterator[tuple[str, list[_Case]]]:
+    """The recurrence of Mamba-1 or Mamba-2, with the model's head and state sizes."""
+    if config.version == 1:
+        inputs = scan_inputs(device, dtype, T=70, E=min(config.inner_dim, 64), N=config.states)
+        choose = lambda inputs: scan_ops.choose_backend(inputs[0], inputs[2])
+        yield "scan", [_Case(scan_ops, choose, with_states(scan_ops.selective_scan), inputs)]
+        return
+    heads, groups = min(config.num_heads, 2), min(config.num_groups, 2)
+    steps = 300 if device.type == "cuda" else 70  # more than a chunk of the kernels there
+    inputs = ssd_inputs(device, dtype, T=steps, H=heads, P=config.head_dim, G=groups, N=config.states)
+    choose = lambda inputs: ssd_ops.choose_backend(inputs[0])
+    yield "scan", [_Case(ssd_ops, choose, with_states(ssd_ops.ssd), inputs)]

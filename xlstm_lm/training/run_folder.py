@@ -40,6 +40,7 @@ FREE_TO_CHANGE = (
     "model.chunk_length",
     "model.mlstm_backend",
     "model.slstm_backend",
+    "model.scan_backend",
 )
 """Fields, or with a dot at the end sections, that may differ when a run goes on: they say how it is computed and
 reported, not what is computed."""

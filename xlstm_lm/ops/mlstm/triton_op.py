@@ -92,8 +92,7 @@ def launch_forward(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """h, the last C, n and m (empty unless `return_state`), and c, x, m, x_divided, d and scores for the backward."""
-    # Triton launches on the current device; what little PyTorch computes here stays float32.
-    with torch.cuda.device_of(q), torch.autocast(q.device.type, enabled=False):
+    with torch.cuda.device_of(q):  # Triton launches on the current device
         B, T, H, K = q.shape
         chosen = launches(K, v.shape[-1], q.dtype, architecture(q.device))
         plan = make_plan(chosen, B, T, H, K, v.shape[-1], q.device)
@@ -145,8 +144,7 @@ def launch_backward(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, i, f and of the state before the first step, C and n (empty if there was none)."""
-    # Triton launches on the current device; what little PyTorch computes here stays float32.
-    with torch.cuda.device_of(q), torch.autocast(q.device.type, enabled=False):
+    with torch.cuda.device_of(q):  # Triton launches on the current device
         B, T, H, K = q.shape
         V = v.shape[-1]
         chosen = launches(K, V, q.dtype, architecture(q.device))
@@ -201,7 +199,8 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
 def _backward_of_forward(ctx: Any, dh: Tensor, dC: Tensor, dn: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     dlast = (dC, dn) if ctx.return_state else (None, None)
     saved = ctx.saved_tensors  # to be asked for once in activation checkpointing
-    *gradients, dC_first, dn_first = backward(*saved, dh, *dlast, *ctx.options)
+    with torch.autocast(dh.device.type, enabled=False):  # the little that PyTorch computes in it stays float32
+        *gradients, dC_first, dn_first = backward(*saved, dh, *dlast, *ctx.options)
     has_first = saved[6] is not None
     return (*gradients, None, *((dC_first, dn_first) if has_first else (None, None)), *(None,) * 5)
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from xlstm_lm import doctor
+from xlstm_lm.ops import conv as conv_ops
 from xlstm_lm.ops import mlstm as mlstm_ops
 from xlstm_lm.ops.mlstm.chunkwise import mlstm_chunkwise
 from xlstm_lm.ops.native import KernelsUnavailableError
@@ -27,11 +28,16 @@ def test_every_kernel_on_this_machine_computes_what_it_should():
         ("attention", "masked"),
         ("attention", "by_document"),
         ("loss", "chunked"),
+        ("selective scan", "recurrence"),
+        ("selective scan", "compiled"),
+        ("ssd", "recurrence"),
+        ("ssd", "mlstm"),
+        ("ssd", "chunkwise"),
         ("causal convolution", "torch"),
     }
     assert all(check.passed for check in checks), [check for check in checks if not check.passed]
     # What needs a GPU is left out, not listed as failing.
-    assert not {check.backend for check in checks} & {"triton", "triton_step", "cluster", "jagged"}
+    assert not {check.backend for check in checks} & set(doctor.ON_A_GPU)
 
 
 def wrong_value(*inputs, **options):
@@ -93,6 +99,16 @@ def test_only_a_kernel_that_refuses_is_no_reason_to_stop(raised, line_begins, ri
     assert ("  mlstm / chunkwise does not compute what it should: do not train with it." in lines) != right
 
 
+def test_a_wrong_kernel_of_another_package_is_shown_but_no_reason_to_stop(monkeypatch):
+    torch_s = conv_ops.BACKENDS["torch"]
+    monkeypatch.setitem(conv_ops.BACKENDS, "causal_conv1d", lambda x, *others: 1.01 * torch_s(x, *others))
+    monkeypatch.setitem(doctor.RUNS_ON, "causal_conv1d", ("cpu",))
+    lines: list[str] = []
+    assert doctor.examine(lines.append)
+    (line,) = (line for line in lines if "causal convolution / causal_conv1d, " in line)
+    assert line.startswith("  --  ") and ": error 1." in line
+
+
 def test_the_report_on_the_terminal():
     run = subprocess.run([sys.executable, "-m", "xlstm_lm", "doctor"], capture_output=True, text=True, check=True)
     for expected in (
@@ -101,6 +117,9 @@ def test_the_report_on_the_terminal():
         "mlstm, float32: compiled",
         "mlstm for one token, float32: step",
         "slstm with heads of 24, float32: compiled",
+        "selective scan, float32: compiled",
+        "ssd, float32: mlstm",
+        "causal convolution, float32: torch",
         "ok  slstm / compiled",
         "nothing to mend.",
     ):

@@ -16,21 +16,38 @@ import torch
 from torch import Tensor
 
 from xlstm_lm.ops import attention as attention_ops
+from xlstm_lm.ops import conv as conv_ops
 from xlstm_lm.ops import mlstm as mlstm_ops
+from xlstm_lm.ops import selective_scan as scan_ops
 from xlstm_lm.ops import slstm as slstm_ops
-from xlstm_lm.ops.conv import causal_conv
+from xlstm_lm.ops import ssd as ssd_ops
 from xlstm_lm.ops.loss import linear_cross_entropy
 from xlstm_lm.ops.native import KernelsUnavailableError
-from xlstm_lm.ops.selfcheck import TOLERANCE, compare, mlstm_inputs, slstm_inputs, some_resets
+from xlstm_lm.ops.selfcheck import (
+    TOLERANCE,
+    Checked,
+    compare,
+    mlstm_inputs,
+    scan_inputs,
+    slstm_inputs,
+    some_resets,
+    ssd_inputs,
+    with_states,
+)
 
 PACKAGES = ("xlstm-lm", "torch", "deepspeed", "datasets", "transformers", "tokenizers", "wandb", "triton")
-RUNS_ON = {"compiled": ("cpu",)} | dict.fromkeys(("triton", "triton_step", "cluster", "jagged"), ("cuda",))
+PACKAGES += ("mamba-ssm", "causal-conv1d")
+OTHERS = ("mamba_ssm", "causal_conv1d")
+"""Backends that are not ours, and not taken where they are wrong: so a wrong one is no reason not to train."""
+ON_A_GPU = ("triton", "triton_step", "cluster", "jagged", *OTHERS)
+RUNS_ON = {"compiled": ("cpu",)} | dict.fromkeys(ON_A_GPU, ("cuda",))
 """The devices of the backends that do not run everywhere."""
 SIZES = {
-    "cpu": {"mlstm": [{}], "slstm": [{}]},
+    "cpu": {"mlstm": [{}], "slstm": [{}], "ssd": {"T": 100, "P": 24, "G": 2, "N": 16}},
     "cuda": {
         "mlstm": [{}, {"T": 600, "K": 128, "V": 256}],
         "slstm": [{}, *({"T": 150, "D": D} for D in (64, 128, 256)), {"B": 600, "T": 6, "D": 64}],
+        "ssd": {},
     },
 }
 """What the cells are checked on: odd sizes everywhere, on a GPU also those that its kernels are made for, and a batch
@@ -59,7 +76,7 @@ class Check:
 
     @property
     def wrong(self) -> bool:
-        return self.available and not self.passed
+        return self.available and not self.passed and self.backend not in OTHERS
 
     @property
     def verdict(self) -> str:
@@ -84,25 +101,28 @@ def check_operations(device: str, dtype: torch.dtype = torch.float32) -> Iterato
     with torch.random.fork_rng(devices):
         torch.manual_seed(0)
         for sizes in SIZES[device]["mlstm"]:
-            yield from _check_cell("mlstm", mlstm_ops, mlstm_inputs(device, dtype, **sizes))
+            yield from _check_cell("mlstm", mlstm_ops, mlstm_ops.mlstm, mlstm_inputs(device, dtype, **sizes))
         for sizes in SIZES[device]["slstm"]:
-            yield from _check_cell("slstm", slstm_ops, slstm_inputs(device, dtype, **sizes))
+            yield from _check_cell("slstm", slstm_ops, slstm_ops.slstm, slstm_inputs(device, dtype, **sizes))
+        scan, ssd = with_states(scan_ops.selective_scan), with_states(ssd_ops.ssd)
+        yield from _check_cell("selective scan", scan_ops, scan, scan_inputs(device, dtype))
+        yield from _check_cell("ssd", ssd_ops, ssd, ssd_inputs(device, dtype, **SIZES[device]["ssd"]))
         yield from _check_attention(device, dtype)
         yield _check_loss(device, dtype)
-        yield _check_conv(device, dtype)
+        yield from _check_conv(device, dtype)
 
 
-def _check_cell(name: str, module: ModuleType, inputs: list[Tensor]) -> Iterator[Check]:
-    """The backends of one cell on one set of inputs."""
+def _check_cell(name: str, module: ModuleType, function: Checked, inputs: list[Tensor]) -> Iterator[Check]:
+    """The backends of one recurrence on one set of inputs."""
     device = inputs[0].device.type
-    with_resets = functools.partial(getattr(module, name), resets=some_resets(inputs))
+    with_resets = functools.partial(function, resets=some_resets(inputs))
     definition = functools.partial(with_resets, backend="recurrence")
     for backend in module.BACKENDS:
         if device not in RUNS_ON.get(backend, (device,)):
             continue
         if backend in mlstm_ops.STEPS:
-            function = functools.partial(_token_by_token, backend)
-            yield _check(name, backend, function, mlstm_ops.mlstm, inputs, gradients=False)
+            token_by_token = functools.partial(_token_by_token, backend)
+            yield _check(name, backend, token_by_token, mlstm_ops.mlstm, inputs, gradients=False)
         else:
             yield _check(name, backend, functools.partial(with_resets, backend=backend), definition, inputs)
 
@@ -139,14 +159,23 @@ def _check_loss(device: str, dtype: torch.dtype) -> Check:
     return _check("loss", "chunked", fused, plain, inputs)
 
 
-def _check_conv(device: str, dtype: torch.dtype) -> Check:
-    inputs = [torch.randn(shape, device=device, dtype=dtype) for shape in ((2, 40, 6), (6, 4), (6,))]
+def _check_conv(device: str, dtype: torch.dtype) -> Iterator[Check]:
+    inputs = [torch.randn(shape, device=device, dtype=dtype) for shape in ((2, 70, 8), (8, 4), (8,))]
+    resets_BT = some_resets(inputs)
+    document_BT = resets_BT.cumsum(1)
 
     def plain(x_BTD: Tensor, weight_DW: Tensor, bias_D: Tensor) -> Tensor:
-        padded_BDT = torch.nn.functional.pad(x_BTD.transpose(1, 2), (3, 0))
-        return torch.nn.functional.conv1d(padded_BDT, weight_DW.unsqueeze(1), bias_D, groups=6).transpose(1, 2)
+        rows = []
+        for x_TD, document_T in zip(x_BTD, document_BT, strict=True):
+            documents = x_TD.T.split(document_T.unique_consecutive(return_counts=True)[1].tolist(), dim=1)
+            padded = (torch.nn.functional.pad(document_DT, (3, 0)) for document_DT in documents)
+            rows.append([torch.conv1d(each, weight_DW[:, None], bias_D, groups=8) for each in padded])
+        return torch.stack([torch.cat(row, dim=1).T for row in rows])
 
-    return _check("causal convolution", "torch", causal_conv, plain, inputs)
+    for backend in conv_ops.BACKENDS:
+        if device in RUNS_ON.get(backend, (device,)):
+            function = functools.partial(conv_ops.causal_conv, resets_BT=resets_BT, backend=backend)
+            yield _check("causal convolution", backend, function, plain, inputs)
 
 
 def _check(
@@ -221,6 +250,10 @@ def examine(say: Callable[[str], None], dtypes: list[torch.dtype] | None = None)
         for sizes in SIZES[device]["slstm"]:
             wx = slstm_inputs(device, dtype, **sizes)[0]
             say(f"  slstm with heads of {wx.shape[-1]}, {_name(dtype)}: {slstm_ops.choose_backend(wx)}")
+        x, _, a, *_ = scan_inputs(device, dtype)
+        say(f"  selective scan, {_name(dtype)}: {scan_ops.choose_backend(x, a)}")
+        say(f"  ssd, {_name(dtype)}: {ssd_ops.choose_backend(ssd_inputs(device, dtype)[0])}")
+        say(f"  causal convolution, {_name(dtype)}: {conv_ops.choose_backend(x, torch.empty(x.shape[-1], 4))}")
     say("\nSelf-check: values and gradients against the definition in float64")
     checks = []
     for check in (each for dtype in dtypes for each in check_operations(device, dtype)):

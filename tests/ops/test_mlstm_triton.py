@@ -8,7 +8,7 @@ from unittest import mock
 
 import pytest
 import torch
-from mlstm_cases import assert_equal_under_autocast, check_case
+from mlstm_cases import assert_equal_under_autocast, check_case, gradients, make_inputs, run
 from torch import Tensor
 
 from xlstm_lm.ops.mlstm.triton_launch import super_chunks_of
@@ -42,6 +42,31 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_values_and_gradients(interpreted: Callable, name: str) -> None:
     interpreted(check_case, "triton", **{"B": 1, "H": 1} | CASES[name])
+
+
+def large_states() -> dict[str, float]:
+    """Largest errors of h and all gradients in float16, of the largest entry, where C, n and the gradient of C are far
+    beyond what it holds."""
+    inputs = make_inputs(1, 40, 1, 16, 24, state=True, gate_spread=1.0)
+    sizes = {"q": 1.0, "k": 1e-3, "v": 1e-3, "C": 1e6, "n": 1e6}
+    inputs = {name: x.detach() * sizes.get(name, 1.0) for name, x in inputs.items()}
+    inputs |= {name: inputs[name].abs() for name in "qn"}  # so that the normalizers are as large as the states
+    inputs = {name: x.to(torch.float16 if name in "qkv" else torch.float32) for name, x in inputs.items()}
+
+    def everything(backend: str, dtype: torch.dtype | None) -> dict[str, Tensor]:
+        leaves = {name: x.to(dtype or x.dtype).requires_grad_(name != "m") for name, x in inputs.items()}
+        h, C, n, _ = run(leaves, backend=backend)
+        return {"h": h.detach()} | gradients((h, 1e6 * C, n), leaves)
+
+    with super_chunks_of(1):
+        found = everything("triton", None)
+    right = everything("recurrence", torch.float64)
+    return {name: float((found[name] - x).abs().max() / x.abs().max()) for name, x in right.items()}
+
+
+def test_states_that_float16_cannot_hold(interpreted: Callable) -> None:
+    found = interpreted(large_states)
+    assert all(error < 5e-3 for error in found.values()), found  # NaN fails too
 
 
 def under_autocast() -> None:

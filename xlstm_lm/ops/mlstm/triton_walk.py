@@ -33,6 +33,17 @@ from xlstm_lm.ops.mlstm.triton_launch import Launch, Plan
 from xlstm_lm.ops.mlstm.triton_tiles import chunk_weights, load_tile, store_tile
 
 
+@triton.jit
+def _add_product(state, r, left, PRECISION: tl.constexpr):
+    """left + state r^T, with the state in the type of r."""
+    if r.dtype == tl.float16:  # it ends at 65504 and 6e-8: not so a sum over thousands of steps, or its gradient
+        exponent = tl.floor(tl.log2(tl.maximum(tl.max(tl.abs(state)), 1e-30))) - 14.0
+        left += tl.dot((state * tl.exp2(-exponent)).to(r.dtype), tl.trans(r)) * tl.exp2(exponent)
+    else:
+        left = tl.dot(state.to(r.dtype), tl.trans(r), left, input_precision=PRECISION)
+    return left
+
+
 @triton.jit(do_not_specialize=["T", "pairs", "chunks"])
 def walk_kernel(
     r_ptr,
@@ -132,7 +143,7 @@ def walk_kernel(
         for part in tl.static_range(PARTS):
             r = load_tile(r_ptr, r_strides, first, part * BLOCK_S, T, S, L, BLOCK_S)
             s = load_tile(s_ptr, s_strides, first, part * BLOCK_S, T, S, L, BLOCK_S)
-            left = tl.dot(state[part].to(r.dtype), tl.trans(r), left, input_precision=PRECISION)
+            left = _add_product(state[part], r, left, PRECISION)
             state_part = tl.dot(weighted_w, s, state[part] * kept, input_precision=PRECISION)
             state_next = state_next + (state_part,)
         state = state_next

@@ -33,17 +33,6 @@ from xlstm_lm.ops.mlstm.triton_launch import Launch, Plan
 from xlstm_lm.ops.mlstm.triton_tiles import chunk_weights, load_tile, store_tile
 
 
-@triton.jit
-def _add_product(state, r, left, PRECISION: tl.constexpr):
-    """left + state r^T, with the state in the type of r."""
-    if r.dtype == tl.float16:  # it ends at 65504 and 6e-8: not so a sum over thousands of steps, or its gradient
-        exponent = tl.floor(tl.log2(tl.maximum(tl.max(tl.abs(state)), 1e-30))) - 14.0
-        left += tl.dot((state * tl.exp2(-exponent)).to(r.dtype), tl.trans(r)) * tl.exp2(exponent)
-    else:
-        left = tl.dot(state.to(r.dtype), tl.trans(r), left, input_precision=PRECISION)
-    return left
-
-
 @triton.jit(do_not_specialize=["T", "pairs", "chunks"])
 def walk_kernel(
     r_ptr,
@@ -139,14 +128,21 @@ def walk_kernel(
         w = load_tile(w_ptr, w_strides, first, block * BLOCK_W, T, W, L, BLOCK_W)
         weighted_w = tl.trans((w * adding[:, None]).to(w.dtype))
         left = tl.zeros([BLOCK_W, L], tl.float32)
+        unit = 1.0
+        if r_ptr.dtype.element_ty == tl.float16:  # it ends at 65504 and 6e-8: not so a sum over thousands of steps
+            largest = 1e-12
+            for part in tl.static_range(PARTS):
+                largest = tl.maximum(largest, tl.max(tl.abs(state[part])))
+            unit = tl.exp2(tl.floor(tl.log2(largest)) - 14.0)
         state_next = ()
         for part in tl.static_range(PARTS):
             r = load_tile(r_ptr, r_strides, first, part * BLOCK_S, T, S, L, BLOCK_S)
             s = load_tile(s_ptr, s_strides, first, part * BLOCK_S, T, S, L, BLOCK_S)
-            left = _add_product(state[part], r, left, PRECISION)
+            left = tl.dot((state[part] * (1.0 / unit)).to(r.dtype), tl.trans(r), left, input_precision=PRECISION)
             state_part = tl.dot(weighted_w, s, state[part] * kept, input_precision=PRECISION)
             state_next = state_next + (state_part,)
         state = state_next
+        left *= unit
         if HAS_NORMALIZER:
             n = tl.load(n_ptr + (chunk + REVERSE).to(tl.int64) * W + carried, carried < W, 0.0)
             if REVERSE:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from mlstm_cases import assert_equal_under_autocast, check_case, gradients, make_inputs, run
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from xlstm_lm.ops.mlstm.triton_launch import super_chunks_of
 from xlstm_lm.ops.selfcheck import mlstm_inputs_and_state
@@ -87,7 +88,7 @@ def as_operators() -> None:
     q, k, v = (torch.randn(1, 20, 1, 16, requires_grad=True) for _ in range(3))
     i, f = (torch.randn(1, 20, 1, requires_grad=True) for _ in range(2))
     state = (
-        torch.randn(1, 1, 16, 16, requires_grad=True),
+        torch.randn(1, 1, 16, 16).mT.requires_grad_(),  # of other strides than its gradient
         torch.randn(1, 1, 16, requires_grad=True),
         torch.zeros(1, 1),
     )
@@ -117,6 +118,42 @@ def as_operators() -> None:
 def test_the_operators_are_traced_and_rebuilt(interpreted: Callable) -> None:
     """No graph break under torch.compile, the same gradients in activation checkpointing, shapes without running."""
     interpreted(as_operators)
+
+
+class ShapesOfZeros(TorchDispatchMode):
+    """Keeps the shapes of tensors of zeros that are made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: list[tuple[int, ...]] = []
+
+    def __torch_dispatch__(
+        self, function: Callable, types: Any, arguments: tuple = (), options: dict | None = None
+    ) -> Any:
+        out = function(*arguments, **(options or {}))
+        if "zeros" in str(function):
+            self.shapes.append(tuple(out.shape))
+        return out
+
+
+def of_one_output() -> None:
+    inputs = make_inputs(1, 5, 1, 4, 6, dtype=torch.float32, state=True)
+    for index, shape in enumerate(((1, 5, 1, 6), (1, 1, 4, 6), (1, 1, 4))):
+        leaves = [inputs[name] for name in ("qkvifCn", "kvifC", "kifn")[index]]
+        expected = torch.autograd.grad(run(inputs, backend="recurrence")[index].sin().sum(), leaves)
+        output = run(inputs, backend="triton")[index].sin().sum()
+        with ShapesOfZeros() as zeros:
+            found = torch.autograd.grad(output, leaves)
+        for one, right in zip(found, expected, strict=True):
+            torch.testing.assert_close(one, right, rtol=1e-4, atol=1e-5)
+        assert shape not in zeros.shapes
+        # Nothing but the gradients of the other outputs, if those are needed.
+        assert len(zeros.shapes) == (0 if index == 0 else 2), zeros.shapes
+
+
+def test_a_gradient_of_one_output_only(interpreted: Callable) -> None:
+    """Beside it there are no zeros for what the forward keeps for the backward."""
+    interpreted(of_one_output)
 
 
 def test_what_the_kernels_cannot_take_is_named() -> None:

@@ -184,25 +184,34 @@ backward = torch.library.custom_op("xlstm_lm_triton::mlstm_backward", launch_bac
 
 @backward.register_fake
 def _(q, k, v, i, f, resets, C, n, h, c, x, m, x_divided, d, weights, dh, dC_last, dn_last, sigmoid, normalize, eps):
-    dstate = (torch.empty_like(C), torch.empty_like(n)) if C is not None else (d.new_empty(0), d.new_empty(0))
+    dstate = (C.new_empty(C.shape), n.new_empty(n.shape)) if C is not None else (d.new_empty(0), d.new_empty(0))
     return *(torch.empty_like(each) for each in (q, k, v, i, f)), *dstate
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-    q, k, v, i, f, resets, C, n, _m, return_state, sigmoid, normalize, eps = inputs
-    h, _C, _n, _m, *kept = output
+    q, k, v, i, f, resets, C, n, _, _, sigmoid, normalize, eps = inputs
+    h, _, _, m, *kept = output
     ctx.save_for_backward(q, k, v, i, f, resets, C, n, h, *kept)
     ctx.options = (sigmoid, normalize, eps)
-    ctx.return_state = return_state
+    ctx.mark_non_differentiable(m, *kept)
+    ctx.set_materialize_grads(False)  # else there would be zeros for all of them
 
 
-def _backward_of_forward(ctx: Any, dh: Tensor, dC: Tensor, dn: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    dlast = (dC, dn) if ctx.return_state else (None, None)
+def _backward_of_forward(
+    ctx: Any, dh: Tensor | None, dC: Tensor | None, dn: Tensor | None, *_: None
+) -> tuple[Tensor | None, ...]:
     saved = ctx.saved_tensors  # to be asked for once in activation checkpointing
+    q, _, v, *_, C_first, _, h = saved[:9]
+    if dh is None:
+        dh = torch.zeros_like(h)
+    if dC is not None or dn is not None:
+        B, _, H, K = q.shape
+        dC = q.new_zeros(B, H, K, v.shape[-1], dtype=torch.float32) if dC is None else dC
+        dn = q.new_zeros(B, H, K, dtype=torch.float32) if dn is None else dn
     with torch.autocast(dh.device.type, enabled=False):  # the little that PyTorch computes in it stays float32
-        *gradients, dC_first, dn_first = backward(*saved, dh, *dlast, *ctx.options)
-    has_first = saved[6] is not None
-    return (*gradients, None, *((dC_first, dn_first) if has_first else (None, None)), *(None,) * 5)
+        *gradients, dC_first, dn_first = backward(*saved, dh, dC, dn, *ctx.options)
+    dstate = (None, None) if C_first is None else (dC_first, dn_first)
+    return (*gradients, None, *dstate, *(None,) * 5)
 
 
 forward.register_autograd(_backward_of_forward, setup_context=_setup_context)

@@ -5,14 +5,16 @@ How each backend is chosen on a GPU is shown here too, with stand-ins.
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
 from xlstm_lm.ops.selfcheck import asked_once, errors, slstm_inputs, some_resets
-from xlstm_lm.ops.slstm import BACKENDS, choose_backend, dispatch, fused, slstm
+from xlstm_lm.ops.slstm import BACKENDS, choose_backend, cuda_graphs, dispatch, fused, slstm
 
 batched = functools.partial(slstm, backend="batched")
 definition = functools.partial(slstm, backend="recurrence")
@@ -175,6 +177,26 @@ def test_autocast_does_not_reach_the_products(backend):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found = values_and_gradients(function, inputs, None)
     assert all(map(torch.equal, found, expected))
+
+
+def test_a_graph_is_captured_on_the_stream_that_warmed_up(monkeypatch):
+    """With stand-ins for the GPU's streams and graphs."""
+    side, now = (SimpleNamespace(wait_stream=lambda other: None) for _ in range(2))
+    entered = []
+
+    @contextlib.contextmanager
+    def on(*graph, stream, **options):
+        entered.append(stream)
+        yield
+
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: side)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: now)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: on(stream=stream))
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+    monkeypatch.setattr(torch.cuda, "graph", on)
+    ran = []
+    cuda_graphs._capture(lambda *own: ran.append(entered[-1]), (None, torch.ones(2)), (torch.ones(2),))
+    assert ran == [side, side]
 
 
 def test_no_gradients_of_gradients():

@@ -64,6 +64,7 @@ def _capture(
             function(*own)  # so that kernels are compiled and libraries have their workspaces before
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads may pin memory meanwhile
+        # On the same stream, for which libraries keep their workspaces; other threads may pin memory meanwhile.
+        with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
             function(*own)
     return _Captured(graph, tuple(own[: len(inputs)]), tuple(own[len(inputs) :]))

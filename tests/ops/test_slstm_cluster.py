@@ -9,6 +9,7 @@ import torch
 from cluster_emulation import BARRIERS, EmulationError, emulated_launch
 
 from eval.compile_calls import CudaCall
+from xlstm_lm.ops import nvrtc
 from xlstm_lm.ops.slstm import cluster
 from xlstm_lm.ops.slstm.fused import slstm_fused
 from xlstm_lm.ops.slstm.recurrence import slstm_recurrence
@@ -181,6 +182,23 @@ def test_a_crowded_gpu_gets_wider_tiles(monkeypatch, B, tiles):
     [(layout, blocks, threads)] = launched
     assert (layout.tiles, blocks, threads) == (tiles, -(-B // (8 * tiles)) * 3 * 8, 128)
     assert cluster.rows(B, 3, 256, torch.bfloat16, torch.device("cpu")) == 8 * tiles
+
+
+@pytest.mark.parametrize(("cuda", "first"), [("12.8", "12"), ("13.0", "13"), (None, "13")])
+def test_the_compiler_of_pytorchs_own_cuda_is_tried_first(monkeypatch, cuda, first):
+    tried = []
+
+    def load(name):
+        tried.append(name)
+        raise OSError
+
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(nvrtc.ctypes, "CDLL", load)
+    with pytest.raises(RuntimeError, match="is not installed"):
+        nvrtc._nvrtc.__wrapped__()
+    majors = [name.rpartition("libnvrtc.so")[2].lstrip(".") for name in tried]
+    assert tried[0] == f"libnvrtc.so.{first}"
+    assert list(dict.fromkeys(majors)) == [first, "12" if first == "13" else "13", ""]
 
 
 def test_a_mistake_in_the_source_is_told():

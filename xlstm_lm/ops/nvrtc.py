@@ -77,11 +77,14 @@ class Kernel:
 
 @functools.cache
 def _nvrtc() -> ctypes.CDLL:
-    names = ["libnvrtc.so.13", "libnvrtc.so.12", "libnvrtc.so"]
-    packages = importlib.util.find_spec("nvidia")
+    packages, paths = importlib.util.find_spec("nvidia"), []
     for folder in packages.submodule_search_locations or () if packages else ():
         # nvidia/cu13/lib, and nvidia/cuda_nvrtc/lib before CUDA 13
-        names += [str(path) for path in sorted(Path(folder).glob("*/lib/libnvrtc.so.*"))]
+        paths += [str(path) for path in sorted(Path(folder).glob("*/lib/libnvrtc.so.*"))]
+    names = []
+    for major in dict.fromkeys([(torch.version.cuda or "13").partition(".")[0], "13", "12"]):  # PyTorch's own first
+        names += [f"libnvrtc.so.{major}", *(path for path in paths if path.endswith(f".so.{major}"))]
+    names.append("libnvrtc.so")
     for name in names:
         try:
             return ctypes.CDLL(name)

@@ -130,6 +130,26 @@ def test_values_and_gradients(interpreted, name):
     assert all(error <= tolerance for error in found.values()), found  # NaN fails too: nothing is below it
 
 
+def open_forget_gates(backend: str) -> float:
+    """How far, relatively, m is from the sum of a few log forget gates that are nearly 0."""
+    from xlstm_lm.ops.slstm import slstm
+
+    small_kernels(8, 4, backend)
+    wx = torch.zeros(1, 4, 4, 1, 8)
+    wx[:, :, 0], wx[:, :, 1] = -50.0, 15.0
+    state = (torch.zeros(1, 1, 8), *torch.ones(2, 1, 1, 8), torch.zeros(1, 1, 8))
+    _, (*_, m) = slstm(
+        wx, torch.zeros(4, 1, 8, 8), torch.zeros(4, 1, 8), initial_state=state, return_state=True, backend=backend
+    )
+    expected = 4 * torch.nn.functional.logsigmoid(torch.tensor(15.0, dtype=torch.float64))
+    return float((m / expected - 1).abs().max())
+
+
+@pytest.mark.parametrize("backend", ["triton", "batched"])
+def test_forget_gates_that_are_nearly_open_are_exact(interpreted, backend):
+    assert interpreted(open_forget_gates, backend) < 1e-5
+
+
 def halves_and_whole() -> float:
     from xlstm_lm.ops.slstm import slstm
 

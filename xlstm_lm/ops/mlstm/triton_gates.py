@@ -38,12 +38,17 @@ class Gates(NamedTuple):
 
 
 @triton.jit
-def log2_sigmoid(x):
-    """log2(sigmoid(x)), to full precision at both ends."""
+def log_sigmoid(x):
+    """log(sigmoid(x)), to full precision at both ends."""
     small = tl.exp(-tl.abs(x))
     rounded = 1.0 + small
     log1p = tl.where(rounded == 1.0, small, tl.log(rounded) * (small / (rounded - 1.0)))
-    return (tl.minimum(x, 0.0) - log1p) * LOG2E
+    return tl.minimum(x, 0.0) - log1p
+
+
+@triton.jit
+def log2_sigmoid(x):
+    return log_sigmoid(x) * LOG2E
 
 
 @triton.jit

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from xlstm_lm.ops.mlstm.recurrence import State
-from xlstm_lm.ops.mlstm.triton_gates import LOG2E, SMALLEST, log2_sigmoid
+from xlstm_lm.ops.mlstm.triton_gates import SMALLEST, log_sigmoid
 from xlstm_lm.ops.mlstm.triton_launch import padded
 from xlstm_lm.ops.mlstm.triton_op import DTYPES, INTERPRETED
 
@@ -110,13 +110,13 @@ def step_kernel(
     C_next_ptr += pair * K * V
 
     log_input = tl.load(i_ptr + row * i_strides[0] + head * i_strides[2]).to(tl.float32)
-    log_forget = log2_sigmoid(tl.load(f_ptr + row * f_strides[0] + head * f_strides[2]).to(tl.float32)) / LOG2E
+    log_forget = log_sigmoid(tl.load(f_ptr + row * f_strides[0] + head * f_strides[2]).to(tl.float32))
     there = has_state != 0
     if HAS_RESETS:
         there = there & (tl.load(resets_ptr + row * resets_stride).to(tl.int32) == 0)
     exponent = tl.load(m_ptr + pair, there, float("-inf")) + log_forget
     if SIGMOID:
-        log_input = log2_sigmoid(log_input) / LOG2E
+        log_input = log_sigmoid(log_input)
         m = tl.full([], 0.0, tl.float32)
     else:
         m = tl.maximum(tl.maximum(exponent, log_input), SMALLEST)

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from xlstm_lm.ops.mlstm.triton_gates import log_sigmoid
 from xlstm_lm.ops.slstm.fused import CHECKPOINT_STEPS
 from xlstm_lm.ops.slstm.shares import Kept
 
@@ -19,7 +20,7 @@ BLOCK = 128
 @triton.jit
 def advance(i, f, z, c, n, m):
     """c, n, m after a step, its input and forget weight, and tanh(z), from pre-activations of the gates."""
-    decayed = tl.minimum(f, 0.0) - tl.log(1.0 + tl.exp(-tl.abs(f))) + m
+    decayed = log_sigmoid(f) + m
     m = tl.maximum(i, decayed)
     taken = tl.exp(i - m)
     kept = tl.exp(decayed - m)

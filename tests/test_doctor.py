@@ -61,6 +61,19 @@ def test_a_value_that_is_not_finite_is_found():
     assert doctor.compare(lambda *each: mlstm_ops.mlstm(*each) * float("nan"), mlstm_ops.mlstm, inputs) == float("inf")
 
 
+@pytest.mark.parametrize("place", [0, 1])
+def test_a_definition_that_is_not_finite_proves_nothing_right(place):
+    """Also where it is not the first of the values or gradients."""
+
+    def definition(x):
+        values = [x, 2 * x]
+        values[place] = values[place] * float("nan")
+        return tuple(values)
+
+    assert doctor.compare(lambda x: (x, 2 * x), definition, [torch.ones(3)]) == float("inf")
+    assert doctor.compare(lambda x: 0 * x, lambda x: 0 * x, [torch.ones(3)]) == 0
+
+
 def test_a_wrong_kernel_is_reported_by_name(monkeypatch, capsys):
     def wrong(*inputs, **options):
         h, state = mlstm_chunkwise(*inputs, **options)

@@ -91,9 +91,10 @@ def _largest_distance(ours: tuple[Tensor, ...], right: tuple[Tensor, ...]) -> fl
 
 
 def _distance(ours: Tensor, right: Tensor) -> float:
-    if not torch.isfinite(ours).all():
+    if not (torch.isfinite(ours).all() and torch.isfinite(right).all()):
         return float("inf")
-    return float((ours.double() - right).abs().max() / right.abs().max())
+    error = (ours.double() - right).abs().max()
+    return float(error / right.abs().max()) if error > 0 else 0.0
 
 
 def mlstm_inputs(

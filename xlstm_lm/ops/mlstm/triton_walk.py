@@ -32,6 +32,8 @@ from xlstm_lm.ops.mlstm.triton_gates import Gates
 from xlstm_lm.ops.mlstm.triton_launch import Launch, Plan
 from xlstm_lm.ops.mlstm.triton_tiles import chunk_weights, load_tile, store_tile
 
+SMALLEST_UNIT = tl.constexpr(1e-12)
+
 
 @triton.jit(do_not_specialize=["T", "pairs", "chunks"])
 def walk_kernel(
@@ -47,6 +49,7 @@ def walk_kernel(
     m_ptr,
     segment_ptr,
     state_ptr,
+    reach_ptr,
     n_ptr,
     out_ptr,
     product_ptr,
@@ -76,6 +79,9 @@ def walk_kernel(
 
     HAS_NORMALIZER: r and s are dh and v, or v and dh, with their one more entry. HAS_PRODUCT: write this block's part
     of the product of out and `other` as well.
+
+    float16 ends at 65504, but a sum over thousands of steps does not: in its products the state counts in a power of
+    two by which it stays below. `largest` is what it cannot exceed: a step adds its weight times `reach` at most.
     """
     blocks = tl.cdiv(W, BLOCK_W)
     all_chunks = tl.cdiv(T, L)
@@ -103,6 +109,10 @@ def walk_kernel(
     border = pair * (supers + 1) + super_chunk
     if REVERSE:
         border += 1
+    HALF: tl.constexpr = r_ptr.dtype.element_ty == tl.float16
+    largest = SMALLEST_UNIT
+    if HALF:
+        reach = tl.load(reach_ptr + pair)
     state = ()
     for part in tl.static_range(PARTS):
         entry = part * BLOCK_S + tl.arange(0, BLOCK_S)
@@ -111,6 +121,8 @@ def walk_kernel(
             (entry < S)[None, :] & (carried < W)[:, None],
             0.0,
         )
+        if HALF:
+            largest = tl.maximum(largest, tl.max(tl.abs(state_part)))
         state = state + (state_part,)
     begin = super_chunk * chunks
     end = tl.minimum(begin + chunks, all_chunks)
@@ -129,11 +141,9 @@ def walk_kernel(
         weighted_w = tl.trans((w * adding[:, None]).to(w.dtype))
         left = tl.zeros([BLOCK_W, L], tl.float32)
         unit = 1.0
-        if r_ptr.dtype.element_ty == tl.float16:  # it ends at 65504 and 6e-8: not so a sum over thousands of steps
-            largest = 1e-12
-            for part in tl.static_range(PARTS):
-                largest = tl.maximum(largest, tl.max(tl.abs(state[part])))
+        if HALF:
             unit = tl.exp2(tl.floor(tl.log2(largest)) - 14.0)
+            largest = tl.maximum(largest * kept + reach * tl.sum(adding), SMALLEST_UNIT)
         state_next = ()
         for part in tl.static_range(PARTS):
             r = load_tile(r_ptr, r_strides, first, part * BLOCK_S, T, S, L, BLOCK_S)
@@ -186,6 +196,9 @@ def walk(
     B, T, H, W = w_BTHW.shape
     S = r_BTHS.shape[-1]
     other = w_BTHW if other_BTHW is None else other_BTHW
+    reach_BH = gates.x_BHT
+    if r_BTHS.dtype == torch.float16:
+        reach_BH = _largest(s_BTHS) * _largest(w_BTHW)
 
     def run(launch: Launch) -> tuple[Tensor, Tensor]:
         blocks = triton.cdiv(W, launch.block_v)
@@ -204,6 +217,7 @@ def walk(
             gates.m_BHT1,
             gates.c_BHT if gates.segment_BT1 is None else gates.segment_BT1,
             state,
+            reach_BH,
             gates.x_BHT if n_BHNW is None else n_BHNW,
             out_BTHW,
             gates.x_BHT if other_BTHW is None else product_PBHT,
@@ -235,3 +249,8 @@ def walk(
 
     kind = f"walk{' back' if reverse else ''}{' for k' if other_BTHW is not None else ''}"
     return run(best_launch(kind, launch, (plan.L, S, W), w_BTHW, lambda each: run(each)[0]))
+
+
+def _largest(x_BTHX: Tensor) -> Tensor:
+    """Of each head's entries, in float32 (B, H)."""
+    return torch.linalg.vector_norm(x_BTHX, torch.inf, dim=(1, 3), dtype=torch.float32).contiguous()

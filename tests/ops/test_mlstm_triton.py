@@ -8,7 +8,7 @@ from unittest import mock
 
 import pytest
 import torch
-from mlstm_cases import assert_equal_under_autocast, check_case, gradients, make_inputs, run
+from mlstm_cases import assert_equal_under_autocast, check_case, gradients, make_inputs, make_resets, run
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -68,6 +68,24 @@ def large_states() -> dict[str, float]:
 def test_states_that_float16_cannot_hold(interpreted: Callable) -> None:
     found = interpreted(large_states)
     assert all(error < 5e-3 for error in found.values()), found  # NaN fails too
+
+
+def gradients_of_later_documents() -> list[float]:
+    """Largest gradients, beside those of the second document, of the first one, on which the loss does not depend."""
+    inputs = {name: x.detach() for name, x in make_inputs(1, 56, 1, 16, 16).items()}
+    leaves = {
+        name: x.to(torch.float16 if name in "qkv" else torch.float32).requires_grad_() for name, x in inputs.items()
+    }
+    with super_chunks_of(2):
+        h = run(leaves, resets=make_resets(1, 56, 40), backend="triton")[0]
+        found = torch.autograd.grad(h[:, 40:].float().square().sum(), list(leaves.values()))
+    assert all(x[:, 41:].abs().max() > 1e-3 for x in found)
+    return [float(x[:, :40].abs().max()) for x in found]
+
+
+def test_nothing_of_a_later_document_reaches_an_earlier_one(interpreted: Callable) -> None:
+    """Not even the rounding of its sums, in the gradient of f."""
+    assert interpreted(gradients_of_later_documents) == [0.0] * 5
 
 
 def under_autocast() -> None:

@@ -18,6 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from xlstm_lm.ops.mlstm.triton_tiles import join_stretches
+
 LOG2E = tl.constexpr(1.4426950408889634)
 SMALLEST = tl.constexpr(-3.4028234663852886e38)
 BLOCK = 512
@@ -138,7 +140,8 @@ def gate_gradients_kernel(
     """The gradients of both gates in one super-chunk of `steps` steps, last steps first.
 
     Step t's log forget gate acts on all that later steps get from earlier ones: within the super-chunk that is the
-    sum of q . dq - k . dk from t on, beyond it the product of the state at the border and its gradient.
+    sum of q . dq - k . dk from t on, beyond it the product of the state at the border and its gradient. A document's
+    sum ends with it: that of the next one is 0 but for rounding, which would count for this one.
     """
     supers = tl.cdiv(T, steps)
     program = tl.program_id(0).to(tl.int64)
@@ -154,20 +157,26 @@ def gate_gradients_kernel(
         beyond = tl.load(border_ptr + pair * (supers + 1) + super_chunk + 1)
     end = tl.minimum((super_chunk + 1) * steps, T)
     blocks = tl.cdiv(end - super_chunk * steps, BLOCK)
+    back = tl.arange(0, BLOCK)
     for block in range(blocks):
-        t = super_chunk * steps + (blocks - 1 - block) * BLOCK + tl.arange(0, BLOCK)
+        t = super_chunk * steps + (blocks - block) * BLOCK - 1 - back
         inside = t < end
         k_dk = tl.zeros([BLOCK], tl.float32)
         for part in tl.static_range(PARTS):
             k_dk += tl.load(k_dk_ptr + (part * tl.cast(pairs, tl.int64) + pair) * T + t, inside, 0.0)
         difference = tl.load(q_dq_ptr + pair * T + t, inside, 0.0) - k_dk
-        dforget = tl.cumsum(difference, 0, reverse=True) + beyond
-        beyond += tl.sum(difference)
+        if HAS_RESETS:
+            segment = tl.load(segment_ptr + t + 1, inside, 0)
+            goes_on = tl.load(segment_ptr + t + 2, inside & (t + 1 < T), segment) == segment
+            kept, dforget = tl.associative_scan((tl.where(goes_on, 1.0, 0.0), difference), 0, join_stretches)
+            dforget += kept * beyond
+        else:
+            dforget = tl.cumsum(difference, 0) + beyond
+        beyond = tl.sum(tl.where(back == BLOCK - 1, dforget, 0.0))
         t_long = t.to(tl.int64)
         dforget *= tl.sigmoid(-tl.load(f_ptr + t_long * f_strides[1], inside, 0.0).to(tl.float32))
         if HAS_RESETS:
-            restarts = tl.load(segment_ptr + t, inside, 0) != tl.load(segment_ptr + t + 1, inside, 0)
-            dforget = tl.where(restarts, 0.0, dforget)
+            dforget = tl.where(tl.load(segment_ptr + t, inside, 0) == segment, dforget, 0.0)
         if SIGMOID:
             k_dk *= tl.sigmoid(-tl.load(i_ptr + t_long * i_strides[1], inside, 0.0).to(tl.float32))
         tl.store(di_ptr + t_long * di_strides[1], k_dk.to(di_ptr.dtype.element_ty), inside)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from xlstm_lm.ops.mlstm.triton_gates import Gates
 from xlstm_lm.ops.mlstm.triton_launch import Launch, Plan, padded
-from xlstm_lm.ops.mlstm.triton_tiles import chunk_weights, load_tile
+from xlstm_lm.ops.mlstm.triton_tiles import chunk_weights, join_stretches, load_tile
 
 
 @triton.jit(do_not_specialize=["T", "supers", "first_super", "count", "chunks"])
@@ -140,12 +140,6 @@ def key_sums_kernel(
     tl.store(kept_ptr + pair * chunks + chunk, kept)
 
 
-@triton.jit
-def _both(kept_1, state_1, kept_2, state_2):
-    """Two stretches as one: what is kept of a state before them, and what they add."""
-    return kept_1 * kept_2, state_1 * kept_2 + state_2
-
-
 @triton.jit(do_not_specialize=["stretches", "first_stretch", "count"])
 def join_kernel(
     state_ptr,
@@ -178,7 +172,7 @@ def join_kernel(
         here = state_ptr + border.to(tl.int64)[:, None] * SIZE + entry[None, :]
         mask = there[:, None] & inside[None, :]
         kept = tl.load(kept_ptr + stretch, there, 1.0)[:, None] + tl.zeros([ROWS, BLOCK], tl.float32)
-        kept, added = tl.associative_scan((kept, tl.load(here, mask, 0.0)), 0, _both)
+        kept, added = tl.associative_scan((kept, tl.load(here, mask, 0.0)), 0, join_stretches)
         joined = kept * state[None, :] + added
         tl.store(here, joined, mask)
         state = tl.sum(tl.where((row == ROWS - 1)[:, None], joined, 0.0), 0)

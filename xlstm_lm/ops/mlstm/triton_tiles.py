@@ -1,4 +1,4 @@
-"""Pieces of Triton kernels on a chunk of one head: its tile of a tensor, and the weights of its steps."""
+"""Pieces of Triton kernels on a chunk of one head: its tile of a tensor, the weights of its steps; and how to scan."""
 
 from __future__ import annotations
 
@@ -40,6 +40,12 @@ def weights_between(c_ptr, x_query_ptr, segment_ptr, first, T, L: tl.constexpr, 
         segment = tl.load(segment_ptr + t + 1, t < T, -1)
         seen = seen & (segment[:, None] == segment[None, :])
     return tl.where(seen, tl.exp2(c[None, :] - x_query[:, None]), 0.0)
+
+
+@triton.jit
+def join_stretches(kept_1, sum_1, kept_2, sum_2):
+    """Two stretches as one: what is kept of a state, or a sum, before them, and what they add."""
+    return kept_1 * kept_2, sum_1 * kept_2 + sum_2
 
 
 @triton.jit

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from unittest import mock
+
 import torch
 from torch import Tensor
 
@@ -166,6 +169,15 @@ TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4, torch.bfloat16: 2e-2, tor
 """Of the largest entry, in any of the cases below. The 16-bit ones are those of products in that type."""
 
 
+def launched_for(architecture: str | None) -> contextlib.AbstractContextManager:
+    """Have the Triton kernels launched as on such a GPU."""
+    if architecture is None:
+        return contextlib.nullcontext()
+    from xlstm_lm.ops.mlstm import triton_op
+
+    return mock.patch.object(triton_op, "architecture", lambda device: architecture)
+
+
 def check_case(
     backend: str,
     B: int = 2,
@@ -182,12 +194,14 @@ def check_case(
     gate_spread: float = 2.0,
     seed: int = 0,
     chunks: int = 2,
+    architecture: str | None = None,
     cut: int | None = None,
     **options: object,
 ) -> None:
     """One case of a backend against the definition, from inputs that lie in larger tensors full of NaN; with `cut` also
     in two halves. `resets` are steps of the first row, one later in each next one; `chunks` is how many the Triton
-    kernels have in a super-chunk. What comes back is nothing, so that a process beside can be asked."""
+    kernels have in a super-chunk, `architecture` for which GPU they are launched. What comes back is nothing, so that a
+    process beside can be asked."""
     gates = {"input_mean": input_mean, "forget_mean": forget_mean, "gate_spread": gate_spread}
     inputs = make_inputs(B, T, H, K, V, state=state, seed=seed, **gates)
     wide = torch.promote_types(dtype, torch.float32)
@@ -198,7 +212,7 @@ def check_case(
     # The exponents of the weights are differences of sums of log forget gates.
     largest_sum = torch.nn.functional.logsigmoid(inputs["f"].detach()).sum(1).abs().max().item()
     rtol = TOLERANCE[dtype] + torch.finfo(wide).eps * largest_sum
-    with super_chunks_of(chunks):
+    with super_chunks_of(chunks), launched_for(architecture):
         assert_equal_to_definition(inputs, rtol, rounding=30.0, **options)
         if cut is not None:
             assert_halves_equal_the_whole(inputs, cut, rtol, **options)

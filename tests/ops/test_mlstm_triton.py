@@ -26,6 +26,7 @@ CASES = {
     "sigmoid, not normalized": {"input_gate": "sigmoid", "normalize": False},
     "no eps": {"eps": 0.0},
     "float16": {"dtype": torch.float16, "T": 70},
+    "as on Hopper": {"dtype": torch.float16, "K": 96, "V": 160, "T": 40, "chunks": 1, "architecture": "sm_90"},
     "one step": {"T": 1, "resets": None},
     "shorter than a chunk": {"T": 5, "resets": (2,)},
     "whole chunks": {"T": 64, "resets": (0, 16, 32, 63)},

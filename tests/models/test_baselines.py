@@ -132,6 +132,27 @@ def test_lstm_layer_is_torchs():
     )
 
 
+@pytest.mark.parametrize("cell", ["lstm", "gru", "rnn"])
+def test_padded_documents_are_packed_ones(cell):
+    model = build_model(LSTMConfig(cell=cell, vocab_size=29, embedding_dim=12, num_blocks=1)).double()
+    layer, x_BTD = model.blocks[0], torch.randn(3, 40, 12, dtype=torch.float64, requires_grad=True)
+    resets_BT = torch.zeros(3, 40, dtype=torch.bool)
+    resets_BT[0, [0, 25]] = resets_BT[2, 13] = True
+    context = model.make_context(torch.zeros(3, 40, dtype=torch.int64), resets_BT, None)
+    assert context.padded_MS.shape == (5, 40)
+    state = tuple(torch.randn(3, 12, dtype=torch.float64) for _ in range(2 if cell == "lstm" else 1))
+    padded, _ = layer(x_BTD, context, state)
+    packed, _ = layer(x_BTD, context._replace(padded_MS=None), state)
+    torch.testing.assert_close(padded, packed)
+    upstream = torch.randn_like(padded)
+    inputs = [x_BTD, *layer.parameters()]
+    torch.testing.assert_close(
+        torch.autograd.grad(padded, inputs, upstream), torch.autograd.grad(packed, inputs, upstream)
+    )
+    resets_BT[0, ::2] = True
+    assert model.make_context(torch.zeros(3, 40, dtype=torch.int64), resets_BT, None).padded_MS is None
+
+
 def test_lstm_starts_with_open_forget_gates_and_orthogonal_recurrence():
     torch.manual_seed(0)
     model = build_model(LSTMConfig(vocab_size=29, embedding_dim=24))

@@ -1,7 +1,8 @@
 """The classics: stacks of LSTM, GRU or plain recurrent layers, on torch's own kernels, restarted with each document.
 
-Documents of a row become sequences of their own for the kernel, all at once in a packed batch, the first of a row with
-the state handed in. Peepholes, which no kernel has, run step by step.
+Documents of a row become sequences of their own for the kernel, the first of a row with the state handed in, all at once
+in a packed batch; in training on a CPU in a padded one, where that is not much longer. Peepholes, which no kernel has, run
+step by step.
 """
 
 from __future__ import annotations
@@ -11,12 +12,14 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import PackedSequence, pack_sequence
+from torch.nn.utils.rnn import PackedSequence, pack_sequence, pad_sequence
 
 from xlstm_lm.models.language_model import LanguageModel, State
 from xlstm_lm.ops.announce import announce_once
 
 GATES = {"lstm": 4, "gru": 3, "rnn": 1}
+PADDING = 2
+"""How many times longer a padded batch may be: on a CPU torch takes several times as long for a packed one."""
 _KERNELS = {"lstm": torch.lstm, "gru": torch.gru, "rnn": torch.rnn_tanh}
 
 
@@ -82,6 +85,10 @@ class Context(NamedTuple):
     """The number of each row's first document, which goes on the state unless it starts there."""
     last_B: Tensor | None = None
     """The number of each row's last document."""
+    padded_MS: Tensor | None = None
+    """The places of each document's tokens, padded; None where packed sequences are better."""
+    back_P: Tensor | None = None
+    """Where in these each token of the rows stands."""
 
 
 class Layer(nn.Module):
@@ -111,6 +118,8 @@ class Layer(nn.Module):
             y_BTH, state = self._with_peepholes(x_BTD, context.resets_BT, state)
         elif context.places is None:
             y_BTH, state = self._kernel((x_BTD,), state)
+        elif context.padded_MS is not None and not return_state:
+            y_BTH = self._padded(x_BTD, context, state)
         else:
             y_BTH, state = self._packed(x_BTD, context, state)
         return self.dropout(self.norm(y_BTH)), state if return_state else None
@@ -128,11 +137,19 @@ class Layer(nn.Module):
         )
         return y, tuple(each[0] for each in last)
 
+    def _first_states(self, count: int, context: Context, state: State) -> State:
+        """For each of so many documents: what its row goes on, or zeros."""
+        first = (each.masked_fill(context.resets_BT[:, :1], 0) for each in state)
+        return tuple(each.new_zeros(count, each.shape[1]).index_copy(0, context.first_B, each) for each in first)
+
+    def _padded(self, x_BTD: Tensor, context: Context, state: State) -> Tensor:
+        first = self._first_states(len(context.padded_MS), context, state)
+        y_MSH, _ = self._kernel((x_BTD.flatten(0, 1)[context.padded_MS],), first)
+        return y_MSH.flatten(0, 1)[context.back_P].unflatten(0, x_BTD.shape[:2])
+
     def _packed(self, x_BTD: Tensor, context: Context, state: State) -> tuple[Tensor, State]:
         places, batch_sizes, order, back = context.places
-        starts_B1 = context.resets_BT[:, :1]
-        first = (each.masked_fill(starts_B1, 0) for each in state)
-        first = tuple(each.new_zeros(len(order), each.shape[1]).index_copy(0, context.first_B, each) for each in first)
+        first = self._first_states(len(order), context, state)
         y, last = self._kernel((x_BTD.flatten(0, 1)[places], batch_sizes), tuple(each[order] for each in first))
         y_BTH = torch.empty_like(y).index_copy(0, places, y).unflatten(0, x_BTD.shape[:2])
         return y_BTH, tuple(each[back][context.last_B] for each in last)
@@ -179,8 +196,13 @@ class LSTM(LanguageModel):
         documents = torch.arange(B * T, device=tokens_BT.device).split(length_M.tolist())
         documents_B = starts_BT.sum(1)
         last_B = documents_B.cumsum(0) - 1
-        places = pack_sequence(documents, enforce_sorted=False)
-        return Context(resets_BT, places, last_B + 1 - documents_B, last_B)
+        context = Context(resets_BT, pack_sequence(documents, enforce_sorted=False), last_B + 1 - documents_B, last_B)
+        longest = int(length_M.max())
+        if tokens_BT.device.type == "cpu" and longest * len(documents) <= PADDING * B * T:
+            row_M = longest * torch.arange(len(documents)) - start_M  # of a document, less where it starts
+            back_P = torch.arange(B * T) + row_M.repeat_interleave(length_M)
+            context = context._replace(padded_MS=pad_sequence(documents, batch_first=True), back_P=back_P)
+        return context
 
     @torch.no_grad()
     def init_weights(self) -> None:

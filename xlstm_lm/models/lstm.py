@@ -1,8 +1,8 @@
 """The classics: stacks of LSTM, GRU or plain recurrent layers, on torch's own kernels, restarted with each document.
 
-Documents of a row become sequences of their own for the kernel, the first of a row with the state handed in, all at once
-in a packed batch; in training on a CPU in a padded one, where that is not much longer. Peepholes, which no kernel has, run
-step by step.
+Documents of a row become sequences of their own for the kernel, the first of a row with the state handed in, all at
+once in a packed batch; in training on a CPU in a padded one, where that is not much longer. Peepholes, which no kernel
+has, run step by step.
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ from xlstm_lm.ops.selfcheck import mlstm_inputs_and_state
 
 pytest.importorskip("triton", reason="Triton is not installed (pip install 'xlstm-lm[gpu]')")
 
+HOPPER = {"dtype": torch.float16, "T": 40, "chunks": 1, "architecture": "sm_90"}
 CASES = {
     "plain": {"T": 70},
     "two halves": {"T": 50, "cut": 21},
@@ -26,7 +27,7 @@ CASES = {
     "sigmoid, not normalized": {"input_gate": "sigmoid", "normalize": False},
     "no eps": {"eps": 0.0},
     "float16": {"dtype": torch.float16, "T": 70},
-    "as on Hopper": {"dtype": torch.float16, "K": 96, "V": 160, "T": 40, "chunks": 1, "architecture": "sm_90"},
+    "as on Hopper": HOPPER | {"K": 40, "V": 96},
     "one step": {"T": 1, "resets": None},
     "shorter than a chunk": {"T": 5, "resets": (2,)},
     "whole chunks": {"T": 64, "resets": (0, 16, 32, 63)},
@@ -41,9 +42,12 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+SLOW_CASES = {"as on Hopper, several blocks and parts": HOPPER | {"K": 96, "V": 160}}
+
+
+@pytest.mark.parametrize("name", [*CASES, *(pytest.param(each, marks=pytest.mark.slow) for each in SLOW_CASES)])
 def test_values_and_gradients(interpreted: Callable, name: str) -> None:
-    interpreted(check_case, "triton", **{"B": 1, "H": 1} | CASES[name])
+    interpreted(check_case, "triton", **{"B": 1, "H": 1} | (CASES | SLOW_CASES)[name])
 
 
 def large_states() -> dict[str, float]:
@@ -218,10 +222,10 @@ def verdict(broken: str | None) -> str:
     return " ".join(said)
 
 
-SLOW = [pytest.param(each, marks=pytest.mark.slow) for each in ("gradients at borders", "join")]
+SLOW_PARTS = [pytest.param(each, marks=pytest.mark.slow) for each in ("gradients at borders", "join")]
 
 
-@pytest.mark.parametrize("broken", [None, "states at borders", "products", *SLOW])
+@pytest.mark.parametrize("broken", [None, "states at borders", "products", *SLOW_PARTS])
 def test_the_guard_reaches_what_passes_between_super_chunks(interpreted: Callable, broken: str | None) -> None:
     said = interpreted(verdict, broken)
     assert ("are wrong on cpu for heads of 16 x 16" in said) if broken else not said

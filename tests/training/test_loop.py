@@ -91,6 +91,7 @@ def test_a_run_goes_on_where_a_checkpoint_stands(folder, reference):
 def test_a_stopped_run_is_saved_and_goes_on(number, folder, reference, monkeypatch, capsys):
     batches = 0
     next_batch = TrainingStream.next_batch
+    handler = signal.getsignal(signal.SIGINT)
 
     def interrupted(stream):
         nonlocal batches
@@ -105,7 +106,7 @@ def test_a_stopped_run_is_saved_and_goes_on(number, folder, reference, monkeypat
     assert stopped.value.code == 0
     assert list(checkpoint_folders(folder / "run")) == [5, 3]
     assert f"xlstm-lm train --config {folder}/run/config.yaml" in capsys.readouterr().out
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is handler
     train(configure(folder))
     comparable(folder, reference)
 

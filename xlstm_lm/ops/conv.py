@@ -16,8 +16,7 @@ import torch
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
 
-from xlstm_lm.ops.announce import announce_once
-from xlstm_lm.ops.selfcheck import TOLERANCE, asked_once, some_resets, what_is_wrong
+from xlstm_lm.ops.selfcheck import TOLERANCE, asked_once, proves_right, some_resets
 
 _BLOCK_ELEMENTS = 1 << 16  # of a CPU block; 256 KiB of float32, half a small core's L2 with its output
 
@@ -191,14 +190,8 @@ def _causal_conv1d_is_right(device: torch.device, dtype: torch.dtype, D: int, W:
         run = functools.partial(causal_conv, resets_BT=some_resets(inputs))
         return *(functools.partial(run, backend=name) for name in ("causal_conv1d", "torch")), inputs
 
-    found = what_is_wrong(prepare, device, dtype)
-    if found is not None:
-        verdict, reason = found
-        announce_once(
-            f"causal_conv1d's kernel {verdict} on {device}, {dtype}, {D} channels, {W} taps ({reason}): the "
-            "convolution runs in PyTorch (`torch`), which is slower"
-        )
-    return found is None
+    sizes, instead = f", {D} channels, {W} taps", "the convolution runs in PyTorch (`torch`), which is slower"
+    return proves_right(prepare, device, dtype, kernel="causal_conv1d's kernel", sizes=sizes, instead=instead)
 
 
 def _check(x_BTD, weight_DW, bias_D, resets_BT, initial_state_BWD) -> None:

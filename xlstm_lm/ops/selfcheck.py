@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from xlstm_lm.ops.announce import announce_once
+
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 5e-2}
 """How far a kernel may be from its definition, of the largest entry of a value or gradient."""
 
@@ -58,6 +60,23 @@ def what_is_wrong(
         except Exception as caught:  # whatever a compiler, an assembler or a driver comes up with
             return "do not run", (str(caught).strip() or type(caught).__name__).splitlines()[0]
     return None if error <= TOLERANCE.get(dtype, 1e-9) else ("are wrong", f"error {error:.1e}")
+
+
+def proves_right(
+    prepare: Callable[[], tuple[Checked, Checked, list[Tensor]]],
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    kernel: str,
+    sizes: str = "",
+    instead: str,
+) -> bool:
+    """Whether nothing is wrong (`what_is_wrong`, values and gradients); if something is, says what runs instead."""
+    found = what_is_wrong(prepare, device, dtype)
+    if found is not None:
+        verdict, reason = found
+        announce_once(f"{kernel} {verdict} on {device}, {dtype}{sizes} ({reason}): {instead}")
+    return found is None
 
 
 def compare(function: Checked, definition: Checked, inputs: list[Tensor], gradients: bool = True) -> float:

@@ -13,9 +13,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from xlstm_lm.ops.announce import announce_once
 from xlstm_lm.ops.mlstm import mlstm
-from xlstm_lm.ops.selfcheck import TOLERANCE, asked_once, ssd_inputs, what_is_wrong, with_states
+from xlstm_lm.ops.selfcheck import TOLERANCE, asked_once, proves_right, ssd_inputs, with_states
 
 Result = tuple[Tensor, Tensor | None]
 
@@ -152,8 +151,4 @@ def _mamba_ssm_is_right(device: torch.device, dtype: torch.dtype) -> bool:
         run = functools.partial(with_states(ssd), resets=resets_BT)
         return *(functools.partial(run, backend=name) for name in ("mamba_ssm", "recurrence")), inputs
 
-    found = what_is_wrong(prepare, device, dtype)
-    if found is not None:
-        verdict, reason = found
-        announce_once(f"mamba_ssm's kernels {verdict} on {device}, {dtype} ({reason}): SSD takes the mLSTM's")
-    return found is None
+    return proves_right(prepare, device, dtype, kernel="mamba_ssm's kernels", instead="SSD takes the mLSTM's")

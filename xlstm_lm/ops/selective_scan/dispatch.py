@@ -14,7 +14,7 @@ from xlstm_lm.ops.native import kernels_available
 from xlstm_lm.ops.selective_scan.compiled import scan_compiled
 from xlstm_lm.ops.selective_scan.mamba_ssm import scan_mamba_ssm
 from xlstm_lm.ops.selective_scan.recurrence import Result, scan_recurrence
-from xlstm_lm.ops.selfcheck import TOLERANCE, asked_once, scan_inputs, some_resets, what_is_wrong, with_states
+from xlstm_lm.ops.selfcheck import TOLERANCE, asked_once, proves_right, scan_inputs, some_resets, with_states
 
 BACKENDS: dict[str, Callable[..., Result]] = {"recurrence": scan_recurrence, "compiled": scan_compiled}
 """Every implementation by its name; all take the arguments of `selective_scan` but `backend`. Where the package
@@ -96,8 +96,5 @@ def _mamba_ssm_is_right(device: torch.device, dtype: torch.dtype, N: int) -> boo
         run = functools.partial(with_states(selective_scan), resets=some_resets(inputs))
         return *(functools.partial(run, backend=name) for name in ("mamba_ssm", "recurrence")), inputs
 
-    found = what_is_wrong(prepare, device, dtype)
-    if found is not None:
-        verdict, reason = found
-        announce_once(f"mamba_ssm's selective scan {verdict} on {device}, {dtype}, {N} states ({reason}): {SLOW}")
-    return found is None
+    kernel, sizes = "mamba_ssm's selective scan", f", {N} states"
+    return proves_right(prepare, device, dtype, kernel=kernel, sizes=sizes, instead=SLOW)

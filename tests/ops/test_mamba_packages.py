@@ -23,7 +23,7 @@ CHECKS = {
     "mamba_ssm's kernels": (ssd._mamba_ssm_is_right.__wrapped__, (), "SSD takes the mLSTM's"),
     "causal_conv1d's kernel": (conv._causal_conv1d_is_right.__wrapped__, (24, 4), "`torch`"),
 }
-"""Whose kernels -> the module that asks, the question, its further arguments and what runs in their place."""
+"""Whose kernels -> the question, its further arguments and what runs in their place."""
 
 
 @pytest.fixture

@@ -225,7 +225,8 @@ def _measure_all(options: argparse.Namespace) -> list[Reach]:
         models = [Model(run.name, run.config.model, is_stock=False) for run in runs]
         folders = {run.folder: run.name for run in runs}
         trained_stage = f"after {runs[0].tokens:,} tokens of training"
-        train_runs(runs, study.at_once, options.max_minutes and 60 * options.max_minutes)
+        at_once = options.at_once or study.at_once
+        train_runs(runs, at_once, options.max_minutes and 60 * options.max_minutes)
     texts = list(open_documents(DocumentsConfig(data=options.data)))
     windows: dict[str, Tensor] = {}  # by the tokenizer
 
@@ -267,6 +268,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     add("--runs", nargs="+", default=[], metavar="FOLDER", help="To measure: runs, checkpoints or exports.")
     add("--config", type=Path, metavar="FILE", help="Train or reuse this study's runs, and measure before and after.")
+    add("--at-once", type=positive, metavar="N", help="With --config: runs at a time. Default: what the study says.")
     add("--max-minutes", type=float, metavar="M", help="With --config: stop training and save after so long.")
     add("--data", nargs="+", default=DEFAULT_DATA, metavar="FILE", help="Default: held-out source of Python's library.")
     add("--length", type=positive, default=1024, metavar="T", help="Inputs of a window. Default: 1024.")
@@ -279,8 +281,9 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.config and (options.models or options.runs):
         parser.error("--config names the models itself: leave --models and --runs out")
-    if options.max_minutes is not None and not options.config:
-        parser.error("--max-minutes is for training; give --config too")
+    for flag, value in (("--at-once", options.at_once), ("--max-minutes", options.max_minutes)):
+        if value is not None and not options.config:
+            parser.error(f"{flag} is for training; give --config too")
     if options.length == 1:
         parser.error("--length 1 leaves no distance; it must be at least 2")
     options.models = options.models or ([] if options.runs or options.config else DEFAULT_MODELS)

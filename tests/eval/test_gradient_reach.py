@@ -189,6 +189,7 @@ def test_the_command_measures_before_and_after_training(tmp_path, own_folder, ca
         (["--models", "no-such-model"], "There is no model 'no-such-model'"),
         (["--runs", "no-such-run"], "no-such-run"),
         (["--models", "rnn-cpu-0.7m", "--data", "no-such-file.txt"], "no-such-file.txt"),
+        (["--models", "rnn-cpu-0.7m", "--at-once", "2"], "--at-once is for training; give --config too"),
         (["--config", "no-such-study.yaml"], "no-such-study.yaml does not exist"),
         (["--config", "study.yaml", "--models", "rnn-cpu-0.7m"], "leave --models and --runs out"),
         (["--length", "1"], "at least 2"),

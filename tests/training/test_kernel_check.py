@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from dataclasses import replace
 
@@ -61,7 +62,8 @@ def crashes(*inputs, **options):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_right_kernels_stay_and_the_random_state_too(dtype, caplog):
     before = torch.random.get_rng_state()
-    assert with_kernels_that_are_right(MIXED, ALONE, dtype, 4) is MIXED
+    found, taken = with_kernels_that_are_right(MIXED, ALONE, dtype, 4)
+    assert found is MIXED and taken == {"mlstm": "compiled", "slstm": "compiled"}
     assert torch.equal(torch.random.get_rng_state(), before)
     assert not caplog.records
 
@@ -71,14 +73,14 @@ def test_right_kernels_stay_and_the_random_state_too(dtype, caplog):
 def test_a_wrong_mlstm_is_replaced_by_name(kernel, configured, monkeypatch, caplog):
     monkeypatch.setitem(mlstm_ops.BACKENDS, "compiled", kernel)
     config = replace(MIXED, mlstm_backend=configured)
-    assert with_kernels_that_are_right(config, ALONE, torch.float32, 4) == replace(config, mlstm_backend="chunkwise")
+    assert with_kernels_that_are_right(config, ALONE, torch.float32, 4)[0] == replace(config, mlstm_backend="chunkwise")
     (record,) = caplog.records
     assert "the mlstm kernel 'compiled' does not compute its definition on cpu" in record.getMessage()
 
 
 def test_a_wrong_slstm_is_replaced_by_name(monkeypatch, caplog):
     monkeypatch.setitem(slstm_ops.BACKENDS, "compiled", lambda wx, *rest, **options: slstm_compiled(-wx, *rest))
-    found = with_kernels_that_are_right(MIXED, ALONE, torch.float32, 4)
+    found = with_kernels_that_are_right(MIXED, ALONE, torch.float32, 4)[0]
     assert found.mlstm_backend == "auto" and found.slstm_backend in ("batched", "recurrence")
     assert "the slstm kernel 'compiled' does not compute" in caplog.text
 
@@ -88,14 +90,14 @@ def test_the_slstm_is_checked_on_as_many_rows_as_the_run_has(monkeypatch):
         return slstm_compiled(-wx if len(wx) > 4 else wx, *rest, **options)
 
     monkeypatch.setitem(slstm_ops.BACKENDS, "compiled", wrong_on_many_rows)
-    assert with_kernels_that_are_right(MIXED, ALONE, torch.float32, 4) is MIXED
-    assert with_kernels_that_are_right(MIXED, ALONE, torch.float32, 5).slstm_backend == "batched"
+    assert with_kernels_that_are_right(MIXED, ALONE, torch.float32, 4)[0] is MIXED
+    assert with_kernels_that_are_right(MIXED, ALONE, torch.float32, 5)[0].slstm_backend == "batched"
 
 
 def test_a_replacement_that_is_wrong_too_is_passed_over(monkeypatch):
     monkeypatch.setitem(mlstm_ops.BACKENDS, "compiled", crashes)
     monkeypatch.setitem(mlstm_ops.BACKENDS, "chunkwise", wrong_value)
-    assert with_kernels_that_are_right(MIXED, ALONE, torch.float32, 4).mlstm_backend == "recurrence"
+    assert with_kernels_that_are_right(MIXED, ALONE, torch.float32, 4)[0].mlstm_backend == "recurrence"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -103,7 +105,7 @@ def test_a_replacement_that_is_wrong_too_is_passed_over(monkeypatch):
 def test_right_kernels_of_mamba_stay_and_the_random_state_too(version, dtype, caplog):
     config = MambaConfig(version=version, vocab_size=32, embedding_dim=64, num_groups=2)
     before = torch.random.get_rng_state()
-    assert with_kernels_that_are_right(config, ALONE, dtype, 4) is config
+    assert with_kernels_that_are_right(config, ALONE, dtype, 4)[0] is config
     assert torch.equal(torch.random.get_rng_state(), before)
     assert not caplog.records
 
@@ -115,7 +117,7 @@ def wrong_gradient_of_the_decays(x, dt, a, *others, **options):
 def test_a_wrong_scan_of_mamba_is_replaced_by_name(monkeypatch, caplog):
     config = MambaConfig(version=1, vocab_size=32, embedding_dim=32, num_blocks=1)
     monkeypatch.setitem(scan_ops.BACKENDS, "compiled", wrong_gradient_of_the_decays)
-    found = with_kernels_that_are_right(config, ALONE, torch.float32, 4)
+    found = with_kernels_that_are_right(config, ALONE, torch.float32, 4)[0]
     assert found == replace(config, scan_backend="recurrence")
     assert "the scan kernel 'compiled' does not compute its definition on cpu" in caplog.text
     monkeypatch.setitem(scan_ops.BACKENDS, "compiled", crashes)
@@ -130,19 +132,19 @@ def wrong_without_normalizer(*inputs, normalize=True, **options):
 def test_kernels_of_the_mlstm_that_are_wrong_for_mamba_2_are_replaced_by_name(monkeypatch, caplog):
     config = MambaConfig(vocab_size=32, embedding_dim=32, num_blocks=1)
     monkeypatch.setitem(mlstm_ops.BACKENDS, "compiled", wrong_without_normalizer)
-    assert with_kernels_that_are_right(MIXED, ALONE, torch.float32, 4) is MIXED
-    found = with_kernels_that_are_right(config, ALONE, torch.float32, 4)
+    assert with_kernels_that_are_right(MIXED, ALONE, torch.float32, 4)[0] is MIXED
+    found = with_kernels_that_are_right(config, ALONE, torch.float32, 4)[0]
     assert found == replace(config, scan_backend="chunkwise")
     assert "the scan kernel 'mlstm' does not compute its definition on cpu" in caplog.text
     monkeypatch.setitem(mlstm_ops.BACKENDS, "compiled", crashes)
     build_model(found)(torch.zeros(1, 5, dtype=torch.long))
     monkeypatch.setitem(ssd_ops.BACKENDS, "chunkwise", crashes)
-    assert with_kernels_that_are_right(config, ALONE, torch.float32, 4).scan_backend == "recurrence"
+    assert with_kernels_that_are_right(config, ALONE, torch.float32, 4)[0].scan_backend == "recurrence"
 
 
 def test_a_model_on_kernels_of_torch_is_left_alone():
     config = LSTMConfig(vocab_size=32)
-    assert with_kernels_that_are_right(config, ALONE, torch.float32, 4) is config
+    assert with_kernels_that_are_right(config, ALONE, torch.float32, 4) == (config, {})
 
 
 class AmongTwo(World):
@@ -168,7 +170,7 @@ def test_what_another_rank_finds_counts_here(seen_there, expected, caplog):
     elsewhere[:] = seen_there
     two = AmongTwo(rank=0, size=2, local_rank=0, device=torch.device("cpu"))
     config = XLSTMConfig(vocab_size=32, embedding_dim=32, num_blocks=1)
-    assert with_kernels_that_are_right(config, two, torch.float32, 4).mlstm_backend == expected
+    assert with_kernels_that_are_right(config, two, torch.float32, 4)[0].mlstm_backend == expected
     assert ("on 1 of 2 processes" in caplog.text) == (expected == "chunkwise")
 
 
@@ -182,6 +184,9 @@ def test_a_run_goes_on_with_the_definition(tmp_path, monkeypatch, caplog):
         train(configure(tmp_path / "wrong", training__steps=3))
     assert "the mlstm kernel 'compiled' does not compute its definition" in caplog.text
     ours, expected = (records(tmp_path / name / "run") for name in ("wrong", "right"))
+    for name, kernel in (("right", "compiled"), ("wrong", "chunkwise")):
+        sessions = json.loads((tmp_path / name / "run" / "environment.json").read_text())["sessions"]
+        assert [session["kernels"]["mlstm"] for session in sessions] == [kernel]
     for one, other in zip(ours, expected, strict=True):
         assert one["loss"] == pytest.approx(other["loss"], abs=2e-5)
         assert one.get("grad_norm", 0) == pytest.approx(other.get("grad_norm", 0), rel=1e-3)

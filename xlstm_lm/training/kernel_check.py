@@ -62,8 +62,11 @@ class _Case:
         return "" if error <= tolerance else f"error {error:.1e}, allowed {tolerance:.0e}"
 
 
-def with_kernels_that_are_right(config: Any, world: World, dtype: torch.dtype, micro_rows: int) -> Any:
-    """The model configuration, with another backend named where the one it would take computes something else.
+def with_kernels_that_are_right(
+    config: Any, world: World, dtype: torch.dtype, micro_rows: int
+) -> tuple[Any, dict[str, str]]:
+    """The model configuration, with another backend named where the one it would take computes something else; and the
+    backend that each of its operations takes.
 
     Compares, on small inputs with the model's head sizes and in `dtype`, the kernels that the model takes on this
     world's device for `micro_rows` rows with their definitions in float64, values and gradients. A kernel that is
@@ -75,22 +78,23 @@ def with_kernels_that_are_right(config: Any, world: World, dtype: torch.dtype, m
     elif isinstance(config, MambaConfig):
         operations = _mamba_operations(config, world.device, dtype)
     else:
-        return config
+        return config, {}
+    taken = {}
     devices = [world.device] if world.device.type == "cuda" else []
     with torch.random.fork_rng(devices), torch.enable_grad():
         torch.manual_seed(0)
         for name, cases in operations:
             field = f"{name}_backend"
-            backend = _backend_for_all(name, getattr(config, field), cases, world)
-            if backend is not None:
-                config = dataclasses.replace(config, **{field: backend})
+            taken[name], is_as_configured = _backend_for_all(name, getattr(config, field), cases, world)
+            if not is_as_configured:
+                config = dataclasses.replace(config, **{field: taken[name]})
     if devices:
         torch.cuda.empty_cache()
-    return config
+    return config, taken
 
 
-def _backend_for_all(name: str, configured: str, cases: list[_Case], world: World) -> str | None:
-    """The backend to name instead of the configured one, or None if that is right on every rank."""
+def _backend_for_all(name: str, configured: str, cases: list[_Case], world: World) -> tuple[str, bool]:
+    """A backend that is right on every rank, and whether it is what the configuration means on all of them."""
     module = cases[0].module
     own = configured
     if configured == "auto":
@@ -102,7 +106,7 @@ def _backend_for_all(name: str, configured: str, cases: list[_Case], world: Worl
         counts = torch.tensor([bool(problem), own != wanted], dtype=torch.int64, device=world.device)
         wrong, different = world.sum_(counts).tolist()
         if not wrong:
-            return backend if different or backend != wanted else None
+            return backend, not different and backend == wanted
         where = f"on {wrong} of {world.size} processes" if world.size > 1 else f"on {world.device}"
         if problem or world.is_first:
             announce_once(

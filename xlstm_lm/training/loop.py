@@ -116,7 +116,7 @@ class Trainer:
 
         precision = choose_precision(run.training.precision, world.device)
         dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-        model_config = with_kernels_that_are_right(run.model, world, dtype, self.micro_rows)
+        model_config, kernels = with_kernels_that_are_right(run.model, world, dtype, self.micro_rows)
         torch.manual_seed(run.training.seed)
         model = build_model(model_config)
         model.activation_checkpointing = run.training.activation_checkpointing
@@ -148,7 +148,7 @@ class Trainer:
         )
         resources.callback(self.report.close)
         if world.is_first:
-            record_environment(self.run_dir, world, self.step)
+            record_environment(self.run_dir, world, self.step, kernels)
         if checkpoint and checkpoint.is_imported:
             self.report.progress.say(f"Starting from weights imported from {checkpoint.state['imported_from']}")
         elif checkpoint:

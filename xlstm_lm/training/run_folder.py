@@ -125,7 +125,7 @@ def is_finished(config: dict[str, Any]) -> bool:
     return max(steps, default=-1) >= config["training"]["steps"]
 
 
-def record_environment(run_dir: Path, world: World, step: int) -> None:
+def record_environment(run_dir: Path, world: World, step: int, kernels: dict[str, str]) -> None:
     """Add what this session runs on to environment.json, which lists every session of the run."""
     path = run_dir / "environment.json"
     try:
@@ -148,6 +148,7 @@ def record_environment(run_dir: Path, world: World, step: int) -> None:
             "device": torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else cpu_name(),
             "cpu_count": os.cpu_count(),
             "torch_threads": torch.get_num_threads(),
+            "kernels": kernels,
         }
     )
     replace_durably(path, json.dumps({"sessions": sessions}, indent=2).encode())

@@ -240,6 +240,7 @@ def test_patterns(settings, kinds):
             "paper_qkv_block_size 5 does not divide the inner width 1536",
         ),
         ({"num_blocks": 0}, "num_blocks is 0; it must be at least 1"),
+        ({"gate_soft_cap": -15.0}, "gate_soft_cap is -15.0; it must be above 0, or null for none"),
     ],
 )
 def test_impossible_sizes_are_refused_with_the_mend(settings, message):

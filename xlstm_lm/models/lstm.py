@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_sequence, pad_sequence
 
 from xlstm_lm.models.language_model import LanguageModel, State
+from xlstm_lm.models.layers import check_fields
 from xlstm_lm.ops.announce import announce_once
 
 GATES = {"lstm": 4, "gru": 3, "rnn": 1}
@@ -55,9 +56,7 @@ class LSTMConfig:
     """Whether the head is the embedding."""
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "embedding_dim", "hidden_dim", "num_blocks"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise ValueError(f"{name} is {value}; it must be at least 1.")
+        check_fields(self, ("vocab_size", "embedding_dim", "hidden_dim", "num_blocks"))
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is {self.dropout}; it must be at least 0 and below 1.")
         if self.peepholes and self.cell != "lstm":

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from xlstm_lm.models.language_model import LanguageModel, State
-from xlstm_lm.models.layers import CausalConv, make_norm
+from xlstm_lm.models.layers import CausalConv, check_fields, make_norm
 from xlstm_lm.ops.selective_scan import selective_scan
 from xlstm_lm.ops.ssd import ssd
 
@@ -57,9 +57,7 @@ class MambaConfig:
 
     def __post_init__(self) -> None:
         widths = ("vocab_size", "embedding_dim", "expand", "state_dim", "head_dim", "step_rank", "conv_width")
-        for name in ("num_blocks", "num_groups", *widths):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise ValueError(f"{name} is {value}; it must be at least 1.")
+        check_fields(self, ("num_blocks", "num_groups", *widths))
         if self.version == 2 and (self.inner_dim % self.head_dim or self.num_heads % self.num_groups):
             raise ValueError(
                 f"head_dim {self.head_dim} and num_groups {self.num_groups} do not divide the inner width "

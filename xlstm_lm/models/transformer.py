@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from xlstm_lm.models.language_model import LanguageModel, State
-from xlstm_lm.models.layers import GatedFeedForward, make_norm, round_up
+from xlstm_lm.models.layers import GatedFeedForward, check_fields, make_norm, round_up
 from xlstm_lm.ops.attention import Packing, attention, pack
 
 
@@ -44,9 +44,7 @@ class TransformerConfig:
     """Whether the head is the embedding."""
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "embedding_dim", "num_blocks", "num_heads", "feedforward_dim"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise ValueError(f"{name} is {value}; it must be at least 1.")
+        check_fields(self, ("vocab_size", "embedding_dim", "num_blocks", "num_heads", "feedforward_dim"))
         if self.embedding_dim % 2:
             raise ValueError(f"embedding_dim is {self.embedding_dim}; rotary positions need an even width.")
         if self.embedding_dim % self.num_heads or self.head_dim % 2:

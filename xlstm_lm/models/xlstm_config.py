@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-from xlstm_lm.models.layers import NormKind, round_up
+from xlstm_lm.models.layers import NormKind, check_fields, round_up
 
 BLOCK_KINDS = ("mlstm", "mlstm_paper", "slstm")
 
@@ -71,9 +71,8 @@ class XLSTMConfig:
     """Kernel of the sLSTM."""
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "embedding_dim", "num_blocks", "num_heads", "conv_width", "paper_qkv_block_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+        sizes = ("vocab_size", "embedding_dim", "num_blocks", "num_heads", "conv_width", "paper_qkv_block_size")
+        check_fields(self, sizes, above_0=("gate_soft_cap", "logit_soft_cap"))
         kinds = set(self.block_kinds())
         widths = {}
         if "mlstm" in kinds:

@@ -210,8 +210,6 @@ def describe_kernels(model: Model, taken: dict[str, list[str]]) -> str:
     if model.is_stock:
         return "transformers"
     parts = [f"{operation} {' and '.join(backends)}" for operation, backends in sorted(taken.items())]
-    if model.config.family == "transformer":
-        parts.append("SDPA")
     if model.config.family == "lstm":
         parts.append(f"torch.{model.config.cell}")
     return ", ".join(parts)

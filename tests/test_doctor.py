@@ -25,7 +25,7 @@ def test_every_kernel_on_this_machine_computes_what_it_should():
         ("mlstm", "step"),
         ("slstm", "recurrence"),
         ("slstm", "compiled"),
-        ("attention", "masked"),
+        ("attention", "sdpa"),
         ("attention", "by_document"),
         ("loss", "chunked"),
         ("selective scan", "recurrence"),

@@ -90,7 +90,7 @@ def test_only_matrices_decay(model):
         assert (name not in no_decay) == is_matrix, name
 
 
-@pytest.mark.parametrize("backend", ["masked", "by_document"])
+@pytest.mark.parametrize("backend", ["sdpa", "by_document"])
 def test_attention_backends_agree(backend):
     torch.manual_seed(0)
     q, k, v = (torch.randn(2, 50, heads, 8, dtype=torch.float64, requires_grad=True) for heads in (4, 2, 2))
@@ -112,7 +112,7 @@ def test_attention_that_does_not_run_is_left_by_name(monkeypatch):
     monkeypatch.setattr(attention, "announce_once", said.append)
     with torch.inference_mode():
         assert not attention._jagged_is_right.__wrapped__(torch.device("cpu"), torch.float32)
-    assert "jagged attention's kernels do not run on cpu" in said[0] and "`masked`" in said[0]
+    assert "jagged attention's kernels do not run on cpu" in said[0] and "`sdpa`" in said[0]
 
 
 def test_lstm_layer_is_torchs():

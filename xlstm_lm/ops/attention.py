@@ -1,8 +1,8 @@
 """Causal attention over packed rows: a token sees its own document up to itself.
 
-Three forms: one mask for every pair of positions (the definition, on any device), and two that leave out what the mask
-would: document by document with torch's causal kernel, and all documents at once as a jagged tensor, for which torch
-has flash attention on a GPU.
+Three forms: whole rows, with a mask of every pair of positions where they hold several documents (the definition, on
+any device), and two that leave out what the mask would: document by document with torch's causal kernel, and all
+documents at once as a jagged tensor, for which torch has flash attention on a GPU.
 """
 
 from __future__ import annotations
@@ -93,13 +93,13 @@ def attention(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, packing: Packing, 
 
 def choose_backend(q_BTHK: Tensor, packing: Packing) -> str:
     """What "auto" means: "jagged" on a GPU for 16-bit types where it proves right, "by_document" on a CPU unless the
-    documents are short, else "masked"."""
+    documents are short, else "sdpa"."""
     if packing.offsets is None:
-        return "masked"
+        return "sdpa"
     if q_BTHK.device.type == "cuda" and q_BTHK.dtype in (torch.bfloat16, torch.float16):
-        return "jagged" if _jagged_is_right(q_BTHK.device, q_BTHK.dtype) else "masked"
+        return "jagged" if _jagged_is_right(q_BTHK.device, q_BTHK.dtype) else "sdpa"
     long = SHORT * (len(packing.offsets) - 1) <= packing.B * packing.T
-    return "by_document" if long and q_BTHK.device.type == "cpu" else "masked"
+    return "by_document" if long and q_BTHK.device.type == "cpu" else "sdpa"
 
 
 def _causal(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, mask_B1TS: Tensor | None = None) -> Tensor:
@@ -112,7 +112,7 @@ def _causal(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, mask_B1TS: Tensor | 
     return out_BHTK.transpose(1, 2)
 
 
-def _masked(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, packing: Packing) -> Tensor:
+def _sdpa(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, packing: Packing) -> Tensor:
     return _causal(q_BTHK, k_BSGK, v_BSGK, packing.mask_B1TS)
 
 
@@ -135,7 +135,7 @@ def _jagged(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, packing: Packing) ->
 
 
 BACKENDS: dict[str, Callable[[Tensor, Tensor, Tensor, Packing], Tensor]] = {
-    "masked": _masked,
+    "sdpa": _sdpa,
     "by_document": _by_document,
     "jagged": _jagged,
 }
@@ -149,11 +149,11 @@ def _jagged_is_right(device: torch.device, dtype: torch.dtype) -> bool:
     def prepare() -> tuple[Callable, Callable, list[Tensor]]:
         inputs = [torch.randn(2, 100, 2, 64, device=device, dtype=dtype) for _ in range(3)]
         packing = pack(2, 100, device, some_resets(inputs))
-        return *(functools.partial(attention, packing=packing, backend=name) for name in ("jagged", "masked")), inputs
+        return *(functools.partial(attention, packing=packing, backend=name) for name in ("jagged", "sdpa")), inputs
 
     found = what_is_wrong(prepare, device, dtype)
     if found is not None:
         verdict, reason = found
-        slow = "attention takes one mask for all pairs (`masked`), which is slower"
+        slow = "attention takes one mask for all pairs (`sdpa`), which is slower"
         announce_once(f"jagged attention's kernels {verdict} on {device}, {dtype} ({reason}): {slow}")
     return found is None

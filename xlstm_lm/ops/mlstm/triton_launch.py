@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
+
+from xlstm_lm.ops.gpu import padded, processors
 
 PROGRAMS = 2
 """Programs of a walk for each processor to aim at."""
@@ -96,27 +97,11 @@ def launches(K: int, V: int, dtype: torch.dtype, architecture: str) -> Launches:
     )
 
 
-def padded(width: int) -> int:
-    """The power of two, 16 at least, that a tile has for `width`."""
-    return max(16, 1 << (width - 1).bit_length())
-
-
-@functools.cache
-def architecture(device: torch.device) -> str:
-    """The name in `TABLE` that stands for a device."""
-    if device.type != "cuda":
-        return "sm_80"
-    if torch.version.hip:
-        return "gfx942"
-    major, _ = torch.cuda.get_device_capability(device)
-    return "sm_80" if major < 9 else "sm_90" if major == 9 else "sm_100"
-
-
 def make_plan(chosen: Launches, B: int, T: int, H: int, K: int, V: int, device: torch.device) -> Plan:
     """Super-chunks that are as many as keep all processors busy, but of SHORTEST chunks at least."""
     chunks = -(-T // chosen.L)
     blocks = min(-(-V // chosen.forward.block_v), -(-K // chosen.dq.block_v))
-    wanted = max(1, PROGRAMS * _processors(device) // (B * H * blocks))
+    wanted = max(1, PROGRAMS * processors(device) // (B * H * blocks))
     longest = -(-chunks // wanted)
     return Plan(chosen.L, min(chunks, max(longest, SHORTEST)), chosen.precision)
 
@@ -133,8 +118,3 @@ def super_chunks_of(chunks: int) -> Iterator[None]:
         yield
     finally:
         SHORTEST = before
-
-
-@functools.cache
-def _processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132

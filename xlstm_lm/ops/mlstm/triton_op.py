@@ -14,9 +14,10 @@ import torch
 import triton
 from torch import Tensor
 
+from xlstm_lm.ops.gpu import architecture
 from xlstm_lm.ops.mlstm.recurrence import State, unit_stabilizer
 from xlstm_lm.ops.mlstm.triton_gates import LOG2E, Gates, count_resets, gate_gradients, make_gates
-from xlstm_lm.ops.mlstm.triton_launch import architecture, launches, make_plan
+from xlstm_lm.ops.mlstm.triton_launch import launches, make_plan
 from xlstm_lm.ops.mlstm.triton_scores import dscores, scores
 from xlstm_lm.ops.mlstm.triton_states import border_normalizers, border_states
 from xlstm_lm.ops.mlstm.triton_walk import walk

@@ -12,8 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from xlstm_lm.ops.gpu import padded
 from xlstm_lm.ops.mlstm.triton_gates import Gates
-from xlstm_lm.ops.mlstm.triton_launch import Launch, Plan, padded
+from xlstm_lm.ops.mlstm.triton_launch import Launch, Plan
 from xlstm_lm.ops.mlstm.triton_tiles import chunk_weights, join_stretches, load_tile
 
 

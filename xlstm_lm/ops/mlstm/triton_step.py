@@ -14,9 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from xlstm_lm.ops.gpu import padded
 from xlstm_lm.ops.mlstm.recurrence import State
 from xlstm_lm.ops.mlstm.triton_gates import SMALLEST, log_sigmoid
-from xlstm_lm.ops.mlstm.triton_launch import padded
 from xlstm_lm.ops.mlstm.triton_op import DTYPES, INTERPRETED
 
 BLOCK_K, BLOCK_V = 256, 32

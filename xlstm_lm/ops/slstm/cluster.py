@@ -18,13 +18,12 @@ from torch import Tensor
 
 from xlstm_lm.ops.announce import announce_once
 from xlstm_lm.ops.nvrtc import Kernel, compile_cuda
+from xlstm_lm.ops.slstm.fused import CHECKPOINT_STEPS
 from xlstm_lm.ops.slstm.recurrence import SLSTMState
 
 FOLDER = Path(__file__).parent
 DIRECTIONS = ("forward", "backward")
 ELEMENTS = {torch.bfloat16: "Bf16", torch.float16: "Fp16", torch.float32: "float"}
-SEGMENT = 64
-"""Steps from one checkpoint to the next."""
 MAX_BLOCKS = 8
 """Blocks of a cluster that every GPU with clusters can run."""
 MAX_D = 8 * 8 * MAX_BLOCKS
@@ -82,7 +81,8 @@ class Layout:
     def macros(self) -> dict[str, object]:
         """What the program has to be told."""
         names = {"D": self.D, "BLOCKS": self.blocks, "WARPS": self.warps, "TILES": self.tiles, "HELD": self.held}
-        return names | {"SHARED_BYTES": self.shared_bytes, "Element": ELEMENTS[self.dtype]}
+        names |= {"SEGMENT": CHECKPOINT_STEPS, "SHARED_BYTES": self.shared_bytes, "Element": ELEMENTS[self.dtype]}
+        return names
 
     @property
     def files(self) -> tuple[str, str]:
@@ -149,7 +149,7 @@ def forward_loop(
     """As `xlstm_lm.ops.slstm.fused.Loops.forward_loop`. Where `why_not` has a reason, raises RuntimeError."""
     B, T, _, H, D = wx_BTGHD.shape
     y_BTHD = wx_BTGHD.new_empty(B, T, H, D)
-    checkpoints_NSBHD = bias_GHD.new_empty(_divide_up(T, SEGMENT), 3, B, H, D)
+    checkpoints_NSBHD = bias_GHD.new_empty(_divide_up(T, CHECKPOINT_STEPS), 3, B, H, D)
     last = tuple(torch.empty_like(part) for part in state)
     parameters = ForwardParameters(
         _pointer(wx_BTGHD), *wx_BTGHD.stride()[:4], *map(_pointer, (r_GHDE, bias_GHD, resets_BT, *state)),
@@ -172,7 +172,7 @@ def backward_loop(
     dgates_BTGHD = torch.empty_like(gates_BTGHD, dtype=dy_BTHD.dtype)
     assert dgates_BTGHD.stride() == gates_BTGHD.stride()
     dfirst = tuple(torch.empty_like(part) for part in dlast)
-    replayed = gates_BTGHD.new_empty(SEGMENT, 3, B, H, D)
+    replayed = gates_BTGHD.new_empty(CHECKPOINT_STEPS, 3, B, H, D)
     parameters = BackwardParameters(
         _pointer(gates_BTGHD), *gates_BTGHD.stride()[:4], _pointer(r_GHDE), _pointer(dy_BTHD), *dy_BTHD.stride()[:3],
         *map(_pointer, (checkpoints_NSBHD, resets_BT, *dlast, dgates_BTGHD, *dfirst, replayed)), B, T, H,

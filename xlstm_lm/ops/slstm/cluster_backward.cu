@@ -14,7 +14,7 @@ struct Backward {
   const float *dy_last, *dc_last, *dn_last;
   Element* dgates;
   float *dy_first, *dc_first, *dn_first;
-  float* replayed;  // (kSegment, 3, B, H, D): c, n, m before each step of the segment at work
+  float* replayed;  // (SEGMENT, 3, B, H, D): c, n, m before each step of the segment at work
   int B, T, H;
 };
 
@@ -118,7 +118,7 @@ KERNEL slstm_backward(const Backward p) {
         const bool taken = valid[tile][j];
         const float* from = p.gates + gate_at(tile, j, t);
         UNROLL for (int gate = 0; gate < 4; ++gate) gates[tile][j][gate] = taken ? from[gate * p.gates_gate] : 0.0f;
-        const float* replayed = p.replayed + t % kSegment * 3 * part + cell(tile, j);
+        const float* replayed = p.replayed + t % SEGMENT * 3 * part + cell(tile, j);
         before[tile][j].c = taken ? replayed[0] : 0.0f;
         before[tile][j].n = taken ? replayed[part] : 0.0f;
         before[tile][j].m = taken ? replayed[2 * part] : 0.0f;
@@ -136,7 +136,7 @@ KERNEL slstm_backward(const Backward p) {
     UNROLL for (int tile = 0; tile < TILES; ++tile)
       UNROLL for (int j = 0; j < 2; ++j) {
         if (!valid[tile][j]) continue;
-        const float* from = p.checkpoints + Index(start / kSegment) * 3 * part + cell(tile, j);
+        const float* from = p.checkpoints + Index(start / SEGMENT) * 3 * part + cell(tile, j);
         state[tile][j] = {from[0], from[part], from[2 * part]};
       }
     for (int first = start; first < end; first += kReplayedAtOnce) {
@@ -158,7 +158,7 @@ KERNEL slstm_backward(const Backward p) {
             if (!valid[tile][j] || first + s >= end) continue;
             State& own = state[tile][j];
             if (emptied >> ((s * TILES + tile) * 2 + j) & 1) own.empty();
-            float* to = p.replayed + (first + s) % kSegment * 3 * part + cell(tile, j);
+            float* to = p.replayed + (first + s) % SEGMENT * 3 * part + cell(tile, j);
             to[0] = own.c, to[part] = own.n, to[2 * part] = own.m;
             advance(own, ifz[s][tile][j][0], ifz[s][tile][j][1], ifz[s][tile][j][2]);
           }
@@ -167,8 +167,8 @@ KERNEL slstm_backward(const Backward p) {
 
   synchronize_cluster();  // all blocks run and have opened their mailboxes
 
-  for (int start = (p.T - 1) / kSegment * kSegment; start >= 0; start -= kSegment) {
-    const int end = start + kSegment < p.T ? start + kSegment : p.T;
+  for (int start = (p.T - 1) / SEGMENT * SEGMENT; start >= 0; start -= SEGMENT) {
+    const int end = start + SEGMENT < p.T ? start + SEGMENT : p.T;
     replay(start, end);
     fetch(end - 1);
     prepare();
@@ -188,11 +188,11 @@ KERNEL slstm_backward(const Backward p) {
           dn[tile][j] = dropped[tile][j] ? 0.0f : dn_ * f.forget;
         }
       if (t > start) fetch(t - 1);
-      if (t >= kSegment) {  // for the replay to come
+      if (t >= SEGMENT) {  // for the replay to come
         UNROLL for (int tile = 0; tile < TILES; ++tile) {
           const int sequence = place.sequence + tile * 8 + place.lane % 8, gate = place.lane / 8;
           if (first_of_warp < D && sequence < p.B) {
-            prefetch(p.gates + sequence * p.gates_sequence + (t - kSegment) * p.gates_step + gate * p.gates_gate +
+            prefetch(p.gates + sequence * p.gates_sequence + (t - SEGMENT) * p.gates_step + gate * p.gates_gate +
                      place.head * p.gates_head + first_of_warp);
           }
         }

@@ -97,8 +97,8 @@ KERNEL slstm_forward(const Forward p) {
   synchronize_cluster();  // all blocks run and have opened their mailboxes
 
   for (int t = 0; t < p.T; ++t) {
-    if (t % kSegment == 0) {
-      float* to = p.checkpoints + Index(t / kSegment) * 3 * p.B * p.H * D;
+    if (t % SEGMENT == 0) {
+      float* to = p.checkpoints + Index(t / SEGMENT) * 3 * p.B * p.H * D;
       const Index part = Index(p.B) * p.H * D;
       UNROLL for (int tile = 0; tile < TILES; ++tile)
         UNROLL for (int j = 0; j < 2; ++j) {

@@ -6,7 +6,7 @@
 // every tile: its place in the result of a tensor core product, so states and gates never leave the registers of
 // their thread.
 //
-// D, BLOCKS, WARPS, TILES, HELD and Element are macros that the compiler is given.
+// D, BLOCKS, WARPS, TILES, HELD, SEGMENT (steps between checkpoints) and Element are macros that the compiler is given.
 
 #define UNROLL _Pragma("unroll")
 
@@ -15,7 +15,6 @@ using Index = long long;
 constexpr int kThreads = 32 * WARPS;
 constexpr int kUnits = 8 * WARPS;                  // of a block
 constexpr int kPaddedD = (D + 7) / 8 * 8;
-constexpr int kSegment = 64;                       // steps between checkpoints
 constexpr int kPerChunk = 16 / sizeof(Element);    // elements in 16 bytes,
 constexpr int kPerWord = 4 / sizeof(Element);      // and in 4
 constexpr bool kApproximate = sizeof(Element) == 2;  // functions as exact as 16-bit results need

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from xlstm_lm.ops.mlstm.triton_launch import architecture, padded
+from xlstm_lm.ops.gpu import architecture, padded
 from xlstm_lm.ops.slstm.fused import CHECKPOINT_STEPS
 from xlstm_lm.ops.slstm.recurrence import SLSTMState
 from xlstm_lm.ops.slstm.shares import from_shares, into_shares

@@ -32,8 +32,11 @@ class Case:
     quick: bool = False
 
 
-def _mlstm_calls(K: int, V: int, dtype: torch.dtype, resets: bool, target: str) -> list[TritonCall]:
-    """Every kernel that a forward and a backward pass launches, in a long sequence with all states asked for."""
+def _mlstm_calls(
+    K: int, V: int, dtype: torch.dtype, target: str, *, resets: bool, state: bool = True, sigmoid: bool = False
+) -> list[TritonCall]:
+    """Every kernel that a forward and a backward pass launches, in a long sequence; with `state` from one and to one,
+    with `sigmoid` as the field has it beside that gate: without a normalizer."""
     from xlstm_lm.ops.mlstm import triton_op
 
     B, T, H = 2, 8192, 4
@@ -41,14 +44,16 @@ def _mlstm_calls(K: int, V: int, dtype: torch.dtype, resets: bool, target: str) 
     q, k, v = (meta(B, T, H, size, dtype=dtype) for size in (K, K, V))
     i, f = (meta(B, T, H) for _ in range(2))
     resets_BT = meta(B, T, dtype=torch.bool) if resets else None
-    C, n, m = meta(B, H, K, V), meta(B, H, K), meta(B, H)
+    C, n, m = (meta(B, H, K, V), meta(B, H, K), meta(B, H)) if state else (None,) * 3
 
     def both() -> None:
+        gates = sigmoid, not sigmoid, 1e-6
         h, *last, c, x, m_BHT, x_divided, d, weights = triton_op.launch_forward(
-            q, k, v, i, f, resets_BT, C, n, m, True, False, True, 1e-6
+            q, k, v, i, f, resets_BT, C, n, m, state, *gates
         )  # fmt: skip
+        last = last[:2] if state else (None, None)
         triton_op.launch_backward(
-            q, k, v, i, f, resets_BT, C, n, h, c, x, m_BHT, x_divided, d, weights, h, *last[:2], False, True, 1e-6
+            q, k, v, i, f, resets_BT, C, n, h, c, x, m_BHT, x_divided, d, weights, h, *last, *gates
         )  # fmt: skip
 
     with mock.patch.object(triton_op, "architecture", lambda device: target):
@@ -56,12 +61,17 @@ def _mlstm_calls(K: int, V: int, dtype: torch.dtype, resets: bool, target: str) 
 
 
 def mlstm_cases() -> list[Case]:
-    """The heads of our models and of the published ones, and two whose sizes are no powers of two."""
-    cases = [Case("mlstm K256 V512 bfloat16", partial(_mlstm_calls, 256, 512, torch.bfloat16, False))]
+    """The heads of our models and of the published ones, two whose sizes are no powers of two, and every option."""
+    bf16 = torch.bfloat16
+    cases = [
+        Case("mlstm K256 V512 bfloat16", partial(_mlstm_calls, 256, 512, bf16, resets=False)),
+        Case("mlstm K256 V512 bfloat16 no state", partial(_mlstm_calls, 256, 512, bf16, resets=True, state=False)),
+        Case("mlstm K128 V256 bfloat16 sigmoid", partial(_mlstm_calls, 128, 256, bf16, resets=True, sigmoid=True)),
+    ]
     for K, V in ((64, 128), (128, 256), (256, 512), (48, 96), (80, 160)):
-        for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        for dtype in (bf16, torch.float16, torch.float32):
             name = f"mlstm K{K} V{V} {str(dtype).removeprefix('torch.')} resets"
-            cases.append(Case(name, partial(_mlstm_calls, K, V, dtype, True), (K, dtype) == (256, torch.bfloat16)))
+            cases.append(Case(name, partial(_mlstm_calls, K, V, dtype, resets=True), (K, dtype) == (256, bf16)))
     return cases
 
 

@@ -15,7 +15,8 @@ def architecture(device: torch.device) -> str:
     if torch.version.hip:
         return "gfx942"
     major, _ = torch.cuda.get_device_capability(device)
-    return "sm_80" if major < 9 else "sm_90" if major == 9 else "sm_100"
+    # Blackwell's cards for a desk (12.0) have the shared memory and tensor cores of their forerunners (8.9).
+    return {9: "sm_90", 10: "sm_100", 11: "sm_100"}.get(major, "sm_80")
 
 
 @functools.cache

@@ -30,7 +30,7 @@ DISPATCHERS = {
     "attention": "xlstm_lm.ops.attention",
     "ssd": "xlstm_lm.ops.ssd",
     "selective scan": "xlstm_lm.ops.selective_scan.dispatch",
-    "convolution": "xlstm_lm.ops.conv",
+    "convolution": "xlstm_lm.ops.conv.dispatch",
 }
 """Operations with a choice of kernels, and the module whose `choose_backend` makes it."""
 

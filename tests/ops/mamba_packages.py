@@ -109,6 +109,7 @@ def broken(function: Callable) -> Callable:
 def install(monkeypatch: pytest.MonkeyPatch, spoil: Callable[[Callable], Callable] = lambda function: function) -> None:
     """Have the packages be importable for a test, each function `spoil`ed, and their backends registered."""
     from xlstm_lm.ops import conv, selective_scan, ssd
+    from xlstm_lm.ops.conv.causal_conv1d import conv_causal_conv1d
     from xlstm_lm.ops.selective_scan.mamba_ssm import scan_mamba_ssm
 
     functions = {
@@ -122,4 +123,4 @@ def install(monkeypatch: pytest.MonkeyPatch, spoil: Callable[[Callable], Callabl
         setattr(sys.modules[name], function.__name__, spoil(function))
     monkeypatch.setitem(selective_scan.BACKENDS, "mamba_ssm", scan_mamba_ssm)
     monkeypatch.setitem(ssd.BACKENDS, "mamba_ssm", ssd._mamba_ssm)
-    monkeypatch.setitem(conv.BACKENDS, "causal_conv1d", conv._causal_conv1d)
+    monkeypatch.setitem(conv.BACKENDS, "causal_conv1d", conv_causal_conv1d)

@@ -1,13 +1,31 @@
-"""The causal convolution against torch's own, and against each document alone."""
+"""Each form of the causal convolution against torch's own, and against each document alone."""
 
 from __future__ import annotations
 
+import functools
+import itertools
+
 import pytest
 import torch
+from mlstm_cases import in_nan
 from torch.nn.functional import conv1d, pad
+from torch.utils.checkpoint import checkpoint
 
 from xlstm_lm.ops import conv
-from xlstm_lm.ops.conv import causal_conv
+from xlstm_lm.ops.announce import announce_once
+from xlstm_lm.ops.conv import dispatch, shifts
+from xlstm_lm.ops.native import load_kernels
+from xlstm_lm.ops.selfcheck import compare
+
+
+@pytest.fixture(autouse=True, scope="module")
+def compiled_kernel():
+    load_kernels()  # not being able to build it is a failure here, with the reason
+
+
+@pytest.fixture(params=["torch", "compiled"])
+def causal_conv(request):
+    return functools.partial(conv.causal_conv, backend=request.param)
 
 
 def inputs(B, T, D, W, dtype=torch.float64, seed=0):
@@ -16,12 +34,12 @@ def inputs(B, T, D, W, dtype=torch.float64, seed=0):
     return [torch.randn(shape, dtype=dtype, generator=generator, requires_grad=True) for shape in shapes]
 
 
-@pytest.mark.parametrize("T", [1, 2, 3, 4, 5, 33])
-@pytest.mark.parametrize("W", [1, 2, 4])
-def test_equals_conv1d(T, W):
-    x, weight, bias, state = inputs(3, T, 5, W)
+@pytest.mark.parametrize(("T", "D"), [(1, 5), (2, 5), (3, 5), (4, 5), (5, 5), (33, 70), (600, 5)])
+@pytest.mark.parametrize("W", [1, 2, 4, 8])
+def test_equals_conv1d(causal_conv, T, D, W):
+    x, weight, bias, state = inputs(3, T, D, W)
     left_padded = torch.cat((state, x), dim=1).transpose(1, 2)
-    expected = conv1d(left_padded, weight[:, None], bias, groups=5).transpose(1, 2)
+    expected = conv1d(left_padded, weight[:, None], bias, groups=D).transpose(1, 2)
     actual = causal_conv(x, weight, bias, initial_state_BWD=state)
     torch.testing.assert_close(actual, expected)
     upstream = torch.randn_like(expected)
@@ -33,17 +51,49 @@ def test_equals_conv1d(T, W):
 
 def test_blocks_of_rows_do_not_change_the_result(monkeypatch):
     x, weight, bias, _ = inputs(5, 9, 4, 4)
-    whole = causal_conv(x, weight, bias)
+    whole = conv.causal_conv(x, weight, bias, backend="torch")
     upstream = torch.randn_like(whole)
     whole_gradients = torch.autograd.grad(whole, (x, weight, bias), upstream)
-    monkeypatch.setattr(conv, "_BLOCK_ELEMENTS", 2 * 9 * 4)
-    blocked = causal_conv(x, weight, bias)
+    monkeypatch.setattr(shifts, "_BLOCK_ELEMENTS", 2 * 9 * 4)
+    blocked = conv.causal_conv(x, weight, bias, backend="torch")
     torch.testing.assert_close(blocked, whole)
     torch.testing.assert_close(torch.autograd.grad(blocked, (x, weight, bias), upstream), whole_gradients)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("B", "T", "D"), [(1, 1, 3), (2, 33, 64), (3, 100, 70), (2, 600, 17)])
+def test_the_compiled_form_reads_and_writes_what_it_should(B, T, D, dtype):
+    """Of views with odd strides, surrounded by NaN, in the types of training."""
+    inputs_ = [in_nan(x.detach().to(dtype).requires_grad_()) for x in inputs(B, T, D, 4)[:3]]
+    resets = torch.rand(B, T, generator=torch.Generator().manual_seed(1)) < 0.1
+    run = functools.partial(conv.causal_conv, resets_BT=resets)
+    error = compare(*(functools.partial(run, backend=name) for name in ("compiled", "torch")), inputs_)
+    assert error < (2e-6 if dtype == torch.float32 else 1e-2)
+
+
+def test_what_the_compiled_form_does_not_take_is_left_to_torch_by_name(caplog, monkeypatch):
+    announce_once.cache_clear()
+    x, weight, bias, _ = inputs(1, 20, 3, 9)
+    torch.testing.assert_close(conv.causal_conv(x, weight, bias), conv.causal_conv(x, weight, bias, backend="torch"))
+    assert "9 taps" in caplog.text and "(`torch`), which is slower" in caplog.text
+    wrong = lambda x, weight, *others: 1.01 * conv.BACKENDS["torch"](x, weight, *others)
+    monkeypatch.setitem(conv.BACKENDS, "compiled", wrong)
+    dispatch._is_right.__wrapped__("compiled", x.device, x.dtype, 3, 4)
+    assert "the kernels of the convolution 'compiled' are wrong on cpu" in caplog.text
+
+
+def test_a_kernel_may_be_asked_first_inside_activation_checkpointing(monkeypatch):
+    monkeypatch.setattr(dispatch, "_is_right", dispatch._is_right.__wrapped__)  # asks anew each time
+    x, weight, bias, _ = inputs(1, 20, 6, 4)
+    expected = torch.autograd.grad(conv.causal_conv(x, weight, bias).sum(), (x, weight, bias))
+    asked_in_the_first_pass_alone = itertools.chain([dispatch._is_right], itertools.repeat(lambda *asked: True))
+    monkeypatch.setattr(dispatch, "_is_right", lambda *asked: next(asked_in_the_first_pass_alone)(*asked))
+    y = checkpoint(conv.causal_conv, x, weight, bias, use_reentrant=False)
+    torch.testing.assert_close(torch.autograd.grad(y.sum(), (x, weight, bias)), expected)
+
+
 @pytest.mark.parametrize("with_state", [False, True])
-def test_gradcheck_with_resets(with_state):
+def test_gradcheck_with_resets(causal_conv, with_state):
     x, weight, bias, state = inputs(2, 7, 3, 4)
     resets = torch.zeros(2, 7, dtype=torch.bool)
     resets[0, [2, 3, 6]] = True
@@ -56,7 +106,7 @@ def test_gradcheck_with_resets(with_state):
     assert torch.autograd.gradcheck(function, (x, weight, bias, state))
 
 
-def test_packed_documents_equal_each_alone():
+def test_packed_documents_equal_each_alone(causal_conv):
     lengths = [5, 1, 2, 9, 3]
     x, weight, bias, state = inputs(1, sum(lengths), 6, 4)
     resets = torch.zeros(1, sum(lengths), dtype=torch.bool)
@@ -75,7 +125,7 @@ def test_packed_documents_equal_each_alone():
     assert torch.autograd.grad(packed, state, upstream)[0].abs().max() == 0
 
 
-def test_a_reset_stops_infinities_only_within_their_document():
+def test_a_reset_stops_infinities_only_within_their_document(causal_conv):
     x, weight, _, _ = inputs(1, 4, 2, 3)
     huge = x.detach().clone()
     huge[0, 1] = 1e300
@@ -85,7 +135,7 @@ def test_a_reset_stops_infinities_only_within_their_document():
 
 
 @pytest.mark.parametrize("cut", [1, 2, 3, 6, 9])
-def test_two_halves_equal_the_whole(cut):
+def test_two_halves_equal_the_whole(causal_conv, cut):
     x, weight, bias, state = inputs(2, 10, 3, 4)
     resets = torch.zeros(2, 10, dtype=torch.bool)
     resets[0, [1, 5]] = True
@@ -107,7 +157,7 @@ def test_two_halves_equal_the_whole(cut):
     )
 
 
-def test_half_precision_is_summed_in_float32():
+def test_half_precision_is_summed_in_float32(causal_conv):
     x, weight, bias, _ = inputs(2, 16, 8, 4, dtype=torch.bfloat16)
     actual = causal_conv(x, weight.float(), bias.float())
     assert actual.dtype == torch.bfloat16
@@ -126,7 +176,7 @@ def test_half_precision_is_summed_in_float32():
         ({"initial_state_BWD": torch.zeros(2, 4, 3)}, r"expected \(2, 3, 3\)"),
     ],
 )
-def test_bad_shapes_are_named(change, message):
+def test_bad_shapes_are_named(causal_conv, change, message):
     arguments = {"x_BTD": torch.zeros(2, 8, 3), "weight_DW": torch.zeros(3, 4)} | change
     with pytest.raises(ValueError, match=message):
         causal_conv(arguments.pop("x_BTD"), arguments.pop("weight_DW"), **arguments)

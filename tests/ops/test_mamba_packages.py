@@ -11,17 +11,19 @@ import pytest
 import torch
 
 from xlstm_lm.models import MambaConfig, build_model
-from xlstm_lm.ops import conv, selfcheck, ssd
+from xlstm_lm.ops import selfcheck, ssd
 from xlstm_lm.ops.conv import causal_conv
+from xlstm_lm.ops.conv import dispatch as conv
 from xlstm_lm.ops.selective_scan import dispatch as scan
 from xlstm_lm.ops.selective_scan import selective_scan
 from xlstm_lm.ops.selfcheck import TOLERANCE, compare, scan_inputs, ssd_inputs, with_states
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+conv_is_right = functools.partial(conv._is_right.__wrapped__, "causal_conv1d")
 CHECKS = {
     "mamba_ssm's selective scan": (scan._mamba_ssm_is_right.__wrapped__, (16,), "`recurrence`"),
     "mamba_ssm's kernels": (ssd._mamba_ssm_is_right.__wrapped__, (), "SSD takes the mLSTM's"),
-    "causal_conv1d's kernel": (conv._causal_conv1d_is_right.__wrapped__, (24, 4), "`torch`"),
+    "the kernels of the convolution 'causal_conv1d'": (conv_is_right, (24, 4), "`torch`"),
 }
 """Whose kernels -> the question, its further arguments and what runs in their place."""
 
@@ -157,9 +159,8 @@ def test_the_convolution_leaves_to_torch_what_the_package_does_not_take(monkeypa
     said: list[str] = []
     monkeypatch.setattr(selfcheck, "announce_once", said.append)
     mamba_packages.install(monkeypatch)
-    is_right = conv._causal_conv1d_is_right.__wrapped__
-    assert is_right(CPU, torch.float32, 8, 2)
-    assert not is_right(CPU, torch.float32, 12, 4) and not is_right(CPU, torch.float32, 8, 5)
+    assert conv_is_right(CPU, torch.float32, 8, 2)
+    assert not conv_is_right(CPU, torch.float32, 12, 4) and not conv_is_right(CPU, torch.float32, 8, 5)
     assert "do not run on cpu, torch.float32, 12 channels, 4 taps (expected multiples of 8)" in said[0]
     assert "8 channels, 5 taps" in said[1]
 
@@ -178,7 +179,7 @@ def test_what_auto_means_on_a_gpu(right, monkeypatch):
     mamba_packages.install(monkeypatch)
     monkeypatch.setattr(scan, "_mamba_ssm_is_right", lambda *asked: right and asked == (CUDA, torch.bfloat16, 4))
     monkeypatch.setattr(ssd, "_mamba_ssm_is_right", lambda *asked: right and asked == (CUDA, torch.bfloat16))
-    monkeypatch.setattr(conv, "_causal_conv1d_is_right", lambda *asked: right and asked[2:] == (16, 4))
+    monkeypatch.setattr(conv, "_is_right", lambda *asked: right and (asked[0], *asked[3:]) == ("causal_conv1d", 16, 4))
     assert scan.choose_backend(x, weight) == ("mamba_ssm" if right else "recurrence")
     assert ssd.choose_backend(x) == ("mamba_ssm" if right else "mlstm")
     assert conv.choose_backend(x, weight) == ("causal_conv1d" if right else "torch")

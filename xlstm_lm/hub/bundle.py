@@ -12,8 +12,13 @@ import xlstm_lm
 
 PACKAGE = Path(xlstm_lm.__file__).parent
 FIRST = ("xlstm_lm.hub.configuration_xlstm_lm", "xlstm_lm.hub.modeling_xlstm_lm")
-REPLACED = {"xlstm_lm.ops.mlstm": "xlstm_lm.hub.portable_cells", "xlstm_lm.ops.slstm": "xlstm_lm.hub.portable_cells"}
-"""What chooses among all kernels, some of which are no Python, gives way to what needs none of them."""
+REPLACED = {
+    "xlstm_lm.ops.mlstm": "xlstm_lm.hub.portable_cells",
+    "xlstm_lm.ops.slstm": "xlstm_lm.hub.portable_cells",
+    "xlstm_lm.ops.conv": "xlstm_lm.ops.conv.dispatch",  # the package's __init__ has no place in a flat folder
+    "xlstm_lm.ops.native": "xlstm_lm.hub.portable_native",
+}
+"""What chooses among all kernels, some of which are no Python, or builds them, gives way to what needs none of them."""
 _IMPORT = re.compile(r"^(\s*from )(xlstm_lm[\w.]*)( import )", re.MULTILINE)
 
 

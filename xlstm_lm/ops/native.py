@@ -24,7 +24,10 @@ import torch
 from xlstm_lm.ops.announce import announce_once
 
 _OPS = Path(__file__).parent
-_SOURCES = [_OPS / name for name in ("mlstm/mlstm_cpu.cpp", "slstm/slstm_cpu.cpp", "selective_scan/scan_cpu.cpp")]
+_SOURCES = [
+    _OPS / folder / f"{name}_cpu.cpp"
+    for folder, name in (("mlstm", "mlstm"), ("slstm", "slstm"), ("selective_scan", "scan"), ("conv", "conv"))
+]
 _HEADERS = [_OPS / name for name in ("by_dtype.h", "simd.h", "mlstm/chunk.h", "mlstm/problem.h", "slstm/cell.h")]
 # Nothing that would let the compiler assume away infinities and NaNs: m = -inf is the empty state.
 _FLAGS = ["-std=c++20", "-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-Wno-psabi"]

@@ -47,12 +47,15 @@ def what_is_wrong(
     """How kernels fail on a device: "do not run" or "are wrong", and the reason; None if they compute the definition.
 
     `prepare` gives them, their definition and the inputs to compare them on. Neither the random state nor the mode of
-    autograd that the caller is in makes a difference, or changes.
+    autograd that the caller is in makes a difference, or changes; nor does activation checkpointing, which counts what
+    is saved.
     """
+    itself = lambda saved: saved
     with (
         torch.random.fork_rng([device] if device.type == "cuda" else []),
         torch.inference_mode(False),
         torch.enable_grad(),
+        torch.autograd.graph.saved_tensors_hooks(itself, itself),
     ):
         torch.manual_seed(0)
         try:

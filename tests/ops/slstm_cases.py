@@ -91,3 +91,7 @@ def errors(
         name: float((found[name].double() - x).detach().abs().max() / x.detach().abs().max().clamp_min(1e-30))
         for name, x in expected.items()
     }
+
+
+def assert_right(found: dict[str, float], tolerance: float) -> None:
+    assert all(error <= tolerance for error in found.values()), found  # NaN fails too: nothing is below it

@@ -78,7 +78,7 @@ def test_what_the_compiled_form_does_not_take_is_left_to_torch_by_name(caplog, m
     assert "9 taps" in caplog.text and "(`torch`), which is slower" in caplog.text
     wrong = lambda x, weight, *others: 1.01 * conv.BACKENDS["torch"](x, weight, *others)
     monkeypatch.setitem(conv.BACKENDS, "compiled", wrong)
-    dispatch._is_right.__wrapped__("compiled", x.device, x.dtype, 3, 4)
+    assert not dispatch._is_right.__wrapped__("compiled", x.device, x.dtype, 3, 4)
     assert "the kernels of the convolution 'compiled' are wrong on cpu" in caplog.text
 
 

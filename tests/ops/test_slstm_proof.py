@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from slstm_cases import TOLERANCE, errors
+from slstm_cases import TOLERANCE, assert_right, errors
 
 SIZES = (8, 16, 24, 48, 64, 80, 96, 128)
 
@@ -35,10 +35,6 @@ def cases(draw: Callable, longest: int, most: int) -> dict[str, Any]:
         "scale": draw(st.sampled_from([0.1, 1.5]), label="scale"),
         "seed": draw(st.integers(0, 2**31), label="seed"),
     }
-
-
-def assert_right(found: dict[str, float], tolerance: float) -> None:
-    assert all(error <= tolerance for error in found.values()), found  # NaN fails too: nothing is below it
 
 
 @settings(max_examples=20, deadline=None)

@@ -7,9 +7,6 @@ from torch.autograd.function import once_differentiable
 
 from xlstm_lm.ops.native import load_kernels
 
-MOST_TAPS = 8
-"""Of the kernel."""
-
 
 def conv_compiled(
     x_BTD: torch.Tensor, weight_DW: torch.Tensor, bias_D: torch.Tensor | None, documents_BT: torch.Tensor | None

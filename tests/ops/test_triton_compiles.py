@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 
 import pytest
 
@@ -23,6 +24,11 @@ def compiled(*arguments: str) -> list[dict]:
     run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert run.returncode in (0, 1), run.stderr
     return [json.loads(line) for line in run.stdout.splitlines() if line.startswith("{")]
+
+
+def triton_version() -> tuple[int, ...]:
+    """Major and minor, without importing it: in this process it may interpret."""
+    return tuple(int(part) for part in version("triton").split(".")[:2])
 
 
 def check(rows: list[dict], kernels: set[str]) -> None:
@@ -63,7 +69,8 @@ def test_every_decode_step_compiles() -> None:
 def test_the_slstm_compiles_for_hopper() -> None:
     rows = compiled("--quick", "--operations", "slstm", "--targets", "sm_90")
     check(rows, {"forward_loop_kernel", "rebuild_kernel", "backward_loop_kernel"})
-    assert all("HGMMA" in row["instructions"] for row in rows if "loop" in row["kernel"])
+    matrix_instruction = "HGMMA" if triton_version() >= (3, 8) else "HMMA"  # of a product with eight columns
+    assert all(matrix_instruction in row["instructions"] for row in rows if "loop" in row["kernel"])
 
 
 @pytest.mark.slow

@@ -32,9 +32,11 @@ COLOURS = (
     ("#882255", "#c9668f"),
     ("#808080", "#a0a0a0"),
     ("#7a5c2e", "#bd9a64"),
+    ("#4b3fbf", "#9d94ff"),
+    ("#8a9a00", "#cbd94a"),
 )
 """Of an architecture on a light and on a dark ground, after Okabe and Ito; shapes tell them apart as well."""
-MARKERS = "osD^vPX<>*"
+MARKERS = "osD^vPX<>*ph"
 INK, FRAME, GRID = "#1f2329", "#8b9199", "#d9dde3"
 WIDTH, HEIGHT = 5.2, 3.5
 """Inches of a panel."""

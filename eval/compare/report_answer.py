@@ -63,9 +63,10 @@ def sides(models: list[ModelResult], quantity: Quantity) -> tuple[ModelResult, M
 
 
 def show_spread(found: Spread, decimals: int) -> str:
-    """1.2345 ± 0.0021, or the value alone."""
+    """1.2345 ± 0.0021, or the value alone; without decimals from a thousand on."""
+    decimals = decimals if found.mean < 1000 else 0
     shown = f"{found.mean:,.{decimals}f}"
-    return shown if found.deviation is None else f"{shown} ± {found.deviation:.{decimals}f}"
+    return shown if found.deviation is None else f"{shown} ± {found.deviation:,.{decimals}f}"
 
 
 def signed(value: float, decimals: int) -> str:

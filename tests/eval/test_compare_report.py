@@ -17,7 +17,7 @@ from invented_results import full_results, make_model, make_results, make_run, s
 from eval.compare.config import load_comparison
 from eval.compare.pictures import Frame, Line, draw_lines, spread_out
 from eval.compare.report import write_report
-from eval.compare.report_answer import checks, further_findings, sides, verdict
+from eval.compare.report_answer import checks, further_findings, show_spread, sides, verdict
 from eval.compare.report_pictures import scale_pictures
 from eval.compare.results import Published, Results, load_results, save_results
 from eval.compare.spread import T_975, deciding_quantity, difference, spread, values_by_seed
@@ -90,6 +90,12 @@ def test_statistics_of_one_and_of_no_value():
     assert difference({0: 1.0}, {1: 1.0}) is None
     alone = difference({0: 1.0, 1: 3.0}, {0: 1.5})
     assert alone.mean == -0.5 and alone.half_width is None and not alone.is_beyond_spread
+
+
+def test_spread_is_shown_in_digits_that_mean_something():
+    assert show_spread(spread([2.0, 2.5, 3.0]), 4) == "2.5000 ± 0.5000"
+    assert show_spread(spread([1934580.1, 1935580.1, 1936580.1]), 1) == "1,935,580 ± 1,000"
+    assert show_spread(spread([2627.74]), 1) == "2,628"
 
 
 def test_pairing_tells_apart_what_the_spread_over_seeds_hides():

@@ -28,12 +28,13 @@ def make_inputs(
     gate_spread: float = 3.0,
     dtype: torch.dtype = torch.float64,
     seed: int = 0,
+    device: str = "cpu",
 ) -> dict[str, Tensor]:
-    """Leaves that require gradients, by name; with `state` also C and n, and m, which does not."""
+    """Leaves that require gradients, by name; with `state` also C and n, and m, which does not. Alike on any device."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int, mean: float = 0.0, spread: float = 1.0) -> Tensor:
-        return (torch.randn(*shape, generator=generator, dtype=torch.float64) * spread + mean).to(dtype)
+        return (torch.randn(*shape, generator=generator, dtype=torch.float64) * spread + mean).to(device, dtype)
 
     inputs = {
         "q": normal(B, T, H, K),
@@ -50,9 +51,9 @@ def make_inputs(
     return inputs
 
 
-def make_resets(B: int, T: int, *positions: int) -> Tensor:
+def make_resets(B: int, T: int, *positions: int, device: str = "cpu") -> Tensor:
     """Resets of the first row at `positions`, of the others shifted by one each."""
-    resets_BT = torch.zeros(B, T, dtype=torch.bool)
+    resets_BT = torch.zeros(B, T, dtype=torch.bool, device=device)
     for row in range(B):
         for position in positions:
             if position + row < T:
@@ -78,7 +79,7 @@ def run(inputs: dict[str, Tensor], **options: object) -> tuple[Tensor, Tensor, T
 def gradients(outputs: tuple[Tensor, ...], inputs: dict[str, Tensor], seed: int = 1) -> dict[str, Tensor]:
     """Gradients, by name, of one random linear function of the outputs."""
     generator = torch.Generator().manual_seed(seed)
-    weights = [torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x.dtype) for x in outputs]
+    weights = [torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x) for x in outputs]
     leaves = {name: x for name, x in inputs.items() if x.requires_grad}
     return dict(zip(leaves, torch.autograd.grad(outputs, leaves.values(), weights)))
 
@@ -196,6 +197,7 @@ def check_case(
     chunks: int = 2,
     architecture: str | None = None,
     cut: int | None = None,
+    device: str = "cpu",
     **options: object,
 ) -> None:
     """One case of a backend against the definition, from inputs that lie in larger tensors full of NaN; with `cut` also
@@ -203,11 +205,11 @@ def check_case(
     kernels have in a super-chunk, `architecture` for which GPU they are launched. What comes back is nothing, so that a
     process beside can be asked."""
     gates = {"input_mean": input_mean, "forget_mean": forget_mean, "gate_spread": gate_spread}
-    inputs = make_inputs(B, T, H, K, V, state=state, seed=seed, **gates)
+    inputs = make_inputs(B, T, H, K, V, state=state, seed=seed, device=device, **gates)
     wide = torch.promote_types(dtype, torch.float32)
     inputs = {name: x.detach().to(dtype if name in "qkv" else wide) for name, x in inputs.items()}
     inputs = {name: in_nan(x.requires_grad_(name != "m")) for name, x in inputs.items()}
-    options["resets"] = None if resets is None else make_resets(B, T, *resets)
+    options["resets"] = None if resets is None else make_resets(B, T, *resets, device=device)
     options["backend"] = backend
     # The exponents of the weights are differences of sums of log forget gates.
     largest_sum = torch.nn.functional.logsigmoid(inputs["f"].detach()).sum(1).abs().max().item()

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from xlstm_lm.ops.slstm import slstm
 
-TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.float16: 2e-3}
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 """Of the largest entry of a value or gradient, where gates are of moderate size."""
 
 
@@ -39,6 +39,7 @@ def errors(
     seed: int = 0,
     tile: int | None = 8,
     steps: int = 4,
+    device: str = "cpu",
 ) -> dict[str, float]:
     """How far each value and gradient is from the definition, relative to the largest entry that it should have.
 
@@ -59,10 +60,11 @@ def errors(
     if state:
         inputs["n"] = 1 + inputs["n"].square()
     of_state = torch.promote_types(dtype, torch.float32)
-    inputs = {name: x.to(dtype if name in ("wx", "r", "bias") else of_state) for name, x in inputs.items()}
+    dtypes = dict.fromkeys(("wx", "r", "bias"), dtype)
+    inputs = {name: x.to(device, dtypes.get(name, of_state)) for name, x in inputs.items()}
     resets_BT = None
     if resets:
-        resets_BT = torch.zeros(B, T, dtype=torch.bool)
+        resets_BT = torch.zeros(B, T, dtype=torch.bool, device=device)
         resets_BT[0, [step for step in resets if step < T]] = True
 
     def run(backend: str, x: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -79,7 +81,7 @@ def errors(
         outputs = (y, *last[:3])
         leaves = {name: each for name, each in x.items() if name != "m"}
         generator = torch.Generator().manual_seed(1)
-        upstream = [torch.randn(each.shape, generator=generator).to(each.dtype) for each in outputs]
+        upstream = [torch.randn(each.shape, generator=generator).to(each) for each in outputs]
         gradients = torch.autograd.grad(outputs, list(leaves.values()), upstream)
         values = dict(zip(("out", "last y", "last c", "last n", "last m"), (y, *last), strict=True))
         return values | {f"d{name}": each for name, each in zip(leaves, gradients, strict=True)}

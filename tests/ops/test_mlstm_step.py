@@ -46,21 +46,23 @@ def step_by_step(
     state: bool = True,
     overwrite: bool = False,
     gates: dict[str, float] | None = None,
+    device: str = "cpu",
     **options: Any,
 ) -> float:
     """Largest error of h and of the last state, of the largest entry of each and beyond what the definition itself is
     off by in the type of the state. Asserts on the way that only C is overwritten, and only if asked."""
-    inputs = {name: x.detach() for name, x in make_inputs(B, T, H, K, V, state=state, **gates or {}).items()}
+    inputs = make_inputs(B, T, H, K, V, state=state, device=device, **gates or {})
+    inputs = {name: x.detach() for name, x in inputs.items()}
     wide = torch.promote_types(dtype, torch.float32)
     inputs = {name: x.to(dtype if name in "qkv" else wide) for name, x in inputs.items()}
-    options["resets"] = make_resets(B, T, 0, 3, 4) if resets else None
+    resets_BT = options["resets"] = make_resets(B, T, 0, 3, 4, device=device) if resets else None
     expected = run({name: x.double() for name, x in inputs.items()}, backend="recurrence", **options)
     rounded = run({name: x.to(wide) for name, x in inputs.items()}, backend="recurrence", **options)
 
     h, last = [], (inputs["C"], inputs["n"], inputs["m"]) if state else None
     for t in range(T):
         if resets:
-            options["resets"] = make_resets(B, T, 0, 3, 4)[:, t : t + 1]
+            options["resets"] = resets_BT[:, t : t + 1]
         step = [in_nan(inputs[name][:, t : t + 1]) for name in "qkvif"]
         before, kept = last, None if last is None else [x.clone() for x in last]
         h_B1HV, last = mlstm(

@@ -1,0 +1,83 @@
+"""The kernels for GPUs on a real one, against the definition in float64: values and all gradients.
+
+Where there is none, the tests beside have Triton interpret the same cases, and the CUDA kernels emulated.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from mlstm_cases import check_case
+from slstm_cases import TOLERANCE, assert_right, errors
+from test_mlstm_proof import GRID, grid
+from test_mlstm_step import CASES as STEP_CASES
+from test_mlstm_step import check, split, step_by_step
+from test_mlstm_triton import CASES as MLSTM_CASES
+from test_mlstm_triton import SLOW_CASES as LARGER_MLSTM_CASES
+
+from xlstm_lm.ops.slstm.dispatch import why_not
+
+if not torch.cuda.is_available():
+    pytest.skip("there is no GPU here", allow_module_level=True)
+
+SIXTEEN_BITS = ("plain", "two halves", "no state", "sigmoid", "not normalized", "several blocks and parts", "narrow")
+SLSTM_SIZES = (8, 24, 32, 64, 80, 128, 136, 256)
+SLSTM_CASES = {
+    "plain": {},
+    "no state, no resets": {"state": False, "resets": (), "T": 129},
+    "one step": {"T": 1, "resets": (0,)},
+    "more than a tile": {"B": 19, "H": 3, "T": 67},
+    "long": {"T": 300, "resets": (1, 63, 64, 65, 129, 299)},
+}
+
+
+@pytest.mark.parametrize("name", [*MLSTM_CASES, *LARGER_MLSTM_CASES])
+def test_mlstm(name: str) -> None:
+    case = {"B": 1, "H": 1} | (MLSTM_CASES | LARGER_MLSTM_CASES)[name]
+    check_case("triton", **case | {"architecture": None}, device="cuda")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", SIXTEEN_BITS)
+def test_mlstm_in_sixteen_bits(name: str, dtype: torch.dtype) -> None:
+    check_case("triton", **MLSTM_CASES[name] | {"dtype": dtype}, device="cuda")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("index", GRID)
+def test_mlstm_in_all_sizes_and_lengths(index: int, dtype: torch.dtype) -> None:
+    check_case("triton", **grid(index), dtype=dtype, device="cuda")
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("name", STEP_CASES)
+def test_mlstm_step_by_step(name: str, overwrite: bool) -> None:
+    case = split(STEP_CASES[name])
+    if overwrite:  # with resets C is copied first
+        case["resets"] = False
+    error = step_by_step("triton_step", overwrite=overwrite, device="cuda", **case)
+    check(error, case.get("dtype", torch.float32))
+
+
+def check_slstm(backend: str, D: int, dtype: torch.dtype, **case: Any) -> None:
+    reason = why_not(backend, torch.device("cuda", torch.cuda.current_device()), dtype, D)
+    if reason is not None:
+        pytest.skip(reason)
+    case = {"B": 3, "T": 70, "H": 2, "D": D, "resets": (0, 31, 64)} | case
+    assert_right(errors(**case, backend=backend, dtype=dtype, tile=None, device="cuda"), 2 * TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("D", SLSTM_SIZES)
+@pytest.mark.parametrize("backend", ["triton", "cluster", "batched"])
+def test_slstm_in_all_sizes(backend: str, D: int, dtype: torch.dtype) -> None:
+    check_slstm(backend, D, dtype)
+
+
+@pytest.mark.parametrize("name", SLSTM_CASES)
+@pytest.mark.parametrize("backend", ["triton", "cluster", "batched"])
+def test_slstm(backend: str, name: str) -> None:
+    check_slstm(backend, 64, torch.bfloat16, **SLSTM_CASES[name])

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from mlstm_cases import check_case
-from slstm_cases import TOLERANCE, assert_right, errors
+from slstm_cases import assert_right, errors
 from test_mlstm_proof import GRID, grid
 from test_mlstm_step import CASES as STEP_CASES
 from test_mlstm_step import check, split, step_by_step
@@ -23,6 +23,8 @@ if not torch.cuda.is_available():
     pytest.skip("there is no GPU here", allow_module_level=True)
 
 SIXTEEN_BITS = ("plain", "two halves", "no state", "sigmoid", "not normalized", "several blocks and parts", "narrow")
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 5e-3}
+"""Of the largest entry of a value or gradient of the sLSTM: 1e-5 as float32 products are three on tensor cores."""
 SLSTM_SIZES = (8, 24, 32, 64, 80, 128, 136, 256)
 SLSTM_CASES = {
     "plain": {},
@@ -67,7 +69,7 @@ def check_slstm(backend: str, D: int, dtype: torch.dtype, **case: Any) -> None:
     if reason is not None:
         pytest.skip(reason)
     case = {"B": 3, "T": 70, "H": 2, "D": D, "resets": (0, 31, 64)} | case
-    assert_right(errors(**case, backend=backend, dtype=dtype, tile=None, device="cuda"), 2 * TOLERANCE[dtype])
+    assert_right(errors(**case, backend=backend, dtype=dtype, tile=None, device="cuda"), TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

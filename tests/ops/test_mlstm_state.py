@@ -135,11 +135,15 @@ def test_a_gpu_takes_the_kernels_that_prove_right(right: bool, monkeypatch: pyte
         assert choose_backend(*qkv(one)) == ("triton_step" if right else "step")
         assert choose_backend(*qkv(one.requires_grad_())) == ("triton" if right else "chunkwise")
         assert choose_backend(*qkv(two), input_gate="sigmoid") == ("triton" if right else "chunkwise")
-        kinds = ("triton_step", "exp"), ("triton", "exp"), ("triton", "sigmoid")
-        assert asked == [(name, two.device, torch.float32, 8, 24, gate, True) for name, gate in kinds]
+        assert choose_backend(*qkv(two), has_resets=False) == ("triton" if right else "chunkwise")
+        assert choose_backend(*qkv(one.detach()), has_resets=False) == ("triton_step" if right else "step")
+        step, plain, sigmoid = ("triton_step", "exp", True), ("triton", "exp", True), ("triton", "sigmoid", True)
+        kinds = step, plain, sigmoid, ("triton", "exp", False), step  # the step's check has tokens of both kinds
+        common = two.device, torch.float32, 8, 24
+        assert asked == [(name, *common, gate, True, has_resets) for name, gate, has_resets in kinds]
         assert choose_backend(*qkv(two.double())) == "chunkwise", "the kernels have no float64"
         assert choose_backend(*qkv(one.detach().double())) == "step"
-        assert len(asked) == 3
+        assert len(asked) == 5
 
 
 @pytest.fixture(scope="module")

@@ -218,7 +218,7 @@ def verdict(broken: str | None) -> str:
         mock.patch.object(dispatch, "mlstm_inputs_and_state", one_head),
         mock.patch.object(dispatch, "announce_once", said.append),
     ):
-        dispatch.triton_is_right.__wrapped__("triton", torch.device("cpu"), torch.float32, 16, 16, "exp", True)
+        dispatch.triton_is_right.__wrapped__("triton", torch.device("cpu"), torch.float32, 16, 16, "exp", True, True)
     return " ".join(said)
 
 
@@ -231,7 +231,7 @@ def test_the_guard_reaches_what_passes_between_super_chunks(interpreted: Callabl
     assert ("are wrong on cpu for heads of 16 x 16" in said) if broken else not said
 
 
-KIND = (8, 12, "exp", True)
+KIND = (8, 12, "exp", True, True)
 
 
 @pytest.mark.parametrize(("backend", "stand_in"), [("triton", "chunkwise"), ("triton_step", "step")])

@@ -119,7 +119,8 @@ def mlstm(
         raise ValueError(f"chunk_length must be at least 1, got {chunk_length}; None picks a good one.")
     if backend == "auto":
         state = () if initial_state is None else initial_state
-        backend = choose_backend(q, k, v, i, f, *state, input_gate=input_gate, normalize=normalize)
+        kind = {"input_gate": input_gate, "normalize": normalize, "has_resets": resets is not None}
+        backend = choose_backend(q, k, v, i, f, *state, **kind)
     elif backend == "compiled" and q.device.type != "cpu":
         raise ValueError(f"The mLSTM backend 'compiled' takes CPU tensors, but q is on {q.device}: choose 'auto'.")
     elif backend not in BACKENDS:
@@ -152,6 +153,7 @@ def choose_backend(
     *others: Tensor,
     input_gate: str = "exp",
     normalize: bool = True,
+    has_resets: bool = True,
 ) -> str:
     """What "auto" means for such inputs (`others`: i, f, the state).
 
@@ -164,8 +166,9 @@ def choose_backend(
     one_step = q_BTHK.shape[1] == 1 and not needs_gradient
     plain, triton = ("step", "triton_step") if one_step else ("chunkwise", "triton")
     if q_BTHK.device.type == "cuda" and all(x.dtype in TOLERANCE for x in inputs):
-        kind = (q_BTHK.device, q_BTHK.dtype, q_BTHK.shape[-1], v_BTHV.shape[-1], input_gate, normalize)
-        return triton if triton_is_right(triton, *kind) else plain
+        sizes = q_BTHK.shape[-1], v_BTHV.shape[-1]
+        options = input_gate, normalize, has_resets or one_step
+        return triton if triton_is_right(triton, q_BTHK.device, q_BTHK.dtype, *sizes, *options) else plain
     if q_BTHK.device.type == "cpu" and not one_step:
         return "compiled" if kernels_available(f"the mLSTM runs {SLOWER[plain]}, which is slower") else plain
     return plain
@@ -173,7 +176,14 @@ def choose_backend(
 
 @asked_once
 def triton_is_right(
-    backend: str, device: torch.device, dtype: torch.dtype, K: int, V: int, input_gate: str, normalize: bool
+    backend: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    K: int,
+    V: int,
+    input_gate: str,
+    normalize: bool,
+    has_resets: bool,
 ) -> bool:
     """Whether "triton" or "triton_step" computes the definition on this device, values and (not the step) gradients; if
     not, says so.
@@ -188,7 +198,8 @@ def triton_is_right(
 
     def prepare() -> tuple[Callable, Callable, list[Tensor]]:
         inputs = mlstm_inputs_and_state(device, dtype, H=2, K=K, V=V)
-        options = {"resets": some_resets(inputs), "input_gate": input_gate, "normalize": normalize}
+        resets = some_resets(inputs) if has_resets else None
+        options = {"resets": resets, "input_gate": input_gate, "normalize": normalize}
         kernels = functools.partial(_token_by_token if backend in STEPS else mlstm, backend=backend, **options)
         definition = functools.partial(mlstm, backend="recurrence", **options)
         return from_state_to_state(kernels), from_state_to_state(definition), inputs

@@ -59,7 +59,7 @@ def _later(forget_1, m_1, forget_2, m_2):
     return forget_1 + forget_2, tl.maximum(m_1 + forget_2, m_2)
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit(do_not_specialize=["T", "H"])
 def gates_kernel(
     i_ptr,
     f_ptr,
@@ -113,7 +113,7 @@ def gates_kernel(
         tl.store(m_ptr + t + 1, m, inside)
 
 
-@triton.jit(do_not_specialize=["T", "steps", "pairs", "has_border"])
+@triton.jit(do_not_specialize=["T", "H", "steps", "pairs", "has_border"])
 def gate_gradients_kernel(
     i_ptr,
     f_ptr,

@@ -36,7 +36,7 @@ def _store_scores(scores_ptr, scores, pair, first, T, L: tl.constexpr):
     tl.store(scores_ptr + step[:, None] * L + step[None, :], scores.to(scores_ptr.dtype.element_ty))
 
 
-@triton.jit(do_not_specialize=["T", "eps", "scale"])
+@triton.jit(do_not_specialize=["T", "H", "eps", "scale"])
 def scores_kernel(
     q_ptr,
     k_ptr,
@@ -100,7 +100,7 @@ def scores_kernel(
     _store_scores(scores_ptr, scores * factor[:, None], pair, first, T, L)
 
 
-@triton.jit(do_not_specialize=["T", "eps"])
+@triton.jit(do_not_specialize=["T", "H", "eps"])
 def dscores_kernel(
     h_ptr,
     dh_ptr,

@@ -18,7 +18,7 @@ from xlstm_lm.ops.mlstm.triton_launch import Launch, Plan
 from xlstm_lm.ops.mlstm.triton_tiles import chunk_weights, join_stretches, load_tile
 
 
-@triton.jit(do_not_specialize=["T", "supers", "first_super", "count", "chunks"])
+@triton.jit(do_not_specialize=["T", "H", "supers", "first_super", "count", "chunks"])
 def contributions_kernel(
     k_ptr,
     v_ptr,
@@ -90,7 +90,7 @@ def contributions_kernel(
     tl.store(C_ptr + border * K * V + key_index[:, None] * V + value_index[None, :], C, mask)
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit(do_not_specialize=["T", "H"])
 def key_sums_kernel(
     k_ptr,
     c_ptr,

@@ -64,7 +64,7 @@ def mlstm_triton_step(
     return h_B1HV, tuple(last) if return_state else None
 
 
-@triton.jit(do_not_specialize=["has_state", "eps", "scale"])
+@triton.jit(do_not_specialize=["H", "has_state", "eps", "scale"])
 def step_kernel(
     q_ptr,
     k_ptr,

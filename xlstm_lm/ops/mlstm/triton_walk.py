@@ -35,7 +35,7 @@ from xlstm_lm.ops.mlstm.triton_tiles import chunk_weights, load_tile, store_tile
 SMALLEST_UNIT = tl.constexpr(1e-12)
 
 
-@triton.jit(do_not_specialize=["T", "pairs", "chunks"])
+@triton.jit(do_not_specialize=["T", "H", "pairs", "chunks"])
 def walk_kernel(
     r_ptr,
     s_ptr,

@@ -1,4 +1,4 @@
-"""The Triton kernels compile for every target, within its shared memory, and nothing spills where that costs most."""
+"""The GPU kernels compile for every target, within its shared memory, and nothing spills where that costs most."""
 
 from __future__ import annotations
 
@@ -79,3 +79,9 @@ def test_everything_of_the_slstm_compiles(target: str) -> None:
     loops = {"forward_loop_kernel", "rebuild_kernel", "backward_loop_kernel"}
     rows = compiled("--operations", "slstm", "--targets", target)
     check(rows, loops | {"forward_step_kernel", "backward_step_kernel"})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["sm_90", "sm_100"])
+def test_everything_of_the_cluster_compiles(target: str) -> None:
+    check(compiled("--operations", "slstm_cluster", "--targets", target), {"slstm_forward", "slstm_backward"})

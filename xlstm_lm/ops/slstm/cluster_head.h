@@ -126,7 +126,8 @@ DEVICE void multiply(
   };
   constexpr int kHeldSteps = Weights<M, STEPS>::kHeldSteps;
   UNROLL for (int step = 0; step < kHeldSteps; step += 2) two_steps(step, &weights.held[step * M], 1);
-  _Pragma("unroll 2") for (int step = kHeldSteps; step < STEPS; step += 2) {
+  constexpr int kAtOnce = kApproximate || TILES == 1 ? 2 : 1;  // float32's parts take many registers
+  _Pragma("unroll kAtOnce") for (int step = kHeldSteps; step < STEPS; step += 2) {
     two_steps(step, weights.kept + (step - kHeldSteps) * M * kThreads, kThreads);
   }
   UNROLL for (int part = 0; part < kParts; ++part)

@@ -57,11 +57,8 @@ def test_mlstm_in_all_sizes_and_lengths(index: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("overwrite", [False, True])
 @pytest.mark.parametrize("name", STEP_CASES)
 def test_mlstm_step_by_step(name: str, overwrite: bool) -> None:
-    case = split(STEP_CASES[name])
-    if overwrite:  # with resets C is copied first
-        case["resets"] = False
-    error = step_by_step("triton_step", overwrite=overwrite, device="cuda", **case)
-    check(error, case.get("dtype", torch.float32))
+    error = step_by_step("triton_step", overwrite=overwrite, device="cuda", **split(STEP_CASES[name]))
+    check(error, STEP_CASES[name].get("dtype", torch.float32))
 
 
 def check_slstm(backend: str, D: int, dtype: torch.dtype, **case: Any) -> None:

@@ -92,7 +92,8 @@ class BlockDiagonalLinear(nn.Module):
 def join_diagonal_blocks(weight_GOI: Tensor, width: int) -> Tensor:
     """The same block-diagonal map in fewer blocks, zeros between the old ones: as few as are of `width` units or less.
 
-    Products with four columns leave a processor waiting for memory: with sixteen, the work of four takes half the time.
+    Products with four columns leave a processor waiting for memory: four times the work, with sixteen, takes half the
+    time.
     """
     blocks, units, _ = weight_GOI.shape
     together = max((count for count in range(2, width // units + 1) if blocks % count == 0), default=1)

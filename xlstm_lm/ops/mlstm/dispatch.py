@@ -155,7 +155,7 @@ def choose_backend(
     normalize: bool = True,
     has_resets: bool = True,
 ) -> str:
-    """What "auto" means for such inputs (`others`: i, f, the state).
+    """What "auto" means for such inputs (`others`: i, f, the state), with resets or without.
 
     On a GPU "triton", or "triton_step" for one token without gradient, for types that they take and where they prove
     right. Elsewhere "step" for one token without gradient, else on a CPU "compiled", which is built on first use, and

@@ -11,12 +11,14 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 MAY_IMPORT = {
-    "ops": set(),
-    "parallel": {"ops"},
-    "data": {"ops"},
-    "models": {"ops", "recipe"},
-    "training": {"ops", "models", "data", "parallel", "config", "recipe"},
-    "hub": {"ops", "models", "data", "training", "parallel", "recipe"},
+    "base": set(),
+    "ops": {"base"},
+    "parallel": {"base", "ops"},
+    "data": {"base", "ops"},
+    "models": {"base", "ops", "recipe"},
+    "runs": {"base", "ops", "parallel", "recipe"},
+    "training": {"base", "ops", "models", "data", "parallel", "runs", "config", "recipe"},
+    "hub": {"base", "ops", "models", "data", "runs", "training", "parallel", "recipe"},
 }
 
 

@@ -134,8 +134,8 @@ def _make_parser(with_fields: bool) -> _Parser:
 
 
 def _train(options: argparse.Namespace) -> None:
+    from xlstm_lm.base.durable_files import RunError
     from xlstm_lm.config import load_run_config
-    from xlstm_lm.training.durable_files import RunError
     from xlstm_lm.training.loop import train
 
     overrides = {name: value for name, value in vars(options).items() if "." in name or name == "deepspeed"}
@@ -225,8 +225,8 @@ def _export(options: argparse.Namespace) -> None:
 
 
 def _import(options: argparse.Namespace) -> None:
+    from xlstm_lm.base.durable_files import RunError
     from xlstm_lm.hub import import_run
-    from xlstm_lm.training.durable_files import RunError
 
     try:
         recipe = shlex.quote(str(import_run(options.source, options.out, options.tokenizer)))

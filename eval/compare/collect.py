@@ -19,7 +19,7 @@ from eval.measure import environment
 from eval.models import pick_device
 from xlstm_lm.config import as_dict
 from xlstm_lm.models.accounting import count_parameters, state_bytes, training_flops_per_token
-from xlstm_lm.training.checkpoint import checkpoint_folders
+from xlstm_lm.runs.checkpoint import checkpoint_folders
 
 STATE_DOUBLINGS = 5
 """States are counted at 1, 2, 4, ... times the training context, this many times."""

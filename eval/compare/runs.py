@@ -12,8 +12,8 @@ import yaml
 
 from eval.compare.config import Comparison, Model
 from xlstm_lm.config import RunConfig, as_dict
-from xlstm_lm.training.checkpoint import checkpoint_folders
-from xlstm_lm.training.run_folder import differing_fields
+from xlstm_lm.runs.checkpoint import checkpoint_folders
+from xlstm_lm.runs.run_folder import differing_fields
 
 FREE = (
     "training.run_dir",

@@ -18,7 +18,7 @@ from eval.documents import open_documents
 from eval.extrapolation import extrapolate
 from eval.models import load_model, pick_device
 from eval.perplexity import choose_windows, measure
-from xlstm_lm.training.durable_files import replace_durably
+from xlstm_lm.base.durable_files import replace_durably
 
 _TEST = TypeAdapter(TestConfig)
 _TESTED = TypeAdapter(Tested)

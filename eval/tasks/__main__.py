@@ -21,8 +21,8 @@ from eval.jobs import Outcome, alone_in
 from eval.tasks.rows import TaskData
 from eval.tasks.study import Study, collect, load_study, train_runs
 from eval.tasks.summary import as_markdown, draw, summarize
+from xlstm_lm.base.durable_files import RunError
 from xlstm_lm.config import load_run_config
-from xlstm_lm.training.durable_files import RunError
 from xlstm_lm.training.loop import train
 
 COMMAND = "python -m eval.tasks"

@@ -21,8 +21,8 @@ from xlstm_lm import hub
 from xlstm_lm.config import RunConfig, as_dict, as_recipe, load_run_config, nearest
 from xlstm_lm.models.accounting import count_parameters
 from xlstm_lm.recipe import merge, read_recipe
-from xlstm_lm.training.checkpoint import newest_checkpoint
-from xlstm_lm.training.run_folder import is_finished
+from xlstm_lm.runs.checkpoint import newest_checkpoint
+from xlstm_lm.runs.run_folder import is_finished
 
 SEED, LEARNING_RATE = "training.seed", "optimizer.learning_rate"
 

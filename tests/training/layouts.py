@@ -9,7 +9,7 @@ from pathlib import Path
 from equivalence import batches, build_engine, engine_step
 
 from xlstm_lm.parallel.process_group import World, join_world
-from xlstm_lm.training.checkpoint import Checkpoint, newest_checkpoint, write_checkpoint
+from xlstm_lm.runs.checkpoint import Checkpoint, newest_checkpoint, write_checkpoint
 from xlstm_lm.training.engine import TrainingEngine
 
 SAVED_STEP = 2

@@ -14,10 +14,10 @@ from equivalence import build_engine
 from layouts import continued_run, save, whole_run
 from processes import run_ranks
 
+from xlstm_lm.base import tensor_files
+from xlstm_lm.base.durable_files import RunError
 from xlstm_lm.parallel.process_group import join_world
-from xlstm_lm.training import checkpoint as checkpoint_module
-from xlstm_lm.training import tensor_files
-from xlstm_lm.training.checkpoint import (
+from xlstm_lm.runs.checkpoint import (
     Checkpoint,
     checkpoint_folders,
     damage,
@@ -25,8 +25,8 @@ from xlstm_lm.training.checkpoint import (
     newest_checkpoint,
     remove_leftovers,
 )
-from xlstm_lm.training.durable_files import RunError
-from xlstm_lm.training.random_state import random_state_bytes, restore_random_state
+from xlstm_lm.runs.random_state import random_state_bytes, restore_random_state
+from xlstm_lm.training import checkpoint as checkpoint_module
 
 
 @pytest.fixture(scope="module")

@@ -14,9 +14,9 @@ import pytest
 from processes import run_alone, run_ranks
 from runs import configure, records, write_text
 
+from xlstm_lm.base.durable_files import RunError
 from xlstm_lm.data import TrainingStream, build_tokenizer
-from xlstm_lm.training.checkpoint import checkpoint_folders
-from xlstm_lm.training.durable_files import RunError
+from xlstm_lm.runs.checkpoint import checkpoint_folders
 from xlstm_lm.training.engine import TrainingEngine
 from xlstm_lm.training.loop import train
 

@@ -12,8 +12,8 @@ import pytest
 import torch
 import wandb.sdk.wandb_run
 
-from xlstm_lm.training.durable_files import RunError
-from xlstm_lm.training.picture import draw_learning_curve
+from xlstm_lm.base.durable_files import RunError
+from xlstm_lm.runs.picture import draw_learning_curve
 from xlstm_lm.training.telemetry import Clock, MetricsFile, Progress, peak_flops
 from xlstm_lm.training.wandb_run import WandbConfig, WandbRun
 

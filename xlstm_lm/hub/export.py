@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from xlstm_lm.base.durable_files import write_durably
+from xlstm_lm.base.tensor_files import SHARD_BYTES, TensorWriter
 from xlstm_lm.data import Tokenizer
 from xlstm_lm.hub.baseline_formats import BASELINE_FORMAT
 from xlstm_lm.hub.export_format import ExportFormat, converted_sizes
@@ -26,9 +28,7 @@ from xlstm_lm.hub.own_format import OWN_FORMAT
 from xlstm_lm.hub.push import check_repository_name, push
 from xlstm_lm.hub.tokenizer_files import save_tokenizer_files
 from xlstm_lm.hub.transformers_format import TRANSFORMERS_FORMAT
-from xlstm_lm.training.checkpoint import checkpoint_folders
-from xlstm_lm.training.durable_files import write_durably
-from xlstm_lm.training.tensor_files import SHARD_BYTES, TensorWriter
+from xlstm_lm.runs.checkpoint import checkpoint_folders
 
 FORMATS: dict[str, tuple[ExportFormat, ...]] = {
     "xlstm": (TRANSFORMERS_FORMAT, OWN_FORMAT),

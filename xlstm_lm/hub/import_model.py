@@ -15,13 +15,13 @@ from typing import Any
 import torch
 import yaml
 
+from xlstm_lm.base.durable_files import write_durably
 from xlstm_lm.data import Tokenizer, TokenizerConfig, build_tokenizer, load_tokenizer
 from xlstm_lm.data.tokenizer import CONFIG_FILE
 from xlstm_lm.hub.load import TrainedModel, check_vocabulary, load
 from xlstm_lm.hub.new_folder import check_free, whole_or_not_at_all
 from xlstm_lm.parallel.process_group import World
-from xlstm_lm.training.checkpoint import write_checkpoint
-from xlstm_lm.training.durable_files import write_durably
+from xlstm_lm.runs.checkpoint import write_checkpoint
 
 RECIPE = "model.yaml"
 TOKENIZER = "tokenizer"

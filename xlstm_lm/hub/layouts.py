@@ -13,14 +13,14 @@ import torch
 import yaml
 from torch import Tensor
 
+from xlstm_lm.base.tensor_files import read_tensors, tensor_files, tensor_names
 from xlstm_lm.hub.baseline_formats import BASELINE_READERS
 from xlstm_lm.hub.own_format import MODEL_TYPE, from_export
 from xlstm_lm.hub.package_layout import from_package
 from xlstm_lm.hub.transformers_layout import from_transformers
 from xlstm_lm.models import FAMILIES
 from xlstm_lm.recipe import read_recipe
-from xlstm_lm.training.checkpoint import find_checkpoint
-from xlstm_lm.training.tensor_files import read_tensors, tensor_files, tensor_names
+from xlstm_lm.runs.checkpoint import find_checkpoint
 
 PICKLES = (".pt", ".pth", ".bin")
 CONFIG_NAMES = ("config.yaml", "config.yml", "config.json")

@@ -175,7 +175,7 @@ def _training(recipe: dict[str, Any], records: list[dict[str, Any]], folder: Pat
         return ""
     parts = ["## Training"]
     if records:
-        from xlstm_lm.training.picture import draw_learning_curve
+        from xlstm_lm.runs.picture import draw_learning_curve
 
         with tempfile.TemporaryDirectory() as place:
             copy = Path(place) / Path(recipe.get("training", {}).get("run_dir", "run")).name

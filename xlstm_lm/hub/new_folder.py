@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from xlstm_lm.training.durable_files import sync_folder
+from xlstm_lm.base.durable_files import sync_folder
 
 
 def check_free(out: Path) -> None:

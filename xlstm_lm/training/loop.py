@@ -16,7 +16,7 @@ from xlstm_lm.models import build_model
 from xlstm_lm.models.accounting import training_flops_per_token
 from xlstm_lm.ops.announce import announce_once
 from xlstm_lm.parallel.process_group import World, join_world
-from xlstm_lm.training.checkpoint import (
+from xlstm_lm.runs.checkpoint import (
     Checkpoint,
     checkpoint_folders,
     find_checkpoint,
@@ -24,20 +24,20 @@ from xlstm_lm.training.checkpoint import (
     remove_leftovers,
     write_checkpoint,
 )
-from xlstm_lm.training.config import split_batch
-from xlstm_lm.training.deepspeed_config import check_deepspeed_section, choose_precision
-from xlstm_lm.training.engine import TrainingEngine
-from xlstm_lm.training.kernel_check import with_kernels_that_are_right
-from xlstm_lm.training.picture import draw_learning_curve
-from xlstm_lm.training.random_state import restore_random_state
-from xlstm_lm.training.report import Report
-from xlstm_lm.training.run_folder import (
+from xlstm_lm.runs.picture import draw_learning_curve
+from xlstm_lm.runs.random_state import restore_random_state
+from xlstm_lm.runs.run_folder import (
     FREE_WHEN_BRANCHING,
     check_same_run,
     differing_fields,
     open_run_folder,
     record_environment,
 )
+from xlstm_lm.training.config import split_batch
+from xlstm_lm.training.deepspeed_config import check_deepspeed_section, choose_precision
+from xlstm_lm.training.engine import TrainingEngine
+from xlstm_lm.training.kernel_check import with_kernels_that_are_right
+from xlstm_lm.training.report import Report
 from xlstm_lm.training.safeguards import SkipCounter, StopRequest
 from xlstm_lm.training.schedule import learning_rate_ratio
 from xlstm_lm.training.validation import count_targets, evaluate, split_rows

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from types import FrameType
 
-from xlstm_lm.training.durable_files import RunError
+from xlstm_lm.base.durable_files import RunError
 
 logger = logging.getLogger("xlstm_lm")
 

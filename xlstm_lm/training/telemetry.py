@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from xlstm_lm.training.durable_files import disk_errors_explained, replace_durably
+from xlstm_lm.base.durable_files import disk_errors_explained, replace_durably
 
 PEAK_BF16_FLOPS = {
     # Dense, without sparsity, from the makers' data sheets.

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from xlstm_lm.training.durable_files import replace_durably
+from xlstm_lm.base.durable_files import replace_durably
 
 logger = logging.getLogger("xlstm_lm")
 

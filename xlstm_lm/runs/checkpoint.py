@@ -25,8 +25,7 @@ from typing import Any
 
 from torch import Tensor
 
-from xlstm_lm.parallel.process_group import World
-from xlstm_lm.training.durable_files import (
+from xlstm_lm.base.durable_files import (
     RunError,
     crc32_of,
     disk_errors_explained,
@@ -34,8 +33,9 @@ from xlstm_lm.training.durable_files import (
     sync_folder,
     write_durably,
 )
-from xlstm_lm.training.random_state import random_state_bytes
-from xlstm_lm.training.tensor_files import TensorWriter, read_tensors, tensor_files
+from xlstm_lm.base.tensor_files import TensorWriter, read_tensors, tensor_files
+from xlstm_lm.parallel.process_group import World
+from xlstm_lm.runs.random_state import random_state_bytes
 
 logger = logging.getLogger("xlstm_lm")
 

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 import yaml
 
+from xlstm_lm.base.durable_files import replace_durably
 from xlstm_lm.parallel.process_group import World
 from xlstm_lm.recipe import dotted_items
-from xlstm_lm.training.checkpoint import checkpoint_folders
-from xlstm_lm.training.durable_files import replace_durably
+from xlstm_lm.runs.checkpoint import checkpoint_folders
 
 FREE_TO_CHANGE = (
     "training.steps",

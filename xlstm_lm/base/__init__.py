@@ -1,0 +1,1 @@
+"""Ground floor: what every other package may use and what imports none of them."""

@@ -1,0 +1,1 @@
+"""A run's folder: its checkpoints, its records, and the rules for opening it."""

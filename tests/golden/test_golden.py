@@ -1,0 +1,47 @@
+"""Numbers, a checkpoint and an export of the code before the redesign: all must stay as they are."""
+
+from __future__ import annotations
+
+import shutil
+import tarfile
+
+import pytest
+import torch
+from golden_runs import HERE, MIXED, MODELS, SAVED_STEP, STEPS, prompt_logits, settings, train_in
+
+TOLERANCE = 2e-5
+"""Relative. Another processor's float32 rounding after 20 steps stays well below it, another formula does not."""
+
+
+def numbers_in(name: str) -> list[tuple[float, ...]]:
+    lines = (HERE / f"{name}.txt").read_text(encoding="utf-8").splitlines()[1:]
+    return [tuple(map(float, line.split())) for line in lines]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder with the text, the run and the export."""
+    shutil.copy(HERE / "text.txt", tmp_path)
+    for name in ("run", "export"):
+        with tarfile.open(HERE / f"{name}.tar.xz") as archive:
+            archive.extractall(tmp_path, filter="data")
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_losses_and_gradient_norms_stay_as_they_were(name, tmp_path):
+    shutil.copy(HERE / "text.txt", tmp_path)
+    numbers = train_in(tmp_path, settings(MODELS[name], tmp_path / "run"))
+    assert numbers == [pytest.approx(row, rel=TOLERANCE) for row in numbers_in(name)]
+
+
+def test_a_checkpoint_of_format_1_continues(folder):
+    numbers = train_in(folder, settings(MIXED, folder / "run"))
+    assert len(numbers) == STEPS
+    assert numbers[SAVED_STEP:] == [pytest.approx(row, rel=TOLERANCE) for row in numbers_in("continued")[SAVED_STEP:]]
+
+
+@pytest.mark.parametrize("name", ["run", "export"])
+def test_what_was_saved_gives_the_same_logits(name, folder):
+    expected = torch.tensor([float(line) for line in (HERE / "logits.txt").read_text().split()])
+    torch.testing.assert_close(prompt_logits(folder / name), expected, rtol=TOLERANCE, atol=TOLERANCE)

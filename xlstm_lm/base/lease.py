@@ -153,10 +153,12 @@ class FolderLease:
         """Give the folder back; where this process made it and left it empty, it goes away."""
         self._ended.set()
         self._thread.join(timeout=1.0)  # a file system that hangs must not hang this
+        in_place = self.is_in_place
         with contextlib.suppress(OSError, RunError):
             _remove(self.place() / LEASE_FILE, self._descriptor)
         os.close(self._descriptor)
-        _remove_empty(self._made)
+        if in_place or not self.folder.exists():
+            _remove_empty(self._made)
 
     def _beat(self) -> None:
         while not self._ended.wait(BEAT_SECONDS):
@@ -183,7 +185,7 @@ def _create(path: Path) -> int:
 
 
 def _clear_if_stale(path: Path) -> None:
-    """Remove the lease of a process that is gone.
+    """Remove the lease of a process that is gone; where it changes meanwhile, leave it to the next look.
 
     Raises:
         ValueError: the process is alive.
@@ -194,9 +196,14 @@ def _clear_if_stale(path: Path) -> None:
         return
     try:
         holder = _holder(path)
+        if holder is None:  # perhaps just being written
+            time.sleep(0.2)
+            holder = _holder(path)
         gone = holder.is_gone() if holder else None
         if gone is None:
             gone = _falls_silent(path, descriptor, holder)
+        if gone is None:
+            return
         if not gone:
             raise ValueError(
                 f"{path.parent}: another process is at work there: {holder or 'it does not say which'}. Wait until it "
@@ -208,8 +215,11 @@ def _clear_if_stale(path: Path) -> None:
         os.close(descriptor)
 
 
-def _falls_silent(path: Path, descriptor: int, holder: Holder | None) -> bool:
-    """Wait until the lease's holder touches it (False), or has not done so for `STALE_SECONDS` or gives it back."""
+def _falls_silent(path: Path, descriptor: int, holder: Holder | None) -> bool | None:
+    """Wait until the lease's holder touches it (False), or has not done so for `STALE_SECONDS` (True).
+
+    None where the lease is given back or changes hands meanwhile.
+    """
     with tempfile.TemporaryFile(dir=path.parent) as probe:  # the file system's time, which is not this machine's
         age = os.fstat(probe.fileno()).st_mtime - os.fstat(descriptor).st_mtime
     left = STALE_SECONDS - max(age, 0.0)
@@ -220,8 +230,8 @@ def _falls_silent(path: Path, descriptor: int, holder: Holder | None) -> bool:
     touched, until = _touched(path), time.monotonic() + left
     while time.monotonic() < until:
         time.sleep(min(1.0, left))
-        if not _is_at(descriptor, path):
-            return True
+        if not _is_at(descriptor, path) or _holder(path) != holder:
+            return None
         if _touched(path) != touched:
             return False
     return True

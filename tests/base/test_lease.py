@@ -170,6 +170,11 @@ def replace_by_a_copy(folder) -> None:
     folder.with_name("copy").rename(folder)
 
 
+def take_over(folder) -> None:
+    (folder / LEASE_FILE).unlink()
+    leave_behind(folder, pid=1)
+
+
 def remove_lease(folder) -> None:
     (folder / LEASE_FILE).unlink()
 
@@ -178,7 +183,8 @@ def remove_lease(folder) -> None:
     ("lose", "message"),
     [
         (delete, "was deleted or moved"),
-        (replace_by_a_copy, "taken over by process"),
+        (replace_by_a_copy, "replaced by a copy"),
+        (take_over, "taken over by process 1 on"),
         (remove_lease, "was replaced, or"),
     ],
 )

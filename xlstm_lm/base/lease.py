@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import errno
 import fcntl
 import json
 import logging
@@ -24,6 +25,7 @@ import shlex
 import socket
 import sys
 import tempfile
+import textwrap
 import threading
 import time
 import uuid
@@ -69,7 +71,13 @@ class Holder:
         )
 
     def __str__(self) -> str:
-        return f"process {self.pid} on {self.host}, since {self.since} ({self.command})"
+        return f"process {self.pid} on {self.host}, since {self.since} ({textwrap.shorten(self.command, 200)})"
+
+    @property
+    def is_this_process(self) -> bool:
+        """Whether it is the process that calls this."""
+        own = Holder.this_process()
+        return (self.process_table, self.pid, self.started) == (own.process_table, own.pid, own.started)
 
     def is_gone(self) -> bool | None:
         """Whether the process has ended; None where that cannot be looked up from here."""
@@ -122,8 +130,11 @@ class FolderLease:
 
     @property
     def is_in_place(self) -> bool:
-        """Whether the folder still lies where it was taken, held by this process."""
-        return _is_at(self._descriptor, self.folder / LEASE_FILE)
+        """Whether the folder still lies where it was taken, held by this process, as far as can be told."""
+        try:
+            return _is_at(self._descriptor, self.folder / LEASE_FILE)
+        except OSError:
+            return True
 
     def place(self) -> Path:
         """Where the folder lies now: it may have been moved on its disk, where the system can tell (Linux).
@@ -141,7 +152,9 @@ class FolderLease:
         if not self.folder.exists():
             what = "was deleted or moved away"
         elif here.exists():
-            what = f"was taken over by {_holder(here) or 'another process'}"
+            holder = _holder(here)
+            is_copy = holder is not None and holder.is_this_process
+            what = "was replaced by a copy" if is_copy else f"was taken over by {holder or 'another process'}"
         else:
             what = f"was replaced, or {LEASE_FILE} removed from it"
         raise RunError(
@@ -255,11 +268,17 @@ def _holder(path: Path) -> Holder | None:
 
 
 def _is_at(descriptor: int, path: Path) -> bool:
-    """Whether the open file is the one at `path`."""
+    """Whether the open file is the one at `path`.
+
+    Raises:
+        OSError: the file system does not say.
+    """
     try:
         return os.path.samestat(os.fstat(descriptor), path.stat())
-    except OSError:
-        return False
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ESTALE):
+            return False
+        raise  # a file system that cannot be reached for the moment
 
 
 def _remove(path: Path, descriptor: int) -> bool:

@@ -149,7 +149,7 @@ def check_run_folder(run_dir: Path) -> None:
         )
     for path in sorted(run_dir.iterdir()):
         stray = any(fnmatch.fnmatch(path.name.lower(), pattern) for pattern in STRAY_FILES)
-        if path.is_dir() or not stray:
+        if (path.is_dir() or not stray) and path.name != "lost+found":  # which every new disk has
             raise ValueError(f"training.run_dir {run_dir} is no run's folder and is not empty ({path.name}); {choose}")
 
 

@@ -55,8 +55,8 @@ def _choose_tokenizer(trained: TrainedModel, name: str | None) -> Tokenizer:
             raise ValueError(f"{error} Or name one with --tokenizer: bytes, a folder, or an id on the hub.") from error
     if name == "bytes":
         tokenizer = build_tokenizer(TokenizerConfig())
-    elif Path(name).is_dir():
-        tokenizer = load_tokenizer(name)
+    elif user_path(name).is_dir():
+        tokenizer = load_tokenizer(user_path(name))
     else:
         tokenizer = build_tokenizer(TokenizerConfig(kind="huggingface", name=name))
     check_vocabulary(tokenizer, trained.model, name)

@@ -19,6 +19,7 @@ from typing import Any
 
 from eval.command import add_model_flags, environment, one_message, positive
 from eval.models import CausalModel, load_model
+from eval.results_file import results_file
 
 HERE = Path(__file__).parent
 LOCAL_TASKS, TASK_GROUPS = HERE / "tasks_local", HERE / "task_groups"
@@ -133,7 +134,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         metavar="T",
         help="See windows of so many tokens. Default: everything, or the trained context of a model without state.",
     )
-    parser.add_argument("--out", type=Path, metavar="FILE", help="Write results, settings and samples as JSON.")
+    parser.add_argument("--out", type=results_file, metavar="FILE", help="Write results, settings and samples as JSON.")
     add_model_flags(parser)
     options = parser.parse_args(arguments)
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
@@ -184,8 +185,6 @@ def _check(options: argparse.Namespace) -> None:
         raise ValueError(f"--include {options.include} is not a folder.")
     if options.num_fewshot is not None and options.num_fewshot < 0:
         raise ValueError(f"--num-fewshot {options.num_fewshot} must be at least 0.")
-    if options.out and options.out.is_dir():
-        raise ValueError(f"--out {options.out} is a folder; name a file in it.")
 
 
 if __name__ == "__main__":

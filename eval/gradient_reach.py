@@ -32,6 +32,7 @@ from eval.gradient_reach_picture import draw_reach
 from eval.gradient_reach_runs import load_study, train_runs
 from eval.measure import environment
 from eval.models import DTYPES
+from eval.results_file import results_file
 from eval.speed_models import Model, Own, describe_kernels, parse_model, record_kernels
 from xlstm_lm import hub
 from xlstm_lm.data import Tokenizer, TokenizerConfig, build_tokenizer
@@ -277,7 +278,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
     add("--dtype", default="float32", choices=list(DTYPES), help="Default: float32.")
     add("--threads", type=positive, default=1, metavar="N", help="CPU threads. Default: 1.")
-    add("--out", type=Path, metavar="FILE", help="Write JSON and, beside it, the picture.")
+    add("--out", type=results_file, metavar="FILE", help="Write JSON and, beside it, the picture.")
     options = parser.parse_args(arguments)
     if options.config and (options.models or options.runs):
         parser.error("--config names the models itself: leave --models and --runs out")

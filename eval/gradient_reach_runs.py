@@ -62,7 +62,7 @@ class StudyRun:
     @property
     def folder(self) -> Path:
         """That it writes to."""
-        return Path(self.config.training.run_dir)
+        return self.config.training.folder
 
     @property
     def tokens(self) -> int:

@@ -18,6 +18,8 @@ from types import FrameType
 
 import torch
 
+from xlstm_lm.base.outputs import check_folder_of_runs
+
 POLL_SECONDS = 0.1
 GRACE_SECONDS = 600.0
 """Between asking a process to stop and killing it."""
@@ -57,8 +59,9 @@ def alone_in(folder: Path) -> Iterator[None]:
     """Keep other processes that ask for the same out of a folder.
 
     Raises:
-        ValueError: one is there.
+        ValueError: one is there, or the folder is or lies in a run, a checkpoint, a model or a tokenizer.
     """
+    check_folder_of_runs(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("w") as file:
         try:

@@ -24,6 +24,7 @@ from eval.kernel_cases import MLSTM, Case, Contender, Function, cpu_cases, gpu_c
 from eval.measure import DTYPES, Ceilings, Step, Timing, dtype_name, take_turns
 from eval.peers import PEERS
 from eval.picture import OWN, draw_over_length
+from eval.results_file import results_file
 from eval.tables import ceilings_of_study, go_through
 from xlstm_lm.ops.selfcheck import TOLERANCE, errors
 
@@ -246,7 +247,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         default=75.0,
         help="seconds after which a kernel on a GPU counts as hanging (default 75; what nvcc compiles needs more)",
     )
-    parser.add_argument("--out", type=Path, help="also write the rows to this JSON file")
+    parser.add_argument("--out", type=results_file, help="also write the rows to this JSON file")
     parser.add_argument("--picture", type=Path, help="draw here instead of beside --out")
     parser.add_argument("--compile-report", action="store_true", help="what the GPU kernels compile to; no GPU needed")
     parser.add_argument("--journal", type=Path, help=argparse.SUPPRESS)  # the process that a supervisor starts has one

@@ -12,7 +12,6 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from eval.command import add_model_flags, environment, one_message, positive
@@ -20,6 +19,7 @@ from eval.documents import DocumentsConfig, Text, open_documents
 from eval.extrapolation import draw_extrapolation, extrapolate
 from eval.figures import Totals, as_sequence, exp
 from eval.models import CausalModel, load_model, pick_device
+from eval.results_file import results_file
 from eval.scoring import score_sequences
 
 DEFINITIONS = {
@@ -231,7 +231,7 @@ def _make_parser() -> argparse.ArgumentParser:
     )
     curve.add_argument("--context-lengths", type=positive, nargs="+", metavar="T", help="Instead: these lengths.")
     add("--max-tokens", type=positive, metavar="N", help="Tokens at each context length, at most.")
-    add("--out", type=Path, metavar="FILE", help="Write JSON and, beside it, the picture of context lengths.")
+    add("--out", type=results_file, metavar="FILE", help="Write JSON and, beside it, the picture of context lengths.")
     add_model_flags(parser)
     return parser
 
@@ -244,8 +244,6 @@ def _check(options: argparse.Namespace) -> None:
         raise ValueError(f"--extrapolate {options.extrapolate} is no power of two; 16 gives 1, 2, 4, 8 and 16 times.")
     if options.max_tokens and not (options.extrapolate or options.context_lengths):
         raise ValueError("--max-tokens limits the tokens at each context length; elsewhere use --max-documents.")
-    if options.out and options.out.is_dir():
-        raise ValueError(f"--out {options.out} is a folder; name a file in it.")
 
 
 def _groups(texts: Iterator[Text], size: int) -> Iterator[list[Text]]:

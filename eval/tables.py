@@ -15,6 +15,7 @@ import torch
 
 from eval.journal import Journal
 from eval.measure import DTYPES, Ceilings, clock, environment, measure_ceilings, one_line
+from xlstm_lm.base.durable_files import replace_durably
 
 
 def ceilings_of_study(options: argparse.Namespace, journal: Journal) -> Ceilings:
@@ -54,7 +55,7 @@ def go_through(
             content["clock"] = clock(options.device).__name__
         content |= also | {"rows": [asdict(row) for row in rows], "left_out": left_out}
         options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(content, indent=1) + "\n")
+        replace_durably(options.out, json.dumps(content, indent=1).encode() + b"\n")  # even where a kernel crashes
 
     for title, measure in tables.items():
         if title in journal.results:

@@ -22,6 +22,7 @@ from eval.generation_speed import GenerationRow, as_markdown_generation, draw_ge
 from eval.journal import Journal, run_in_children
 from eval.measure import DTYPES, Ceilings, Step, Timing, take_turns
 from eval.picture import draw_over_length
+from eval.results_file import results_file
 from eval.speed_models import Model, describe_kernels, parse_model, record_kernels
 from eval.tables import ceilings_of_study, go_through
 from xlstm_lm.models.accounting import count_parameters, training_flops_per_token
@@ -228,7 +229,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=9, help="timed rounds at most (default 9)")
     parser.add_argument("--seconds", type=float, default=60.0, help="for the rounds of a table, three at least")
     parser.add_argument("--budget", type=float, default=0, help="seconds after which no table is begun; 0: no limit")
-    parser.add_argument("--out", type=Path, help="also write the rows to this JSON file")
+    parser.add_argument("--out", type=results_file, help="also write the rows to this JSON file")
     parser.add_argument("--picture", type=Path, help="draw here instead of beside --out")
     parser.add_argument("--journal", type=Path, help=argparse.SUPPRESS)  # the process that a supervisor starts has one
     parser.add_argument("--begin", type=float, default=time.time(), help=argparse.SUPPRESS)

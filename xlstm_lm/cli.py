@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from xlstm_lm import __version__
+from xlstm_lm.base.durable_files import RunError
 
 SAMPLE_PROMPT = "def "  # what the sample at the end of a run continues
 SAMPLE_TOKENS = 400
@@ -53,11 +54,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     try:
         options.run(options)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RunError) as error:
         if os.environ.get("XLSTM_LM_TRACEBACK"):
             raise
         print(f"xlstm-lm {options.command}: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(1 if isinstance(error, RunError) else 2)
 
 
 def _make_parser(with_fields: bool) -> _Parser:
@@ -134,17 +135,12 @@ def _make_parser(with_fields: bool) -> _Parser:
 
 
 def _train(options: argparse.Namespace) -> None:
-    from xlstm_lm.base.durable_files import RunError
     from xlstm_lm.config import load_run_config
     from xlstm_lm.training.loop import train
 
     overrides = {name: value for name, value in vars(options).items() if "." in name or name == "deepspeed"}
     run = load_run_config(options.config, overrides)
-    try:
-        run_dir = train(run)
-    except RunError as error:
-        print(f"xlstm-lm train: {error}", file=sys.stderr)
-        sys.exit(1)
+    run_dir = train(run)
     if int(os.environ.get("RANK", "0")) == 0:
         _conclude(run_dir, options.config, overrides)
 
@@ -225,14 +221,9 @@ def _export(options: argparse.Namespace) -> None:
 
 
 def _import(options: argparse.Namespace) -> None:
-    from xlstm_lm.base.durable_files import RunError
     from xlstm_lm.hub import import_run
 
-    try:
-        recipe = shlex.quote(str(import_run(options.source, options.out, options.tokenizer)))
-    except RunError as error:
-        print(f"xlstm-lm import: {error}", file=sys.stderr)
-        sys.exit(1)
+    recipe = shlex.quote(str(import_run(options.source, options.out, options.tokenizer)))
     out = shlex.quote(options.out)
     print(f"Wrote {out}. Train it on:  xlstm-lm train --config RECIPE --config {recipe} --training.run_dir {out}")
 
@@ -240,7 +231,7 @@ def _import(options: argparse.Namespace) -> None:
 def _tokenizer(options: argparse.Namespace) -> None:
     from xlstm_lm.data import train_bpe
 
-    out = train_bpe(options.files, vocab_size=options.vocab_size, out=Path(options.out))
+    out = train_bpe(options.files, vocab_size=options.vocab_size, out=options.out)
     print(f"Wrote {out}. Use it:  --data.tokenizer.kind huggingface --data.tokenizer.name {shlex.quote(str(out))}")
 
 

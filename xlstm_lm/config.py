@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import logging
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import reduce
@@ -17,11 +19,14 @@ from pydantic import Discriminator, Tag, TypeAdapter, ValidationError
 from xlstm_lm.data import DataConfig
 from xlstm_lm.models import FAMILIES
 from xlstm_lm.recipe import dotted_items, merge, parse_yaml, read_recipe
+from xlstm_lm.runs.run_folder import run_of_recipe
 from xlstm_lm.training.config import TrainingConfig
 from xlstm_lm.training.optimizer import OptimizerConfig
 from xlstm_lm.training.safeguards import SafeguardsConfig
 from xlstm_lm.training.schedule import ScheduleConfig
 from xlstm_lm.training.wandb_run import WandbConfig
+
+logger = logging.getLogger("xlstm_lm")
 
 
 def _family_of(model: Any) -> str | None:
@@ -184,7 +189,22 @@ def load_run_config(paths: list[str | Path], overrides: dict[str, Any] | None = 
             value = {key: value}
         values = merge(values, value)
         origins[name] = f"flag --{name}"
+    values = _with_the_run_of_its_recipe(values, origins)
     return check_run_config(values, origins)
+
+
+def _with_the_run_of_its_recipe(values: dict[str, Any], origins: dict[str, str]) -> dict[str, Any]:
+    """Where training.run_dir comes from a run's own config.yaml, the folder in which that lies now."""
+    origin, training = origins.get("training.run_dir"), values.get("training")
+    run_dir = training.get("run_dir") if isinstance(training, dict) else None
+    folder = run_of_recipe(run_dir, origin) if origin and isinstance(run_dir, str) and run_dir else None
+    if folder is None:
+        return values
+    if os.environ.get("RANK", "0") == "0":
+        logger.warning(
+            "%s belongs to the run in %s, which is continued; training.run_dir says %s", origin, folder, run_dir
+        )
+    return merge(values, {"training": {"run_dir": str(folder)}})
 
 
 def check_run_config(values: dict[str, Any], origins: dict[str, str]) -> RunConfig:

@@ -8,6 +8,8 @@ from typing import Any
 
 import yaml
 
+from xlstm_lm.base.paths import user_path
+
 
 class _Loader(yaml.SafeLoader):
     """YAML as in version 1.2 where it counts: 1e-3 is a number."""
@@ -51,7 +53,7 @@ def read_recipe(path: str | Path) -> tuple[dict[str, Any], dict[str, str]]:
     Raises:
         ValueError: the file is missing, is no YAML, or is no mapping; two files include each other.
     """
-    return _read(Path(path), ())
+    return _read(user_path(path), ())
 
 
 def _read(path: Path, above: tuple[Path, ...]) -> tuple[dict[str, Any], dict[str, str]]:

@@ -22,6 +22,7 @@ from eval.compare.report import write_report
 from eval.compare.runs import Runs, examine
 from eval.compare.train import is_chosen, to_train, train_all
 from eval.jobs import Outcome, alone_in
+from xlstm_lm.base.paths import user_path
 from xlstm_lm.models.accounting import count_parameters
 
 DONE, FAILED, UNFINISHED = 0, 1, 3
@@ -135,7 +136,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m eval.compare", description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--config", type=Path, required=True, metavar="FILE", help="A comparison, such as configs/compare/smoke.yaml.")
-    add("--out", type=Path, metavar="FOLDER", help="Default: runs/compare/NAME.")
+    add("--out", type=user_path, metavar="FOLDER", help="Default: runs/compare/NAME.")
     add("--at-once", type=positive, metavar="N", help="Runs at a time. Default: what the comparison says.")
     add("--only", nargs="+", default=[], metavar="PATTERN", help="Only these models or runs, such as 'mamba2-*'.")
     add("--stage", default="all", choices=["train", "measure", "report", "all"], help="Default: all, in this order.")

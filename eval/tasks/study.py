@@ -63,7 +63,7 @@ class PlannedRun:
     @property
     def folder(self) -> Path:
         """The run's folder."""
-        return Path(self.config.training.run_dir)
+        return self.config.training.folder
 
     @property
     def recipe(self) -> Path:

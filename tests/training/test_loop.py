@@ -7,6 +7,7 @@ import logging
 import math
 import os
 import re
+import shutil
 import signal
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from processes import run_alone, run_ranks
 from runs import configure, records, write_text
 
 from xlstm_lm.base.durable_files import RunError
+from xlstm_lm.base.lease import FolderLease
+from xlstm_lm.config import load_run_config
 from xlstm_lm.data import TrainingStream, build_tokenizer
 from xlstm_lm.runs.checkpoint import checkpoint_folders
 from xlstm_lm.training.engine import TrainingEngine
@@ -69,7 +72,7 @@ def test_a_run_writes_what_it_promises(reference):
     assert session["processes"] == 1 and session["versions"]["torch"] and "git_commit" in session
 
 
-def test_a_run_goes_on_where_a_checkpoint_stands(folder, reference):
+def test_a_run_goes_on_where_a_checkpoint_stands(folder, reference, capsys):
     """Of a run that died behind step 6: its later lines and a torn one are cut, then written again."""
     train(configure(folder))
     run_dir = folder / "run"
@@ -79,12 +82,71 @@ def test_a_run_goes_on_where_a_checkpoint_stands(folder, reference):
         (run_dir / "checkpoints" / f"step_{step:08}").rmdir()
     with (run_dir / "metrics.jsonl").open("a") as file:
         file.write('{"split": "train", "st')
+    before = (run_dir / "metrics.jsonl").read_text().splitlines()
     train(configure(folder))
     comparable(folder, reference)
+    superseded = (run_dir / "superseded.jsonl").read_text().splitlines()
+    assert superseded == before[-len(superseded) :] and '"step": 7,' in superseded[0]
+    assert f"{len(superseded)} lines of metrics.jsonl come after step 6" in capsys.readouterr().err
     train(configure(folder))  # nothing left to do
     comparable(folder, reference)
+    assert not (run_dir / "lease.json").exists()
     sessions = json.loads((run_dir / "environment.json").read_text())["sessions"]
     assert [session["from_step"] for session in sessions] == [0, 6, 10]
+
+
+def test_a_folder_that_another_process_holds_is_refused_before_data_are_opened(folder, monkeypatch):
+    monkeypatch.setattr("xlstm_lm.training.loop.DocumentData", lambda config: pytest.fail("data are opened"))
+    held = FolderLease.take(folder / "run")
+    with pytest.raises(ValueError, match=r"run: another process is at work there: process \d+ on"):
+        train(configure(folder))
+    held.release()
+
+
+def lose_the_folder(monkeypatch, lose) -> None:
+    """Have `lose` called while the fifth step begins."""
+    batches = 0
+    next_batch = TrainingStream.next_batch
+
+    def losing(stream):
+        nonlocal batches
+        batches += 1
+        if batches == 5:
+            lose()
+        return next_batch(stream)
+
+    monkeypatch.setattr(TrainingStream, "next_batch", losing)
+
+
+def test_a_run_whose_folder_is_moved_is_saved_there_and_goes_on_by_its_own_recipe(
+    folder, reference, monkeypatch, caplog
+):
+    with monkeypatch.context() as patched:
+        lose_the_folder(patched, lambda: (folder / "run").rename(folder / "moved"))
+        with pytest.raises(RunError, match=r"was moved to \S*moved while .*Step 5 is saved there"):
+            train(configure(folder))
+    assert list(checkpoint_folders(folder / "moved")) == [5, 3]
+    assert not (folder / "run").exists() and not (folder / "moved" / "lease.json").exists()
+    with caplog.at_level(logging.WARNING, logger="xlstm_lm"):
+        train(load_run_config([folder / "moved" / "config.yaml"]))
+    assert "belongs to the run in" in caplog.text and not (folder / "run").exists()
+    assert records(folder / "moved") == records(reference / "run")
+
+
+def test_a_run_whose_folder_is_deleted_stops_and_writes_no_other(folder, monkeypatch):
+    lose_the_folder(monkeypatch, lambda: shutil.rmtree(folder / "run"))
+    with pytest.raises(RunError, match=r"run was deleted or moved away while this process"):
+        train(configure(folder))
+    assert not (folder / "run").exists()
+
+
+def test_a_run_whose_checkpoints_are_gone_keeps_its_history(folder):
+    train(configure(folder, training__steps=4))
+    before = (folder / "run" / "metrics.jsonl").read_bytes()
+    shutil.rmtree(folder / "run" / "checkpoints")
+    with pytest.raises(ValueError, match=r"checkpoints are gone(.|\n)*move \S*metrics.jsonl away"):
+        train(configure(folder, training__steps=5))
+    assert (folder / "run" / "metrics.jsonl").read_bytes() == before
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "ctrl-c"])

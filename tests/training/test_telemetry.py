@@ -22,11 +22,15 @@ def lines(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_lines_behind_the_checkpoint_and_torn_lines_are_cut(tmp_path):
+def test_lines_behind_the_checkpoint_and_torn_lines_are_set_aside(tmp_path):
     path = tmp_path / "metrics.jsonl"
+    superseded = tmp_path / "superseded.jsonl"
+    superseded.write_text("of an earlier time\n")
     path.write_text('{"split": "train", "step": 1}\n{"split": "train", "step": 5}\n{"step": 3}\nnull\n{"split": "tr')
     metrics = MetricsFile(path)
-    metrics.cut_behind(3)
+    assert metrics.cut_behind(3) == 3
+    before = ["of an earlier time", '{"split": "train", "step": 5}', "null", '{"split": "tr']
+    assert superseded.read_text().splitlines() == before
     metrics.append({"split": "train", "step": 4, "loss": math.nan, "lr": 0.5, "gates": math.inf})
     metrics.close()
     assert lines(path) == [

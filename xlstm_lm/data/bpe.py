@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from xlstm_lm.base.outputs import check_new_folder, whole_or_not_at_all
+from xlstm_lm.base.paths import user_path
 from xlstm_lm.data.sources import FileSource, Piece, SourceConfig, refuse
 from xlstm_lm.data.tokenizer import END_OF_DOCUMENT, TokenizerConfig, save_tokenizer
 
@@ -16,18 +18,21 @@ def train_bpe(files: Sequence[str], *, vocab_size: int, out: str | Path) -> Path
         files: text files or glob patterns, compressed or not; each file is read whole.
         vocab_size: number of ids to reach, the 256 bytes and the end-of-document token included. A small text may give
             fewer.
-        out: folder, made if it is not there; `load_tokenizer` and `transformers.AutoTokenizer.from_pretrained` read it.
+        out: a new folder; `load_tokenizer` and `transformers.AutoTokenizer.from_pretrained` read it.
 
     Returns:
         the folder.
 
     Raises:
-        ValueError: a vocabulary too small for the bytes, or a file that is missing, empty or not UTF-8.
+        ValueError: `out` is not free for a new folder, a vocabulary too small for the bytes, or a file that is missing,
+            empty or not UTF-8.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     if vocab_size < 257:
         raise ValueError(f"vocab_size {vocab_size} is too small: 256 bytes and the end of a document need 257")
+    folder = user_path(out)
+    check_new_folder(folder)
     source = FileSource(SourceConfig(kind="text", paths=list(files)))
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -39,9 +44,9 @@ def train_bpe(files: Sequence[str], *, vocab_size: int, out: str | Path) -> Path
         show_progress=False,
     )
     backend.train_from_iterator(_texts(source), trainer)
-    folder = Path(out)
     config = TokenizerConfig(kind="huggingface", name=str(folder), end_of_document=END_OF_DOCUMENT)
-    save_tokenizer(backend, config, END_OF_DOCUMENT, folder)
+    with whole_or_not_at_all(folder) as partial:
+        save_tokenizer(backend, config, END_OF_DOCUMENT, partial)
     return folder
 
 

@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from xlstm_lm.base.durable_files import write_durably
+from xlstm_lm.base.outputs import check_new_folder, whole_or_not_at_all
+from xlstm_lm.base.paths import user_path
 from xlstm_lm.base.tensor_files import SHARD_BYTES, TensorWriter
 from xlstm_lm.data import Tokenizer
 from xlstm_lm.hub.baseline_formats import BASELINE_FORMAT
@@ -23,7 +25,6 @@ from xlstm_lm.hub.export_format import ExportFormat, converted_sizes
 from xlstm_lm.hub.gate import ask, check
 from xlstm_lm.hub.load import TrainedModel, load
 from xlstm_lm.hub.model_card import write_model_card
-from xlstm_lm.hub.new_folder import check_free, whole_or_not_at_all
 from xlstm_lm.hub.own_format import OWN_FORMAT
 from xlstm_lm.hub.push import check_repository_name, push
 from xlstm_lm.hub.tokenizer_files import save_tokenizer_files
@@ -66,11 +67,12 @@ def export(
     padding, a batch padded on the left. By then this process has let go of the model.
 
     Raises:
-        ValueError: `out` is not empty, there is no such model or step, the format cannot hold it, or the export differs
-            from the model; nothing is left of it. Or it could not be pushed: then the folder is complete.
+        ValueError: `out` is not free for a new folder, there is no such model or step, the format cannot hold it, or
+            the export differs from the model; nothing is left of it. Or it could not be pushed: then the folder is
+            complete.
     """
-    source, out = Path(source), Path(out)
-    check_free(out)
+    source, out = user_path(source), user_path(out)
+    check_new_folder(out)
     if repository:
         check_repository_name(repository)
     trained = load(_checkpoint_of(source, step))
@@ -104,8 +106,8 @@ def save_export(
     Raises:
         ValueError: as `export`.
     """
-    out = Path(out)
-    check_free(out)
+    out = user_path(out)
+    check_new_folder(out)
     tokenizer = trained.tokenizer
     export_format = choose_format(trained.model.config, format_name)
     with whole_or_not_at_all(out) as partial:

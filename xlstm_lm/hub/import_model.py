@@ -16,10 +16,11 @@ import torch
 import yaml
 
 from xlstm_lm.base.durable_files import write_durably
+from xlstm_lm.base.outputs import check_new_folder, whole_or_not_at_all
+from xlstm_lm.base.paths import user_path
 from xlstm_lm.data import Tokenizer, TokenizerConfig, build_tokenizer, load_tokenizer
 from xlstm_lm.data.tokenizer import CONFIG_FILE
 from xlstm_lm.hub.load import TrainedModel, check_vocabulary, load
-from xlstm_lm.hub.new_folder import check_free, whole_or_not_at_all
 from xlstm_lm.parallel.process_group import World
 from xlstm_lm.runs.checkpoint import write_checkpoint
 
@@ -33,12 +34,12 @@ def import_run(source: str | Path, out: str | Path, tokenizer: str | None = None
     `tokenizer` names another one than lies with the model: `bytes`, a folder, or an id on the Hugging Face hub.
 
     Raises:
-        ValueError: `out` exists and is not empty; or at `source` there is no model or no tokenizer, or one of them is
-            damaged, or they do not fit each other. Nothing has been written.
+        ValueError: `out` is not free for a new folder; or at `source` there is no model or no tokenizer, or one of
+            them is damaged, or they do not fit each other. Nothing has been written.
         RunError: the disk is full. What had been written is gone.
     """
-    source, out = Path(source), Path(out)
-    check_free(out)
+    source, out = user_path(source), user_path(out)
+    check_new_folder(out)
     trained = load(source)
     chosen = _choose_tokenizer(trained, tokenizer)
     with whole_or_not_at_all(out) as partial:
@@ -54,8 +55,8 @@ def _choose_tokenizer(trained: TrainedModel, name: str | None) -> Tokenizer:
             raise ValueError(f"{error} Or name one with --tokenizer: bytes, a folder, or an id on the hub.") from error
     if name == "bytes":
         tokenizer = build_tokenizer(TokenizerConfig())
-    elif Path(name).is_dir():
-        tokenizer = load_tokenizer(name)
+    elif user_path(name).is_dir():
+        tokenizer = load_tokenizer(user_path(name))
     else:
         tokenizer = build_tokenizer(TokenizerConfig(kind="huggingface", name=name))
     check_vocabulary(tokenizer, trained.model, name)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
+from xlstm_lm.base.paths import user_path
 from xlstm_lm.data import load_tokenizer
 from xlstm_lm.hub.layouts import StoredModel, read_model
 from xlstm_lm.models import FAMILIES
@@ -66,7 +67,7 @@ def load(path: str | Path) -> TrainedModel:
     Raises:
         ValueError: there is no model in a known layout, its tensors do not fit, or a file is damaged.
     """
-    stored = read_model(Path(path))
+    stored = read_model(user_path(path))
     with _parameters_without_memory():
         model = FAMILIES[stored.config.family][1](stored.config)
     _fill(model, stored)

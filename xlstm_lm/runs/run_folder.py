@@ -16,6 +16,8 @@ import torch
 import yaml
 
 from xlstm_lm.base.durable_files import replace_durably
+from xlstm_lm.base.outputs import contents, has_trained
+from xlstm_lm.base.paths import user_path
 from xlstm_lm.parallel.process_group import World
 from xlstm_lm.recipe import dotted_items
 from xlstm_lm.runs.checkpoint import checkpoint_folders
@@ -87,15 +89,14 @@ def check_same_run(folder: Path, config: dict[str, Any], free: tuple[str, ...] =
 
 
 def open_run_folder(run_dir: Path, config: dict[str, Any], config_yaml: str, resume: str) -> None:
-    """Create the run's folder, or check that the run in it is this one, and write config.yaml. For rank 0.
+    """Check that the run in a folder, if there is one, is this one, and write config.yaml. For rank 0.
 
     A run that wrote nothing yet is no run, and an imported model, the checkpoint of step 0, is none yet.
 
     Raises:
-        ValueError: the folder is a file, or belongs to another configuration, or to any run where resume is never.
+        ValueError: the folder belongs to another configuration, or to any run where resume is never; or the run in it
+            had checkpoints, which are gone.
     """
-    if run_dir.exists() and not run_dir.is_dir():
-        raise ValueError(f"training.run_dir {run_dir} is a file; choose a folder.")
     metrics = run_dir / "metrics.jsonl"
     checkpoints = checkpoint_folders(run_dir)
     has_run = any(checkpoints) or (metrics.is_file() and metrics.stat().st_size > 0)
@@ -108,8 +109,60 @@ def open_run_folder(run_dir: Path, config: dict[str, Any], config_yaml: str, res
         check_same_run(run_dir, config)
     elif checkpoints:
         check_same_run(checkpoints[0], config)
-    run_dir.mkdir(parents=True, exist_ok=True)
+    if has_run and not checkpoints and _had_checkpoints(run_dir):
+        raise ValueError(
+            f"{run_dir} holds a run whose checkpoints are gone. Put one back (a folder checkpoints/step_*) to go on "
+            f"from it. To train again from the beginning, choose another training.run_dir, or move {metrics} away, "
+            "which is the history of that run."
+        )
     replace_durably(run_dir / "config.yaml", config_yaml.encode())
+
+
+def _had_checkpoints(run_dir: Path) -> bool:
+    """Whether the run in a folder without checkpoints once had one: it stopped or ended well, or trained past one.
+
+    A run that was killed before its first checkpoint had none.
+    """
+    if (run_dir / "learning_curve.png").exists() or (run_dir / "checkpoints" / "latest").exists():
+        return True
+    before = yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8"))
+    every = before["training"]["checkpoint_every"]
+    lines = (run_dir / "metrics.jsonl").read_bytes().splitlines()
+    steps = [step for step in map(step_of, lines) if step is not None]
+    # A run that branched off another begins behind that one's checkpoints.
+    return bool(steps) and (max(steps) - 1) // every * every >= min(steps)
+
+
+def step_of(line: bytes) -> int | None:
+    """The step of a line of metrics.jsonl; None of a damaged one, such as the last of a killed run."""
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+def run_of_recipe(run_dir: str, origin: str) -> Path | None:
+    """The run that a recipe belongs to as its config.yaml, where the recipe's `run_dir` is another folder.
+
+    The config.yaml of a run that was moved or copied, or that is read from another current folder than the run was
+    started in, stands for the run beside it, not for one that is, or would be made, at the path it names. One in a
+    checkpoint stands for the checkpoint's run, or outside of a run for the checkpoint.
+
+    Args:
+        run_dir: the recipe's training.run_dir.
+        origin: the recipe's path.
+
+    Returns:
+        the folder; None for a recipe that belongs to no run, or to the one at `run_dir`.
+    """
+    recipe, named = user_path(origin), user_path(run_dir)
+    folder = recipe.absolute().parent
+    in_checkpoint = contents(folder) == "a checkpoint"
+    if in_checkpoint and has_trained(folder.parents[1]):
+        folder, in_checkpoint = folder.parents[1], False
+    if recipe.name != "config.yaml" or not (in_checkpoint or has_trained(folder)):
+        return None
+    return None if named.exists() and named.samefile(folder) else folder
 
 
 def is_finished(config: dict[str, Any]) -> bool:
@@ -118,7 +171,7 @@ def is_finished(config: dict[str, Any]) -> bool:
     Raises:
         ValueError: the folder holds a run with another configuration.
     """
-    run_dir = Path(config["training"]["run_dir"])
+    run_dir = user_path(config["training"]["run_dir"])
     steps = checkpoint_folders(run_dir)
     if steps:
         check_same_run(run_dir, config)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
+
+from xlstm_lm.base.paths import user_path
 
 
 @dataclass(kw_only=True)
@@ -54,6 +57,11 @@ class TrainingConfig:
             raise ValueError(f"training.z_loss is {self.z_loss}; it must be at least 0 (none).")
         if not self.run_dir:
             raise ValueError("training.run_dir is empty; give the folder that the run shall write to.")
+
+    @property
+    def folder(self) -> Path:
+        """run_dir as an absolute path, which the current folder does not matter to."""
+        return user_path(self.run_dir).absolute()
 
 
 def split_batch(global_batch_size: int, world_size: int, micro_batch_size: int | None) -> tuple[int, int]:

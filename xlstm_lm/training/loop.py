@@ -10,6 +10,10 @@ from typing import Any
 
 import torch
 
+from xlstm_lm.base.durable_files import RunError
+from xlstm_lm.base.lease import FolderLease
+from xlstm_lm.base.outputs import check_run_folder
+from xlstm_lm.base.paths import user_path
 from xlstm_lm.config import RunConfig, as_dict, as_recipe
 from xlstm_lm.data import Batch, DocumentData, TrainingData
 from xlstm_lm.models import build_model
@@ -52,8 +56,9 @@ def train(run: RunConfig, data: TrainingData | None = None) -> Path:
     takes the place of the documents that `run.data` names.
 
     Raises:
-        ValueError: the configuration cannot be trained, or the run folder or a checkpoint does not fit it.
-        RunError: the disk is full, or too many steps in a row were not finite.
+        ValueError: the configuration cannot be trained, the run folder or a checkpoint does not fit it, or another
+            process is at work in the folder.
+        RunError: the disk is full, too many steps in a row were not finite, or the run folder is no longer there.
         SystemExit: with code 0, where SIGTERM or Ctrl-C asked to stop and the run has been saved.
     """
     run.schedule.check_steps(run.training.steps)
@@ -89,7 +94,9 @@ class Trainer:
     ) -> None:
         """Set up everything, from the newest checkpoint if there is one; `resources` will close it."""
         self.run, self.world, self.stop_request = run, world, stop_request
-        self.run_dir = Path(run.training.run_dir)
+        self.run_dir = run.training.folder
+        self.lease: FolderLease | None = None  # rank 0's
+        world.on_first(lambda: self.take_folder(resources))
         config = as_dict(run)
         self.config_yaml = as_recipe(run)
         self.data = DocumentData(run.data) if data is None else data
@@ -154,12 +161,18 @@ class Trainer:
         elif checkpoint:
             self.report.progress.say(f"Continuing after step {self.step}, from {checkpoint.folder}")
 
+    def take_folder(self, resources: contextlib.ExitStack) -> None:
+        """On rank 0: keep every other process out of the run's folder until `resources` are closed."""
+        check_run_folder(self.run_dir)
+        self.lease = FolderLease.take(self.run_dir)
+        resources.callback(self.lease.release)
+
     def open_folder(self, config: dict[str, Any]) -> Path | None:
         """On rank 0: make the run folder this run's, and find the checkpoint to start from, if any."""
         resume = self.run.training.resume
         branch = None
         if resume not in ("auto", "never") and not checkpoint_folders(self.run_dir):
-            branch = find_checkpoint(Path(resume))
+            branch = find_checkpoint(user_path(resume))
             check_same_run(branch, config, FREE_WHEN_BRANCHING)
         open_run_folder(self.run_dir, config, self.config_yaml, resume)
         remove_leftovers(self.run_dir)
@@ -199,8 +212,12 @@ class Trainer:
         return False
 
     def count(self, batch: Batch) -> torch.Tensor:
-        """Target tokens, their bytes, and ranks asked to stop, summed over the ranks: int64 (3,), on the device."""
-        asked_to_stop = torch.tensor([int(self.stop_request.received > 0)])
+        """Target tokens, their bytes, and ranks that want to stop, summed over the ranks: int64 (3,), on the device.
+
+        Rank 0 wants to where the run's folder is no longer in its place; `save` then says so.
+        """
+        folder_is_gone = self.lease is not None and not self.lease.is_in_place
+        asked_to_stop = torch.tensor([int(self.stop_request.received > 0 or folder_is_gone)])
         counts = torch.cat((count_targets(batch, self.bytes_per_token), asked_to_stop))
         return self.world.sum_(counts.to(self.world.device, non_blocking=True))
 
@@ -218,7 +235,12 @@ class Trainer:
         self.report.validation(self.step, *totals)
 
     def save(self) -> None:
-        """Write a checkpoint of this step. Collective."""
+        """Write a checkpoint of this step. Collective.
+
+        Raises:
+            RunError: the disk is full, or the run's folder is gone. Where it was moved, the step is saved there.
+        """
+        run_dir = self.world.on_first(lambda: self.lease.place())
         lanes = self.world.gather(self.stream.state_dict())
         state = {
             "step": self.step,
@@ -234,7 +256,7 @@ class Trainer:
         }
         self.report.sync()
         write_checkpoint(
-            self.run_dir,
+            run_dir,
             world=self.world,
             state=state,
             sizes={name: shape.numel() for name, shape in self.engine.shapes.items()},
@@ -244,6 +266,11 @@ class Trainer:
             save_tokenizer=self.tokenizer.save,
             keep=self.run.training.keep_checkpoints,
         )
+        if run_dir != self.run_dir:
+            raise RunError(
+                f"The run's folder {self.run_dir} was moved to {run_dir} while the run was at work. Step {self.step} "
+                f"is saved there; continue with --config {shlex.quote(str(run_dir / 'config.yaml'))}"
+            )
 
     def restore_data(self, checkpoint: Checkpoint) -> None:
         """Go on in the data where a checkpoint stands; from an imported model, at the beginning.

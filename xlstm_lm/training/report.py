@@ -29,7 +29,7 @@ class Report:
         flops_per_token: float,
         state: dict[str, Any],
     ) -> None:
-        """Continue from `state` (as in a checkpoint: step, tokens, elapsed_seconds); what was written later is cut."""
+        """Continue from `state` (as in a checkpoint: step, tokens, elapsed_seconds); later records are set aside."""
         self.world = world
         self.clock = Clock(state["elapsed_seconds"])
         self._flops_per_token = flops_per_token
@@ -42,7 +42,11 @@ class Report:
         if world.is_first:
             self._metrics = MetricsFile(run_dir / "metrics.jsonl")
             self._resources.callback(self._metrics.close)
-            self._metrics.cut_behind(state["step"])
+            if cut := self._metrics.cut_behind(state["step"]):
+                self.progress.say(
+                    f"{cut} lines of metrics.jsonl come after step {state['step']}, from which this run goes on: they "
+                    f"are kept in {self._metrics.superseded}"
+                )
             self._wandb = WandbRun(wandb, run_dir, config)
             self._resources.callback(self._wandb.close)
 

@@ -17,6 +17,7 @@ import torch
 from tqdm import tqdm
 
 from xlstm_lm.base.durable_files import disk_errors_explained, replace_durably
+from xlstm_lm.runs.run_folder import step_of
 
 PEAK_BF16_FLOPS = {
     # Dense, without sparsity, from the makers' data sheets.
@@ -54,15 +55,28 @@ class MetricsFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.superseded = path.with_name("superseded.jsonl")
         self._file: Any = None
 
-    def cut_behind(self, step: int) -> None:
-        """Take out what a killed run wrote after its checkpoint of `step`, and a line that it did not finish."""
-        lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines() if self.path.is_file() else []
-        kept = [line for line in lines if _step_of(line) <= step]
+    def cut_behind(self, step: int) -> int:
+        """Move what was written after the checkpoint of `step`, and damaged lines, to the end of superseded.jsonl.
+
+        A run that was killed trains those steps again; one that goes on from an older checkpoint may take another way.
+
+        Returns:
+            how many lines were moved.
+        """
+        lines = self.path.read_bytes().splitlines() if self.path.is_file() else []
+        steps = [step_of(line) for line in lines]
+        kept = [line for line, its in zip(lines, steps, strict=True) if its is not None and its <= step]
+        cut = [line for line, its in zip(lines, steps, strict=True) if its is None or its > step]
         with disk_errors_explained(self.path):
-            replace_durably(self.path, "".join(f"{line}\n" for line in kept).encode())
+            if cut:
+                before = self.superseded.read_bytes() if self.superseded.is_file() else b""
+                replace_durably(self.superseded, before + b"".join(line + b"\n" for line in cut))
+            replace_durably(self.path, b"".join(line + b"\n" for line in kept))
             self.open()
+        return len(cut)
 
     def open(self) -> None:
         """Get ready to append. Unbuffered, so that no half of a line is left over to fail at the end."""
@@ -85,13 +99,6 @@ class MetricsFile:
     def close(self) -> None:
         if self._file:
             self._file.close()
-
-
-def _step_of(line: str) -> float:
-    try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):
-        return math.inf
 
 
 class Clock:

@@ -33,6 +33,7 @@ from xlstm_lm.base.durable_files import (
     sync_folder,
     write_durably,
 )
+from xlstm_lm.base.read_files import read_json
 from xlstm_lm.base.tensor_files import TensorWriter, read_tensors, tensor_files
 from xlstm_lm.parallel.process_group import World
 from xlstm_lm.runs.random_state import random_state_bytes
@@ -40,16 +41,24 @@ from xlstm_lm.runs.random_state import random_state_bytes
 logger = logging.getLogger("xlstm_lm")
 
 FORMAT = 1
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""Of AdamW, as torch calls them."""
 STEP_FOLDER = re.compile(r"step_(\d{8,})")
 LEFTOVER = ".tmp-"
+WRITTEN_ALWAYS = ("state.json", "config.yaml")
+TAKE_AWAY = "Restore {folder} from a copy, or move it away to continue from the checkpoint before it."
 
 
 class Checkpoint:
     """A checkpoint on disk that `newest_checkpoint` or `find_checkpoint` has found intact."""
 
     def __init__(self, folder: Path) -> None:
+        """
+        Raises:
+            ValueError: state.json is damaged.
+        """
         self.folder = folder
-        self.state: dict[str, Any] = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        self.state = read_json(folder / "state.json", {"step": int}, TAKE_AWAY.format(folder=folder))
 
     @property
     def is_imported(self) -> bool:
@@ -90,20 +99,34 @@ def damage(folder: Path) -> str:
     if not manifest_path.is_file():
         return f"{folder} is not a checkpoint: it has no manifest.json."
     try:
-        manifest = json.loads(manifest_path.read_text(encoding="utf-8"))
-        form, files = manifest["format"], manifest["files"]
-    except (ValueError, KeyError, TypeError):
-        return f"{manifest_path} is damaged: it is not the JSON that a checkpoint ends with."
-    if form != FORMAT:
-        return f"{folder} has checkpoint format {form}, but this version of xlstm-lm reads format {FORMAT}."
+        form = read_json(manifest_path, {"format": int}, "")["format"]
+        if form != FORMAT:
+            return f"{folder} has checkpoint format {form}, but this version of xlstm-lm reads format {FORMAT}."
+        manifest = read_json(manifest_path, {"step": int, "files": dict}, "")
+    except ValueError as error:
+        return str(error).strip()
+    files = manifest["files"]
+    unnamed = [name for name in WRITTEN_ALWAYS if name not in files]
+    if unnamed:
+        return f"{manifest_path} is damaged: it does not name {unnamed[0]}."
     for name, recorded in files.items():
         path = folder / name
+        if not isinstance(recorded, dict) or not {"size", "crc32"} <= recorded.keys():
+            return f"{manifest_path} is damaged: it gives no size and checksum of {name}."
         if not path.is_file():
             return f"{path} is missing from its checkpoint."
         if path.stat().st_size != recorded["size"]:
             return f"{path} is damaged: it has {path.stat().st_size} bytes instead of {recorded['size']}."
         if crc32_of(path) != recorded["crc32"]:
             return f"{path} is damaged: its checksum differs from the one in manifest.json."
+    try:
+        step = Checkpoint(folder).state["step"]
+    except ValueError as error:
+        return str(error)
+    if step != manifest["step"]:
+        return (
+            f"{folder} is damaged: it is of step {step} by its state.json, of {manifest['step']} by its manifest.json."
+        )
     return ""
 
 
@@ -122,7 +145,7 @@ def newest_checkpoint(run_dir: Path) -> Path:
     """The folder of a run's newest intact checkpoint. Damaged ones are named in a warning and passed over.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is none, or the folder's name is that of another step.
     """
     folders = checkpoint_folders(Path(run_dir))
     if not folders:
@@ -131,6 +154,7 @@ def newest_checkpoint(run_dir: Path) -> Path:
     for folder in folders.values():
         problem = damage(folder)
         if not problem:
+            _check_number(folder)
             return folder
         problems.append(problem)
         logger.warning("%s The checkpoint before it is taken.", problem)
@@ -139,6 +163,16 @@ def newest_checkpoint(run_dir: Path) -> Path:
         + "\n".join(problems)
         + "\nRestore one from a copy, or choose another training.run_dir to start afresh."
     )
+
+
+def _check_number(folder: Path) -> None:
+    """Refuse a checkpoint in a folder with the number of another step, where somebody has put it."""
+    step = Checkpoint(folder).state["step"]
+    if folder.name != f"step_{step:08}":
+        raise ValueError(
+            f"{folder} holds the checkpoint of step {step}, by its state.json: it was copied or renamed. Move it out "
+            f"of {folder.parent}, or give it its own name back, step_{step:08}."
+        )
 
 
 def find_checkpoint(path: Path) -> Path:
@@ -189,7 +223,7 @@ def write_checkpoint(
     message = writer.attempt(writer.begin) if writer else None
     parts = [("model", weights, ("",))]
     if moments is not None:
-        parts.append(("optimizer", moments, (".exp_avg", ".exp_avg_sq")))
+        parts.append(("optimizer", moments, tuple(f".{key}" for key in MOMENTS)))
     for stem, tensors, moment_keys in parts:
         stem_sizes = {name + key: size for name, size in sizes.items() for key in moment_keys}
         if writer and not message:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import datetime
 import importlib.metadata
+import itertools
 import json
+import logging
 import os
 import platform
 import subprocess
@@ -13,12 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from xlstm_lm.base.durable_files import replace_durably
 from xlstm_lm.parallel.process_group import World
 from xlstm_lm.recipe import dotted_items
 from xlstm_lm.runs.checkpoint import checkpoint_folders
+from xlstm_lm.runs.folder import RunFolder
+
+logger = logging.getLogger("xlstm_lm")
 
 FREE_TO_CHANGE = (
     "training.steps",
@@ -67,10 +71,7 @@ def check_same_run(folder: Path, config: dict[str, Any], free: tuple[str, ...] =
     Raises:
         ValueError: names each field that differs, with both values.
     """
-    path = folder / "config.yaml"
-    if not path.is_file():
-        raise ValueError(f"{folder} holds a run but no config.yaml; restore it, or choose another training.run_dir.")
-    before = yaml.safe_load(path.read_text(encoding="utf-8"))
+    before = RunFolder(folder).config()
     different = differing_fields(before, {section: config[section] for section in before if section in config}, free)
     if different and before.keys() == {"model"}:
         raise ValueError(
@@ -86,8 +87,8 @@ def check_same_run(folder: Path, config: dict[str, Any], free: tuple[str, ...] =
         )
 
 
-def open_run_folder(run_dir: Path, config: dict[str, Any], config_yaml: str, resume: str) -> None:
-    """Create the run's folder, or check that the run in it is this one, and write config.yaml. For rank 0.
+def open_run_folder(run_dir: Path, config: dict[str, Any], resume: str) -> None:
+    """Check that the run in the folder, if there is one, is this one. For rank 0; changes nothing.
 
     A run that wrote nothing yet is no run, and an imported model, the checkpoint of step 0, is none yet.
 
@@ -108,6 +109,10 @@ def open_run_folder(run_dir: Path, config: dict[str, Any], config_yaml: str, res
         check_same_run(run_dir, config)
     elif checkpoints:
         check_same_run(checkpoints[0], config)
+
+
+def write_config(run_dir: Path, config_yaml: str) -> None:
+    """Create the run's folder, where it is not there yet, and write its config.yaml. For rank 0."""
     run_dir.mkdir(parents=True, exist_ok=True)
     replace_durably(run_dir / "config.yaml", config_yaml.encode())
 
@@ -129,8 +134,13 @@ def record_environment(run_dir: Path, world: World, step: int, kernels: dict[str
     """Add what this session runs on to environment.json, which lists every session of the run."""
     path = run_dir / "environment.json"
     try:
-        sessions = json.loads(path.read_text(encoding="utf-8"))["sessions"] if path.is_file() else []
-    except (ValueError, KeyError):
+        sessions = RunFolder(run_dir).environment()
+    except ValueError as error:
+        kept = next(
+            name for number in itertools.count(1) if not (name := path.with_suffix(f".damaged-{number}")).exists()
+        )
+        path.rename(kept)
+        logger.warning("%s It is kept as %s, and a new one begun.", error, kept.name)
         sessions = []
     sessions.append(
         {

@@ -17,6 +17,7 @@ import torch
 from tqdm import tqdm
 
 from xlstm_lm.base.durable_files import disk_errors_explained, replace_durably
+from xlstm_lm.runs.folder import RunFolder
 
 PEAK_BF16_FLOPS = {
     # Dense, without sparsity, from the makers' data sheets.
@@ -58,8 +59,7 @@ class MetricsFile:
 
     def cut_behind(self, step: int) -> None:
         """Take out what a killed run wrote after its checkpoint of `step`, and a line that it did not finish."""
-        lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines() if self.path.is_file() else []
-        kept = [line for line in lines if _step_of(line) <= step]
+        kept = RunFolder(self.path.parent).metric_lines(step)
         with disk_errors_explained(self.path):
             replace_durably(self.path, "".join(f"{line}\n" for line in kept).encode())
             self.open()
@@ -85,13 +85,6 @@ class MetricsFile:
     def close(self) -> None:
         if self._file:
             self._file.close()
-
-
-def _step_of(line: str) -> float:
-    try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):
-        return math.inf
 
 
 class Clock:

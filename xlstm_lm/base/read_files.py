@@ -29,19 +29,22 @@ class Line:
     """What is wrong with it; empty if nothing is."""
 
 
-def read_json(path: Path, fields: Fields | None = None, remedy: str = RESTORE) -> dict[str, Any]:
+def read_json(
+    path: Path, fields: Fields | None = None, remedy: str = RESTORE, repeated_keys: bool = False
+) -> dict[str, Any]:
     """The object in a JSON file.
 
     Args:
         path: the file.
         fields: keys that it must have, with their types.
         remedy: a sentence for the user, at the end of the message.
+        repeated_keys: whether a key may stand twice, as JSON of others may have it; the last one counts.
 
     Raises:
         ValueError: the file is missing, empty, cut short or otherwise damaged, or has no such object; names the file.
     """
     try:
-        value = _parse(path.read_bytes(), fields or {})
+        value = _parse(path.read_bytes(), fields or {}, repeated_keys)
     except FileNotFoundError:
         raise ValueError(f"{path} is missing. {remedy}") from None
     except ValueError as error:
@@ -89,7 +92,7 @@ def json_lines(path: Path, fields: Fields, remedy: str = RESTORE) -> list[Line]:
     return lines
 
 
-def _parse(content: bytes, fields: Fields) -> dict[str, Any]:
+def _parse(content: bytes, fields: Fields, repeated_keys: bool = False) -> dict[str, Any]:
     """The object that a JSON text stands for.
 
     Raises:
@@ -98,7 +101,7 @@ def _parse(content: bytes, fields: Fields) -> dict[str, Any]:
     if not content.strip(b"\0 \t\r\n"):
         raise ValueError("it is empty")
     try:
-        value = json.loads(content.decode("utf-8-sig"), object_pairs_hook=_object)
+        value = json.loads(content.decode("utf-8-sig"), object_pairs_hook=dict if repeated_keys else _object)
     except UnicodeDecodeError as error:
         raise ValueError(f"it is no UTF-8 text ({error.reason} at byte {error.start})") from None
     except json.JSONDecodeError as error:

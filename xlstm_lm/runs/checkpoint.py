@@ -130,6 +130,14 @@ def damage(folder: Path) -> str:
     return ""
 
 
+def misnamed(checkpoint: Checkpoint) -> str:
+    """Whose checkpoint one is that lies in a run's folder under the number of another step; empty if it does not."""
+    name, step = checkpoint.folder.name, checkpoint.state["step"]
+    if not STEP_FOLDER.fullmatch(name) or name == f"step_{step:08}":
+        return ""
+    return f"holds the checkpoint of step {step}, by its state.json: it was copied or renamed"
+
+
 def checkpoint_folders(run_dir: Path) -> dict[int, Path]:
     """The folders of a run's checkpoints by step, newest first, damaged ones included."""
     parent = run_dir / "checkpoints"
@@ -145,7 +153,7 @@ def newest_checkpoint(run_dir: Path) -> Path:
     """The folder of a run's newest intact checkpoint. Damaged ones are named in a warning and passed over.
 
     Raises:
-        ValueError: there is none, or the folder's name is that of another step.
+        ValueError: there is none.
     """
     folders = checkpoint_folders(Path(run_dir))
     if not folders:
@@ -154,7 +162,6 @@ def newest_checkpoint(run_dir: Path) -> Path:
     for folder in folders.values():
         problem = damage(folder)
         if not problem:
-            _check_number(folder)
             return folder
         problems.append(problem)
         logger.warning("%s The checkpoint before it is taken.", problem)
@@ -165,24 +172,18 @@ def newest_checkpoint(run_dir: Path) -> Path:
     )
 
 
-def _check_number(folder: Path) -> None:
-    """Refuse a checkpoint in a folder with the number of another step, where somebody has put it."""
-    step = Checkpoint(folder).state["step"]
-    if folder.name != f"step_{step:08}":
-        raise ValueError(
-            f"{folder} holds the checkpoint of step {step}, by its state.json: it was copied or renamed. Move it out "
-            f"of {folder.parent}, or give it its own name back, step_{step:08}."
-        )
-
-
 def find_checkpoint(path: Path) -> Path:
     """The intact checkpoint that `path` is, or the newest of the run that it is.
 
     Raises:
-        ValueError: it is neither, or damaged.
+        ValueError: it is neither, or damaged, or a folder of the run with the number of another step.
     """
     if (path / "checkpoints").is_dir():
-        return newest_checkpoint(path)
+        newest = newest_checkpoint(path)
+        problem = misnamed(Checkpoint(newest))
+        if problem:
+            raise ValueError(f"{newest} {problem}. Rename it, or move it out of {newest.parent}.")
+        return newest
     if not path.is_dir():
         raise ValueError(f"{path} is not a checkpoint: there is no such folder.")
     problem = damage(path)

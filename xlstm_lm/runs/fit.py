@@ -8,7 +8,7 @@ from typing import Any
 
 from xlstm_lm.base.read_files import NUMBER, Fields, read_json
 from xlstm_lm.base.tensor_files import tensor_files, tensor_forms
-from xlstm_lm.runs.checkpoint import MOMENTS, Checkpoint
+from xlstm_lm.runs.checkpoint import MOMENTS, Checkpoint, misnamed
 from xlstm_lm.runs.folder import RunFolder
 from xlstm_lm.runs.random_state import random_state_bytes, restore_random_state
 from xlstm_lm.runs.run_folder import differing_fields
@@ -45,8 +45,8 @@ class Wanted:
 def check_fit(checkpoint: Checkpoint, wanted: Wanted) -> None:
     """Refuse a checkpoint that is not of this run. Reads the heads of its tensors, not the tensors.
 
-    Looked at are its own config.yaml, the numbers of its state, its lanes of data, and name, type and shape of every
-    weight and moment. Of an imported model there are weights alone.
+    Looked at are its step against the folder's name, its own config.yaml, the numbers of its state, its lanes of data,
+    its random states, and name, type and shape of every weight and moment. An imported model has weights alone.
 
     Raises:
         ValueError: names the folder, all that does not fit, and what to do.
@@ -55,7 +55,8 @@ def check_fit(checkpoint: Checkpoint, wanted: Wanted) -> None:
     fields = IMPORTED_STATE if checkpoint.is_imported else STATE
     take_away = f"Move {folder} away to continue from another checkpoint"
     read_json(folder / "state.json", fields, f"{take_away}.")
-    problems = _other_configuration(checkpoint, wanted)
+    problems = [f"It {problem}"] if (problem := misnamed(checkpoint)) else []
+    problems += _other_configuration(checkpoint, wanted)
     problems += _other_tensors(checkpoint, "model", {name: tuple(shape) for name, shape in wanted.shapes.items()})
     if not checkpoint.is_imported:
         moments = {f"{name}.{key}": tuple(shape) for name, shape in wanted.shapes.items() for key in MOMENTS}

@@ -14,10 +14,10 @@ from xlstm_lm.runs.checkpoint import checkpoint_folders
 logger = logging.getLogger("xlstm_lm")
 
 COMMON: Fields = {"split": str, "step": int}
-MEASURED: Fields = {"tokens": int, "loss": NUMBER_OR_NULL}
+MEASURED: Fields = {"tokens": int}
 """In every line of metrics.jsonl about training or validation."""
-NUMBERS = ("bits_per_byte", "perplexity", "elapsed_seconds", "tokens_per_second")
-"""Further numbers that readers use."""
+NUMBERS = ("loss", "bits_per_byte", "perplexity", "elapsed_seconds", "tokens_per_second")
+"""Further numbers that readers use; null where they are not finite."""
 
 
 class RunFolder:

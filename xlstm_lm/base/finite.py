@@ -18,10 +18,11 @@ def check_finite(values: Tensor, model: nn.Module, name: str) -> None:
     """
     if torch.isfinite(values).all():
         return
-    broken = [name for name, weight in model.named_parameters() if not torch.isfinite(weight).all()]
-    if broken:
-        others = f" and of {len(broken) - 1} more tensors" if len(broken) > 1 else ""
-        cause = f"neither are weights of {broken[0]}{others}. Use another checkpoint, from before the run diverged"
-    else:
-        cause = "its weights are, but too large to compute with. Use a checkpoint from before the run diverged"
-    raise NotFiniteError(f"{name} are not finite: {cause}.")
+    broken = [key for key, weight in model.named_parameters() if not torch.isfinite(weight).all()]
+    weights = f"its weights are not finite ({listed(broken)})" if broken else "its weights are too large, or wrong"
+    raise NotFiniteError(f"{name} are not finite: {weights}. Use a checkpoint from before the run diverged.")
+
+
+def listed(names: list[str]) -> str:
+    """The first of some tensors, and how many there are besides."""
+    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more tensors"

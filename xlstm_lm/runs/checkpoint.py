@@ -120,9 +120,9 @@ def damage(folder: Path) -> str:
         if crc32_of(path) != recorded["crc32"]:
             return f"{path} is damaged: its checksum differs from the one in manifest.json."
     try:
-        step = Checkpoint(folder).state["step"]
+        step = read_json(folder / "state.json", {"step": int}, "")["step"]
     except ValueError as error:
-        return str(error)
+        return str(error).strip()
     if step != manifest["step"]:
         return (
             f"{folder} is damaged: it is of step {step} by its state.json, of {manifest['step']} by its manifest.json."

@@ -116,7 +116,7 @@ def _damaged_random_states(checkpoint: Checkpoint) -> list[str]:
         try:
             restore_random_state(content)
         except Exception as error:  # whatever torch makes of bytes
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0].split(". ")[0]
             problems.append(f"{name}: it cannot be read ({reason})")
     restore_random_state(before)
     return problems

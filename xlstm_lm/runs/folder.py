@@ -113,7 +113,7 @@ def read_config(path: Path) -> dict[str, Any]:
         config, _ = read_recipe(path)
     except (ValueError, RecursionError) as error:
         named = "" if str(path) in str(error) else f"{path} is damaged: "
-        raise ValueError(f"{named}{error} {remedy}") from error
+        raise ValueError(f"{named}{str(error).rstrip('. ')}. {remedy}") from error
     for name, section in config.items():
         if not isinstance(section, dict):
             raise ValueError(f"{path} is damaged: {name} is {section!r}, which is no section with fields. {remedy}")

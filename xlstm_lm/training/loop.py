@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from xlstm_lm.base.finite import listed
 from xlstm_lm.config import RunConfig, as_dict, as_recipe
 from xlstm_lm.data import Batch, DocumentData, TrainingData
 from xlstm_lm.models import build_model
@@ -325,8 +326,9 @@ class Trainer:
             steps = checkpoint.state["optimizer_steps"]
         self.engine.load(weights, moments, steps)
         if broken and self.world.is_first:
-            others = f" and {len(broken) - 1} more tensors" if len(broken) > 1 else ""
-            logger.warning("%s: %s%s is not finite. %s", checkpoint.folder, broken[0], others, NOT_FINITE)
+            logger.warning(
+                "%s holds numbers that are not finite, in %s. %s", checkpoint.folder, listed(broken), NOT_FINITE
+            )
         if checkpoint.is_imported:
             return
         random_state = checkpoint.random_state(self.world.rank)

@@ -14,8 +14,8 @@ from xlstm_lm.base.durable_files import RunError
 logger = logging.getLogger("xlstm_lm")
 
 NOT_FINITE = (
-    "Weights are not finite: an earlier step has overflowed, and no later one can repair them. Go back to a checkpoint "
-    "from before: training.resume with its path, and another training.run_dir."
+    "Weights are not finite: a step has overflowed, and no later one can repair that. Start from a checkpoint before "
+    "it (its path as training.resume, another training.run_dir), or afresh, with a lower optimizer.learning_rate."
 )
 
 
@@ -57,7 +57,7 @@ class SkipCounter:
         self.in_a_row += 1
         finite = weights_are_finite()
         if self.in_a_row <= self.config.max_skipped_steps:
-            weights = "Weights are unchanged." if finite else NOT_FINITE
+            weights = "Weights are unchanged." if finite else "Weights are not finite either."
             logger.warning("Step %d skipped: its loss or gradient is not finite. %s", step, weights)
             return
         if finite:
@@ -66,7 +66,7 @@ class SkipCounter:
                 "optimizer.learning_rate or optimizer.gradient_clip; the checkpoints saved so far are intact."
             )
         else:
-            cause = f"{NOT_FINITE} Lower optimizer.learning_rate or optimizer.gradient_clip."
+            cause = NOT_FINITE
         raise RunError(
             f"Step {step}: the loss or gradient was not finite for {self.in_a_row} steps in a row, more than "
             f"safeguards.max_skipped_steps ({self.config.max_skipped_steps}). {cause}"

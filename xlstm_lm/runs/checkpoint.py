@@ -124,9 +124,7 @@ def damage(folder: Path) -> str:
     except ValueError as error:
         return str(error).strip()
     if step != manifest["step"]:
-        return (
-            f"{folder} is damaged: it is of step {step} by its state.json, of {manifest['step']} by its manifest.json."
-        )
+        return f"{folder} is damaged: state.json is of step {step}, manifest.json of step {manifest['step']}."
     return ""
 
 

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 from pathlib import Path
 from typing import Any
 
 from xlstm_lm.base.read_files import NUMBER_OR_NULL, Fields, Line, json_lines, read_json
+from xlstm_lm.ops.announce import announce_once
 from xlstm_lm.recipe import read_recipe
 from xlstm_lm.runs.checkpoint import checkpoint_folders
-
-logger = logging.getLogger("xlstm_lm")
 
 COMMON: Fields = {"split": str, "step": int}
 MEASURED: Fields = {"tokens": int}
@@ -52,7 +50,7 @@ class RunFolder:
         for line in (line for line in lines if line.problem):
             if line.number < end:
                 raise ValueError(self._damaged_line(line))
-            logger.warning("%s, line %d, is damaged and left out: %s.", self._metrics_path, line.number, line.problem)
+            announce_once(f"{self._metrics_path}, line {line.number}, is damaged and left out: {line.problem}.")
         return [line.text for line in kept]
 
     def last_validation(self) -> dict[str, Any] | None:
@@ -79,9 +77,7 @@ class RunFolder:
         path = self.path / "wandb.json"
         if not path.is_file():
             return None
-        remedy = (
-            'Write the id of the run at Weights & Biases there, as {"id": "..."}, or delete the file for a new one.'
-        )
+        remedy = 'Write the run\'s id at Weights & Biases there, as {"id": ...}, or delete the file for a new one.'
         return read_json(path, {"id": str}, remedy)["id"]
 
     @property

@@ -136,9 +136,8 @@ def record_environment(run_dir: Path, world: World, step: int, kernels: dict[str
     try:
         sessions = RunFolder(run_dir).environment()
     except ValueError as error:
-        kept = next(
-            name for number in itertools.count(1) if not (name := path.with_suffix(f".damaged-{number}")).exists()
-        )
+        names = (path.with_name(f"{path.name}.damaged-{number}") for number in itertools.count(1))
+        kept = next(name for name in names if not name.exists())
         path.rename(kept)
         logger.warning("%s It is kept as %s, and a new one begun.", error, kept.name)
         sessions = []

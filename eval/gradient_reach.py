@@ -35,6 +35,7 @@ from eval.models import DTYPES
 from eval.results_file import results_file
 from eval.speed_models import Model, Own, describe_kernels, parse_model, record_kernels
 from xlstm_lm import hub
+from xlstm_lm.base.finite import check_finite
 from xlstm_lm.data import Tokenizer, TokenizerConfig, build_tokenizer
 from xlstm_lm.models.accounting import count_parameters
 
@@ -156,6 +157,7 @@ def measure_reach(module: nn.Module, model: Model, windows_NT: Tensor, batch_siz
             for windows in windows_NT.split(batch_size)
         ]
     norms_NT, nats_N = (torch.cat(parts).cpu() for parts in zip(*found, strict=True))
+    check_finite(norms_NT, module, f"The gradients of {model.name}")
     return Reach(
         name=model.name,
         parameters=count_parameters(model.config),

@@ -8,7 +8,6 @@ by trying it on a few tokens, not from its name.
 from __future__ import annotations
 
 import inspect
-import json
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any, Literal
@@ -17,11 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from xlstm_lm.base.finite import check_finite
+from xlstm_lm.base.read_files import read_json
 from xlstm_lm.data import IGNORED_TARGET, Tokenizer, TokenizerConfig, build_tokenizer, load_tokenizer
 from xlstm_lm.data.tokenizer import CONFIG_FILE
 from xlstm_lm.hub import load
 from xlstm_lm.hub.layouts import LAYOUTS, MODEL_TYPE
-from xlstm_lm.recipe import read_recipe
+from xlstm_lm.runs.folder import read_config
 
 OWN_MODEL_TYPES = (MODEL_TYPE, "xlstm")
 LOGIT_ELEMENTS = 1 << 26  # logits that are formed at once, at most
@@ -106,13 +107,18 @@ class CausalModel(ABC):
             )
             nats.append(flat.view_as(targets))
             greedy.append(logits_BTV.argmax(-1) == targets)
-        return torch.cat(nats, 1), torch.cat(greedy, 1), state
+        nats_BT = torch.cat(nats, 1)
+        check_finite(nats_BT, self.module, f"The losses of {self.name}")
+        return nats_BT, torch.cat(greedy, 1), state
 
     @torch.inference_mode()
     def next_logits(self, tokens_BT: Tensor, state: Any = None, padding_B: Tensor | None = None) -> tuple[Tensor, Any]:
         """Logits (B, V) of what follows the last token, of the tokenizer's tokens only, and the state."""
         outputs_BTD, state = self.forward(tokens_BT, state, True, padding_B)
-        return self.logits(outputs_BTD[:, -1:])[:, 0, : self.tokenizer.vocab_size], state
+        logits_BV = self.logits(outputs_BTD[:, -1:])[:, 0, : self.tokenizer.vocab_size]
+        # An entry of -inf rules a token out.
+        check_finite(logits_BV.logsumexp(-1), self.module, f"The logits of {self.name}")
+        return logits_BV, state
 
     @torch.inference_mode()
     def _try_out(self) -> tuple[bool, bool]:
@@ -122,6 +128,7 @@ class CausalModel(ABC):
         generator = torch.Generator().manual_seed(0)
         tokens_BT = torch.randint(self.tokenizer.vocab_size, (1, length), generator=generator).to(self.device)
         whole_BTV = self.logits(self.forward(tokens_BT)[0])
+        check_finite(whole_BTV.logsumexp(-1), self.module, f"The logits of {self.name}")
         tolerance = (1e-4 if self.dtype in (torch.float32, torch.float64) else 0.05) * float(whole_BTV.std())
 
         def same(first: Tensor, second: Tensor) -> bool:
@@ -285,13 +292,13 @@ def state_bytes(state: Any) -> int:
 
 def _model_type(folder: Path) -> str | None:
     file = folder / "config.json"
-    return json.loads(file.read_text(encoding="utf-8")).get("model_type") if file.is_file() else None
+    return read_json(file, repeated_keys=True).get("model_type") if file.is_file() else None
 
 
 def _trained_context(folder: Path) -> int | None:
     """The row length in the recipe beside the weights of a checkpoint or an export of ours, if there is one."""
     recipes = [folder / name for name in ("config.yaml", "recipe.yaml") if (folder / name).is_file()]
-    return read_recipe(recipes[0])[0].get("data", {}).get("context_length") if recipes else None
+    return read_config(recipes[0]).get("data", {}).get("context_length") if recipes else None
 
 
 def _load_transformers(path: str) -> tuple[nn.Module, int | None, int | None]:

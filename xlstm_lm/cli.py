@@ -146,29 +146,46 @@ def _train(options: argparse.Namespace) -> None:
 
 
 def _conclude(run_dir: Path, recipes: list[str], overrides: dict[str, Any]) -> None:
-    """Print what came out of a finished run, a sample, and the commands that go on from here."""
+    """Print what came out of a finished run, a sample, and the commands that go on from here.
+
+    Raises:
+        RunError: the run has diverged.
+    """
+    from xlstm_lm.base.durable_files import RunError
+    from xlstm_lm.base.finite import NotFiniteError
     from xlstm_lm.generation import SamplingConfig, continue_text
     from xlstm_lm.hub import load
+    from xlstm_lm.runs.folder import RunFolder
 
-    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    last = lines[-1]
-    final = next((line for line in reversed(lines) if line["split"] == "validation"), None)
+    folder = RunFolder(run_dir)
+    final, step = folder.last_validation(), max(folder.checkpoints())
+    numbers = {"bits per byte": "bits_per_byte", "nats a token": "loss"}
+    shown = [f"{final[key]:.4f} {unit}" for unit, key in numbers.items() if final and final.get(key) is not None]
     if final:
-        print(f"\nFinal validation: {final['bits_per_byte']:.4f} bits per byte, {final['loss']:.4f} nats a token")
+        print(f"\nFinal validation: {', '.join(shown) or 'not finite'}")
     trained = load(run_dir)
     sampling = SamplingConfig(max_new_tokens=SAMPLE_TOKENS)
-    text = "".join(continue_text(trained.model, trained.tokenizer, SAMPLE_PROMPT, sampling))
+    try:
+        text = "".join(continue_text(trained.model, trained.tokenizer, SAMPLE_PROMPT, sampling))
+        problem = "Its validation loss is not finite." if final and final.get("loss") is None else ""
+    except NotFiniteError as error:
+        problem = str(error)
+    if problem:
+        raise RunError(
+            f"The run has diverged by step {step}. {problem} It is kept, with its last checkpoint {trained.folder}. "
+            "Start a new one, in another training.run_dir, with a lower optimizer.learning_rate."
+        )
     print(f"\nA sample:\n{SAMPLE_PROMPT}{text}")
     with (run_dir / "samples.jsonl").open("a", encoding="utf-8") as file:
-        file.write(json.dumps({"step": last["step"], "prompt": SAMPLE_PROMPT, "text": text}) + "\n")
+        file.write(json.dumps({"step": step, "prompt": SAMPLE_PROMPT, "text": text}) + "\n")
     again = [part for recipe in recipes for part in ("--config", recipe)]
-    longer = overrides | {"training.steps": 2 * last["step"]}
+    longer = overrides | {"training.steps": 2 * step}
     again += [part for name, value in longer.items() for part in (f"--{name}", _as_flag(value))]
-    folder, export = shlex.quote(str(run_dir)), shlex.quote(f"{run_dir}-export")
+    name, export = shlex.quote(str(run_dir)), shlex.quote(f"{run_dir}-export")
     print(f"\nLearning curve: {run_dir / 'learning_curve.png'}")
     print(f"Resume, longer:   {shlex.join(['xlstm-lm', 'train', *again])}")
-    print(f"Generate:         xlstm-lm generate --model {folder} --prompt {shlex.quote(SAMPLE_PROMPT)}")
-    print(f"Export:           xlstm-lm export --run {folder} --out {export}")
+    print(f"Generate:         xlstm-lm generate --model {name} --prompt {shlex.quote(SAMPLE_PROMPT)}")
+    print(f"Export:           xlstm-lm export --run {name} --out {export}")
 
 
 def _as_flag(value: Any) -> str:

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from xlstm_lm.base.finite import check_finite
+
 PREFILL_TOKENS = 4096  # a longer prompt is read in pieces of this length, so that memory does not grow with it
 
 
@@ -58,7 +60,7 @@ def generate(
     and memory for a token do not depend on how many came before it.
 
     Raises:
-        ValueError: the prompt is empty.
+        ValueError: the prompt is empty, or the model's logits are not finite.
     """
     if not prompt:
         raise ValueError("The prompt has no token; give at least one character to continue.")
@@ -71,7 +73,9 @@ def generate(
     for _ in range(config.max_new_tokens):
         if token is not None:
             hidden_BTD, state = model.decode_step(torch.tensor([[token]], device=device), state)
-        token = sample(model.logits(hidden_BTD[:, -1:])[0, -1, :num_tokens], config, generator)
+        logits_V = model.logits(hidden_BTD[:, -1:])[0, -1, :num_tokens]
+        check_finite(logits_V, model, "The model's logits")
+        token = sample(logits_V, config, generator)
         if token == stop_token:
             return
         yield token
@@ -83,7 +87,7 @@ def continue_text(model: nn.Module, tokenizer: Any, prompt: str, config: Samplin
     The model sees the prompt as the beginning of a document, as in training.
 
     Raises:
-        ValueError: the prompt is empty.
+        ValueError: the prompt is empty, or the model's logits are not finite.
     """
     tokens = tokenizer.encode(prompt)
     if not tokens:

@@ -14,12 +14,14 @@ from eval.compare.config import Comparison, Model
 from eval.compare.measure import SPEEDS, speed_file, speeds_left, test_file
 from eval.compare.results import CurvePoint, ModelResult, Results, Run
 from eval.compare.runs import PlannedRun, Runs, examine
-from eval.compare.tested import read_tested
+from eval.compare.tested import MEASURE_AGAIN, read_tested
 from eval.measure import environment
 from eval.models import pick_device
+from xlstm_lm.base.read_files import read_json
 from xlstm_lm.config import as_dict
 from xlstm_lm.models.accounting import count_parameters, state_bytes, training_flops_per_token
 from xlstm_lm.runs.checkpoint import checkpoint_folders
+from xlstm_lm.runs.folder import RunFolder
 
 STATE_DOUBLINGS = 5
 """States are counted at 1, 2, 4, ... times the training context, this many times."""
@@ -115,7 +117,7 @@ def _run_result(runs: Runs, run: PlannedRun, section: Any, is_final: bool) -> Ru
     if is_final and runs.comparison.config.test and state.status == "finished":
         path = test_file(runs, run)
         tested = read_tested(path) if path.is_file() else None
-    sessions = run.folder / "environment.json"
+    sessions = RunFolder(run.folder).environment()
     return Run(
         name=run.name,
         seed=run.seed,
@@ -140,7 +142,7 @@ def _run_result(runs: Runs, run: PlannedRun, section: Any, is_final: bool) -> Ru
             if each["split"] == "validation" and each["loss"] is not None
         ],
         tested=tested,
-        environment=json.loads(sessions.read_text(encoding="utf-8"))["sessions"][-1] if sessions.is_file() else {},
+        environment=sessions[-1] if sessions else {},
     )
 
 
@@ -169,7 +171,7 @@ def _same_tokens(runs: Runs) -> str:
             folder = next(iter(checkpoint_folders(run.folder).values()), None)
             if folder is None:
                 continue
-            fingerprint = json.loads((folder / "state.json").read_text(encoding="utf-8"))["data_fingerprint"]
+            fingerprint = read_json(folder / "state.json", {"data_fingerprint": dict})["data_fingerprint"]
             group = groups.setdefault((model.size, run.seed), {})
             group.setdefault(json.dumps(fingerprint, sort_keys=True), []).append(run.name)
             count += 1
@@ -195,7 +197,7 @@ def _speed(runs: Runs, kind: str, missing: list[str]) -> dict[str, Any]:
     if kind in speeds_left(runs):
         missing.append(f"The speed of {kind} is not measured.")
         return {}
-    return json.loads(speed_file(runs, kind).read_text(encoding="utf-8"))
+    return read_json(speed_file(runs, kind), {"rows": list, "environment": dict}, MEASURE_AGAIN)
 
 
 def _shared_recipe(run: PlannedRun) -> str:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from eval.compare.config import Comparison, Model
 from xlstm_lm.config import RunConfig, as_dict
 from xlstm_lm.runs.checkpoint import checkpoint_folders
+from xlstm_lm.runs.folder import RunFolder
 from xlstm_lm.runs.run_folder import differing_fields
 
 FREE = (
@@ -118,9 +116,8 @@ class Runs:
         """
         different = []
         for run in (run for model in self.models for run in self.needed(model)):
-            path = run.folder / "config.yaml"
-            if path.is_file():
-                there = yaml.safe_load(path.read_text(encoding="utf-8"))
+            if (run.folder / "config.yaml").is_file():
+                there = RunFolder(run.folder).config()
                 fields = differing_fields(_without_places(there), _without_places(as_dict(run.config)), FREE)
                 different += [f"{run.name}:", *fields] if fields else []
         if different:
@@ -132,19 +129,17 @@ class Runs:
 
 
 def examine(run: PlannedRun) -> RunState:
-    """How far a run is."""
-    metrics = run.folder / "metrics.jsonl"
-    records = []
-    for line in metrics.read_text(encoding="utf-8").splitlines() if metrics.is_file() else ():
-        try:
-            records.append(json.loads(line))
-        except ValueError:
-            break  # the line that a killed run was writing
+    """How far a run is.
+
+    Raises:
+        ValueError: its metrics.jsonl is damaged.
+    """
+    records = RunFolder(run.folder).metrics()
     steps, done = run.config.training.steps, max(checkpoint_folders(run.folder), default=0)
     validated = [each["step"] for each in records if each["split"] == "validation"]
     if done >= steps and validated[-1:] == [steps]:
         last = next(each for each in reversed(records) if each["split"] == "validation")
-        if last["loss"] is None:
+        if last.get("loss") is None:
             return RunState("diverged", "its validation loss is not a number", records)
         return RunState("finished", "", records)
     allowed = run.config.safeguards.max_skipped_steps
@@ -154,7 +149,7 @@ def examine(run: PlannedRun) -> RunState:
         return RunState("diverged", f"loss or gradient was not finite for {allowed} steps before step {step}", records)
     failure = run.folder / FAILURE_FILE
     if failure.is_file():
-        lines = failure.read_text(encoding="utf-8").strip().splitlines()
+        lines = failure.read_text(encoding="utf-8", errors="replace").strip().splitlines()
         return RunState("failed", lines[-1] if lines else "it ended without a word", records)
     if records or done:
         reached = max([done, *(each["step"] for each in records[-1:])])
@@ -164,7 +159,8 @@ def examine(run: PlannedRun) -> RunState:
 
 def _without_places(run: dict[str, Any]) -> dict[str, Any]:
     """A run's configuration, with the names of local files for their paths."""
-    data = dict(run["data"])
+    data = dict(run.get("data", {}))
     for key in ("sources", "validation"):
-        data[key] = [source | {"paths": [Path(path).name for path in source["paths"]]} for source in data[key]]
+        sources = data.get(key) or []
+        data[key] = [source | {"paths": [Path(path).name for path in source.get("paths", ())]} for source in sources]
     return run | {"data": data}

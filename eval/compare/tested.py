@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 
 from eval.command import environment, one_message
 from eval.compare.config import TestConfig
@@ -19,7 +19,9 @@ from eval.extrapolation import extrapolate
 from eval.models import load_model, pick_device
 from eval.perplexity import choose_windows, measure
 from xlstm_lm.base.durable_files import replace_durably
+from xlstm_lm.base.read_files import read_json
 
+MEASURE_AGAIN = "Delete it to have it measured again."
 _TEST = TypeAdapter(TestConfig)
 _TESTED = TypeAdapter(Tested)
 
@@ -73,9 +75,19 @@ def as_json(test: TestConfig) -> str:
 
 
 def read_tested(path: Path) -> Tested:
-    """What `main` wrote."""
-    content = json.loads(path.read_text(encoding="utf-8"))
-    return dataclasses.replace(_TESTED.validate_python(content["tested"]), environment=content["environment"])
+    """The content of a file that `main` wrote.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    content = read_json(path, {"tested": dict, "environment": dict}, MEASURE_AGAIN)
+    try:
+        tested = _TESTED.validate_python(content["tested"])
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        name = ".".join(map(str, ("tested", *first["loc"])))
+        raise ValueError(f"{path} is damaged: {name}: {first['msg']}. {MEASURE_AGAIN}") from None
+    return dataclasses.replace(tested, environment=content["environment"])
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -18,12 +18,15 @@ from eval.tasks.accuracy import answer_cases
 from eval.tasks.registry import build_task
 from eval.tasks.task import Case, Task
 from xlstm_lm import hub
+from xlstm_lm.base.read_files import read_json
 from xlstm_lm.config import RunConfig, as_dict, as_recipe, load_run_config, nearest
 from xlstm_lm.models.accounting import count_parameters
 from xlstm_lm.recipe import merge, read_recipe
-from xlstm_lm.runs.checkpoint import newest_checkpoint
+from xlstm_lm.runs.checkpoint import find_checkpoint
+from xlstm_lm.runs.folder import RunFolder
 from xlstm_lm.runs.run_folder import is_finished
 
+MEASURE_AGAIN = "Delete it to have it measured again."
 SEED, LEARNING_RATE = "training.seed", "optimizer.learning_rate"
 
 
@@ -80,9 +83,15 @@ class PlannedRun:
         return is_finished(as_dict(self.config))
 
     def last_validation(self) -> dict[str, Any]:
-        """The record of it, of a finished run."""
-        lines = (self.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        return next(line for line in map(json.loads, reversed(lines)) if line["split"] == "validation")
+        """The record of it, of a finished run.
+
+        Raises:
+            ValueError: metrics.jsonl is damaged or has none.
+        """
+        record = RunFolder(self.folder).last_validation()
+        if record is None:
+            raise ValueError(f"{self.folder}/metrics.jsonl has no validation, though the run is finished: restore it.")
+        return record
 
     @property
     def loss(self) -> float:
@@ -209,14 +218,14 @@ def collect(study: Study, outcomes: dict[str, Outcome]) -> dict[str, Any]:
 
 def _measure(study: Study, run: PlannedRun) -> dict[str, Any]:
     """A finished run's numbers; its answers are kept in the folder, and asked for again only where others are."""
-    checkpoint = newest_checkpoint(run.folder)
+    checkpoint = find_checkpoint(run.folder)
     asked = {
         "checkpoint": checkpoint.name,
         "test": [list(case) for case in study.cases],
         "test_sequences": study.config.test_sequences,
     }
     path = run.folder / "accuracy.json"
-    known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    known = read_json(path, remedy=MEASURE_AGAIN) if path.is_file() else {}
     if {key: known.get(key) for key in asked} != asked:
         model = hub.load(checkpoint).model
         known = asked | {"cases": answer_cases(model, study.task, study.cases, study.config.test_sequences)}

@@ -135,5 +135,5 @@ def test_a_file_of_a_folder_and_nonsense_in_its_configuration_are_refused(tmp_pa
     with pytest.raises(ValueError, match=tmp_path.name):
         hub.load(tmp_path)
     (tmp_path / "config.json").write_text("[1]")
-    with pytest.raises(ValueError, match="config.json holds no mapping"):
+    with pytest.raises(ValueError, match=r"config.json is damaged: it holds \[1\], which is no object"):
         hub.load(tmp_path)

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
+import zlib
 from pathlib import Path
 
 import pytest
+import torch
+
+from xlstm_lm.ops import native
+from xlstm_lm.ops.announce import announce_once
 
 CHOOSE = """
 import torch
@@ -48,6 +54,39 @@ def test_an_extension_directory_that_cannot_be_written_is_named(tmp_path):
     assert str(blocked) in log
 
 
+WHOLE = b"a library, as it was built"
+
+
+@pytest.mark.parametrize(
+    ("library", "record", "reason"),
+    [
+        (WHOLE, {"size": len(WHOLE), "crc32": zlib.crc32(WHOLE)}, None),
+        (None, None, ""),
+        (WHOLE[:-5], {"size": len(WHOLE), "crc32": zlib.crc32(WHOLE)}, "it has 21 bytes instead of 26"),
+        (WHOLE[:-1] + b"?", {"size": len(WHOLE), "crc32": zlib.crc32(WHOLE)}, "its checksum is not that in"),
+        (WHOLE, None, "its size and checksum are not known"),
+        (WHOLE, {"size": "26"}, "its size and checksum are not known"),
+    ],
+    ids=["whole", "none", "cut short", "damaged", "without a record", "with a damaged record"],
+)
+def test_only_the_library_that_was_built_is_loaded(library, record, reason, tmp_path, monkeypatch, caplog):
+    announce_once.cache_clear()
+    path = tmp_path / "cache" / "cpu_kernels.so"
+    path.parent.mkdir()
+    if library is not None:
+        path.write_bytes(library)
+    if record is not None:
+        path.with_suffix(".json").write_text(json.dumps(record))
+    built, loaded = [], []
+    monkeypatch.setattr(native, "_library_path", lambda: path)
+    monkeypatch.setattr(native, "_build", built.append)
+    monkeypatch.setattr(torch.ops, "load_library", loaded.append)
+    assert native._load_once.__wrapped__() is None
+    assert (built, loaded) == (([], [path]) if reason is None else ([path], []))
+    messages = [record.getMessage() for record in caplog.records]
+    assert messages == [] if not reason else f"{path} is not used: {reason}" in messages[0]
+
+
 @pytest.mark.slow
 def test_a_killed_build_neither_blocks_nor_misleads_the_next_processes(tmp_path):
     killed = start(tmp_path)
@@ -64,4 +103,5 @@ def test_a_killed_build_neither_blocks_nor_misleads_the_next_processes(tmp_path)
     results = [process.communicate(timeout=400) for process in both]
     assert [output.split()[0] for output, _ in results] == ["compiled", "compiled"]
     assert sum(log.count("building the CPU kernels") for _, log in results) == 1
-    assert sorted(path.suffix for path in (tmp_path / "xlstm_lm").iterdir()) == ["", ".so"]  # the lock, the library
+    # The lock; the library, with its size and checksum.
+    assert sorted(path.suffix for path in (tmp_path / "xlstm_lm").iterdir()) == ["", ".json", ".so"]

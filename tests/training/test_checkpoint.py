@@ -17,6 +17,7 @@ from processes import run_ranks
 from xlstm_lm.base import tensor_files
 from xlstm_lm.base.durable_files import RunError
 from xlstm_lm.parallel.process_group import join_world
+from xlstm_lm.runs import checkpoint as checkpoint_module
 from xlstm_lm.runs.checkpoint import (
     Checkpoint,
     checkpoint_folders,
@@ -26,7 +27,6 @@ from xlstm_lm.runs.checkpoint import (
     remove_leftovers,
 )
 from xlstm_lm.runs.random_state import random_state_bytes, restore_random_state
-from xlstm_lm.training import checkpoint as checkpoint_module
 
 
 @pytest.fixture(scope="module")

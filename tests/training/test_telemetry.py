@@ -22,20 +22,26 @@ def lines(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+def metric(step: int) -> dict:
+    numbers = {"tokens": 64 * step, "loss": 2.0, "bits_per_byte": 3.0, "elapsed_seconds": 1.5, "tokens_per_second": 9}
+    return {"split": "train", "step": step, **numbers}
+
+
 def test_lines_behind_the_checkpoint_and_torn_lines_are_set_aside(tmp_path):
     path = tmp_path / "metrics.jsonl"
     superseded = tmp_path / "superseded.jsonl"
     superseded.write_text("of an earlier time\n")
-    path.write_text('{"split": "train", "step": 1}\n{"split": "train", "step": 5}\n{"step": 3}\nnull\n{"split": "tr')
+    records = [metric(1), metric(5), metric(3)]
+    path.write_text("".join(f"{json.dumps(record)}\n" for record in records) + 'null\n{"split": "tr')
     metrics = MetricsFile(path)
     assert metrics.cut_behind(3) == 3
-    before = ["of an earlier time", '{"split": "train", "step": 5}', "null", '{"split": "tr']
+    before = ["of an earlier time", json.dumps(metric(5)), "null", '{"split": "tr']
     assert superseded.read_text().splitlines() == before
     metrics.append({"split": "train", "step": 4, "loss": math.nan, "lr": 0.5, "gates": math.inf})
     metrics.close()
     assert lines(path) == [
-        {"split": "train", "step": 1},
-        {"step": 3},
+        metric(1),
+        metric(3),
         {"split": "train", "step": 4, "loss": None, "lr": 0.5, "gates": None},
     ]
 

@@ -11,6 +11,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from xlstm_lm.base.read_files import read_json
+
 SHARD_BYTES = 4 * 2**30
 
 
@@ -67,11 +69,10 @@ def tensor_files(folder: Path, stem: str = "model") -> dict[str, Path]:
     index = folder / f"{stem}.safetensors.index.json"
     if not index.is_file():
         return tensor_names([folder / f"{stem}.safetensors"])
-    try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        files = {str(name): folder / file for name, file in weight_map.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{index} is damaged: it is not the JSON of an index with a weight_map.") from error
+    weight_map = read_json(index, {"weight_map": dict}, "Copy it again.")["weight_map"]
+    if not all(isinstance(file, str) for file in weight_map.values()):
+        raise ValueError(f"{index} is damaged: its weight_map does not give the name of a file for each tensor.")
+    files = {name: folder / file for name, file in weight_map.items()}
     absent = sorted({str(path) for path in files.values() if not path.is_file()})
     if absent:
         raise ValueError(f"{index} names files that are missing: {', '.join(absent)}. Copy them again.")
@@ -101,6 +102,13 @@ def tensor_names(paths: Iterable[Path]) -> dict[str, Path]:
     if problems:
         raise ValueError("; ".join(problems) + ".")
     return found
+
+
+def tensor_forms(files: dict[str, Path]) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Type, as safetensors calls it (F32), and shape of each tensor, from the heads of its files alone."""
+    opened = {path: safe_open(path, framework="pt") for path in dict.fromkeys(files.values())}
+    slices = {name: opened[path].get_slice(name) for name, path in files.items()}
+    return {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
 
 
 def read_tensors(files: dict[str, Path], names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:

@@ -30,6 +30,7 @@ from xlstm_lm.hub.push import check_repository_name, push
 from xlstm_lm.hub.tokenizer_files import save_tokenizer_files
 from xlstm_lm.hub.transformers_format import TRANSFORMERS_FORMAT
 from xlstm_lm.runs.checkpoint import checkpoint_folders
+from xlstm_lm.runs.folder import RunFolder
 
 FORMATS: dict[str, tuple[ExportFormat, ...]] = {
     "xlstm": (TRANSFORMERS_FORMAT, OWN_FORMAT),
@@ -78,14 +79,16 @@ def export(
     trained = load(_checkpoint_of(source, step))
     tokenizer = trained.tokenizer
     export_format = choose_format(trained.model.config, format_name)
+    run_dir, step = _origin(trained.folder)
+    if run_dir:
+        RunFolder(run_dir).metrics()  # for the model card; damage shows before any work
     with whole_or_not_at_all(out) as partial, tempfile.TemporaryDirectory() as place:
         question = Path(place) / "question"
         ask(trained.model, tokenizer, export_format, question)
         _write(trained, tokenizer, export_format, partial, shard_bytes)
-        model_config, folder = trained.model.config, trained.folder
+        model_config = trained.model.config
         del trained
         difference = check(partial, question)["difference"]
-        run_dir, step = _origin(folder)
         write_model_card(
             partial,
             name=repository or out.resolve().name,

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from xlstm_lm.base.finite import check_finite
 from xlstm_lm.data import Tokenizer
 from xlstm_lm.hub.export_format import ExportFormat
 
@@ -30,7 +31,11 @@ TOLERANCE = 1e-3
 
 @torch.inference_mode()
 def ask(model: nn.Module, tokenizer: Tokenizer, export_format: ExportFormat, question: Path) -> None:
-    """Write into a new folder what the trained model says: logits at several lengths, and greedy texts."""
+    """Write into a new folder what the trained model says: logits at several lengths, and greedy texts.
+
+    Raises:
+        ValueError: its logits are not finite.
+    """
     question.mkdir()
     end, vocab_size = tokenizer.end_of_document, tokenizer.vocab_size
     stream = [token for text in TEXTS for token in [end, *tokenizer.encode(text)]]
@@ -81,7 +86,9 @@ def check(folder: Path, question: Path) -> dict[str, Any]:
 
 
 def _logits(model: nn.Module, tokens_BT: Tensor) -> Tensor:
-    return model.logits(model(tokens_BT)).float().contiguous()
+    logits_BTV = model.logits(model(tokens_BT)).float().contiguous()
+    check_finite(logits_BTV, model, "The export was not finished: the model's logits")
+    return logits_BTV
 
 
 def _greedy(model: nn.Module, ids: list[int], end: int, vocab_size: int) -> tuple[list[int], list[float]]:

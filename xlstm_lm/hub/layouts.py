@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import pickle
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -10,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor
 
+from xlstm_lm.base.read_files import read_json
 from xlstm_lm.base.tensor_files import read_tensors, tensor_files, tensor_names
 from xlstm_lm.hub.baseline_formats import BASELINE_READERS
 from xlstm_lm.hub.own_format import MODEL_TYPE, from_export
@@ -21,6 +20,7 @@ from xlstm_lm.hub.transformers_layout import from_transformers
 from xlstm_lm.models import FAMILIES
 from xlstm_lm.recipe import read_recipe
 from xlstm_lm.runs.checkpoint import find_checkpoint
+from xlstm_lm.runs.folder import read_config
 
 PICKLES = (".pt", ".pth", ".bin")
 CONFIG_NAMES = ("config.yaml", "config.yml", "config.json")
@@ -72,7 +72,7 @@ def model_config(values: Any, origin: Path) -> Any:
 def _read_checkpoint(path: Path) -> StoredModel:
     folder = find_checkpoint(path)
     recipe = folder / "config.yaml"
-    config = model_config(read_recipe(recipe)[0].get("model"), recipe)
+    config = model_config(read_config(recipe)["model"], recipe)
     return StoredModel(folder, config, _all_tensors(tensor_files(folder)))
 
 
@@ -175,14 +175,7 @@ def _all_tensors(files: dict[str, Path]) -> dict[str, Tensor]:
 
 def _read_mapping(path: Path) -> dict[str, Any]:
     """The mapping that a JSON or YAML file holds."""
-    try:
-        text = path.read_text(encoding="utf-8")
-        values = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except (ValueError, yaml.YAMLError) as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} holds no mapping.")
-    return values
+    return read_json(path, repeated_keys=True) if path.suffix == ".json" else read_recipe(path)[0]
 
 
 def _is_checkpoint(path: Path) -> bool:

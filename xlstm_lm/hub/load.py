@@ -14,7 +14,8 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from xlstm_lm.base.paths import user_path
 from xlstm_lm.data import load_tokenizer
 from xlstm_lm.hub.layouts import StoredModel, read_model
-from xlstm_lm.models import FAMILIES
+from xlstm_lm.models import FAMILIES, for_any_device, pinned_backends
+from xlstm_lm.ops.announce import announce_once
 
 
 class TrainedModel(nn.Module):
@@ -64,12 +65,19 @@ def load(path: str | Path) -> TrainedModel:
     folder, a state dict of the `xlstm` package. Weights that are stored as the model holds them stay in their files'
     pages until they are written to, so that the model is never held twice.
 
+    Each operation is computed by the backend that suits the device at hand. One that the configuration pins suited the
+    machine that trained; that it is not used is announced.
+
     Raises:
         ValueError: there is no model in a known layout, its tensors do not fit, or a file is damaged.
     """
     stored = read_model(user_path(path))
+    pinned = pinned_backends(stored.config)
+    if pinned:
+        fields = ", ".join(f"model.{name} {value}" for name, value in pinned.items())
+        announce_once(f"{stored.folder} pins {fields} for training; here the device decides (auto)")
     with _parameters_without_memory():
-        model = FAMILIES[stored.config.family][1](stored.config)
+        model = FAMILIES[stored.config.family][1](for_any_device(stored.config))
     _fill(model, stored)
     return TrainedModel(model.eval(), stored.folder)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import shutil
 import tempfile
@@ -13,6 +12,7 @@ import yaml
 
 from xlstm_lm.hub.export_format import ExportFormat
 from xlstm_lm.models.accounting import count_parameters
+from xlstm_lm.runs.folder import RunFolder
 
 CURVE = "learning_curve.png"
 RECIPE = "recipe.yaml"
@@ -34,7 +34,8 @@ def write_model_card(
     in a fresh process; None where that is not known.
     """
     recipe = _read_recipe(run_dir, folder)
-    records = [each for each in _read_metrics(run_dir) if step is None or each["step"] <= step]
+    records = RunFolder(run_dir).metrics() if run_dir else []
+    records = [each for each in records if step is None or each["step"] <= step]
     final = next((each for each in reversed(records) if each["split"] == "validation"), None)
     sections = [
         f"# {name}",
@@ -54,18 +55,7 @@ def _read_recipe(run_dir: Path | None, folder: Path) -> dict[str, Any]:
     if run_dir is None or not (run_dir / "config.yaml").is_file():
         return {}
     shutil.copyfile(run_dir / "config.yaml", folder / RECIPE)
-    return yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8"))
-
-
-def _read_metrics(run_dir: Path | None) -> list[dict[str, Any]]:
-    path = run_dir / "metrics.jsonl" if run_dir else None
-    if path is None or not path.is_file():
-        return []
-    records = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        with contextlib.suppress(ValueError):  # the last line of a run that was killed may be cut short
-            records.append(json.loads(line))
-    return records
+    return RunFolder(run_dir).config()
 
 
 def _sources(recipe: dict[str, Any], key: str) -> list[dict[str, Any]]:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from xlstm_lm.hub.bundle import write_code
 from xlstm_lm.hub.export_format import ExportFormat, NamedTensors
+from xlstm_lm.models import for_any_device
 from xlstm_lm.models.xlstm_config import XLSTMConfig
 
 MODEL_TYPE = "xlstm_lm"
@@ -38,8 +39,7 @@ def _convert(config: XLSTMConfig, weights: NamedTensors) -> Iterator[tuple[str, 
 def _make_config(config: XLSTMConfig) -> Any:
     from xlstm_lm.hub.configuration_xlstm_lm import XLSTMLMConfig
 
-    # Which kernels suit is for the machine to say that loads it.
-    values = dataclasses.asdict(config) | {"mlstm_backend": "auto", "slstm_backend": "auto"}
+    values = dataclasses.asdict(for_any_device(config))
     made = XLSTMLMConfig(**values, architectures=["XLSTMLMForCausalLM"], dtype="float32")
     made.auto_map = _AUTO_MAP
     return made

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from xlstm_lm.models.language_model import LanguageModel
 from xlstm_lm.models.lstm import LSTM, LSTMConfig
 from xlstm_lm.models.mamba import Mamba, MambaConfig
@@ -17,6 +19,17 @@ FAMILIES: dict[str, tuple[type[ModelConfig], type[LanguageModel]]] = {
     "mamba": (MambaConfig, Mamba),
     "lstm": (LSTMConfig, LSTM),
 }
+
+
+def pinned_backends(config: ModelConfig) -> dict[str, str]:
+    """The fields of a configuration that name a kernel, instead of leaving the choice to the device at hand."""
+    values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    return {name: value for name, value in values.items() if name.endswith("_backend") and value != "auto"}
+
+
+def for_any_device(config: ModelConfig) -> ModelConfig:
+    """The configuration without pinned backends: how a model is computed is not what it computes."""
+    return dataclasses.replace(config, **dict.fromkeys(pinned_backends(config), "auto"))
 
 
 def build_model(config: ModelConfig) -> LanguageModel:

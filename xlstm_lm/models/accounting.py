@@ -37,10 +37,14 @@ def model_config(yaml_path_or_config: str | Path | ModelConfig) -> ModelConfig:
 
 def count_parameters(yaml_path_or_config: str | Path | ModelConfig) -> int:
     """Exact number of parameters, a tied head counted once. Allocates no memory for them."""
-    config = model_config(yaml_path_or_config)
+    return sum(shape.numel() for shape in parameter_shapes(model_config(yaml_path_or_config)).values())
+
+
+def parameter_shapes(config: ModelConfig) -> dict[str, torch.Size]:
+    """The shape of each parameter by its name, a tied head once. Allocates no memory for them."""
     with torch.device("meta"):
         model = FAMILIES[config.family][1](config)
-    return sum(parameter.numel() for parameter in model.parameters())
+    return {name: parameter.shape for name, parameter in model.named_parameters()}
 
 
 def training_flops_per_token(config: ModelConfig, context_length: int) -> float:

@@ -1,7 +1,8 @@
 """The C++ kernels of the CPU: all built into one library, once, and loaded into the process that asks first.
 
-The library is built in a folder of its own and moved to its final name in torch's extension directory when it is whole,
-so a build that is killed leaves nothing that a later process could load or wait for.
+The library is built in a folder of its own and moved to its final name in torch's extension directory when it is whole
+and on the disk, so a build that is killed leaves nothing that a later process could load or wait for. Its size and
+checksum stand beside it: the process would die of a library that was cut short or damaged later (SIGBUS).
 """
 
 from __future__ import annotations
@@ -10,17 +11,21 @@ import contextlib
 import fcntl
 import functools
 import hashlib
+import json
 import os
 import platform
 import shutil
 import subprocess
 import sys
 import tempfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
+from xlstm_lm.base.durable_files import crc32_of, replace_durably
+from xlstm_lm.base.read_files import read_json
 from xlstm_lm.ops.announce import announce_once
 
 _OPS = Path(__file__).parent
@@ -70,10 +75,13 @@ def _load_once() -> str | None:
     """None when the library is loaded, else what went wrong; cached, so that a failing build is not tried each call."""
     try:
         path = _library_path()
-        if not path.exists():
+        problem = damage(path)
+        if problem:
+            if path.exists():
+                announce_once(f"{path} is not used: {problem}")
             path.parent.mkdir(parents=True, exist_ok=True)
             with _only_one_process(path.parent / "building"):
-                if not path.exists():
+                if damage(path):  # nobody else has built it meanwhile
                     for left_by_a_killed_process in path.parent.glob("build_*"):
                         shutil.rmtree(left_by_a_killed_process, ignore_errors=True)
                     _build(path)
@@ -98,6 +106,24 @@ def _library_path() -> Path:
     return Path(root) / "xlstm_lm" / f"cpu_kernels_{digest}.so"
 
 
+def _record_path(path: Path) -> Path:
+    return path.with_suffix(".json")
+
+
+def damage(path: Path) -> str:
+    """The reason why a library must not be loaded: it is not the file that was built; empty if it is."""
+    if not path.is_file():
+        return "it is missing"
+    try:
+        recorded = read_json(_record_path(path), {"size": int, "crc32": int}, "")
+    except ValueError as error:
+        return f"its size and checksum are not known ({str(error).strip()})"
+    size = path.stat().st_size
+    if size != recorded["size"]:
+        return f"it has {size} bytes instead of {recorded['size']}"
+    return "" if crc32_of(path) == recorded["crc32"] else f"its checksum is not that in {_record_path(path).name}"
+
+
 def _processor_features() -> str:
     """What `-march=native` depends on: a home directory may be shared by machines with different processors."""
     with contextlib.suppress(OSError):
@@ -116,7 +142,7 @@ def _only_one_process(path: Path) -> Iterator[None]:
 
 
 def _build(path: Path) -> None:
-    """Compile the library, load it, and move it to `path`."""
+    """Compile the library, load it, and write it, with its size and checksum, to `path`."""
     from torch.utils import cpp_extension  # slow to import, and only needed here
 
     announce_once(f"building the CPU kernels, once, about a minute, into {path}")
@@ -129,11 +155,14 @@ def _build(path: Path) -> None:
                 name=path.stem,
                 sources=[str(source) for source in _SOURCES],
                 extra_cflags=[*_FLAGS, _NATIVE_FLAG, *_OPENMP_FLAGS],
-                extra_ldflags=_OPENMP_FLAGS,
+                extra_ldflags=[*_OPENMP_FLAGS],  # it adds to this list
                 build_directory=folder,
                 is_python_module=False,
                 with_cuda=False,
             )
-            (Path(folder) / path.name).replace(path)
+            content = (Path(folder) / path.name).read_bytes()
+            replace_durably(path, content)
+            record = {"size": len(content), "crc32": zlib.crc32(content)}
+            replace_durably(_record_path(path), json.dumps(record).encode())
     finally:
         os.environ["PATH"] = search_path

@@ -33,6 +33,7 @@ from xlstm_lm.base.durable_files import (
     sync_folder,
     write_durably,
 )
+from xlstm_lm.base.read_files import read_json
 from xlstm_lm.base.tensor_files import TensorWriter, read_tensors, tensor_files
 from xlstm_lm.parallel.process_group import World
 from xlstm_lm.runs.random_state import random_state_bytes
@@ -40,16 +41,24 @@ from xlstm_lm.runs.random_state import random_state_bytes
 logger = logging.getLogger("xlstm_lm")
 
 FORMAT = 1
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""Of AdamW, as torch calls them."""
 STEP_FOLDER = re.compile(r"step_(\d{8,})")
 LEFTOVER = ".tmp-"
+WRITTEN_ALWAYS = ("state.json", "config.yaml")
+TAKE_AWAY = "Restore {folder} from a copy, or move it away to continue from the checkpoint before it."
 
 
 class Checkpoint:
     """A checkpoint on disk that `newest_checkpoint` or `find_checkpoint` has found intact."""
 
     def __init__(self, folder: Path) -> None:
+        """
+        Raises:
+            ValueError: state.json is damaged.
+        """
         self.folder = folder
-        self.state: dict[str, Any] = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        self.state = read_json(folder / "state.json", {"step": int}, TAKE_AWAY.format(folder=folder))
 
     @property
     def is_imported(self) -> bool:
@@ -90,21 +99,41 @@ def damage(folder: Path) -> str:
     if not manifest_path.is_file():
         return f"{folder} is not a checkpoint: it has no manifest.json."
     try:
-        manifest = json.loads(manifest_path.read_text(encoding="utf-8"))
-        form, files = manifest["format"], manifest["files"]
-    except (ValueError, KeyError, TypeError):
-        return f"{manifest_path} is damaged: it is not the JSON that a checkpoint ends with."
-    if form != FORMAT:
-        return f"{folder} has checkpoint format {form}, but this version of xlstm-lm reads format {FORMAT}."
+        form = read_json(manifest_path, {"format": int}, "")["format"]
+        if form != FORMAT:
+            return f"{folder} has checkpoint format {form}, but this version of xlstm-lm reads format {FORMAT}."
+        manifest = read_json(manifest_path, {"step": int, "files": dict}, "")
+    except ValueError as error:
+        return str(error).strip()
+    files = manifest["files"]
+    unnamed = [name for name in WRITTEN_ALWAYS if name not in files]
+    if unnamed:
+        return f"{manifest_path} is damaged: it does not name {unnamed[0]}."
     for name, recorded in files.items():
         path = folder / name
+        if not isinstance(recorded, dict) or not {"size", "crc32"} <= recorded.keys():
+            return f"{manifest_path} is damaged: it gives no size and checksum of {name}."
         if not path.is_file():
             return f"{path} is missing from its checkpoint."
         if path.stat().st_size != recorded["size"]:
             return f"{path} is damaged: it has {path.stat().st_size} bytes instead of {recorded['size']}."
         if crc32_of(path) != recorded["crc32"]:
             return f"{path} is damaged: its checksum differs from the one in manifest.json."
+    try:
+        step = read_json(folder / "state.json", {"step": int}, "")["step"]
+    except ValueError as error:
+        return str(error).strip()
+    if step != manifest["step"]:
+        return f"{folder} is damaged: state.json is of step {step}, manifest.json of step {manifest['step']}."
     return ""
+
+
+def misnamed(checkpoint: Checkpoint) -> str:
+    """Whose checkpoint one is that lies in a run's folder under the number of another step; empty if it does not."""
+    name, step = checkpoint.folder.name, checkpoint.state["step"]
+    if not STEP_FOLDER.fullmatch(name) or name == f"step_{step:08}":
+        return ""
+    return f"holds the checkpoint of step {step}, by its state.json: it was copied or renamed"
 
 
 def checkpoint_folders(run_dir: Path) -> dict[int, Path]:
@@ -145,10 +174,14 @@ def find_checkpoint(path: Path) -> Path:
     """The intact checkpoint that `path` is, or the newest of the run that it is.
 
     Raises:
-        ValueError: it is neither, or damaged.
+        ValueError: it is neither, or damaged, or a folder of the run with the number of another step.
     """
     if (path / "checkpoints").is_dir():
-        return newest_checkpoint(path)
+        newest = newest_checkpoint(path)
+        problem = misnamed(Checkpoint(newest))
+        if problem:
+            raise ValueError(f"{newest} {problem}. Rename it, or move it out of {newest.parent}.")
+        return newest
     if not path.is_dir():
         raise ValueError(f"{path} is not a checkpoint: there is no such folder.")
     problem = damage(path)
@@ -189,7 +222,7 @@ def write_checkpoint(
     message = writer.attempt(writer.begin) if writer else None
     parts = [("model", weights, ("",))]
     if moments is not None:
-        parts.append(("optimizer", moments, (".exp_avg", ".exp_avg_sq")))
+        parts.append(("optimizer", moments, tuple(f".{key}" for key in MOMENTS)))
     for stem, tensors, moment_keys in parts:
         stem_sizes = {name + key: size for name, size in sizes.items() for key in moment_keys}
         if writer and not message:

@@ -2,27 +2,33 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from xlstm_lm.runs.folder import RunFolder
+
+SPLITS = {"train": {"linewidth": 1, "alpha": 0.7}, "validation": {"marker": "o", "linewidth": 1.5}}
+"""The lines of the picture and their styles."""
+BEYOND = 1e30
+"""A loss from here on, of a run that diverges, leaves no axis that could be drawn."""
+
 
 def draw_learning_curve(run_dir: Path) -> Path:
     """Draw bits per byte, where the tokens are no text the loss, over the tokens of run_dir/metrics.jsonl into
     run_dir/learning_curve.png."""
-    records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    is_text = any(record["bits_per_byte"] is not None for record in records)
+    records = [record for record in RunFolder(run_dir).metrics() if record["split"] in SPLITS]
+    is_text = any(record.get("bits_per_byte") is not None for record in records)
     measure, label = ("bits_per_byte", "bits per byte") if is_text else ("loss", "loss (nats a token)")
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    for split, style in (("train", {"linewidth": 1, "alpha": 0.7}), ("validation", {"marker": "o", "linewidth": 1.5})):
+    for split, style in SPLITS.items():
         points = [
             (record["tokens"], record[measure])
             for record in records
-            if record["split"] == split and record[measure] is not None
+            if record["split"] == split and record.get(measure) is not None and abs(record[measure]) < BEYOND
         ]
         if points:
             tokens, values = zip(*points, strict=True)

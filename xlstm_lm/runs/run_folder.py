@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import datetime
 import importlib.metadata
+import itertools
 import json
+import logging
 import os
 import platform
 import subprocess
@@ -13,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from xlstm_lm.base.durable_files import replace_durably
 from xlstm_lm.base.outputs import contents, has_trained
@@ -21,6 +22,9 @@ from xlstm_lm.base.paths import user_path
 from xlstm_lm.parallel.process_group import World
 from xlstm_lm.recipe import dotted_items
 from xlstm_lm.runs.checkpoint import checkpoint_folders
+from xlstm_lm.runs.folder import RunFolder
+
+logger = logging.getLogger("xlstm_lm")
 
 FREE_TO_CHANGE = (
     "training.steps",
@@ -69,10 +73,7 @@ def check_same_run(folder: Path, config: dict[str, Any], free: tuple[str, ...] =
     Raises:
         ValueError: names each field that differs, with both values.
     """
-    path = folder / "config.yaml"
-    if not path.is_file():
-        raise ValueError(f"{folder} holds a run but no config.yaml; restore it, or choose another training.run_dir.")
-    before = yaml.safe_load(path.read_text(encoding="utf-8"))
+    before = RunFolder(folder).config()
     different = differing_fields(before, {section: config[section] for section in before if section in config}, free)
     if different and before.keys() == {"model"}:
         raise ValueError(
@@ -88,8 +89,8 @@ def check_same_run(folder: Path, config: dict[str, Any], free: tuple[str, ...] =
         )
 
 
-def open_run_folder(run_dir: Path, config: dict[str, Any], config_yaml: str, resume: str) -> None:
-    """Check that the run in a folder, if there is one, is this one, and write config.yaml. For rank 0.
+def open_run_folder(run_dir: Path, config: dict[str, Any], resume: str) -> None:
+    """Check that the run in the folder, if there is one, is this one. For rank 0; changes nothing.
 
     A run that wrote nothing yet is no run, and an imported model, the checkpoint of step 0, is none yet.
 
@@ -115,6 +116,10 @@ def open_run_folder(run_dir: Path, config: dict[str, Any], config_yaml: str, res
             f"from it. To train again from the beginning, choose another training.run_dir, or move {metrics} away, "
             "which is the history of that run."
         )
+
+
+def write_config(run_dir: Path, config_yaml: str) -> None:
+    """Write the config.yaml of the run in a folder. For rank 0."""
     replace_durably(run_dir / "config.yaml", config_yaml.encode())
 
 
@@ -125,20 +130,11 @@ def _had_checkpoints(run_dir: Path) -> bool:
     """
     if (run_dir / "learning_curve.png").exists() or (run_dir / "checkpoints" / "latest").exists():
         return True
-    before = yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8"))
-    every = before["training"]["checkpoint_every"]
-    lines = (run_dir / "metrics.jsonl").read_bytes().splitlines()
-    steps = [step for step in map(step_of, lines) if step is not None]
+    folder = RunFolder(run_dir)
+    every = folder.config()["training"]["checkpoint_every"]
+    steps = [record["step"] for record in folder.metrics()]
     # A run that branched off another begins behind that one's checkpoints.
     return bool(steps) and (max(steps) - 1) // every * every >= min(steps)
-
-
-def step_of(line: bytes) -> int | None:
-    """The step of a line of metrics.jsonl; None of a damaged one, such as the last of a killed run."""
-    try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):
-        return None
 
 
 def run_of_recipe(run_dir: str, origin: str) -> Path | None:
@@ -182,8 +178,12 @@ def record_environment(run_dir: Path, world: World, step: int, kernels: dict[str
     """Add what this session runs on to environment.json, which lists every session of the run."""
     path = run_dir / "environment.json"
     try:
-        sessions = json.loads(path.read_text(encoding="utf-8"))["sessions"] if path.is_file() else []
-    except (ValueError, KeyError):
+        sessions = RunFolder(run_dir).environment()
+    except ValueError as error:
+        names = (path.with_name(f"{path.name}.damaged-{number}") for number in itertools.count(1))
+        kept = next(name for name in names if not name.exists())
+        path.rename(kept)
+        logger.warning("%s It is kept as %s, and a new one begun.", error, kept.name)
         sessions = []
     sessions.append(
         {

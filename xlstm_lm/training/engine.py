@@ -20,13 +20,13 @@ from deepspeed.utils import (
 from torch import Tensor, nn
 
 from xlstm_lm.parallel.process_group import World
+from xlstm_lm.runs.checkpoint import MOMENTS
 from xlstm_lm.training.deepspeed_config import Precision, deepspeed_json
 from xlstm_lm.training.optimizer import OptimizerConfig, build_optimizer
 
 # Calls inside DeepSpeed that newer versions of torch have other names for.
 warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed.c10d_logger")
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
 MicroBatch = tuple[Tensor, Tensor, Tensor]  # tokens_BT, targets_BT, resets_BT
 
 
@@ -183,6 +183,20 @@ class TrainingEngine:
             self._engine.optimizer.update_lp_params()
         for state in self._adamw.state.values():
             state["step"].fill_(step)
+
+    def weights_are_finite(self) -> bool:
+        """Whether every weight is a finite number. Collective: each rank looks at the weights, or shares, it holds."""
+        own = [self._own_part(parameter) for parameter in self._parameters.values()]
+        broken = torch.stack([(~torch.isfinite(each).all()).to(self.world.device, torch.int64) for each in own]).sum()
+        return not int(self.world.sum_(broken))
+
+    def _own_part(self, parameter: nn.Parameter) -> Tensor:
+        """The values of a parameter on this rank: under ZeRO-3 its share, without the padding of the last one."""
+        if self.stage < 3:
+            return parameter.detach()
+        share = parameter.ds_tensor.ds_numel
+        own = min(max(parameter.ds_numel - share * self.world.rank, 0), share)
+        return parameter.ds_tensor.detach().flatten()[:own]
 
     @property
     def moment_names(self) -> list[str]:

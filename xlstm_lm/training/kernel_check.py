@@ -14,6 +14,7 @@ from torch import Tensor
 
 from xlstm_lm.models.mamba import MambaConfig
 from xlstm_lm.models.xlstm_config import XLSTMConfig
+from xlstm_lm.ops import conv as conv_ops
 from xlstm_lm.ops import mlstm as mlstm_ops
 from xlstm_lm.ops import selective_scan as scan_ops
 from xlstm_lm.ops import slstm as slstm_ops
@@ -71,7 +72,7 @@ def with_kernels_that_are_right(
     Compares, on small inputs with the model's head sizes and in `dtype`, the kernels that the model takes on this
     world's device for `micro_rows` rows with their definitions in float64, values and gradients. A kernel that is
     wrong, or does not run, on any rank is replaced on all of them, and announced. Collective; leaves the random state
-    as it was. (The causal convolution asks by itself, for its own width, before it first takes a kernel.)
+    as it was. (The causal convolution checks its kernel by itself, for its own width: here, before the first step.)
     """
     if isinstance(config, XLSTMConfig):
         operations = _xlstm_operations(config, world.device, dtype, micro_rows)
@@ -88,9 +89,28 @@ def with_kernels_that_are_right(
             taken[name], is_as_configured = _backend_for_all(name, getattr(config, field), cases, world)
             if not is_as_configured:
                 config = dataclasses.replace(config, **{field: taken[name]})
+        convolutions = {_convolution(width, config.conv_width, world.device, dtype) for width in _conv_widths(config)}
+        if convolutions:
+            taken["conv"] = " and ".join(sorted(convolutions))
     if devices:
         torch.cuda.empty_cache()
     return config, taken
+
+
+def _conv_widths(config: XLSTMConfig | MambaConfig) -> set[int]:
+    """The numbers of channels that the model's causal convolutions have."""
+    if isinstance(config, XLSTMConfig):
+        widths = {"slstm": config.embedding_dim, "mlstm_paper": config.paper_inner_dim}
+        return {width for kind, width in widths.items() if kind in config.block_kinds()}
+    return {config.inner_dim + (2 * config.num_groups * config.states if config.version == 2 else 0)}
+
+
+def _convolution(channels: int, width: int, device: torch.device, dtype: torch.dtype) -> str:
+    """The backend that a causal convolution takes."""
+    x_BTD, weight_DW = (
+        torch.empty(shape, device=device, dtype=dtype) for shape in ((1, 1, channels), (channels, width))
+    )
+    return conv_ops.choose_backend(x_BTD, weight_DW)
 
 
 def _backend_for_all(name: str, configured: str, cases: list[_Case], world: World) -> tuple[str, bool]:

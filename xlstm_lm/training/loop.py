@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import shlex
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from xlstm_lm.base.durable_files import RunError
+from xlstm_lm.base.finite import listed
 from xlstm_lm.base.lease import FolderLease
 from xlstm_lm.base.outputs import check_run_folder
 from xlstm_lm.base.paths import user_path
 from xlstm_lm.config import RunConfig, as_dict, as_recipe
 from xlstm_lm.data import Batch, DocumentData, TrainingData
 from xlstm_lm.models import build_model
-from xlstm_lm.models.accounting import training_flops_per_token
+from xlstm_lm.models.accounting import parameter_shapes, training_flops_per_token
 from xlstm_lm.ops.announce import announce_once
 from xlstm_lm.parallel.process_group import World, join_world
 from xlstm_lm.runs.checkpoint import (
@@ -28,6 +32,8 @@ from xlstm_lm.runs.checkpoint import (
     remove_leftovers,
     write_checkpoint,
 )
+from xlstm_lm.runs.fit import Wanted, check_fit
+from xlstm_lm.runs.folder import RunFolder
 from xlstm_lm.runs.picture import draw_learning_curve
 from xlstm_lm.runs.random_state import restore_random_state
 from xlstm_lm.runs.run_folder import (
@@ -36,15 +42,18 @@ from xlstm_lm.runs.run_folder import (
     differing_fields,
     open_run_folder,
     record_environment,
+    write_config,
 )
 from xlstm_lm.training.config import split_batch
 from xlstm_lm.training.deepspeed_config import check_deepspeed_section, choose_precision
 from xlstm_lm.training.engine import TrainingEngine
 from xlstm_lm.training.kernel_check import with_kernels_that_are_right
 from xlstm_lm.training.report import Report
-from xlstm_lm.training.safeguards import SkipCounter, StopRequest
+from xlstm_lm.training.safeguards import NOT_FINITE, SkipCounter, StopRequest
 from xlstm_lm.training.schedule import learning_rate_ratio
 from xlstm_lm.training.validation import count_targets, evaluate, split_rows
+
+logger = logging.getLogger("xlstm_lm")
 
 FRESH_STATE = {"step": 0, "tokens": 0, "elapsed_seconds": 0.0, "skipped_steps": 0, "skipped_in_a_row": 0}
 
@@ -174,9 +183,27 @@ class Trainer:
         if resume not in ("auto", "never") and not checkpoint_folders(self.run_dir):
             branch = find_checkpoint(user_path(resume))
             check_same_run(branch, config, FREE_WHEN_BRANCHING)
-        open_run_folder(self.run_dir, config, self.config_yaml, resume)
+        open_run_folder(self.run_dir, config, resume)
+        start = newest_checkpoint(self.run_dir) if checkpoint_folders(self.run_dir) else branch
+        if start:
+            self.check_start(Checkpoint(start), config, is_branch=start == branch)
+        write_config(self.run_dir, self.config_yaml)
         remove_leftovers(self.run_dir)
-        return newest_checkpoint(self.run_dir) if checkpoint_folders(self.run_dir) else branch
+        return start
+
+    def check_start(self, checkpoint: Checkpoint, config: dict[str, Any], is_branch: bool) -> None:
+        """Refuse to start from a checkpoint that does not fit, or in a folder with damaged records.
+
+        Raises:
+            ValueError: names the folder or file, and what is wrong with it.
+        """
+        shapes = {name: tuple(shape) for name, shape in parameter_shapes(self.run.model).items()}
+        check_fit(checkpoint, Wanted(config["model"], shapes, self.run.data.global_batch_size))
+        folder = RunFolder(self.run_dir)
+        if not is_branch:
+            folder.metric_lines(checkpoint.state["step"])
+        if self.run.wandb.mode != "disabled":
+            folder.wandb_id()
 
     def run_steps(self) -> bool:
         """Train until the last step is done (False) or somebody asks to stop (True). Either way the run is saved."""
@@ -193,7 +220,12 @@ class Trainer:
             result = self.engine.train_step(micro_batches, self.world.size / counts[0].clamp(min=1), learning_rate)
             self.step += 1
             self.report.count(counts[0])
-            self.skips.observe(result.applied, self.step, lambda batch=batch: self.document_ids(batch))
+            self.skips.observe(
+                result.applied,
+                self.step,
+                lambda batch=batch: self.document_ids(batch),
+                self.engine.weights_are_finite,
+            )
 
             last = self.step == training.steps
             gates_due = training.gate_statistics_every and self.step % training.gate_statistics_every == 0
@@ -235,12 +267,17 @@ class Trainer:
         self.report.validation(self.step, *totals)
 
     def save(self) -> None:
-        """Write a checkpoint of this step. Collective.
+        """Write a checkpoint of this step. Collective. Where its weights are not finite, no older one is deleted.
 
         Raises:
             RunError: the disk is full, or the run's folder is gone. Where it was moved, the step is saved there.
         """
         run_dir = self.world.on_first(lambda: self.lease.place())
+        keep = self.run.training.keep_checkpoints
+        if not self.engine.weights_are_finite():
+            keep = sys.maxsize
+            if self.world.is_first:
+                logger.warning("Step %d: %s Older checkpoints are kept.", self.step, NOT_FINITE)
         lanes = self.world.gather(self.stream.state_dict())
         state = {
             "step": self.step,
@@ -264,7 +301,7 @@ class Trainer:
             moments=self.engine.moments(),
             config_yaml=self.config_yaml,
             save_tokenizer=self.tokenizer.save,
-            keep=self.run.training.keep_checkpoints,
+            keep=keep,
         )
         if run_dir != self.run_dir:
             raise RunError(
@@ -302,13 +339,25 @@ class Trainer:
         Raises:
             ValueError: its parameters are others.
         """
-        names = list(self.engine.shapes)
+        broken: list[str] = []
+
+        def watched(tensors: Iterator[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+            for name, tensor in tensors:
+                if not torch.isfinite(tensor).all():
+                    broken.append(name)
+                yield name, tensor
+
+        weights, moments, steps = watched(checkpoint.weights(list(self.engine.shapes))), iter(()), 0
+        if not checkpoint.is_imported:
+            moments = watched(checkpoint.moments(self.engine.moment_names))
+            steps = checkpoint.state["optimizer_steps"]
+        self.engine.load(weights, moments, steps)
+        if broken and self.world.is_first:
+            logger.warning(
+                "%s holds numbers that are not finite, in %s. %s", checkpoint.folder, listed(broken), NOT_FINITE
+            )
         if checkpoint.is_imported:
-            self.engine.load(checkpoint.weights(names), iter(()), 0)
             return
-        self.engine.load(
-            checkpoint.weights(names), checkpoint.moments(self.engine.moment_names), checkpoint.state["optimizer_steps"]
-        )
         random_state = checkpoint.random_state(self.world.rank)
         if random_state is None or checkpoint.state["processes"] != self.world.size:
             announce_once(

@@ -13,6 +13,11 @@ from xlstm_lm.base.durable_files import RunError
 
 logger = logging.getLogger("xlstm_lm")
 
+NOT_FINITE = (
+    "Weights are not finite: a step has overflowed, and no later one can repair that. Start from a checkpoint before "
+    "it (its path as training.resume, another training.run_dir), or afresh, with a lower optimizer.learning_rate."
+)
+
 
 @dataclass(kw_only=True)
 class SafeguardsConfig:
@@ -33,8 +38,14 @@ class SkipCounter:
         """`total` and `in_a_row` have been counted before."""
         self.config, self.total, self.in_a_row = config, total, in_a_row
 
-    def observe(self, applied: bool, step: int, document_ids: Callable[[], list[str]]) -> None:
-        """Take note of a step (numbered from 1). `document_ids` is collective: all ranks are here or none.
+    def observe(
+        self,
+        applied: bool,
+        step: int,
+        document_ids: Callable[[], list[str]],
+        weights_are_finite: Callable[[], bool],
+    ) -> None:
+        """Count a step (numbered from 1). Both functions are collective: all ranks call them or none.
 
         Raises:
             RunError: more were skipped in a row than allowed; names the step and the documents of its batch.
@@ -44,14 +55,21 @@ class SkipCounter:
             return
         self.total += 1
         self.in_a_row += 1
+        finite = weights_are_finite()
         if self.in_a_row <= self.config.max_skipped_steps:
-            logger.warning("Step %d skipped: its loss or gradient is not finite. Weights are unchanged.", step)
+            weights = "Weights are unchanged." if finite else "Weights are not finite either."
+            logger.warning("Step %d skipped: its loss or gradient is not finite. %s", step, weights)
             return
+        if finite:
+            cause = (
+                f"The documents of this step's batch: {', '.join(document_ids())}. Look at them, or lower "
+                "optimizer.learning_rate or optimizer.gradient_clip; the checkpoints saved so far are intact."
+            )
+        else:
+            cause = NOT_FINITE
         raise RunError(
             f"Step {step}: the loss or gradient was not finite for {self.in_a_row} steps in a row, more than "
-            f"safeguards.max_skipped_steps ({self.config.max_skipped_steps}). The documents of this step's batch: "
-            f"{', '.join(document_ids())}. Look at them, or lower optimizer.learning_rate or optimizer.gradient_clip; "
-            "the checkpoints saved so far are intact."
+            f"safeguards.max_skipped_steps ({self.config.max_skipped_steps}). {cause}"
         )
 
 

@@ -17,7 +17,7 @@ import torch
 from tqdm import tqdm
 
 from xlstm_lm.base.durable_files import disk_errors_explained, replace_durably
-from xlstm_lm.runs.run_folder import step_of
+from xlstm_lm.runs.folder import RunFolder
 
 PEAK_BF16_FLOPS = {
     # Dense, without sparsity, from the makers' data sheets.
@@ -66,10 +66,10 @@ class MetricsFile:
         Returns:
             how many lines were moved.
         """
-        lines = self.path.read_bytes().splitlines() if self.path.is_file() else []
-        steps = [step_of(line) for line in lines]
-        kept = [line for line, its in zip(lines, steps, strict=True) if its is not None and its <= step]
-        cut = [line for line, its in zip(lines, steps, strict=True) if its is None or its > step]
+        lines = self.path.read_bytes().split(b"\n") if self.path.is_file() else []
+        kept = [line.encode() for line in RunFolder(self.path.parent).metric_lines(step)]
+        stays = set(kept)
+        cut = [line for line in lines if line.strip() and line not in stays]
         with disk_errors_explained(self.path):
             if cut:
                 before = self.superseded.read_bytes() if self.superseded.is_file() else b""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import socket
 import uuid
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from xlstm_lm.base.durable_files import replace_durably
+from xlstm_lm.runs.folder import RunFolder
 
 logger = logging.getLogger("xlstm_lm")
 
@@ -101,7 +103,8 @@ class WandbRun:
         self._run.log({"step": record["step"], **values})
         if split == "validation":
             loss = record["loss"]
-            self._best = loss if self._best is None else min(self._best, loss)
+            if math.isfinite(loss):
+                self._best = loss if self._best is None else min(self._best, loss)
             self._run.summary.update({"validation/final_loss": loss, "validation/best_loss": self._best})
 
     def close(self) -> None:
@@ -111,12 +114,11 @@ class WandbRun:
 
 def _kept_id(run_dir: Path) -> str:
     """The id of the run in this folder, drawn at first use: wandb itself remembers none when offline."""
-    path = run_dir / "wandb.json"
-    if path.is_file():
-        return json.loads(path.read_text(encoding="utf-8"))["id"]
-    drawn = uuid.uuid4().hex[:12]
-    replace_durably(path, json.dumps({"id": drawn}).encode())
-    return drawn
+    kept = RunFolder(run_dir).wandb_id()
+    if kept is None:
+        kept = uuid.uuid4().hex[:12]
+        replace_durably(run_dir / "wandb.json", json.dumps({"id": kept}).encode())
+    return kept
 
 
 def _reachable(url: str) -> bool:

@@ -1,0 +1,150 @@
+"""A run goes on from a checkpoint of its own only: one that does not fit is refused, and says in what."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+
+from xlstm_lm.parallel.process_group import World
+from xlstm_lm.runs.checkpoint import MOMENTS, Checkpoint, find_checkpoint, newest_checkpoint, write_checkpoint
+from xlstm_lm.runs.fit import Wanted, check_fit
+
+ALONE = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
+SHAPES = {"embedding.weight": (7, 4), "norm.weight": (4,)}
+MODEL = {"family": "xlstm", "embedding_dim": 4, "num_heads": 2, "mlstm_backend": "auto"}
+WANTED = Wanted(MODEL | {"a_new_field": 1}, SHAPES, lanes=3)
+STATE = {
+    "step": 5,
+    "tokens": 60,
+    "optimizer_steps": 5,
+    "skipped_steps": 0,
+    "skipped_in_a_row": 0,
+    "elapsed_seconds": 2.5,
+    "data": {str(lane): {"offset": 0} for lane in range(3)},
+    "data_fingerprint": {"seed": 0},
+    "processes": 1,
+}
+
+
+def write(run_dir: Path, state=STATE, model=MODEL, with_moments=True) -> Path:
+    moments = ((f"{name}.{key}", torch.zeros(shape)) for name, shape in SHAPES.items() for key in MOMENTS)
+    return write_checkpoint(
+        run_dir,
+        world=ALONE,
+        state=state,
+        sizes={name: torch.Size(shape).numel() for name, shape in SHAPES.items()},
+        weights=((name, torch.ones(shape)) for name, shape in SHAPES.items()),
+        moments=moments if with_moments else None,
+        config_yaml=yaml.safe_dump({"model": model}),
+        save_tokenizer=lambda folder: folder.mkdir(),
+        keep=9,
+    )
+
+
+def sign(folder: Path) -> None:
+    """Write a manifest that calls the files intact as they are now."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    contents = {name: (folder / name).read_bytes() for name in manifest["files"] if (folder / name).exists()}
+    manifest["files"] = {name: {"size": len(each), "crc32": zlib.crc32(each)} for name, each in contents.items()}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+def edit_tensor(folder: Path, stem: str, name: str, change) -> None:
+    tensors = load_file(folder / f"{stem}.safetensors")
+    tensors[name] = change(tensors[name]).contiguous()
+    save_file(tensors, folder / f"{stem}.safetensors")
+
+
+def edit_state(folder: Path, **changes) -> None:
+    state = {name: value for name, value in (STATE | changes).items() if value is not None}
+    (folder / "state.json").write_text(json.dumps(state))
+
+
+def test_one_that_fits_is_taken(tmp_path):
+    check_fit(Checkpoint(write(tmp_path)), WANTED)
+    pinned = MODEL | {"mlstm_backend": "triton"}  # how it is computed, not what
+    check_fit(Checkpoint(write(tmp_path / "other", model=pinned)), WANTED)
+    imported = {"step": 0, "imported_from": "/elsewhere", "tokenizer_fingerprint": "x"}
+    check_fit(Checkpoint(write(tmp_path / "imported", imported, with_moments=False)), WANTED)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda folder: edit_tensor(folder, "model", "embedding.weight", lambda weight: weight[:, :3]),
+            r"model.safetensors: embedding.weight: F32 \(7, 3\) there, F32 \(7, 4\) now",
+        ),
+        (
+            lambda folder: edit_tensor(folder, "model", "norm.weight", torch.Tensor.bfloat16),
+            r"norm.weight: BF16 \(4,\) there, F32 \(4,\) now",
+        ),
+        (
+            lambda folder: edit_tensor(folder, "optimizer", "norm.weight.exp_avg_sq", lambda moment: moment[:2]),
+            r"optimizer.safetensors: norm.weight.exp_avg_sq: F32 \(2,\) there, F32 \(4,\) now",
+        ),
+        (
+            lambda folder: save_file({"other": torch.ones(2)}, folder / "optimizer.safetensors"),
+            r"optimizer.safetensors: embedding.weight.exp_avg: absent there(.|\n)*2 more tensors",
+        ),
+        (lambda folder: edit_state(folder, tokens=None), r"state.json is damaged: it has no 'tokens'"),
+        (lambda folder: edit_state(folder, tokens="many"), r"state.json is damaged: its 'tokens' is 'many'"),
+        (lambda folder: edit_state(folder, tokens=-1), r"state.json: tokens is -1"),
+        (lambda folder: edit_state(folder, data={"0": {}, "1": {}}), r"lanes 0, 1 there, of 0 to 2 now"),
+        (lambda folder: edit_state(folder, data=dict.fromkeys("012", 3)), r"a lane that is no object"),
+        (
+            lambda folder: (folder / "state.json").write_text('{"data": {"0": {}, "0": {}}, "step": 5}'),
+            r"state.json is damaged: it has the key '0' twice",
+        ),
+        (lambda folder: edit_state(folder, processes=2), r"random_rank0001.pt: absent, of 2 processes"),
+        (lambda folder: (folder / "random_rank0000.pt").write_bytes(b"PK"), r"random_rank0000.pt: it cannot be read"),
+        (
+            lambda folder: (folder / "config.yaml").write_text(yaml.safe_dump({"model": MODEL | {"num_heads": 1}})),
+            r"config.yaml: model.num_heads: 1 there, 2 now",
+        ),
+        (lambda folder: (folder / "config.yaml").write_text(""), r"config.yaml holds NoneType.* Restore it"),
+    ],
+)
+def test_one_that_does_not_fit_is_refused_by_name(change, message, tmp_path):
+    folder = write(tmp_path)
+    change(folder)
+    sign(folder)
+    before = torch.random.get_rng_state()
+    with pytest.raises(ValueError, match=message) as refused:
+        check_fit(Checkpoint(folder), WANTED)
+    assert str(folder) in str(refused.value)
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_one_under_the_number_of_another_step_is_refused(tmp_path):
+    folder = write(tmp_path)
+    renamed = folder.rename(folder.with_name("step_00000009"))
+    with pytest.raises(ValueError, match=r"It holds the checkpoint of step 5, by its state.json"):
+        check_fit(Checkpoint(renamed), WANTED)
+    with pytest.raises(ValueError, match=r"step_00000009 holds the checkpoint of step 5"):
+        find_checkpoint(tmp_path)
+    check_fit(Checkpoint(find_checkpoint(renamed.rename(tmp_path / "best"))), WANTED)  # under a name without a number
+
+
+@pytest.mark.parametrize(
+    ("manifest", "problem"),
+    [
+        ('{"format": 1, "step": 5, "files": []}', "its 'files' is []"),
+        ('{"format": "1"}', "its 'format' is '1'"),
+        ('{"format": 1, "step": 5, "files": {}}', "it does not name state.json"),
+        ('{"format": 1, "step": 5, "files": {"state.json": 3, "config.yaml": {}}}', "no size and checksum of state"),
+        ("", "it is empty"),
+        ("[1]", "it holds [1]"),
+    ],
+)
+def test_a_damaged_manifest_is_named_and_the_checkpoint_before_it_taken(manifest, problem, tmp_path, caplog):
+    good, bad = write(tmp_path, STATE | {"step": 4}), write(tmp_path)
+    (bad / "manifest.json").write_text(manifest)
+    assert newest_checkpoint(tmp_path) == good
+    assert f"{bad}/manifest.json is damaged: " in caplog.text and problem in caplog.text

@@ -1,0 +1,133 @@
+"""JSON files, read with one message on damage: which file, what is wrong with it, and what to do."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import NoneType
+from typing import Any
+
+Fields = Mapping[str, type | tuple[type, ...]]
+"""Keys that an object must have, and the types that their values may have."""
+NUMBER = (int, float)
+NUMBER_OR_NULL = (int, float, NoneType)
+RESTORE = "Restore it from a copy."
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of a file of JSON lines."""
+
+    number: int
+    """From 1."""
+    text: str
+    value: dict[str, Any]
+    """Empty where there is a problem."""
+    problem: str
+    """What is wrong with it; empty if nothing is."""
+
+
+def read_json(
+    path: Path, fields: Fields | None = None, remedy: str = RESTORE, repeated_keys: bool = False
+) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Args:
+        path: the file.
+        fields: keys that it must have, with their types.
+        remedy: a sentence for the user, at the end of the message.
+        repeated_keys: whether a key may stand twice, as JSON of others may have it; the last one counts.
+
+    Raises:
+        ValueError: the file is missing, empty, cut short or otherwise damaged, or has no such object; names the file.
+    """
+    try:
+        value = _parse(path.read_bytes(), fields or {}, repeated_keys)
+    except FileNotFoundError:
+        raise ValueError(f"{path} is missing. {remedy}") from None
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}. {remedy}") from None
+    return value
+
+
+def read_json_lines(path: Path, fields: Fields | None = None, remedy: str = RESTORE) -> list[dict[str, Any]]:
+    """The objects in a file of JSON lines; see `json_lines` for a last line that was never finished.
+
+    Raises:
+        ValueError: the file is missing, or a line is damaged or has no such object; names file and line.
+    """
+    lines = json_lines(path, fields or {}, remedy)
+    for line in lines:
+        if line.problem:
+            raise ValueError(f"{path}, line {line.number}, is damaged: {line.problem}. {remedy}")
+    return [line.value for line in lines]
+
+
+def json_lines(path: Path, fields: Fields, remedy: str = RESTORE) -> list[Line]:
+    """The lines of a file of JSON lines, each with what is wrong with it, blank ones left out.
+
+    A damaged last line without its line feed was being written when the writer was killed; it is left out, too.
+
+    Raises:
+        ValueError: the file is missing.
+    """
+    try:
+        contents = path.read_bytes().split(b"\n")
+    except FileNotFoundError:
+        raise ValueError(f"{path} is missing. {remedy}") from None
+    lines = []
+    for number, content in enumerate(contents, start=1):
+        if not content.strip():
+            continue
+        value, problem = {}, ""
+        try:
+            value = _parse(content, fields)
+        except ValueError as error:
+            problem = str(error)
+        if problem and number == len(contents):
+            break
+        lines.append(Line(number, content.decode("utf-8", errors="replace"), value, problem))
+    return lines
+
+
+def _parse(content: bytes, fields: Fields, repeated_keys: bool = False) -> dict[str, Any]:
+    """The object that a JSON text stands for.
+
+    Raises:
+        ValueError: it is no JSON, or no such object; says why, without a full stop.
+    """
+    if not content.strip(b"\0 \t\r\n"):
+        raise ValueError("it is empty")
+    try:
+        value = json.loads(content.decode("utf-8-sig"), object_pairs_hook=dict if repeated_keys else _object)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"it is no UTF-8 text ({error.reason} at byte {error.start})") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"it is no JSON ({error})") from None
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"it holds {_shown(value)}, which is no object with keys")
+    for name, types in fields.items():
+        if name not in value:
+            raise ValueError(f"it has no {name!r}")
+        if not isinstance(value[name], types) or isinstance(value[name], bool):
+            raise ValueError(f"its {name!r} is {_shown(value[name])}")
+    return value
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """What `json` makes of an object, but of one that has each key once."""
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"it has the key {twice!r} twice")
+    return made
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

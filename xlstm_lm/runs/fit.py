@@ -1,0 +1,122 @@
+"""Whether an intact checkpoint is one of the run that shall go on from it, before anything of the run is changed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from xlstm_lm.base.read_files import NUMBER, Fields, read_json
+from xlstm_lm.base.tensor_files import tensor_files, tensor_forms
+from xlstm_lm.runs.checkpoint import MOMENTS, Checkpoint, misnamed
+from xlstm_lm.runs.folder import RunFolder
+from xlstm_lm.runs.random_state import random_state_bytes, restore_random_state
+from xlstm_lm.runs.run_folder import differing_fields
+
+FLOAT32 = "F32"
+IMPORTED_STATE: Fields = {"step": int, "imported_from": str, "tokenizer_fingerprint": str}
+STATE: Fields = {
+    "step": int,
+    "tokens": int,
+    "optimizer_steps": int,
+    "skipped_steps": int,
+    "skipped_in_a_row": int,
+    "elapsed_seconds": NUMBER,
+    "data": dict,
+    "data_fingerprint": dict,
+    "processes": int,
+}
+SHOWN = 3
+"""Tensors that a message names."""
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """The run that a checkpoint must fit."""
+
+    model: dict[str, Any]
+    """The model section of its configuration."""
+    shapes: Mapping[str, tuple[int, ...]]
+    """The shape of each parameter."""
+    lanes: int
+    """Rows of the global batch."""
+
+
+def check_fit(checkpoint: Checkpoint, wanted: Wanted) -> None:
+    """Refuse a checkpoint that is not of this run. Reads the heads of its tensors, not the tensors.
+
+    Looked at are its step against the folder's name, its own config.yaml, the numbers of its state, its lanes of data,
+    its random states, and name, type and shape of every weight and moment. An imported model has weights alone.
+
+    Raises:
+        ValueError: names the folder, all that does not fit, and what to do.
+    """
+    folder = checkpoint.folder
+    fields = IMPORTED_STATE if checkpoint.is_imported else STATE
+    take_away = f"Move {folder} away to continue from another checkpoint"
+    read_json(folder / "state.json", fields, f"{take_away}.")
+    problems = [f"It {problem}"] if (problem := misnamed(checkpoint)) else []
+    problems += _other_configuration(checkpoint, wanted)
+    problems += _other_tensors(checkpoint, "model", {name: tuple(shape) for name, shape in wanted.shapes.items()})
+    if not checkpoint.is_imported:
+        moments = {f"{name}.{key}": tuple(shape) for name, shape in wanted.shapes.items() for key in MOMENTS}
+        problems += _other_tensors(checkpoint, "optimizer", moments)
+        problems += _other_state(checkpoint, wanted.lanes)
+        problems += _damaged_random_states(checkpoint)
+    if problems:
+        raise ValueError(
+            f"{folder} does not fit this run:\n"
+            + "\n".join(f"  {problem}" for problem in problems)
+            + f"\n{take_away}, or choose another training.run_dir for a new run. Nothing has been changed."
+        )
+
+
+def _other_configuration(checkpoint: Checkpoint, wanted: Wanted) -> list[str]:
+    """The fields of the checkpoint's own model section that differ, those aside that do not change what is computed."""
+    there = RunFolder(checkpoint.folder).config()["model"]
+    now = {name: value for name, value in wanted.model.items() if name in there}  # of new fields it says nothing
+    return [f"config.yaml: {line.strip()}" for line in differing_fields({"model": there}, {"model": now})]
+
+
+def _other_tensors(checkpoint: Checkpoint, stem: str, shapes: dict[str, tuple[int, ...]]) -> list[str]:
+    forms = tensor_forms(tensor_files(checkpoint.folder, stem))
+    wanted = {name: (FLOAT32, shape) for name, shape in shapes.items()}
+    different = [name for name in [*wanted, *sorted(forms.keys() - wanted)] if forms.get(name) != wanted.get(name)]
+    lines = [f"{name}: {_form(forms.get(name))} there, {_form(wanted.get(name))} now" for name in different[:SHOWN]]
+    more = [f"{len(different) - SHOWN} more tensors"] if len(different) > SHOWN else []
+    return [f"{stem}.safetensors: {line}" for line in lines + more]
+
+
+def _form(form: tuple[str, tuple[int, ...]] | None) -> str:
+    return "absent" if form is None else f"{form[0]} {form[1]}"
+
+
+def _other_state(checkpoint: Checkpoint, lanes: int) -> list[str]:
+    state = checkpoint.state
+    counts = [name for name, types in STATE.items() if types is not dict]
+    problems = [f"state.json: {name} is {state[name]}" for name in counts if not state[name] >= 0]
+    if state["data"].keys() != {str(lane) for lane in range(lanes)}:
+        there = ", ".join(state["data"]) or "none"
+        problems.append(f"state.json: data of the lanes {there} there, of 0 to {lanes - 1} now")
+    elif not all(isinstance(lane, dict) for lane in state["data"].values()):
+        problems.append("state.json: data has a lane that is no object")
+    return problems
+
+
+def _damaged_random_states(checkpoint: Checkpoint) -> list[str]:
+    """The files of random states that are missing or cannot be restored; found out by restoring each."""
+    problems = []
+    before = random_state_bytes()
+    for rank in range(checkpoint.state["processes"]):
+        content = checkpoint.random_state(rank)
+        name = f"random_rank{rank:04}.pt"
+        if content is None:
+            problems.append(f"{name}: absent, of {checkpoint.state['processes']} processes by state.json")
+            break
+        try:
+            restore_random_state(content)
+        except Exception as error:  # whatever torch makes of bytes
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0].split(". ")[0]
+            problems.append(f"{name}: it cannot be read ({reason})")
+    restore_random_state(before)
+    return problems

@@ -95,6 +95,11 @@ def _read_hub_folder(folder: Path) -> StoredModel:
     model_type = values["model_type"]
     if model_type not in MODEL_TYPES:
         raise ValueError(f"{path} has model_type {model_type!r}; known are {', '.join(MODEL_TYPES)}.")
+    if values.get("quantization_config"):
+        raise ValueError(
+            f"{path} has a quantization_config; quantized weights cannot be read. Give the folder of the model before "
+            "quantization."
+        )
     tensors = _all_tensors(tensor_files(folder))
     return _convert(folder, folder, MODEL_TYPES[model_type], values, tensors)
 

@@ -193,9 +193,8 @@ def _write(
     for name, token in special.items():
         setattr(config, name, token)
     config.save_pretrained(folder)
-    # A head may have more rows than there are tokens, so that its size suits the machine.
-    beyond = list(range(tokenizer.vocab_size, model.config.vocab_size)) or None
-    GenerationConfig(**special, suppress_tokens=beyond, use_cache=True).save_pretrained(folder)
+    # Padded rows of the head are not suppressed: a token that is added to the tokenizer takes one of them.
+    GenerationConfig(**special, use_cache=True).save_pretrained(folder)
     writer = TensorWriter("model", sizes, lambda name, content: write_durably(folder / name, content), shard_bytes)
     for name, tensor in export_format.convert(model.config, model.named_parameters()):
         writer.add(name, tensor)

@@ -19,6 +19,7 @@ from xlstm_lm.base.durable_files import write_durably
 from xlstm_lm.base.tensor_files import SHARD_BYTES, TensorWriter
 from xlstm_lm.data import Tokenizer
 from xlstm_lm.hub.baseline_formats import BASELINE_FORMAT
+from xlstm_lm.hub.card_metadata import CardOptions
 from xlstm_lm.hub.export_format import ExportFormat, converted_sizes
 from xlstm_lm.hub.gate import ask, check
 from xlstm_lm.hub.load import TrainedModel, load
@@ -58,12 +59,14 @@ def export(
     format_name: str | None = None,
     shard_bytes: int = SHARD_BYTES,
     repository: str | None = None,
+    card: CardOptions | None = None,
 ) -> Exported:
     """Export a run (at `step`, or its newest checkpoint) or whatever else `load` reads, to a new folder.
 
     What the trained model says is recorded first. A fresh process then has to get the same from what was written,
     before it is moved to `out`: logits of batches at several lengths, greedy texts and, unless the format ignores
-    padding, a batch padded on the left. By then this process has let go of the model.
+    padding, a batch padded on the left. By then this process has let go of the model. `card` adds to the model card
+    what the run does not tell, the license above all.
 
     Raises:
         ValueError: `out` is not empty, there is no such model or step, the format cannot hold it, or the export differs
@@ -80,7 +83,7 @@ def export(
         question = Path(place) / "question"
         ask(trained.model, tokenizer, export_format, question)
         _write(trained, tokenizer, export_format, partial, shard_bytes)
-        model_config, folder = trained.model.config, trained.folder
+        model_config, folder, num_tokens = trained.model.config, trained.folder, tokenizer.vocab_size
         del trained
         difference = check(partial, question)["difference"]
         run_dir, step = _origin(folder)
@@ -92,12 +95,18 @@ def export(
             run_dir=run_dir,
             step=step,
             difference=difference,
+            num_tokens=num_tokens,
+            options=card or CardOptions(),
         )
     return Exported(out, export_format, difference, push(out, repository) if repository else None)
 
 
 def save_export(
-    trained: TrainedModel, out: str | Path, format_name: str | None = None, shard_bytes: int = SHARD_BYTES
+    trained: TrainedModel,
+    out: str | Path,
+    format_name: str | None = None,
+    shard_bytes: int = SHARD_BYTES,
+    card: CardOptions | None = None,
 ) -> Path:
     """Write a model in memory as `export` does, but without the comparison in a fresh process.
 
@@ -119,6 +128,8 @@ def save_export(
             run_dir=run_dir,
             step=step,
             difference=None,
+            num_tokens=tokenizer.vocab_size,
+            options=card or CardOptions(),
         )
     return out
 

@@ -142,12 +142,14 @@ def _tuning(model_config: Any, export_format: ExportFormat, num_tokens: int) -> 
     notes, padded = [], model_config.vocab_size - num_tokens
     targets = lora_targets(model_config, export_format.name)
     if targets:
-        fields = "".join(f"\n    {field}={value!r}," for field, value in targets.items())
+        fields = "".join(f"\n    {field}={json.dumps(value)}," for field, value in targets.items())
         notes.append(
             "PEFT has no default targets for this type of model. These reach everything but embedding, norms and "
             f"convolutions:\n\n```python\nfrom peft import LoraConfig\n\nconfig = LoraConfig(\n    r=16,\n"
             f'    task_type="CAUSAL_LM",{fields}\n)\n```'
         )
+    if "modules_to_save" in targets:
+        notes.append("The sLSTM's matrices have more dimensions than PEFT adapts; its mixers are trained in full.")
     if export_format.write_code:
         notes.append(
             "Rows packed from several documents, as by TRL's `packing=True` and transformers' "

@@ -301,6 +301,9 @@ def test_what_is_saved_after_tuning_is_a_model_of_ours_again(tmp_path):
         loaded.model.blocks[0].mixer.gates.bias += 1
     loaded.save_pretrained(tmp_path / "tuned")
     assert "auto_map" not in json.loads((tmp_path / "tuned" / "config.json").read_text()), "it has no code beside it"
+    for folder in ("export", "tuned"):  # transformers serve and TRL look this name up in the transformers package
+        (name,) = json.loads((tmp_path / folder / "config.json").read_text())["architectures"]
+        assert getattr(transformers, name) is transformers.AutoModelForCausalLM
     tokens_BT = random_tokens(1, 9)
     torch.testing.assert_close(hub.load(tmp_path / "tuned")(tokens_BT), loaded(tokens_BT).logits)
 

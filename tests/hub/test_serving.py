@@ -12,16 +12,25 @@ import time
 
 import pytest
 import transformers
+import transformers.utils
 from fetched import installed
-from lively import make_trained
+from lively import STOCK, make_trained
 
 from xlstm_lm import hub
+
+transformers.utils.is_xlstm_available = lambda: False
 
 TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}assistant:"
 )
 MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello é"}]
 NEW_TOKENS = 24
+SERVER = """
+import transformers.utils
+transformers.utils.is_xlstm_available = lambda: False  # else it would run the xlstm package's kernels
+from transformers.cli.transformers import main
+main()
+"""
 CLIENT = """
 import json, sys, openai
 address, model, messages = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
@@ -46,10 +55,11 @@ def wait_until_open(port: int, server: subprocess.Popen) -> None:
 
 
 @pytest.mark.slow
-def test_chat_completions_whole_and_streamed(tmp_path):
+@pytest.mark.parametrize("changes", [{}, STOCK], ids=["xlstm_lm", "transformers"])
+def test_chat_completions_whole_and_streamed(tmp_path, changes):
     packages = installed("openai", "uvicorn", "fastapi")
     folder = tmp_path / "export"
-    hub.save_export(make_trained(tmp_path / "source"), folder)
+    hub.save_export(make_trained(tmp_path / "source", **changes), folder)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     tokenizer.chat_template = TEMPLATE
     tokenizer.save_pretrained(folder)
@@ -68,7 +78,7 @@ def test_chat_completions_whole_and_streamed(tmp_path):
         "CUDA_VISIBLE_DEVICES": "",
     }
     place = ["--host", "127.0.0.1", "--port", str(port), "--device", "cpu"]
-    serve = [sys.executable, "-m", "transformers.cli.transformers", "serve", str(folder), "--trust-remote-code", *place]
+    serve = [sys.executable, "-c", SERVER, "serve", str(folder), "--trust-remote-code", *place]
     client = [sys.executable, "-c", CLIENT, f"http://127.0.0.1:{port}/v1", str(folder)]
     with (tmp_path / "server.log").open("w") as log:
         server = subprocess.Popen(serve, stdout=log, stderr=subprocess.STDOUT, env=environment, cwd=tmp_path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import torch
@@ -179,6 +180,36 @@ def test_quantized_weights_are_refused(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(values))
     save_file(tensors, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match=r"config.json has a quantization_config; quantized weights cannot be read"):
+        read_model(tmp_path)
+
+
+def test_an_adapter_is_not_passed_over(tmp_path):
+    """transformers puts it on the model in the same folder, or on the one that it names."""
+    values, tensors = theirs_of("llama")
+    (tmp_path / "adapter_config.json").write_text("{}")
+    for _ in range(2):
+        with pytest.raises(ValueError, match="holds a PEFT adapter.* Merge the two with PEFT's merge_and_unload"):
+            read_model(tmp_path)
+        (tmp_path / "config.json").write_text(json.dumps(values))
+        save_file(tensors, tmp_path / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("mamba2", {"time_step_limit": [{"float": "Infinity"}, 1]}),
+        ("mamba2", {"time_step_limit": 3}),
+        ("llama", {"layer_types": 7}),
+        ("llama", {"num_attention_heads": "many"}),
+        ("llama", {"num_attention_heads": 5}),
+        ("llama", {"model_type": ["llama"]}),
+    ],
+)
+def test_a_value_of_the_wrong_kind_names_the_folder(tmp_path, name, changes):
+    values, tensors = theirs_of(name)
+    (tmp_path / "config.json").write_text(json.dumps(values | changes))
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=re.escape(str(tmp_path))):
         read_model(tmp_path)
 
 

@@ -105,6 +105,21 @@ def _make_parser(with_fields: bool) -> _Parser:
         "--shard-size", default="4GiB", metavar="SIZE", help="Largest file of weights, such as 500MB. Default: 4GiB."
     )
     export.add_argument("--push", metavar="REPO", help="Also put it on the Hugging Face hub, as somebody/my-model.")
+    export.add_argument(
+        "--license", metavar="NAME", help="Of the weights, for the model card: apache-2.0, cc-by-4.0, ... or other."
+    )
+    export.add_argument(
+        "--license-name", metavar="NAME", help="With --license other: its name, such as my-license-1.0."
+    )
+    export.add_argument("--license-link", metavar="URL", help="With --license other: where its text is.")
+    export.add_argument(
+        "--language", nargs="+", default=[], metavar="CODE", help="Of the training data, as ISO 639 codes: en de."
+    )
+    export.add_argument(
+        "--base-model",
+        metavar="REPO",
+        help="Id on the hub of the model that was tuned. Default: the one that the run was imported from.",
+    )
 
     importing = command("import", _import, "Make a run of a model from elsewhere, to train it on.")
     importing.add_argument(
@@ -217,8 +232,16 @@ def _generate(options: argparse.Namespace) -> None:
 
 def _export(options: argparse.Namespace) -> None:
     from xlstm_lm import hub
+    from xlstm_lm.hub.card_metadata import CardOptions
     from xlstm_lm.hub.export import parse_size
 
+    card = CardOptions(
+        license=options.license,
+        license_name=options.license_name,
+        license_link=options.license_link,
+        languages=tuple(options.language),
+        base_model=options.base_model,
+    )
     exported = hub.export(
         options.source,
         options.out,
@@ -226,12 +249,15 @@ def _export(options: argparse.Namespace) -> None:
         format_name=options.format,
         shard_bytes=parse_size(options.shard_size),
         repository=options.push,
+        card=card,
     )
     form = exported.export_format
     print(f"Wrote {exported.folder} in the format {form.name}, which suits {form.suits}.")
     for limit in form.limits:
         print(f"  {limit}")
     print(f"A fresh process gave the trained model's logits (largest difference {exported.difference:.1e}) and texts.")
+    if not card.license:
+        print("The model card names no license of the weights; --license adds one (apache-2.0, cc-by-4.0, ...).")
     if exported.address:
         print(f"Pushed to {exported.address}")
     print(f"Try it:  xlstm-lm generate --model {shlex.quote(str(exported.folder))} --prompt 'def '")

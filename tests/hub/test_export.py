@@ -134,16 +134,37 @@ def test_large_weights_come_in_shards_with_an_index(tmp_path, format_name):
         assert torch.equal(hub.load(tmp_path / "export")(tokens_BT), trained(tokens_BT))
 
 
-def test_a_head_with_more_rows_than_tokens_never_draws_one_of_them(tmp_path):
-    trained = make_trained(tmp_path / "source")
-    with torch.no_grad():
-        trained.model.head.weight[257:] *= 10
-    hub.save_export(trained, tmp_path / "export")
-    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "export")
-    prompt = random_tokens(1, 5)
-    assert loaded(prompt).logits[0, -1].argmax() >= 257
-    assert loaded.generate(prompt, max_new_tokens=30, do_sample=False).max() <= 256
-    assert loaded.generation_config.eos_token_id == 256
+@pytest.mark.parametrize("changes", [{}, STOCK], ids=["xlstm_lm", "transformers"])
+@pytest.mark.parametrize(
+    ("added", "resized"), [(1, None), (4, None), (4, 261), (2, 259), (6, 263), (6, 320)], ids=lambda value: str(value)
+)
+def test_tokens_added_to_an_export_take_padded_rows_and_can_be_generated(tmp_path, changes, added, resized):
+    hub.save_export(make_trained(tmp_path / "source", **changes), tmp_path / "export")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "export")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "export")
+    names = [f"<|new{number}|>" for number in range(added)]
+    tokenizer.add_tokens(names, special_tokens=True)
+    if resized:
+        model.resize_token_embeddings(resized)
+    prompt = torch.tensor([[256, 65]])
+    for folder in (None, tmp_path / "tuned"):
+        if folder:
+            model.save_pretrained(folder)
+            model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+        for name in names:
+            token = tokenizer.convert_tokens_to_ids(name)
+            with torch.no_grad():  # as if tuned to write nothing else
+                hidden = model.base_model(prompt).last_hidden_state[0, -1]
+                model.lm_head.weight.zero_()
+                model.lm_head.weight[token] = hidden
+            assert model.generate(prompt, max_new_tokens=3, do_sample=False, eos_token_id=token)[0, 2] == token
+
+
+def test_an_id_beyond_the_tokens_decodes_to_nothing(tmp_path):
+    hub.save_export(make_trained(tmp_path / "source"), tmp_path / "export")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "export")
+    assert tokenizer.decode([104, 260, 105]) == "hi"
+    assert transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "export").generation_config.eos_token_id == 256
 
 
 def test_stock_tokenizers_make_of_a_text_what_training_made_of_a_document(tmp_path):
@@ -280,6 +301,9 @@ def test_what_is_saved_after_tuning_is_a_model_of_ours_again(tmp_path):
         loaded.model.blocks[0].mixer.gates.bias += 1
     loaded.save_pretrained(tmp_path / "tuned")
     assert "auto_map" not in json.loads((tmp_path / "tuned" / "config.json").read_text()), "it has no code beside it"
+    for folder in ("export", "tuned"):  # transformers serve and TRL look this name up in the transformers package
+        (name,) = json.loads((tmp_path / folder / "config.json").read_text())["architectures"]
+        assert getattr(transformers, name) is transformers.AutoModelForCausalLM
     tokens_BT = random_tokens(1, 9)
     torch.testing.assert_close(hub.load(tmp_path / "tuned")(tokens_BT), loaded(tokens_BT).logits)
 

@@ -27,7 +27,7 @@ from xlstm_lm.base.lease import LEASE_FILE, FolderLease
 
 RUN_NAMES = (
     "config.yaml metrics.jsonl superseded.jsonl samples.jsonl environment.json learning_curve.png checkpoints wandb "
-    f"wandb.json model.yaml tokenizer {LEASE_FILE}"
+    f"wandb.json model.yaml tokenizer imported.json {LEASE_FILE}"
 ).split()
 """Names in a run's folder that the run writes itself."""
 STRAY_FILES = (

@@ -33,6 +33,10 @@ class Type:
     """Rows of each of those, where they are not all the same, for our configuration and name."""
     make_config: Callable[[Any], Any]
     """Their configuration for ours."""
+    tied_by_default: bool
+    """Whether the head of a folder from the type's first releases is tied where `tie_word_embeddings` is missing."""
+    foreign: Callable[[dict[str, Any]], dict[str, Any]]
+    """Fields of a `config.json` that change the computation -> true where ours cannot compute their value."""
     read_config: Callable[[dict[str, Any], Weights, bool], Any]
     """Ours for the values of theirs and our weights, the head being tied or not."""
 
@@ -57,26 +61,49 @@ def _llama_config(config: TransformerConfig) -> Any:
 
 def _from_llama(values: dict[str, Any], weights: Weights, tied: bool) -> TransformerConfig:
     width = weights["embedding.weight"].shape[1]
-    rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
-    unknown = {
-        "hidden_act": values.get("hidden_act", "silu") != "silu",
-        "rope_parameters": rope.get("rope_type", "default") != "default",
-        "head_dim": (values.get("head_dim") or 0) * values["num_attention_heads"] not in (0, width),
-        "attention_bias": values.get("attention_bias"),
-        "mlp_bias": values.get("mlp_bias"),
-    }
-    _refuse("Llama", values, unknown)
+    num_heads = values.get("num_attention_heads", 32)
+    _refuse("Llama", values, {"head_dim": (values.get("head_dim") or 0) * num_heads not in (0, width)})
+    rope = values.get("rope_scaling") or values.get("rope_parameters") or {}
     return TransformerConfig(
         vocab_size=weights["embedding.weight"].shape[0],
         embedding_dim=width,
         num_blocks=count_blocks(weights, r"blocks\.(\d+)\."),
-        num_heads=values["num_attention_heads"],
+        num_heads=num_heads,
         num_key_value_heads=values.get("num_key_value_heads"),
         feedforward_dim=weights["blocks.0.feedforward.down.weight"].shape[1],
-        rope_theta=rope.get("rope_theta", values.get("rope_theta", 10000.0)),
+        rope_theta=rope.get("rope_theta") or values.get("rope_theta") or 10000.0,
         norm_eps=values.get("rms_norm_eps", 1e-6),
         tie_embeddings=tied,
     )
+
+
+def _foreign_to_llama(values: dict[str, Any]) -> dict[str, Any]:
+    layers = values.get("layer_types") or []
+    return {
+        "hidden_act": values.get("hidden_act", "silu") not in _SILU,
+        "attention_bias": values.get("attention_bias"),
+        "mlp_bias": values.get("mlp_bias"),
+        "rope_parameters": not _is_plain_rope(values.get("rope_parameters") or {}),
+        "rope_scaling": not _is_plain_rope(values.get("rope_scaling") or {}),  # the same before transformers 5
+        "partial_rotary_factor": values.get("partial_rotary_factor") not in (None, 1),
+        "sliding_window": values.get("sliding_window") and values.get("use_sliding_window", True),
+        "layer_types": any(layer != "full_attention" for layer in layers),
+    }
+
+
+def _is_plain_rope(rope: Any) -> bool:
+    """Whether rotary positions are those of the first Llama: all units turned, positions and wavelengths unscaled.
+
+    Before transformers 4.43 the field `rope_type` was called `type`; folders since then may have both.
+    """
+    if not isinstance(rope, dict):
+        return False
+    kinds = {rope[name] for name in ("rope_type", "type") if rope.get(name) is not None}
+    unscaled = rope.get("factor") in (None, 1)
+    partial = rope.get("partial_rotary_factor") not in (None, 1)
+    if not kinds:
+        return not partial and unscaled and rope.keys() <= {"rope_type", "type", "rope_theta", "factor"}
+    return not partial and (kinds == {"default"} or (kinds == {"linear"} and unscaled))
 
 
 def _mamba_config(config: MambaConfig) -> Any:
@@ -113,18 +140,7 @@ def _from_mamba(version: int) -> Callable[[dict[str, Any], Weights, bool], Mamba
     def read(values: dict[str, Any], weights: Weights, tied: bool) -> MambaConfig:
         width = weights["embedding.weight"].shape[1]
         inner = weights["blocks.0.mixer.out.weight"].shape[1]
-        # transformers writes {"__float__": "Infinity"} for what JSON has no number for.
-        smallest, largest = (
-            float(each["__float__"]) if isinstance(each, dict) else each
-            for each in values.get("time_step_limit") or (0.0, math.inf)
-        )
-        unknown = {
-            "hidden_act": values.get("hidden_act", "silu") != "silu",
-            "use_bias": values.get("use_bias"),
-            "expand": bool(inner % width),
-            "time_step_limit": version == 2 and (smallest > 0 or largest != math.inf),
-        }
-        _refuse(f"Mamba-{version}", values, unknown)
+        _refuse(f"Mamba-{version}", values, {"expand": inner % width})
         of_version = {
             1: {"step_rank": weights[_STEP].shape[1] if _STEP in weights else None},
             2: {"head_dim": values.get("head_dim", 64), "num_groups": values.get("n_groups", 8)},
@@ -146,6 +162,23 @@ def _from_mamba(version: int) -> Callable[[dict[str, Any], Weights, bool], Mamba
 
 
 _STEP = "blocks.0.mixer.step.weight"
+_SILU = ("silu", "swish")  # two names for one function
+
+
+def _foreign_to_mamba(values: dict[str, Any]) -> dict[str, Any]:
+    # transformers writes {"__float__": "Infinity"} for what JSON has no number for.
+    smallest, largest = (
+        float(each["__float__"]) if isinstance(each, dict) else each
+        for each in values.get("time_step_limit") or (0.0, math.inf)
+    )
+    return {
+        "hidden_act": values.get("hidden_act", "silu") not in _SILU,
+        "use_bias": values.get("use_bias"),
+        "use_conv_bias": not values.get("use_conv_bias", True),
+        # Of Mamba-2 alone. (norm_before_gate, true in every folder of 2024, is ignored by transformers as well.)
+        "time_step_limit": smallest > 0 or largest != math.inf,
+        "rms_norm": not values.get("rms_norm", True),
+    }
 
 
 def _refuse(name: str, values: dict[str, Any], unknown: dict[str, Any]) -> None:
@@ -191,6 +224,8 @@ LLAMA = Type(
     },
     sizes=_llama_sizes,
     make_config=_llama_config,
+    tied_by_default=False,
+    foreign=_foreign_to_llama,
     read_config=_from_llama,
 )
 MAMBA1 = Type(
@@ -205,6 +240,8 @@ MAMBA1 = Type(
     },
     sizes=lambda config, name: None,
     make_config=_mamba_config,
+    tied_by_default=True,
+    foreign=lambda values: _foreign_to_mamba(values | {"time_step_limit": None}),
     read_config=_from_mamba(1),
 )
 MAMBA2 = Type(
@@ -214,6 +251,8 @@ MAMBA2 = Type(
     block=_MAMBA_BLOCK | {"mixer.step_bias": ("mixer.dt_bias",), "mixer.norm_weight": ("mixer.norm.weight",)},
     sizes=lambda config, name: None,
     make_config=_mamba_config,
+    tied_by_default=False,
+    foreign=_foreign_to_mamba,
     read_config=_from_mamba(2),
 )
 
@@ -246,13 +285,15 @@ def reader(theirs: Type) -> Callable[[dict[str, Any], Weights], tuple[Any, Weigh
     tensors are missing or left over, all named, or the configuration asks for what we do not have."""
 
     def read(values: dict[str, Any], tensors: Weights) -> tuple[Any, Weights]:
+        _refuse(theirs.name, values, theirs.foreign(values))
         num_blocks = count_blocks(tensors, theirs.prefix.replace(".", r"\.") + r"(\d+)\.")
         wanted = {ours: (name,) for ours, name in theirs.outer.items()}
         for index in range(max(num_blocks, 1)):
             for ours, parts in theirs.block.items():
                 wanted[f"blocks.{index}.{ours}"] = tuple(f"{theirs.prefix}{index}.{part}" for part in parts)
         embedding, head = theirs.outer["embedding.weight"], theirs.outer["head.weight"]
-        tied = is_tied(bool(values.get("tie_word_embeddings")), tensors, embedding, head)
+        flag = values.get("tie_word_embeddings")
+        tied = is_tied(theirs.tied_by_default if flag is None else flag, tensors, embedding, head)
         if tied:
             wanted["head.weight"] = (embedding,)
             tensors = {name: tensor for name, tensor in tensors.items() if name != head}

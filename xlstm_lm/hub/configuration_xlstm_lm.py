@@ -41,3 +41,12 @@ class XLSTMLMConfig(PreTrainedConfig):
     def model_config(self) -> XLSTMConfig:
         """The same model as the rest of xlstm-lm describes it."""
         return XLSTMConfig(**{field.name: getattr(self, field.name) for field in dataclasses.fields(XLSTMConfig)})
+
+    def save_pretrained(self, *arguments: Any, **options: Any) -> Any:
+        """As for every configuration, but `architectures` names the Auto class that finds the model's own.
+
+        `transformers serve` and TRL look for that name in the transformers package, where remote code is not.
+        """
+        auto = {"XLSTMLMModel": "AutoModel", "XLSTMLMForCausalLM": "AutoModelForCausalLM"}
+        self.architectures = [auto.get(name, name) for name in self.architectures or []] or None
+        return super().save_pretrained(*arguments, **options)

@@ -21,6 +21,7 @@ from xlstm_lm.base.paths import user_path
 from xlstm_lm.base.tensor_files import SHARD_BYTES, TensorWriter
 from xlstm_lm.data import Tokenizer
 from xlstm_lm.hub.baseline_formats import BASELINE_FORMAT
+from xlstm_lm.hub.card_metadata import CardOptions
 from xlstm_lm.hub.export_format import ExportFormat, converted_sizes
 from xlstm_lm.hub.gate import ask, check
 from xlstm_lm.hub.load import TrainedModel, load
@@ -60,12 +61,14 @@ def export(
     format_name: str | None = None,
     shard_bytes: int = SHARD_BYTES,
     repository: str | None = None,
+    card: CardOptions | None = None,
 ) -> Exported:
     """Export a run (at `step`, or its newest checkpoint) or whatever else `load` reads, to a new folder.
 
     What the trained model says is recorded first. A fresh process then has to get the same from what was written,
     before it is moved to `out`: logits of batches at several lengths, greedy texts and, unless the format ignores
-    padding, a batch padded on the left. By then this process has let go of the model.
+    padding, a batch padded on the left. By then this process has let go of the model. `card` adds to the model card
+    what the run does not tell, the license above all.
 
     Raises:
         ValueError: `out` is not free for a new folder, there is no such model or step, the format cannot hold it, or
@@ -86,7 +89,7 @@ def export(
         question = Path(place) / "question"
         ask(trained.model, tokenizer, export_format, question)
         _write(trained, tokenizer, export_format, partial, shard_bytes)
-        model_config = trained.model.config
+        model_config, num_tokens = trained.model.config, tokenizer.vocab_size
         del trained
         difference = check(partial, question)["difference"]
         write_model_card(
@@ -97,12 +100,18 @@ def export(
             run_dir=run_dir,
             step=step,
             difference=difference,
+            num_tokens=num_tokens,
+            options=card or CardOptions(),
         )
     return Exported(out, export_format, difference, push(out, repository) if repository else None)
 
 
 def save_export(
-    trained: TrainedModel, out: str | Path, format_name: str | None = None, shard_bytes: int = SHARD_BYTES
+    trained: TrainedModel,
+    out: str | Path,
+    format_name: str | None = None,
+    shard_bytes: int = SHARD_BYTES,
+    card: CardOptions | None = None,
 ) -> Path:
     """Write a model in memory as `export` does, but without the comparison in a fresh process.
 
@@ -124,6 +133,8 @@ def save_export(
             run_dir=run_dir,
             step=step,
             difference=None,
+            num_tokens=tokenizer.vocab_size,
+            options=card or CardOptions(),
         )
     return out
 
@@ -198,9 +209,8 @@ def _write(
     for name, token in special.items():
         setattr(config, name, token)
     config.save_pretrained(folder)
-    # A head may have more rows than there are tokens, so that its size suits the machine.
-    beyond = list(range(tokenizer.vocab_size, model.config.vocab_size)) or None
-    GenerationConfig(**special, suppress_tokens=beyond, use_cache=True).save_pretrained(folder)
+    # Padded rows of the head are not suppressed: a token that is added to the tokenizer takes one of them.
+    GenerationConfig(**special, use_cache=True).save_pretrained(folder)
     writer = TensorWriter("model", sizes, lambda name, content: write_durably(folder / name, content), shard_bytes)
     for name, tensor in export_format.convert(model.config, model.named_parameters()):
         writer.add(name, tensor)

@@ -42,6 +42,8 @@ def main() -> None:
         ids = tokenizer(prompt["text"]).input_ids
         if ids != prompt["ids"]:
             problems.append(f"the tokenizer makes {ids} of {prompt['text']!r} instead of {prompt['ids']}")
+    greedy = {"max_new_tokens": asked["new_tokens"], "do_sample": False}
+    greedy["suppress_tokens"] = asked["padded_rows"] or None
     with torch.inference_mode():
         for name in asked["logits"]:
             tokens = tensors[f"{name}.tokens"]
@@ -55,16 +57,9 @@ def main() -> None:
             logits = model(torch.tensor(rows), attention_mask=mask).logits
             for row, prompt, n in zip(logits, prompts, padding, strict=True):
                 compare(f"{n} padded positions on the left", row[n:], tensors[f"{prompt['name']}.logits"])
-            generated = model.generate(
-                torch.tensor(rows), attention_mask=mask, max_new_tokens=asked["new_tokens"], do_sample=False
-            )[:, longest:]
+            generated = model.generate(torch.tensor(rows), attention_mask=mask, **greedy)[:, longest:]
         else:
-            generated = [
-                model.generate(torch.tensor([p["ids"]]), max_new_tokens=asked["new_tokens"], do_sample=False)[
-                    0, len(p["ids"]) :
-                ]
-                for p in prompts
-            ]
+            generated = [model.generate(torch.tensor([p["ids"]]), **greedy)[0, len(p["ids"]) :] for p in prompts]
     for prompt, tokens in zip(prompts, generated, strict=True):
         pairs = list(zip(tokens.tolist(), prompt["greedy"], prompt["margins"], strict=False))
         wrong = next((index for index, (ours, expected, _) in enumerate(pairs) if ours != expected), None)

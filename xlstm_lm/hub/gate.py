@@ -55,6 +55,7 @@ def ask(model: nn.Module, tokenizer: Tokenizer, export_format: ExportFormat, que
         "texts": texts,
         "logits": [f"length{length}" for length in LENGTHS],
         "new_tokens": NEW_TOKENS,
+        "padded_rows": list(range(vocab_size, model.config.vocab_size)),
         "tolerance": TOLERANCE,
         "leaves_out_padding": export_format.leaves_out_padding,
         "remote_code": export_format.write_code is not None,

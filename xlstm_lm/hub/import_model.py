@@ -3,6 +3,7 @@
 RUN/checkpoints/step_00000000/    weights, tokenizer and the model's section of config.yaml
 RUN/model.yaml                    a recipe of that section and the tokenizer, to be given behind one's own
 RUN/tokenizer/                    where that recipe finds the tokenizer
+RUN/imported.json                 where the weights come from, for the model cards of later exports
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from xlstm_lm.base.paths import user_path
 from xlstm_lm.data import Tokenizer, TokenizerConfig, build_tokenizer, load_tokenizer
 from xlstm_lm.data.tokenizer import CONFIG_FILE
 from xlstm_lm.hub.load import TrainedModel, check_vocabulary, load
+from xlstm_lm.hub.origin import write_origin
 from xlstm_lm.parallel.process_group import World
 from xlstm_lm.runs.checkpoint import write_checkpoint
 
@@ -78,6 +80,7 @@ def _write(folder: Path, out: Path, trained: TrainedModel, tokenizer: Tokenizer,
         save_tokenizer=tokenizer.save,
         keep=1,
     )
+    write_origin(folder, source, trained.folder)
     tokenizer.save(folder / TOKENIZER)
     config = TokenizerConfig(**json.loads((folder / TOKENIZER / CONFIG_FILE).read_text(encoding="utf-8")))
     if config.kind == "huggingface":

@@ -93,8 +93,13 @@ def _read_hub_folder(folder: Path) -> StoredModel:
     path = folder / "config.json"
     values = _read_mapping(path)
     model_type = values["model_type"]
-    if model_type not in MODEL_TYPES:
+    if not isinstance(model_type, str) or model_type not in MODEL_TYPES:
         raise ValueError(f"{path} has model_type {model_type!r}; known are {', '.join(MODEL_TYPES)}.")
+    if values.get("quantization_config"):
+        raise ValueError(
+            f"{path} has a quantization_config; quantized weights cannot be read. Give the folder of the model before "
+            "quantization."
+        )
     tensors = _all_tensors(tensor_files(folder))
     return _convert(folder, folder, MODEL_TYPES[model_type], values, tensors)
 
@@ -117,7 +122,7 @@ def _convert(
         return StoredModel(folder, *reader(values, tensors))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    except (TypeError, RuntimeError, IndexError) as error:  # a value or a shape that no such model has
+    except (TypeError, RuntimeError, LookupError, AttributeError) as error:  # a value or a shape that no such model has
         raise ValueError(f"{path}: its configuration and tensors do not fit together: {error}") from error
 
 
@@ -214,6 +219,11 @@ def read_model(path: Path) -> StoredModel:
     """
     if not path.exists():
         raise ValueError(f"{path} does not exist. {_known()}")
+    if (path / "adapter_config.json").is_file():
+        raise ValueError(
+            f"{path} holds a PEFT adapter, which changes the model that it belongs to. Merge the two with PEFT's "
+            "merge_and_unload, and give the folder that save_pretrained makes of the result."
+        )
     for layout in LAYOUTS.values():
         if layout.recognises(path):
             return layout.read(path)

@@ -10,7 +10,10 @@ from typing import Any
 
 import yaml
 
+from xlstm_lm.hub.card_metadata import CardOptions, make_metadata
 from xlstm_lm.hub.export_format import ExportFormat
+from xlstm_lm.hub.lora import lora_targets
+from xlstm_lm.hub.origin import base_model, hub_id
 from xlstm_lm.models.accounting import count_parameters
 from xlstm_lm.runs.folder import RunFolder
 
@@ -27,11 +30,13 @@ def write_model_card(
     run_dir: Path | None,
     step: int | None,
     difference: float | None,
+    num_tokens: int,
+    options: CardOptions,
 ) -> None:
     """Write README.md into an export, and the run's recipe and learning curve beside it.
 
     `run_dir` and `step` say where the model comes from, `difference` how far its logits were from the trained model's
-    in a fresh process; None where that is not known.
+    in a fresh process; None where that is not known. `num_tokens` is the tokenizer's vocabulary.
     """
     recipe = _read_recipe(run_dir, folder)
     records = RunFolder(run_dir).metrics() if run_dir else []
@@ -41,11 +46,20 @@ def write_model_card(
         f"# {name}",
         _summary(model_config, recipe, step),
         _loading(name, export_format, difference),
+        _tuning(model_config, export_format, num_tokens),
         _data(recipe),
         _evaluation(final),
         _training(recipe, records, folder),
     ]
-    metadata = _metadata(name, recipe, final, export_format)
+    metadata = make_metadata(
+        name=name,
+        options=options,
+        model_config=model_config,
+        export_format=export_format,
+        base_model=base_model(run_dir),
+        datasets=_hub_datasets(recipe),
+        results={key: final[key] for key in ("bits_per_byte", "perplexity") if final and final.get(key)},
+    )
     text = f"---\n{yaml.safe_dump(metadata, sort_keys=False)}---\n\n" + "\n\n".join(filter(None, sections)) + "\n"
     (folder / "README.md").write_text(text, encoding="utf-8")
 
@@ -62,23 +76,10 @@ def _sources(recipe: dict[str, Any], key: str) -> list[dict[str, Any]]:
     return recipe.get("data", {}).get(key) or []
 
 
-def _metadata(
-    name: str, recipe: dict[str, Any], final: dict[str, Any] | None, export_format: ExportFormat
-) -> dict[str, Any]:
-    """What the hub reads: https://huggingface.co/docs/hub/model-cards."""
-    metadata: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
-    metadata["tags"] = ["xlstm-lm"] + ["custom_code"] * (export_format.write_code is not None)
-    datasets = sorted({source["dataset"] for source in _sources(recipe, "sources") if source.get("dataset")})
-    if datasets:
-        metadata["datasets"] = datasets
-    if final:
-        results = [
-            {"type": key, "value": round(final[key], 4)} for key in ("bits_per_byte", "perplexity") if final.get(key)
-        ]
-        held_out = {"name": "held-out documents", "type": (datasets or ["local"])[0]}
-        entry = {"task": {"type": "text-generation"}, "dataset": held_out, "metrics": results}
-        metadata["model-index"] = [{"name": name, "results": [entry]}]
-    return metadata
+def _hub_datasets(recipe: dict[str, Any]) -> list[str]:
+    """Ids of the training data on the hub."""
+    named = {source.get("dataset") for source in _sources(recipe, "sources")} - {None, ""}
+    return sorted(name for name in named if hub_id(name) or ("/" not in name and not Path(name).exists()))
 
 
 def _summary(model_config: Any, recipe: dict[str, Any], step: int | None) -> str:
@@ -113,8 +114,8 @@ print(tokenizer.batch_decode(model.generate(**inputs, max_new_tokens=50), skip_s
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-tokenizer = AutoTokenizer.from_pretrained("{name}"{remote})
-model = AutoModelForCausalLM.from_pretrained("{name}"{remote})
+tokenizer = AutoTokenizer.from_pretrained({json.dumps(name)}{remote})
+model = AutoModelForCausalLM.from_pretrained({json.dumps(name)}{remote})
 inputs = tokenizer("Once upon a time", return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))
 {batch.strip()}
@@ -124,6 +125,32 @@ The tokenizer puts the end of a document before a text, as training did. From a 
 `xlstm_lm.hub.load` gives xlstm-lm's own module, and `xlstm-lm import` a run to train on from.
 
 """ + "\n".join(f"* {note}" for note in notes)
+
+
+def _tuning(model_config: Any, export_format: ExportFormat, num_tokens: int) -> str:
+    """Hints for training on with transformers' tools."""
+    notes, padded = [], model_config.vocab_size - num_tokens
+    targets = lora_targets(model_config, export_format.name)
+    if targets:
+        fields = "".join(f"\n    {field}={json.dumps(value)}," for field, value in targets.items())
+        notes.append(
+            "PEFT has no default targets for this type of model. These reach everything but embedding, norms and "
+            f"convolutions:\n\n```python\nfrom peft import LoraConfig\n\nconfig = LoraConfig(\n    r=16,\n"
+            f'    task_type="CAUSAL_LM",{fields}\n)\n```'
+        )
+    if "modules_to_save" in targets:
+        notes.append("The sLSTM's matrices have more dimensions than PEFT adapts; its mixers are trained in full.")
+    if export_format.write_code:
+        notes.append(
+            "Rows packed from several documents, as by TRL's `packing=True` and transformers' "
+            "`DataCollatorWithFlattening`, are read as such: the state is reset where `position_ids` begin again."
+        )
+    if padded > 0:
+        notes.append(
+            f"The tokenizer has {num_tokens:,} tokens, embedding and head {model_config.vocab_size:,} rows: the first "
+            f"{padded:,} tokens that are added, such as the end of a chat turn, need no `resize_token_embeddings`."
+        )
+    return "\n\n".join(["## Fine-tuning", *notes]) if notes else ""
 
 
 def _data(recipe: dict[str, Any]) -> str:

@@ -1,45 +1,43 @@
-"""Sources that `datasets` itself opens: data sets on the Hugging Face hub, and local parquet files.
+"""Data sets on the Hugging Face hub, opened by `datasets`.
 
-What goes wrong on the way to the hub is retried with growing pauses; what no waiting can mend is said at once.
+What goes wrong on the way to the hub is retried with growing pauses; what no waiting can repair is said at once.
 """
 
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
-from xlstm_lm.data.sources import Piece, Record, SourceConfig, digest, list_files, text_of
+from xlstm_lm.data.sources.config import SourceConfig
+from xlstm_lm.data.sources.readers import Shard, Turns, text_of
+from xlstm_lm.data.sources.record import ORDER, START, Piece, Position, Record
 
 FIRST_PAUSE_SECONDS = 1.0
 LONGEST_PAUSE_SECONDS = 60.0
 logger = logging.getLogger("xlstm_lm")
 
 
-class DatasetSource:
-    """A streaming data set of `datasets`; its shards are the files of the split."""
+class HubSource:
+    """A streaming data set on the hub; its shards are the files of the split."""
 
-    def __init__(self, config: SourceConfig) -> None:
+    def __init__(self, config: SourceConfig, order: int = ORDER) -> None:
         """Open the data set.
 
         Raises:
-            ValueError: no such data set, split, configuration or file; no column with the text.
+            ValueError: no such data set, split, configuration or file; no column with the text; offline mode.
             ConnectionError: the hub does not answer for `retry_seconds`.
         """
         self.config = config
+        self.order = order
         self.announced_skipping = False
-        self._revision: str | None = None
-        self._paths: list[str] = []
-        if config.kind == "parquet":
-            self._paths = list_files(config)
-        else:
-            self._revision = Patience(config).call(self._newest_revision)
+        _refuse_offline(config)
+        self._revision = Patience(config).call(self._newest_revision)
         self._dataset = Patience(config).call(self._open)
         self.num_shards: int = self._dataset.num_shards
-        self._sizes = [Path(path).stat().st_size for path in self._paths]
-        self.shard_sizes = self._sizes or [1] * self.num_shards
+        self.shard_sizes = [1] * self.num_shards
         features = self._dataset.features
         if features is not None and config.text_field not in features:
             raise ValueError(
@@ -58,33 +56,38 @@ class DatasetSource:
         return HfApi().dataset_info(self.config.dataset, revision=self.config.revision).sha
 
     def _open(self) -> Any:
-        from datasets import load_dataset
+        from datasets import load_dataset_builder
 
-        if self.config.kind == "parquet":
-            return load_dataset("parquet", data_files={"train": self._paths}, split="train", streaming=True)
-        return load_dataset(
-            self.config.dataset,
+        builder = load_dataset_builder(
+            f"hf://datasets/{self.config.dataset}",  # never a local folder of that name
             self.config.config_name,
             data_files=self.config.data_files or None,
             revision=self._revision,
-            split=self.config.split,
-            streaming=True,
         )
+        features = builder.info.features
+        if hasattr(builder.config, "columns") and (features is None or self.config.text_field in features):
+            # Of parquet only the text is read: whatever else the files hold, and however they differ in it.
+            builder.config.columns = [self.config.text_field]
+        opened = builder.as_streaming_dataset(split=self.config.split)
+        if not opened.features and hasattr(builder.config, "columns"):
+            # No such column: the message needs the names of those that are there.
+            builder.config.columns, builder.info.features = None, None
+            opened = builder.as_streaming_dataset(split=self.config.split)
+        return opened
 
-    def read(self, pieces: list[Piece], first_piece: int = 0, first_document: int = 0) -> Iterator[Record]:
+    def read(self, pieces: list[Piece], first: Position = START) -> Iterator[Record]:
         if self._dataset is None:
             self._dataset = Patience(self.config).call(self._open)
-        for index in range(first_piece, len(pieces)):
+        for index in range(first.piece, len(pieces)):
             piece = pieces[index]
-            name = (
-                self._paths[piece.shard] if self._paths else f"{self.config.dataset}:{self.config.split}:{piece.shard}"
-            )
-            begin = first_document if index == first_piece else 0
-            for document, row in self._read_shard(piece.shard, begin):
-                if document % piece.parts == piece.part:
-                    text, problem = text_of(row, self.config.text_field)
-                    problem = None if problem is None else f"{name}, document {document + 1}: {problem}"
-                    yield Record(index, document, text, f"{name}:{document + 1}", problem)
+            name = self.name_of(piece.shard)
+            begin = first if index == first.piece else Position(index)
+            turns = Turns(Shard(index, name, name, piece, begin), self.order, self.config.on_bad_document == "error")
+            checksum = begin.checksum
+            for document, row in self._read_shard(piece.shard, begin.document):
+                text, problem = text_of(row, self.config.text_field)
+                if record := turns.record(document, text, problem, "document", checksum):
+                    yield record
 
     def _read_shard(self, shard: int, document: int) -> Iterator[tuple[int, dict[str, Any]]]:
         """Rows of a shard from number `document` on; after an interruption it is opened again where it broke off."""
@@ -101,12 +104,31 @@ class DatasetSource:
             except Exception as error:
                 patience.wait(error)
 
+    def name_of(self, shard: int) -> str:
+        return f"{self.config.dataset}:{self.config.split}:{shard}"
+
     def identity(self) -> dict[str, Any]:
         identity = {"kind": self.config.kind, "files": self.num_shards, "text_field": self.config.text_field}
-        if self.config.kind == "parquet":
-            return identity | {"digest": digest([[Path(p).name, s] for p, s in zip(self._paths, self._sizes)])}
         names = ("dataset", "config_name", "data_files", "split")
         return identity | {name: getattr(self.config, name) for name in names} | {"revision": self._revision}
+
+
+def _refuse_offline(config: SourceConfig) -> None:
+    """Say at once that no waiting helps where connections are switched off.
+
+    Raises:
+        ValueError: offline mode is on.
+    """
+    import datasets.config
+    import huggingface_hub.constants
+
+    if huggingface_hub.constants.HF_HUB_OFFLINE or datasets.config.HF_HUB_OFFLINE:
+        names = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE")
+        switched = ", ".join(f"{name}={os.environ[name]}" for name in names if os.environ.get(name))
+        raise ValueError(
+            f"{config.description} cannot be read: {switched or 'offline mode'} is set, which forbids connections "
+            "to the hub; unset it, or download the files and name them in a source of kind parquet or jsonl"
+        )
 
 
 class Patience:
@@ -134,12 +156,10 @@ class Patience:
         """
         reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"
         if not _may_pass(error):
-            mend = (
-                "; check dataset, config_name, split, revision and data_files, and that your account may read it"
-                if self._config.kind == "hub"
-                else "; mend or remove the file"
-            )
-            raise ValueError(f"{self._config.description} cannot be read ({reason}){mend}") from error
+            raise ValueError(
+                f"{self._config.description} cannot be read ({reason}); check dataset, config_name, split, revision "
+                "and data_files, and that your account may read it"
+            ) from error
         now = time.monotonic()
         self._began = self._began or now
         if now - self._began + self._pause > self._config.retry_seconds:

@@ -147,17 +147,17 @@ class DealtSource:
             the checksum at each number of documents after which a lane has stopped; empty if no lane has begun with the
             shard, None if one has read it to its end, or if an older checkpoint does not tell.
         """
+        read = {lane: state.get("read") or (1, 0, 0, None) for lane, state in zip(lanes, states)}
         marks = {}
-        for lane, state in zip(lanes, states):
-            epoch, piece, document, checksum = state.get("read") or (1, 0, 0, None)
-            if epoch > 0:
-                return None
-            for index, each in enumerate(self.deal(0)[lane]):
-                if each.shard != shard or index > piece or (index == piece and document == 0):
-                    continue
-                if index < piece or checksum is None:
-                    return None
-                marks[document] = checksum
+        for epoch in range(max(place[0] for place in read.values()) + 1):
+            for lane, (last_epoch, last_piece, document, checksum) in read.items():
+                for index, piece in enumerate(self.deal(epoch)[lane]):
+                    if piece.shard != shard or (epoch, index) > (last_epoch, last_piece):
+                        continue
+                    if (epoch, index) < (last_epoch, last_piece) or checksum is None:
+                        return None
+                    if document > 0:
+                        marks[document] = checksum
         return marks
 
 

@@ -33,7 +33,7 @@ def list_files(config: SourceConfig, order: int = ORDER) -> list[str]:
 
 def _list_files(config: SourceConfig, order: int) -> list[str]:
     found: set[str] = set()
-    for pattern in config.paths:
+    for pattern in map(_at_home, config.paths):
         matches = _matches(pattern, order)
         files = [path for path in matches if Path(path).is_file()]
         broken = [path for path in matches if Path(path).is_symlink() and not Path(path).exists()]
@@ -44,11 +44,13 @@ def _list_files(config: SourceConfig, order: int) -> list[str]:
             )
         if broken:
             announce_once(f"{config.description}: {len(broken)} links to nothing are skipped; the first: {broken[0]}")
-        if not files and Path(pattern).is_dir():
+        elif not files and Path(pattern).is_dir():
             raise ValueError(f"{pattern} is a folder: name the files in it, such as {pattern.rstrip('/')}/*.txt")
-        if not files:
+        elif not files:
             raise ValueError(f"data file {pattern} is missing: no file matches it (in {Path.cwd()})")
         found.update(files)
+    if not found:
+        raise ValueError(f"{config.description}: no file is left")
     paths = sorted(found) if order == 1 else _distinct(sorted(found), config)
     for path in paths:
         if config.on_bad_document == "error" and Path(path).stat().st_size == 0:
@@ -56,17 +58,22 @@ def _list_files(config: SourceConfig, order: int) -> list[str]:
     return paths
 
 
+def _at_home(pattern: str) -> str:
+    """The pattern with a leading ~ as the home folder, unless a file is called so."""
+    if not pattern:
+        raise ValueError("paths of a source hold an empty name: name files or patterns such as data/*.txt")
+    if not pattern.startswith("~") or os.path.lexists(pattern):
+        return pattern
+    try:
+        return str(user_path(pattern))
+    except RuntimeError:
+        raise ValueError(f"data file {pattern} is missing: no home folder {pattern.split('/')[0]} is known") from None
+
+
 def _matches(pattern: str, order: int) -> list[str]:
     """Paths that a pattern matches; any part of it that exists by its literal name, such as [old], stands for that."""
     if order == 1 and (matches := glob.glob(pattern, recursive=True)):  # noqa: PTH207
         return matches
-    if pattern.startswith("~") and not os.path.lexists(pattern):
-        try:
-            pattern = str(user_path(pattern))
-        except RuntimeError:
-            raise ValueError(
-                f"data file {pattern} is missing: there is no home folder {pattern.split('/')[0]}"
-            ) from None
     if os.path.lexists(pattern):
         return [pattern]
     parts = Path(pattern).parts
@@ -84,7 +91,7 @@ def _distinct(paths: list[str], config: SourceConfig) -> list[str]:
     for path in paths:
         status = Path(path).stat()
         first = names.setdefault((status.st_dev, status.st_ino), path)
-        if os.path.normpath(first) != os.path.normpath(path):
+        if os.path.abspath(first) != os.path.abspath(path):  # noqa: PTH100
             announce_once(f"{config.description}: {path} is the same file as {first} and is read once")
     return list(names.values())
 

@@ -163,14 +163,15 @@ def _column(path: str, name: str, first_row: int) -> Iterator[Any]:
         if file.schema_arrow.names.count(name) != 1:
             how = "no column" if name not in file.schema_arrow.names else "more than one column"
             raise OSError(f"{how} {name!r} among {', '.join(file.schema_arrow.names)}; the setting is text_field")
-        for batch in file.iter_batches(ROWS_AT_ONCE, row_groups=groups, columns=[name]):
-            column = batch.column(batch.schema.get_field_index(name))[first_row:]
-            first_row = max(first_row - batch.num_rows, 0)
-            for value in column:
-                try:
-                    yield value.as_py()
-                except UnicodeDecodeError:
-                    yield value.as_buffer().to_pybytes()
+        for group in groups:  # one at a time: rows before damage are good
+            for batch in file.iter_batches(ROWS_AT_ONCE, row_groups=[group], columns=[name]):
+                column = batch.column(batch.schema.get_field_index(name))[first_row:]
+                first_row = max(first_row - batch.num_rows, 0)
+                for value in column:
+                    try:
+                        yield value.as_py()
+                    except UnicodeDecodeError:
+                        yield value.as_buffer().to_pybytes()
 
 
 def _parse_line(line: bytes, text_field: str | None) -> tuple[str, str | None]:

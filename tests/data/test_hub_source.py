@@ -66,6 +66,12 @@ class Asker:
         self._process.wait()
 
 
+def damaged(parquet: bytes) -> bytes:
+    """The file with its first page overwritten."""
+    begin = pq.ParquetFile(io.BytesIO(parquet)).metadata.row_group(0).column(0).data_page_offset
+    return parquet[:begin] + b"\xff" * 40 + parquet[begin + 40 :]
+
+
 @pytest.fixture(scope="module")
 def hub():
     def json_lines(seed: int) -> bytes:
@@ -79,6 +85,8 @@ def hub():
         parquet = io.BytesIO()
         pq.write_table(pa.table({"text": make_documents(20, 20 + number), **other}), parquet)
         files[f"mixed/{number}.parquet"] = parquet.getvalue()
+    whole = parquet.getvalue()
+    files |= {"broken/0.parquet": whole[:200], "broken/1.parquet": whole, "broken/2.parquet": damaged(whole)}
     with LoopbackHub("org/texts", files) as running:
         yield running
 
@@ -128,6 +136,16 @@ def test_of_parquet_on_the_hub_only_the_text_column_is_read(ask):
     assert pieces == set(make_documents(20, 20)) | set(make_documents(20, 21))
     message = ask("open_stream(data_files=['mixed/*.parquet'], text_field='body')")
     assert message == "ValueError: hub data set org/texts has no column 'body': set text_field to one of text, n"
+
+
+def test_damaged_files_on_the_hub_are_named_and_skipped_on_request(ask):
+    ask("open_stream(data_files=['broken/[12].parquet'])")
+    message = ask("tokens(60)")
+    assert message.startswith("ValueError: data file org/texts:train:1 cannot be read (hf://datasets/org/texts@")
+    assert f"{COMMIT}/broken/2.parquet: " in message and "on_bad_document: skip" in message
+    ask("open_stream(data_files=['broken/*.parquet'], on_bad_document='skip')")
+    pieces = {piece for lane in lanes_of(ask("tokens(60)")) for piece in lane.split("\0")[1:-1]}
+    assert pieces == set(make_documents(20, 21))
 
 
 def test_a_local_folder_called_like_the_data_set_is_not_read(ask, tmp_path):

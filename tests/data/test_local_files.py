@@ -213,7 +213,7 @@ def test_hashes_of_files_tell_every_change_and_cost_little(tmp_path, monkeypatch
     large.write_bytes(content)
     small.write_bytes(b"abc")
     before = hash_files([str(large), str(small)])
-    assert before.sampled == [0] and all(len(digest) == 8 for digest in before.digests)
+    assert before.newest == large.stat().st_mtime_ns and all(len(digest) == 8 for digest in before.digests)
     for at in (0, len(content) // 2, len(content) - 1):  # the first block, one in the middle, the last
         changed = bytearray(content)
         changed[at : at + 2**20] = bytes(len(changed[at : at + 2**20]))
@@ -224,6 +224,7 @@ def test_hashes_of_files_tell_every_change_and_cost_little(tmp_path, monkeypatch
     small.write_bytes(b"abd")
     after = hash_files([str(large), str(small)])
     assert after.digests[0] == before.digests[0] and after.digests[1] != before.digests[1]
+    assert hash_files([str(small)]).newest is None
     assert HASHED_BYTES >= 2**28  # a few hundred megabytes are compared in full
 
 

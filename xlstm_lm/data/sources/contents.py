@@ -7,6 +7,7 @@ import gzip
 import hashlib
 import io
 import lzma
+import os
 import re
 import zlib
 from collections.abc import Sequence
@@ -86,8 +87,8 @@ class Contents(NamedTuple):
 
     digests: list[str]
     """For each file, 8 hexadecimal digits that change with its size and content."""
-    sampled: list[int]
-    """The files, by number, that were too large to be hashed whole."""
+    newest: int | None
+    """Latest change (nanoseconds since 1970) of a file that was too large to be hashed whole; None if none was."""
 
 
 def hash_files(paths: Sequence[str]) -> Contents:
@@ -98,8 +99,8 @@ def hash_files(paths: Sequence[str]) -> Contents:
     does not change when another file does. A file that cannot be read has a digest of its own; reading it says why.
     """
     share = max(HASHED_BYTES // max(len(paths), 1), 2 * 4096)
-    digests, sampled = [], []
-    for number, path in enumerate(paths):
+    digests, newest = [], None
+    for path in paths:
         try:
             with Path(path).open("rb") as file:
                 size = file.seek(0, io.SEEK_END)
@@ -109,7 +110,7 @@ def hash_files(paths: Sequence[str]) -> Contents:
                     while block := file.read(2**20):
                         hashed.update(block)
                 else:
-                    sampled.append(number)
+                    newest = max(newest or 0, os.fstat(file.fileno()).st_mtime_ns)
                     length = min(SAMPLE_BYTES, share // 2)
                     count = share // length
                     for index in range(count):
@@ -118,4 +119,4 @@ def hash_files(paths: Sequence[str]) -> Contents:
             digests.append(hashed.hexdigest()[:8])
         except OSError:
             digests.append("unreadbl")
-    return Contents(digests, sampled)
+    return Contents(digests, newest)

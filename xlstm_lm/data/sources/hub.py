@@ -5,6 +5,7 @@ What goes wrong on the way to the hub is retried with growing pauses; what no wa
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import time
@@ -12,11 +13,13 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from xlstm_lm.data.sources.config import SourceConfig
-from xlstm_lm.data.sources.readers import Shard, Turns, text_of
+from xlstm_lm.data.sources.contents import READ_ERRORS
+from xlstm_lm.data.sources.readers import ALL, Shard, Turns, text_of
 from xlstm_lm.data.sources.record import ORDER, START, Piece, Position, Record
 
 FIRST_PAUSE_SECONDS = 1.0
 LONGEST_PAUSE_SECONDS = 60.0
+NOT_THERE = (FileNotFoundError, PermissionError, IsADirectoryError)
 logger = logging.getLogger("xlstm_lm")
 
 
@@ -34,6 +37,7 @@ class HubSource:
         self.order = order
         self.announced_skipping = False
         _refuse_offline(config)
+        self._files: list[str] = []
         self._revision = Patience(config).call(self._newest_revision)
         self._dataset = Patience(config).call(self._open)
         self.num_shards: int = self._dataset.num_shards
@@ -68,11 +72,15 @@ class HubSource:
         if hasattr(builder.config, "columns") and (features is None or self.config.text_field in features):
             # Of parquet only the text is read: whatever else the files hold, and however they differ in it.
             builder.config.columns = [self.config.text_field]
+        if hasattr(builder.config, "on_bad_files") and self.config.on_bad_document == "skip":
+            builder.config.on_bad_files = "skip"  # while columns are looked up
         opened = builder.as_streaming_dataset(split=self.config.split)
         if not opened.features and hasattr(builder.config, "columns"):
             # No such column: the message needs the names of those that are there.
             builder.config.columns, builder.info.features = None, None
             opened = builder.as_streaming_dataset(split=self.config.split)
+        builder.config.on_bad_files = "error"
+        self._files = [str(file) for file in (builder.config.data_files or {}).get(self.config.split, ())]
         return opened
 
     def read(self, pieces: list[Piece], first: Position = START) -> Iterator[Record]:
@@ -83,10 +91,17 @@ class HubSource:
             name = self.name_of(piece.shard)
             begin = first if index == first.piece else Position(index)
             turns = Turns(Shard(index, name, name, piece, begin), self.order, self.config.on_bad_document == "error")
-            checksum = begin.checksum
-            for document, row in self._read_shard(piece.shard, begin.document):
-                text, problem = text_of(row, self.config.text_field)
-                if record := turns.record(document, text, problem, "document", checksum):
+            if begin.document == ALL:
+                continue
+            count = begin.document
+            try:
+                for document, row in self._read_shard(piece.shard, begin.document):
+                    count = document + 1
+                    text, problem = text_of(row, self.config.text_field)
+                    if record := turns.record(document, text, problem, "document", begin.checksum):
+                        yield record
+            except DamagedFileError as error:
+                if record := turns.broken_off(count, error, "document"):
                     yield record
 
     def _read_shard(self, shard: int, document: int) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -102,6 +117,9 @@ class HubSource:
                     patience = Patience(self.config)
                 return
             except Exception as error:
+                if _is_damage(error):
+                    file = f"{self._files[shard]}: " if len(self._files) == self.num_shards else ""
+                    raise DamagedFileError(f"{file}{error}") from error
                 patience.wait(error)
 
     def name_of(self, shard: int) -> str:
@@ -129,6 +147,10 @@ def _refuse_offline(config: SourceConfig) -> None:
             f"{config.description} cannot be read: {switched or 'offline mode'} is set, which forbids connections "
             "to the hub; unset it, or download the files and name them in a source of kind parquet or jsonl"
         )
+
+
+class DamagedFileError(Exception):
+    """A file of a data set arrived and cannot be read from some place on."""
 
 
 class Patience:
@@ -173,12 +195,24 @@ class Patience:
         self._pause = min(2 * self._pause, LONGEST_PAUSE_SECONDS)
 
 
+def _status(error: Exception) -> int | None:
+    """The HTTP status of an answer that is an error."""
+    return getattr(getattr(error, "response", None), "status_code", None) or getattr(error, "status", None)
+
+
+def _is_damage(error: Exception) -> bool:
+    """Whether a file is to blame, not the way to it."""
+    from_system = isinstance(error, NOT_THERE) or getattr(error, "errno", None) is not None
+    content = isinstance(error, (*READ_ERRORS, UnicodeDecodeError, json.JSONDecodeError))
+    return content and not from_system and _status(error) is None and not _may_pass(error)
+
+
 def _may_pass(error: Exception) -> bool:
     """Whether waiting can help: no connection, or an answer such as 429 or 503; not a name that is wrong."""
-    status = getattr(getattr(error, "response", None), "status_code", None) or getattr(error, "status", None)
+    status = _status(error)
     if status is not None:
         return status == 429 or status >= 500
-    if isinstance(error, (FileNotFoundError, PermissionError, IsADirectoryError)):
+    if isinstance(error, NOT_THERE):
         return False
     network = type(error).__module__.split(".")[0] in ("httpx", "httpx2", "httpcore", "aiohttp", "requests", "urllib3")
     return isinstance(error, (ConnectionError, TimeoutError)) or network

@@ -68,7 +68,7 @@ class FileSource:
                 names = file.schema_arrow.names if file.metadata.num_rows else [self.config.text_field]
         except READ_ERRORS as error:
             raise ValueError(
-                f"parquet {self._paths[0]} cannot be read ({error}): repair or remove the file, or set "
+                f"parquet {self._paths[0]} cannot be read ({error}): repair the file, or set "
                 "on_bad_document: skip for this source"
             ) from error
         if self.config.text_field not in names:
@@ -121,14 +121,13 @@ class FileSource:
 
     def identity(self) -> dict[str, Any]:
         files = [[Path(name).name, size] for name, size in zip(self.names, self._sizes)]
-        newest = max((Path(self._paths[number]).stat().st_mtime_ns for number in self._contents.sampled), default=None)
         identity = {
             "kind": self.config.kind,
             "files": self.num_shards,
             "digest": digest(files),
             "sizes": self.shard_sizes,
             "contents": "".join(self._contents.digests),
-            "newest": newest,
+            "newest": self._contents.newest,
         }
         return identity | ({"text_field": self.config.text_field} if self.config.kind in ("jsonl", "parquet") else {})
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 import statistics
 from dataclasses import asdict
@@ -19,6 +18,7 @@ from eval.measure import environment
 from eval.models import pick_device
 from xlstm_lm.base.read_files import read_json
 from xlstm_lm.config import as_dict
+from xlstm_lm.data.fingerprint import fingerprint_differences
 from xlstm_lm.models.accounting import count_parameters, state_bytes, training_flops_per_token
 from xlstm_lm.runs.checkpoint import checkpoint_folders
 from xlstm_lm.runs.folder import RunFolder
@@ -164,7 +164,7 @@ def _ways_of_testing(models: list[ModelResult]) -> str:
 
 def _same_tokens(runs: Runs) -> str:
     """Compare what the checkpoints say of their data: equal for all runs of a size and seed."""
-    groups: dict[tuple[str, int], dict[str, list[str]]] = {}
+    groups: dict[tuple[str, int], list[tuple[dict[str, Any], list[str]]]] = {}
     count = 0
     for model in runs.models:
         for run in runs.needed(model):
@@ -172,12 +172,15 @@ def _same_tokens(runs: Runs) -> str:
             if folder is None:
                 continue
             fingerprint = read_json(folder / "state.json", {"data_fingerprint": dict})["data_fingerprint"]
-            group = groups.setdefault((model.size, run.seed), {})
-            group.setdefault(json.dumps(fingerprint, sort_keys=True), []).append(run.name)
+            group = groups.setdefault((model.size, run.seed), [])
+            same = next((names for other, names in group if not fingerprint_differences(other, fingerprint)), None)
+            if same is None:
+                group.append((fingerprint, same := []))
+            same.append(run.name)
             count += 1
-    for (size, seed), names in groups.items():
-        if len(names) > 1:
-            one, other = list(names.values())[:2]
+    for (size, seed), group in groups.items():
+        if len(group) > 1:
+            (_, one), (_, other) = group[:2]
             raise ValueError(
                 f"Runs of size {size} and seed {seed} have not read the same tokens in the same order, so they cannot "
                 f"be compared: {', '.join(one)} and {', '.join(other)}. Train one side again, on the data of the other."

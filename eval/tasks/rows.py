@@ -18,6 +18,7 @@ import torch
 from eval.tasks.registry import build_task
 from eval.tasks.task import Example, Task
 from xlstm_lm.data import IGNORED_TARGET, Batch, DataConfig
+from xlstm_lm.data.fingerprint import fingerprint_differences
 
 TRAINING, VALIDATION, TEST = range(3)  # parts that never share a random stream
 BLOCK = 64  # sequences from one random stream: making one takes longer than drawing a sequence
@@ -94,7 +95,7 @@ class TaskStream:
         """How many sequences each owned lane has given."""
         return {str(lane): count for lane, count in self._given.items()}
 
-    def load_state_dict(self, states: Mapping[str, Any]) -> None:
+    def load_state_dict(self, states: Mapping[str, Any], fingerprint: Mapping[str, Any] | None = None) -> None:
         """Go on where `states`, of any number of ranks, left off."""
         self._given = {lane: states[str(lane)] for lane in self._given}
         self._left_over = {}
@@ -108,6 +109,10 @@ class TaskStream:
             "global_batch_size": self._config.global_batch_size,
             "seed": self._seed,
         }
+
+    def differences(self, fingerprint: Mapping[str, Any], states: Mapping[str, Any]) -> list[str]:
+        """Why it cannot go on from a checkpoint, one line for each setting."""
+        return fingerprint_differences(fingerprint, json.loads(json.dumps(self.fingerprint())))
 
     def close(self) -> None:
         """Nothing is open."""

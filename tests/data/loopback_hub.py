@@ -18,6 +18,7 @@ class LoopbackHub:
         self.name = name
         self.files = files
         self.unavailable_until = 0.0
+        self.newest = COMMIT
         self.requests: list[str] = []
         hub = self
 
@@ -56,14 +57,15 @@ class LoopbackHub:
             if name in self.files:
                 self._send_file(request, self.files[name])
                 return
-        elif path in (api, f"{api}/revision/main", f"{api}/revision/{COMMIT}"):
+        elif path in (api, f"{api}/revision/main", f"{api}/revision/{COMMIT}", f"{api}/revision/{self.newest}"):
+            commit = COMMIT if path.endswith(COMMIT) else self.newest
             siblings = [{"rfilename": file} for file in self.files]
             self._send_json(
-                request, {"id": self.name, "sha": COMMIT, "siblings": siblings, "tags": [], "private": False}
+                request, {"id": self.name, "sha": commit, "siblings": siblings, "tags": [], "private": False}
             )
             return
-        elif path.startswith(f"{api}/tree/{COMMIT}"):
-            folder = path.removeprefix(f"{api}/tree/{COMMIT}").strip("/")
+        elif path.startswith((f"{api}/tree/{COMMIT}", f"{api}/tree/{self.newest}")):
+            folder = path.removeprefix(f"{api}/tree/")[len(COMMIT) :].strip("/")
             self._send_json(request, self._tree(folder, recursive="recursive=true" in request.path.lower()))
             return
         known = path.startswith((api, download))

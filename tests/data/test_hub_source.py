@@ -17,8 +17,8 @@ import pytest
 from conftest import make_documents
 from loopback_hub import COMMIT, LoopbackHub
 
-from xlstm_lm.data import SourceConfig
-from xlstm_lm.data.hub import Patience
+from xlstm_lm.data import SourceConfig, open_source
+from xlstm_lm.data.sources.hub import Patience
 
 # HF_ENDPOINT is read when huggingface_hub is imported, hence a process of its own: each input line is an expression,
 # each output line its value.
@@ -26,6 +26,7 @@ PROGRAM = """
 import json, logging, sys
 logging.basicConfig()
 from xlstm_lm.data import *
+from xlstm_lm.data.sources import Piece
 
 def open_stream(num_workers=0, **fields):
     global stream
@@ -66,6 +67,12 @@ class Asker:
         self._process.wait()
 
 
+def damaged(parquet: bytes) -> bytes:
+    """The file with its first page overwritten."""
+    begin = pq.ParquetFile(io.BytesIO(parquet)).metadata.row_group(0).column(0).data_page_offset
+    return parquet[:begin] + b"\xff" * 40 + parquet[begin + 40 :]
+
+
 @pytest.fixture(scope="module")
 def hub():
     def json_lines(seed: int) -> bytes:
@@ -75,6 +82,12 @@ def hub():
     pq.write_table(pa.table({"text": make_documents(60, 9), "n": list(range(60))}), parquet, row_group_size=20)
     files = {f"data/train-{seed}.jsonl.gz": json_lines(seed) for seed in range(3)}
     files["rows/one.parquet"] = parquet.getvalue()
+    for number, other in enumerate([{"n": [1] * 20}, {"n": ["x"] * 20, "m": [0.5] * 20}]):
+        parquet = io.BytesIO()
+        pq.write_table(pa.table({"text": make_documents(20, 20 + number), **other}), parquet)
+        files[f"mixed/{number}.parquet"] = parquet.getvalue()
+    whole = parquet.getvalue()
+    files |= {"broken/0.parquet": whole[:200], "broken/1.parquet": whole, "broken/2.parquet": damaged(whole)}
     with LoopbackHub("org/texts", files) as running:
         yield running
 
@@ -116,6 +129,69 @@ def test_parquet_on_the_hub(ask):
     assert ask("open_stream(data_files=['rows/*.parquet'])")["sources"][0]["files"] == 1
     pieces = [piece for lane in lanes_of(ask("tokens(30)")) for piece in lane.split("\0")[1:-1]]
     assert len(pieces) > 20 and set(pieces) <= set(make_documents(60, 9))
+
+
+def test_of_parquet_on_the_hub_only_the_text_column_is_read(ask):
+    assert ask("open_stream(data_files=['mixed/*.parquet'])")["sources"][0]["files"] == 2
+    pieces = {piece for lane in lanes_of(ask("tokens(60)")) for piece in lane.split("\0")[1:-1]}
+    assert pieces == set(make_documents(20, 20)) | set(make_documents(20, 21))
+    message = ask("open_stream(data_files=['mixed/*.parquet'], text_field='body')")
+    assert message == "ValueError: hub data set org/texts has no column 'body': set text_field to one of text, n"
+
+
+def test_damaged_files_on_the_hub_are_named_and_skipped_on_request(ask):
+    ask("open_stream(data_files=['broken/[12].parquet'])")
+    message = ask("tokens(60)")
+    assert message.startswith("ValueError: data file org/texts:train:1 cannot be read (hf://datasets/org/texts@")
+    assert f"{COMMIT}/broken/2.parquet: " in message and "on_bad_document: skip" in message
+    ask("open_stream(data_files=['broken/*.parquet'], on_bad_document='skip')")
+    records = ask("list(stream._dealt[0].source.read([Piece(0), Piece(1), Piece(2)]))")
+    problems = [problem for _, _, _, _, problem, *_ in records if problem]
+    assert [text for _, _, text, *_ in records if text] == make_documents(20, 21)
+    assert len(problems) == 2 and "broken/0.parquet: " in problems[0] and "broken/2.parquet: " in problems[1]
+
+
+def test_a_local_folder_called_like_the_data_set_is_not_read(ask, tmp_path):
+    (tmp_path / "org" / "texts" / "data").mkdir(parents=True)
+    (tmp_path / "org" / "texts" / "data" / "train-0.jsonl").write_text('{"text": "local"}\n' * 9)
+    ask(f"open_stream({JSON_LINES})")
+    whole = ask("tokens(4)")
+    before = ask("__import__('os').getcwd()")
+    try:
+        ask(f"__import__('os').chdir({str(tmp_path)!r})")
+        ask(f"open_stream({JSON_LINES})")
+        assert ask("tokens(4)") == whole
+    finally:
+        ask(f"__import__('os').chdir({before!r})")
+
+
+def test_a_run_stays_with_the_commit_it_began_with(ask, hub):
+    fingerprint = ask(f"open_stream({JSON_LINES})")
+    ask("tokens(4)")
+    states = ask("stream.state_dict()")
+    rest = ask("tokens(4)")
+    hub.newest = "f" * 40
+    try:
+        assert ask(f"open_stream({JSON_LINES})")["sources"][0]["revision"] == "f" * 40
+        assert ask(f"stream.differences({fingerprint}, {states})") == []
+        ask(f"stream.load_state_dict({states}, {fingerprint})")
+        assert ask("tokens(4)") == rest
+        assert ask("stream.fingerprint()") == fingerprint
+        assert (
+            "revision"
+            in ask(f"open_stream({JSON_LINES}, revision='main') and stream.differences({fingerprint}, {states})")[0]
+        )
+    finally:
+        hub.newest = COMMIT
+
+
+def test_offline_mode_is_no_outage_to_wait_for(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(
+        ValueError, match="hub data set org/texts cannot be read: HF_HUB_OFFLINE=1 is set, which forbids"
+    ):
+        open_source(SourceConfig(kind="hub", dataset="org/texts"))
 
 
 def test_a_short_failure_is_waited_for(ask, hub):
@@ -168,8 +244,8 @@ def test_a_long_failure_while_reading_loses_nothing(ask, hub):
 
 def test_pauses_grow_and_end(monkeypatch):
     pauses = []
-    monkeypatch.setattr("xlstm_lm.data.hub.time.sleep", pauses.append)
-    monkeypatch.setattr("xlstm_lm.data.hub.time.monotonic", lambda: 1000.0 + sum(pauses))
+    monkeypatch.setattr("xlstm_lm.data.sources.hub.time.sleep", pauses.append)
+    monkeypatch.setattr("xlstm_lm.data.sources.hub.time.monotonic", lambda: 1000.0 + sum(pauses))
     config = SourceConfig(kind="hub", dataset="org/texts", retry_seconds=200)
     answers = iter([ConnectionError("down"), TimeoutError(), ConnectionResetError(), "answer"])
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from xlstm_lm.data import DataConfig, SourceConfig, TrainingStream, build_tokenizer, open_source, validation_batches
-from xlstm_lm.data.sources import Piece, Record
+from xlstm_lm.data.sources import START, Piece, Position, Record
 
 
 def zstandard(data: bytes) -> bytes:
@@ -34,10 +34,10 @@ COMPRESS = {
 TEXTS = ["first\r\nline two\n", "日本語 \x00 \u2028 end", "third"]
 
 
-def read(config: SourceConfig, first_piece: int = 0, first_document: int = 0) -> list[Record]:
+def read(config: SourceConfig, first: Position = START) -> list[Record]:
     source = open_source(config)
     pieces = [Piece(shard) for shard in range(source.num_shards)]
-    return list(source.read(pieces, first_piece, first_document))
+    return list(source.read(pieces, first))
 
 
 def train_on(config: SourceConfig, num_workers: int = 0, lanes: int = 1) -> TrainingStream:
@@ -62,7 +62,7 @@ def test_json_lines(suffix, tmp_path):
     config = SourceConfig(kind="jsonl", paths=[str(path)], text_field="body")
     assert [record.text for record in read(config)] == TEXTS
     assert [record.id for record in read(config)] == [f"{path}:{line}" for line in (1, 3, 5)]
-    assert [record.text for record in read(config, 0, 1)] == TEXTS[1:]
+    assert [record.text for record in read(config, read(config)[0].end)] == TEXTS[1:]
 
 
 def test_lines_of_text(tmp_path):
@@ -77,7 +77,7 @@ def test_parquet(folder):
     records = read(config)
     assert [record.document for record in records] == list(range(70))
     assert records[0].text.startswith("9.0:")
-    assert read(config, 0, 33) == records[33:]
+    assert read(config, records[32].end) == records[33:]
     with pytest.raises(ValueError, match="has no column 'body': set text_field to one of text, other"):
         open_source(SourceConfig(kind="parquet", paths=[str(folder / "rows.parquet")], text_field="body"))
 
@@ -137,7 +137,7 @@ def test_a_bad_document_is_named_with_file_and_line(what, tmp_path):
     with pytest.raises(ValueError, match=re.escape(message)) as raised:
         for _ in range(50):
             stream.next_batch()
-    assert "Mend it, or set on_bad_document: skip" in str(raised.value)
+    assert "Repair the file, or set on_bad_document: skip" in str(raised.value)
 
 
 def test_a_compressed_file_that_breaks_off_is_named(tmp_path):

@@ -15,9 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from xlstm_lm.data import Batch, DataConfig, SourceConfig, TrainingStream, build_tokenizer
+from xlstm_lm.data import Batch, DataConfig, SourceConfig, TrainingStream, build_tokenizer, open_source
 from xlstm_lm.data.lanes import DealtSource, hashed_order
-from xlstm_lm.data.stream import open_source
 
 LANES = 6
 

@@ -259,10 +259,45 @@ def test_another_configuration_is_refused_field_by_field(folder):
 
 def test_other_data_under_the_same_name_is_refused(folder):
     train(configure(folder, training__steps=2))
-    with (folder / "train.txt").open("a") as file:
-        file.write("one more line\n")
-    with pytest.raises(ValueError, match=r"trained on other data(.|\n)*sources"):
+    path = folder / "train.txt"
+    path.write_text(path.read_text().swapcase())  # at equal size
+    with pytest.raises(ValueError, match=r"trained on other data(.|\n)*sources\[0\]: changed: .*train\.txt"):
         train(configure(folder, training__steps=4))
+
+
+def test_the_same_data_elsewhere_and_how_it_is_read_are_free_to_change(folder):
+    train(configure(folder, training__steps=2))
+    (folder / "train.txt").rename(folder / "moved.txt")
+    (folder / "held_out.txt").rename(folder / "moved_held_out.txt")
+    source = {"kind": "text_lines", "on_bad_document": "skip", "retry_seconds": 5.0, "weight": 2.0}
+    moved = {
+        "data__sources": [source | {"paths": [str(folder / "moved.txt")]}],
+        "data__validation": [source | {"paths": [str(folder / "moved_held_out.txt")]}],
+    }
+    train(configure(folder, training__steps=4, **moved))
+    assert [each["step"] for each in records(folder / "run") if each["split"] == "train"] == [1, 2, 3, 4]
+    moved["data__sources"][0]["kind"] = "text"
+    with pytest.raises(ValueError, match=r"data\.sources\[0\]\.kind: 'text_lines' there, 'text' now\nSet these"):
+        train(configure(folder, training__steps=5, **moved))
+
+
+def test_after_a_bad_document_is_repaired_the_run_goes_on_from_its_checkpoint(folder):
+    path = folder / "train.jsonl"
+    lines = [json.dumps({"text": line}) for line in (folder / "train.txt").read_text().splitlines()]
+    path.write_text("\n".join([*lines[:9], "{broken", *lines[9:]]))
+    run = configure(
+        folder,
+        data__sources=[{"kind": "jsonl", "paths": [str(path)]}],
+        data__shuffle=False,
+        training__steps=20,
+        training__validate_every=0,
+    )
+    with pytest.raises(ValueError, match=r"train\.jsonl, line 10: .*Repair the file, or set on_bad_document: skip"):
+        train(run)
+    assert 0 < max(checkpoint_folders(folder / "run")) < 20
+    path.write_text("\n".join(lines))
+    train(run)
+    assert max(checkpoint_folders(folder / "run")) == 20
 
 
 def test_never_resuming_and_starting_from_another_run(folder):

@@ -3,8 +3,8 @@
 from xlstm_lm.data.batch import IGNORED_TARGET, Batch
 from xlstm_lm.data.bpe import train_bpe
 from xlstm_lm.data.config import DataConfig
-from xlstm_lm.data.sources import SourceConfig
-from xlstm_lm.data.stream import TrainingStream, open_source
+from xlstm_lm.data.sources import SourceConfig, open_source
+from xlstm_lm.data.stream import TrainingStream
 from xlstm_lm.data.tokenizer import Tokenizer, TokenizerConfig, build_tokenizer, load_tokenizer
 from xlstm_lm.data.training_data import DocumentData, TrainingData
 from xlstm_lm.data.validation import validation_batches

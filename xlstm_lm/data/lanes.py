@@ -9,15 +9,18 @@ from __future__ import annotations
 
 import hashlib
 import heapq
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import Any
 
 from xlstm_lm.data.config import DataConfig
 from xlstm_lm.data.packing import Document, Row, pack
-from xlstm_lm.data.sources import ONE_DOCUMENT_A_FILE, Piece, Record, Source, refuse
+from xlstm_lm.data.sources import ONE_DOCUMENT_A_FILE, START, Piece, Position, Record, Source, refuse
 from xlstm_lm.data.tokenizer import Tokenizer
 from xlstm_lm.ops.announce import announce_once
+
+UNKNOWN = {"turn": 0, "checksum": None, "read": None}
+"""Fields that the state of a lane lacks in checkpoints of order 1, which does not need them to go on."""
 
 
 def hashed_order(count: int, *key: object) -> list[int]:
@@ -57,6 +60,11 @@ class DealtSource:
             f"(global_batch_size): {how}"
         )
 
+    def set_shard_sizes(self, sizes: list[int]) -> None:
+        """Deal by these sizes from now on, those of the files when the run began."""
+        self.source.shard_sizes = sizes
+        self._dealt.clear()
+
     def deal(self, epoch: int) -> list[list[Piece]]:
         """The pieces of each lane in `epoch`: together, every document exactly once."""
         if epoch not in self._dealt:
@@ -81,42 +89,45 @@ class DealtSource:
             heapq.heappush(loads, (size + self.source.shard_sizes[shard], dealt + 1, lane))
         return pieces
 
-    def initial_state(self) -> dict[str, int]:
-        """The state of a lane that has read nothing: the block that comes next and how much of it was used."""
-        return {"epoch": 0, "piece": 0, "document": 0, "index": 0, "skipped": 0}
+    def initial_state(self) -> dict[str, Any]:
+        """The state of a lane that has read nothing: the block that comes next, how much of it was used, and how far
+        documents were read (epoch, piece, document and checksum; None where an older checkpoint lacks it)."""
+        return {"epoch": 0, **START._asdict(), "index": 0, "skipped": 0, "read": [0, 0, 0, 0]}
 
-    def documents(self, lane: int, state: dict[str, int]) -> Iterator[tuple[Record, dict[str, int]]]:
+    def documents(self, lane: int, state: dict[str, Any]) -> Iterator[tuple[Record, dict[str, Any]]]:
         """Documents of `lane` without end, each with the state after it.
 
         Raises:
             ValueError: a bad document, or no document for this lane.
         """
-        state = dict(state)
+        state = {**UNKNOWN, **state}
         while True:
             pieces = self.deal(state["epoch"])[lane]
-            records = self.source.read(pieces, state["piece"], state["document"])
+            records = self.source.read(pieces, Position(*(state[name] for name in Position._fields)))
             given = state["piece"] > 0 or state["document"] > 0
             while True:
                 block, end, skipped = self._read_block(records)
                 key = (*self._key, lane, state["epoch"], state["piece"], state["document"])
                 order = hashed_order(len(block), "block", *key) if self._shuffle else range(len(block))
+                read = [state["epoch"], *((end.piece, end.document, end.checksum) if end else (len(pieces), 0, 0))]
                 for index in islice(order, state["index"], None):
-                    state = {**state, "index": state["index"] + 1}
+                    state = {**state, "index": state["index"] + 1, "read": read}
                     yield block[index], state
                 given = given or bool(block)
                 state = {**state, "index": 0, "skipped": state["skipped"] + skipped}
                 if end is None:
                     break
-                state |= {"piece": end.piece, "document": end.document + 1}
+                state |= end._asdict()
             if not given:
+                bad = f" ({state['skipped']} bad ones skipped)" if state["skipped"] else ""
                 raise ValueError(
-                    f"{self.source.config.description} has no document for lane {lane}: it holds fewer documents than "
-                    f"the {self._lanes} lanes of global_batch_size; use a smaller global_batch_size or more text"
+                    f"{self.source.config.description} has no document for lane {lane}: it holds fewer documents{bad} "
+                    f"than the {self._lanes} lanes of global_batch_size; use a smaller global_batch_size or more text"
                 )
-            state = {**state, "epoch": state["epoch"] + 1, "piece": 0, "document": 0}
+            state = {**state, "epoch": state["epoch"] + 1, **START._asdict()}
 
-    def _read_block(self, records: Iterator[Record]) -> tuple[list[Record], Record | None, int]:
-        """Read the next block; returns its good documents, the last record read (None at the end) and the bad ones."""
+    def _read_block(self, records: Iterator[Record]) -> tuple[list[Record], Position | None, int]:
+        """Read the next block; returns its good documents, its end (None at that of the epoch) and the bad ones."""
         block: list[Record] = []
         skipped = 0
         for record in records:
@@ -126,8 +137,28 @@ class DealtSource:
             elif record.text:
                 block.append(record)
             if len(block) == self._block_documents:
-                return block, record, skipped
+                return block, record.end, skipped
         return block, None, skipped
+
+    def marks(self, shard: int, states: Iterable[dict[str, Any]], lanes: Iterable[int]) -> dict[int, int] | None:
+        """How much of a shard the given lanes have read, each standing at its state of this source.
+
+        Returns:
+            the checksum at each number of documents after which a lane has stopped; empty if no lane has begun with the
+            shard, None if one has read it to its end, or if an older checkpoint does not tell.
+        """
+        read = {lane: state.get("read") or (1, 0, 0, None) for lane, state in zip(lanes, states)}
+        marks = {}
+        for epoch in range(max(place[0] for place in read.values()) + 1):
+            for lane, (last_epoch, last_piece, document, checksum) in read.items():
+                for index, piece in enumerate(self.deal(epoch)[lane]):
+                    if piece.shard != shard or (epoch, index) > (last_epoch, last_piece):
+                        continue
+                    if (epoch, index) < (last_epoch, last_piece) or checksum is None:
+                        return None
+                    if document > 0:
+                        marks[document] = checksum
+        return marks
 
 
 class Lane:
@@ -163,9 +194,11 @@ class Lane:
         states, tokens = state["sources"], state["tokens"]
         streams = [source.documents(self._lane, begin) for source, begin in zip(self._sources, states)]
         while True:
-            before = {"sources": states, "tokens": tokens}
             chosen = min(range(len(streams)), key=lambda index: tokens[index] / weights[index])
             record, after = next(streams[chosen])
+            # A row that begins in the document has read all of its block.
+            begin = [{**one, "read": after["read"]} if index == chosen else one for index, one in enumerate(states)]
+            before = {"sources": begin, "tokens": tokens}
             document = Document(self._tokenizer.encode_array(record.text), record.id, before)
             states = [after if index == chosen else one for index, one in enumerate(states)]
             length = len(document.tokens) + 1

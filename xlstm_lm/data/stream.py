@@ -4,27 +4,19 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from xlstm_lm.data.batch import Batch, stack_rows
 from xlstm_lm.data.config import DataConfig
-from xlstm_lm.data.hub import DatasetSource
+from xlstm_lm.data.fingerprint import changed_files, fingerprint_differences, source_differences
 from xlstm_lm.data.lanes import DealtSource, Lane
 from xlstm_lm.data.packing import Row
-from xlstm_lm.data.sources import FileSource, Source, SourceConfig
+from xlstm_lm.data.sources import ORDER, Piece, Source, open_source
 from xlstm_lm.data.tokenizer import Tokenizer
 from xlstm_lm.data.worker import Worker, produce
-
-
-def open_source(config: SourceConfig) -> Source:
-    """The source that `config` describes, its files listed and looked at.
-
-    Raises:
-        ValueError: files that are missing or empty; a data set that is not there.
-        ConnectionError: the hub does not answer.
-    """
-    return DatasetSource(config) if config.kind in ("hub", "parquet") else FileSource(config)
+from xlstm_lm.ops.announce import announce_once
 
 
 class TrainingStream:
@@ -51,17 +43,18 @@ class TrainingStream:
         self._config = config
         self._tokenizer = tokenizer
         self._seed = seed
-        sources = [open_source(source) for source in config.sources]
-        for source in config.validation:
-            open_source(source)
-        dealt = [DealtSource(source, config, seed, index) for index, source in enumerate(sources)]
+        self._open([open_source(source) for source in config.sources], lanes)
+        self._validation = [open_source(source) for source in config.validation]
         if 0 in lanes:
-            for source in dealt:
+            for source in self._dealt:
                 source.announce_sharing()
-        self._sources = sources
-        self._lanes = {lane: Lane(dealt, config, tokenizer, lane, seed) for lane in lanes}
-        self._states = {lane: self._lanes[lane].initial_state() for lane in lanes}
         self._producers: list[tuple[list[int], Any]] = []
+
+    def _open(self, sources: list[Source], lanes: Iterable[int], order: int = ORDER) -> None:
+        self._order = order
+        self._dealt = [DealtSource(source, self._config, self._seed, index) for index, source in enumerate(sources)]
+        self._lanes = {lane: Lane(self._dealt, self._config, self._tokenizer, lane, self._seed) for lane in lanes}
+        self._states = {lane: self._lanes[lane].initial_state() for lane in self._lanes}
 
     def start(self) -> None:
         """Let the workers begin to read. `next_batch` does it too; calling it early hides their start-up time."""
@@ -95,8 +88,12 @@ class TrainingStream:
         """Where every owned lane stands after the batches given so far: a small JSON value a lane, under its number."""
         return {str(lane): copy.deepcopy(state) for lane, state in self._states.items()}
 
-    def load_state_dict(self, states: Mapping[str, Any]) -> None:
+    def load_state_dict(self, states: Mapping[str, Any], fingerprint: Mapping[str, Any] | None = None) -> None:
         """Go on where `states` (of any number of ranks and workers, put together) left off.
+
+        Args:
+            states: what `state_dict` gave.
+            fingerprint: that of the stream that gave it, if it may be of an older version or of files since changed.
 
         Raises:
             ValueError: an owned lane is not in it.
@@ -108,21 +105,92 @@ class TrainingStream:
                 "global_batch_size, or to some of the ranks only"
             )
         self.close()
+        if fingerprint is not None:
+            self._adopt(fingerprint)
         self._states = {lane: copy.deepcopy(states[str(lane)]) for lane in self._lanes}
 
+    def _adopt(self, fingerprint: Mapping[str, Any]) -> None:
+        """Deal out the documents as the stream with this fingerprint did, whatever has changed since."""
+        order, before = fingerprint.get("order", 1), fingerprint.get("sources", [])
+        configs = list(self._config.sources)
+        for index, (config, there) in enumerate(zip(configs, before)):
+            # Without a revision of its own, a run stays with the commit it began with.
+            if config.kind == "hub" and config.revision is None and config.dataset == there.get("dataset"):
+                configs[index] = replace(config, revision=there["revision"])
+        if order != self._order or configs != [dealt.source.config for dealt in self._dealt]:
+            self._open([open_source(config, order) for config in configs], list(self._lanes), order)
+        for dealt, there in zip(self._dealt, before):
+            if len(there.get("sizes", ())) == dealt.source.num_shards:
+                dealt.set_shard_sizes(there["sizes"])
+
     def fingerprint(self) -> dict[str, Any]:
-        """Everything that, changed, would change the order of tokens, by the name of its setting; JSON values."""
+        """Everything that, changed, would change the order of tokens, by the name of its setting; JSON values. See
+        `xlstm_lm.data.fingerprint`. The first call reads into all local files."""
         config = self._config
         values = {
+            "order": self._order,
             "context_length": config.context_length,
             "global_batch_size": config.global_batch_size,
             "seed": self._seed,
             "shuffle": config.shuffle,
             "shuffle_documents": config.shuffle_documents,
             "tokenizer": self._tokenizer.fingerprint(),
-            "sources": [source.identity() | {"weight": source.config.weight} for source in self._sources],
+            "sources": [each.source.identity() | {"weight": each.source.config.weight} for each in self._dealt],
+            "validation": [source.identity() for source in self._validation],
         }
         return json.loads(json.dumps(values))
+
+    def differences(self, fingerprint: Mapping[str, Any], states: Mapping[str, Any]) -> list[str]:
+        """Why this stream cannot go on from a checkpoint, one line for each setting and file; empty if it can.
+
+        A file that has changed is no reason if all that any lane has read of it is as it was.
+
+        Args:
+            fingerprint: that of the stream which gave `states`.
+            states: of all lanes.
+        """
+        self._adopt(fingerprint)
+        now = self.fingerprint()
+
+        def rule(index: int, files: list[int]) -> list[str]:
+            source = self._dealt[index].source
+            read = [number for number in files if not self._as_read(index, number, states)]
+            unread = [source.name_of(number) for number in files if number not in read]
+            if unread:
+                announce_once(
+                    f"{_some(unread)} changed since the checkpoint, in a part that the run had not read yet; it goes "
+                    "on with the changed text"
+                )
+            return [f"changed: {_some([source.name_of(number) for number in read])}"] if read else []
+
+        lines = fingerprint_differences(fingerprint, now, rule)
+        for index, (there, here) in enumerate(zip(fingerprint.get("sources", ()), now["sources"])):
+            if there.get("newest") and here.get("newest") and here["newest"] > there["newest"]:
+                announce_once(
+                    f"{self._config.sources[index].description}: files too large to be compared in full were written "
+                    "to since the checkpoint; their sizes and samples of their text are the same"
+                )
+        for index, (there, here) in enumerate(zip(fingerprint.get("validation", ()), now["validation"])):
+            if source_differences(there, here) or changed_files(there, here):
+                announce_once(
+                    f"data.validation[{index}] holds other documents than before: losses on it before and after do not "
+                    "compare"
+                )
+        return lines
+
+    def _as_read(self, index: int, shard: int, states: Mapping[str, Any]) -> bool:
+        """Whether what any lane has read of a shard is in it still."""
+        lanes = [int(lane) for lane in states]
+        marks = self._dealt[index].marks(shard, [states[str(lane)]["sources"][index] for lane in lanes], lanes)
+        if not marks:
+            return marks is not None
+        for record in self._dealt[index].source.read([Piece(shard)]):
+            if marks.get(record.document + 1, record.checksum) != record.checksum or record.document >= max(marks):
+                return False
+            marks.pop(record.document + 1, None)
+            if not marks:
+                return True
+        return False
 
     @property
     def epoch(self) -> int:
@@ -139,3 +207,7 @@ class TrainingStream:
         for _, producer in self._producers:
             producer.close()
         self._producers = []
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

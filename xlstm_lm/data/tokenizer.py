@@ -13,6 +13,8 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import torch
 
+from xlstm_lm.base.paths import user_path
+
 END_OF_DOCUMENT = "<|endoftext|>"
 CONFIG_FILE = "xlstm_lm_tokenizer.json"
 
@@ -156,8 +158,9 @@ class HuggingFaceTokenizer:
 
         assert config.kind == "huggingface"
         try:
-            loaded = AutoTokenizer.from_pretrained(config.name, revision=config.revision or "main")
-        except (OSError, ValueError, KeyError) as error:
+            name = str(user_path(config.name)) if config.name.startswith("~") else config.name
+            loaded = AutoTokenizer.from_pretrained(name, revision=config.revision or "main")
+        except (OSError, ValueError, KeyError, RuntimeError) as error:
             reason = str(error).strip().split("\n")[0]
             raise ValueError(
                 f"no tokenizer could be loaded from {config.name!r} ({reason}): name a folder with a tokenizer.json or "

@@ -9,8 +9,7 @@ import numpy as np
 from xlstm_lm.data.batch import Batch, stack_rows
 from xlstm_lm.data.config import DataConfig
 from xlstm_lm.data.packing import Document, Row, pack
-from xlstm_lm.data.sources import Piece, Source, refuse
-from xlstm_lm.data.stream import open_source
+from xlstm_lm.data.sources import Piece, Source, open_source, refuse
 from xlstm_lm.data.tokenizer import Tokenizer
 
 

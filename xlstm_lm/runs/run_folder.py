@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import platform
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -43,6 +44,12 @@ FREE_TO_CHANGE = (
     "deepspeed.",
     "data.num_workers",
     "data.prefetch_batches",
+    # The checkpoint's data fingerprint tells whether these give other documents.
+    *(
+        f"data.{part}.{name}"
+        for part in ("sources", "validation")
+        for name in ("paths", "revision", "weight", "on_bad_document", "retry_seconds")
+    ),
     "model.chunk_length",
     "model.mlstm_backend",
     "model.slstm_backend",
@@ -57,12 +64,25 @@ FREE_WHEN_BRANCHING = (*FREE_TO_CHANGE, "optimizer.", "schedule.", "data.validat
 
 def differing_fields(before: dict[str, Any], now: dict[str, Any], free: tuple[str, ...] = FREE_TO_CHANGE) -> list[str]:
     """One line for each field of the two configurations that differs and is not in `free`."""
-    old, new = dotted_items(before), dotted_items(now)
+    old, new = _fields(before), _fields(now)
+    different = [name for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)]
     return [
         f"  {name}: {old.get(name, 'not set')!r} there, {new.get(name, 'not set')!r} now"
-        for name in sorted(old.keys() | new.keys())
-        if old.get(name) != new.get(name) and not f"{name}.".startswith(free) and not name.startswith(free)
+        for name in different
+        if not f"{re.sub(r'[[][0-9]+[]]', '', name)}.".startswith(free)
     ]
+
+
+def _fields(values: dict[str, Any]) -> dict[str, Any]:
+    """`dotted_items`, with the fields of each mapping in a list as data.sources[0].kind and so on."""
+    items = {}
+    for name, value in dotted_items(values).items():
+        if isinstance(value, list) and value and all(isinstance(each, dict) for each in value):
+            for number, each in enumerate(value):
+                items |= dotted_items(each, f"{name}[{number}].")
+        else:
+            items[name] = value
+    return items
 
 
 def check_same_run(folder: Path, config: dict[str, Any], free: tuple[str, ...] = FREE_TO_CHANGE) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import shlex
 import sys
@@ -39,7 +38,6 @@ from xlstm_lm.runs.random_state import restore_random_state
 from xlstm_lm.runs.run_folder import (
     FREE_WHEN_BRANCHING,
     check_same_run,
-    differing_fields,
     open_run_folder,
     record_environment,
     write_config,
@@ -129,6 +127,7 @@ class Trainer:
         if checkpoint:
             self.restore_data(checkpoint)
         self.stream.start()  # reads ahead while the model is built
+        self.data_fingerprint = world.on_first(self.stream.fingerprint)
 
         precision = choose_precision(run.training.precision, world.device)
         dtype = torch.bfloat16 if precision == "bf16" else torch.float32
@@ -287,7 +286,7 @@ class Trainer:
             "skipped_in_a_row": self.skips.in_a_row,
             "elapsed_seconds": self.report.clock.elapsed,
             "data": {lane: value for of_rank in lanes for lane, value in of_rank.items()},
-            "data_fingerprint": self.stream.fingerprint(),
+            "data_fingerprint": self.data_fingerprint,
             "processes": self.world.size,
             "zero_stage": self.engine.stage,
         }
@@ -323,15 +322,15 @@ class Trainer:
                     "--config."
                 )
             return
-        saved, now = checkpoint.state["data_fingerprint"], json.loads(json.dumps(self.stream.fingerprint()))
-        different = differing_fields(saved, now, free=())
+        saved, lanes = checkpoint.state["data_fingerprint"], checkpoint.state["data"]
+        different = self.world.on_first(lambda: self.stream.differences(saved, lanes))
         if different:
             raise ValueError(
                 f"{checkpoint.folder} was trained on other data, or on the same in another order:\n"
                 + "\n".join(different)
                 + "\nPut the data back as it was, or choose another training.run_dir for a new run."
             )
-        self.stream.load_state_dict(checkpoint.state["data"])
+        self.stream.load_state_dict(lanes, saved)
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Weights, moments and random states of a checkpoint, which any number of processes may have written.

@@ -1,0 +1,36 @@
+"""Where documents come from: local files, the Python standard library, or a data set on the Hugging Face hub.
+
+Every source is read through `datasets` in streaming mode and shows the same face: a number of shards (files), and
+`read`, which gives the records of a list of shards from any position on.
+"""
+
+from xlstm_lm.data.sources.config import LOCAL_KINDS, ONE_DOCUMENT_A_FILE, SourceConfig
+from xlstm_lm.data.sources.hub import HubSource
+from xlstm_lm.data.sources.local import FileSource
+from xlstm_lm.data.sources.record import ORDER, START, Piece, Position, Record, Source, refuse
+
+__all__ = [
+    "LOCAL_KINDS",
+    "ONE_DOCUMENT_A_FILE",
+    "ORDER",
+    "START",
+    "FileSource",
+    "HubSource",
+    "Piece",
+    "Position",
+    "Record",
+    "Source",
+    "SourceConfig",
+    "open_source",
+    "refuse",
+]
+
+
+def open_source(config: SourceConfig, order: int = ORDER) -> Source:
+    """The source that `config` describes, its files listed and looked at; `order` is that of `ORDER`.
+
+    Raises:
+        ValueError: files that are missing or empty; a data set that is not there.
+        ConnectionError: the hub does not answer.
+    """
+    return HubSource(config, order) if config.kind == "hub" else FileSource(config, order)

@@ -1,0 +1,69 @@
+"""The settings of one source of documents."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+LOCAL_KINDS = ("text", "text_lines", "jsonl", "parquet")
+ONE_DOCUMENT_A_FILE = ("text", "python_stdlib")
+
+
+@dataclass(kw_only=True)
+class SourceConfig:
+    """One source of documents in a mixture."""
+
+    kind: Literal["text", "text_lines", "jsonl", "parquet", "hub", "python_stdlib"] = "text"
+    """One document a file (text), line (text_lines), JSON object (jsonl) or row (parquet); the hub; Python's source."""
+    paths: list[str] = field(default_factory=list)
+    """Local files or glob patterns (** goes into folders, ~ is the home folder); a name that exists is no pattern. Text
+    and JSON lines may be compressed by gzip, bzip2, xz or zstd, whatever the name."""
+    dataset: str | None = None
+    """Id on the hub, such as HuggingFaceFW/fineweb-edu (kind hub)."""
+    config_name: str | None = None
+    """Which configuration of the hub data set (kind hub)."""
+    data_files: list[str] = field(default_factory=list)
+    """Only these files of the hub data set, patterns allowed (kind hub)."""
+    revision: str | None = None
+    """Commit, tag or branch of the hub data set; without it the newest commit at the time the run starts (kind hub)."""
+    split: str = "train"
+    """Split of the hub data set; for python_stdlib train, or validation for the files held out of it (1 in 16)."""
+    text_field: str = "text"
+    """Field or column that holds the text (kinds jsonl, parquet, hub)."""
+    weight: float = 1.0
+    """Share of the training tokens, relative to the other sources' weights."""
+    on_bad_document: Literal["error", "skip"] = "error"
+    """Whether a document that is not UTF-8, not JSON or without text stops the run, or is skipped and counted."""
+    retry_seconds: float = 600.0
+    """How long to go on asking when the hub does not answer (kind hub)."""
+
+    def __post_init__(self) -> None:
+        if self.kind not in (*LOCAL_KINDS, "hub", "python_stdlib"):
+            raise ValueError(
+                f"source kind {self.kind!r} is not known: {', '.join(LOCAL_KINDS)}, hub or python_stdlib are"
+            )
+        if self.kind in LOCAL_KINDS and not self.paths:
+            raise ValueError(
+                f"a source of kind {self.kind} needs paths: a list of files or patterns such as data/*.txt"
+            )
+        if self.kind not in LOCAL_KINDS and self.paths:
+            raise ValueError(f"a source of kind {self.kind} takes no paths (got {self.paths})")
+        if self.kind == "hub" and not self.dataset:
+            raise ValueError("a source of kind hub needs dataset: its id, such as HuggingFaceFW/fineweb-edu")
+        if self.kind != "hub" and (self.dataset or self.config_name or self.data_files or self.revision):
+            raise ValueError(
+                f"dataset, config_name, data_files and revision belong to sources of kind hub, not {self.kind}"
+            )
+        if self.kind == "python_stdlib" and self.split not in ("train", "validation"):
+            raise ValueError(f"split {self.split!r} of python_stdlib is not known: train or validation")
+        if self.on_bad_document not in ("error", "skip"):
+            raise ValueError(f"on_bad_document {self.on_bad_document!r} is not known: error or skip")
+        if not self.weight > 0:
+            raise ValueError(f"weight {self.weight} of a source must be above 0; leave out a source that is not wanted")
+
+    @property
+    def description(self) -> str:
+        """How messages call the source."""
+        if self.kind == "hub":
+            return f"hub data set {self.dataset}"
+        return "python_stdlib" if self.kind == "python_stdlib" else f"{self.kind} {', '.join(self.paths)}"

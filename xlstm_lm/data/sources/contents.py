@@ -1,0 +1,122 @@
+"""The bytes of local files: decompressed, told apart by content rather than by name, and hashed."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import hashlib
+import io
+import lzma
+import os
+import re
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import IO, NamedTuple
+
+import pyarrow
+
+READ_ERRORS = (OSError, EOFError, zlib.error, lzma.LZMAError, pyarrow.ArrowException)
+"""What a damaged or missing file raises while it is read."""
+
+HEAD_BYTES = 1024
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+NO_TEXT = {
+    b"PK\x03\x04": "a zip archive: unpack it",
+    b"PK\x05\x06": "an empty zip archive: remove it",
+    b"7z\xbc\xaf\x27\x1c": "a 7-zip archive: unpack it",
+    b"Rar!\x1a\x07": "a RAR archive: unpack it",
+    b"\x04\x22\x4d\x18": "compressed by lz4: compress it by zstd or gzip instead",
+    b"\x1f\x9d": "compressed by compress: compress it by zstd or gzip instead",
+    b"PAR1": "a parquet file: set kind: parquet",
+    b"ARROW1": "an Arrow file: convert it to parquet",
+    b"%PDF-": "a PDF: extract its text",
+    b"\xff\xfe\x00\x00": "UTF-32, not UTF-8: convert it, for example by iconv -f UTF-32 -t UTF-8",
+    b"\x00\x00\xfe\xff": "UTF-32, not UTF-8: convert it, for example by iconv -f UTF-32 -t UTF-8",
+    b"\xff\xfe": "UTF-16, not UTF-8: convert it, for example by iconv -f UTF-16 -t UTF-8",
+    b"\xfe\xff": "UTF-16, not UTF-8: convert it, for example by iconv -f UTF-16 -t UTF-8",
+}
+"""First bytes of files that are no text, and what they are and want."""
+
+HASHED_BYTES = 512 * 2**20
+"""Of a source's files at most about so many bytes are hashed: all of them, or as much of each in samples."""
+SAMPLE_BYTES = 64 * 2**10
+
+
+def open_file(path: str | Path) -> IO[bytes]:
+    """Open a local file to read its bytes, decompressed if its content is compressed."""
+    with Path(path).open("rb") as file:
+        magic = file.read(10)
+    if magic.startswith(b"\x1f\x8b"):
+        return gzip.open(path, "rb")  # type: ignore[return-value]
+    if re.match(rb"BZh[1-9](1AY&SY|\x17rE8P\x90)", magic):
+        return bz2.open(path, "rb")
+    if magic.startswith(b"\xfd7zXZ\x00"):
+        return lzma.open(path, "rb")
+    if re.match(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18", magic):  # the second: a frame that readers skip
+        return io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd"))  # type: ignore[arg-type]
+    return Path(path).open("rb")
+
+
+def open_text(path: str | Path) -> IO[bytes]:
+    """`open_file` for files that must hold UTF-8 text.
+
+    Raises:
+        OSError: the content is something else, named with the remedy.
+    """
+    file = open_file(path)
+    try:
+        head = file.peek(HEAD_BYTES)[:HEAD_BYTES]  # type: ignore[attr-defined]
+        found = next((found for magic, found in NO_TEXT.items() if head.startswith(magic)), None)
+        if head[257:262] == b"ustar":
+            found = "a tar archive: unpack it"
+        if len(head) > 3 and not any(head):
+            found = "zeros: it was not written to its end"
+        elif len(head) > 3 and not (any(head[::2]) and any(head[1::2])):
+            found = NO_TEXT[b"\xff\xfe"]  # Latin letters without a byte order mark: every other byte is 0
+        if found is not None:
+            raise OSError(f"it is {found}")
+    except BaseException:
+        file.close()
+        raise
+    return file
+
+
+class Contents(NamedTuple):
+    """What the files of a source hold."""
+
+    digests: list[str]
+    """For each file, 8 hexadecimal digits that change with its size and content."""
+    newest: int | None
+    """Latest change (nanoseconds since 1970) of a file that was too large to be hashed whole; None if none was."""
+
+
+def hash_files(paths: Sequence[str]) -> Contents:
+    """Hash what files hold, wherever they lie and whatever they are called.
+
+    Where the files together hold more than `HASHED_BYTES`, those above their share of it are sampled: evenly spread
+    blocks, the first and the last among them. The share depends on the number of files alone, so the hash of a file
+    does not change when another file does. A file that cannot be read has a digest of its own; reading it says why.
+    """
+    share = max(HASHED_BYTES // max(len(paths), 1), 2 * 4096)
+    digests, newest = [], None
+    for path in paths:
+        try:
+            with Path(path).open("rb") as file:
+                size = file.seek(0, io.SEEK_END)
+                file.seek(0)
+                hashed = hashlib.sha256(str(size).encode())
+                if size <= share:
+                    while block := file.read(2**20):
+                        hashed.update(block)
+                else:
+                    newest = max(newest or 0, os.fstat(file.fileno()).st_mtime_ns)
+                    length = min(SAMPLE_BYTES, share // 2)
+                    count = share // length
+                    for index in range(count):
+                        file.seek((size - length) * index // (count - 1))
+                        hashed.update(file.read(length))
+            digests.append(hashed.hexdigest()[:8])
+        except OSError:
+            digests.append("unreadbl")
+    return Contents(digests, newest)

@@ -1,0 +1,145 @@
+"""Documents of local files: whole files, lines, JSON lines, rows of parquet."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+
+from xlstm_lm.data.sources.config import ONE_DOCUMENT_A_FILE, SourceConfig
+from xlstm_lm.data.sources.contents import READ_ERRORS, Contents, hash_files, open_text
+from xlstm_lm.data.sources.listing import list_files, stdlib_files
+from xlstm_lm.data.sources.readers import Shard, read_lines, read_rows, read_whole_files
+from xlstm_lm.data.sources.record import ORDER, START, Piece, Position, Record
+from xlstm_lm.ops.announce import announce_once
+
+JSON_NAMES = {".json", ".jsonl", ".ndjson"}
+READERS = {
+    "text": read_whole_files,
+    "python_stdlib": read_whole_files,
+    "text_lines": read_lines,
+    "jsonl": read_lines,
+    "parquet": read_rows,
+}
+
+
+class FileSource:
+    """Documents of local files; each file is a shard."""
+
+    def __init__(self, config: SourceConfig, order: int = ORDER) -> None:
+        """List and look at the files.
+
+        Raises:
+            ValueError: a pattern without a file, or an empty file (unless bad documents are to be skipped); no column
+                of parquet with the text.
+        """
+        self.config = config
+        self.order = order
+        self.announced_skipping = False
+        # Names identify documents wherever the files lie: an installation's own path is no part of them.
+        if config.kind == "python_stdlib":
+            self.names, self._paths = stdlib_files(config.split)
+        else:
+            self.names = self._paths = list_files(config, order)
+        self._sizes = [Path(path).stat().st_size for path in self._paths]
+        self.shard_sizes = self._sizes
+        self.num_shards = len(self._paths)
+        if config.kind == "parquet":
+            self._check_column()
+        elif config.kind in ("text", "text_lines"):
+            self._point_out_json()
+
+    def _check_column(self) -> None:
+        """Look into the first file for the column with the text, unless what is bad is skipped.
+
+        Raises:
+            ValueError: the file is no parquet, or has no such column.
+        """
+        if self.config.on_bad_document == "skip":
+            return
+        try:
+            with pyarrow.OSFile(self._paths[0]) as opened, pyarrow.parquet.ParquetFile(opened) as file:
+                names = file.schema_arrow.names if file.metadata.num_rows else [self.config.text_field]
+        except READ_ERRORS as error:
+            raise ValueError(
+                f"parquet {self._paths[0]} cannot be read ({error}): repair the file, or set "
+                "on_bad_document: skip for this source"
+            ) from error
+        if self.config.text_field not in names:
+            raise ValueError(
+                f"parquet {self._paths[0]} has no column {self.config.text_field!r}: set text_field to one of "
+                f"{', '.join(names)}"
+            )
+
+    def _point_out_json(self) -> None:
+        """Say so if files of JSON are read as plain text: by their names, or by the first line of the first one."""
+        found = next((path for path in self._paths if JSON_NAMES & set(Path(path).suffixes)), None)
+        if found is None and _begins_with_json(self._paths[0]):
+            found = self._paths[0]
+        if found is not None:
+            announce_once(
+                f"{self.config.description}: {found} holds JSON and is read as plain text, names and quotes included; "
+                "to read one field of an object a line, set kind: jsonl and text_field"
+            )
+
+    def read(self, pieces: list[Piece], first: Position = START) -> Iterator[Record]:
+        from datasets.iterable_dataset import ExamplesIterable, IterableDataset
+
+        shards = [
+            Shard(
+                index,
+                self._paths[piece.shard],
+                self.names[piece.shard],
+                piece,
+                first if index == first.piece else Position(index),
+            )
+            for index, piece in enumerate(pieces)
+            if index >= first.piece
+        ]
+        if not shards:
+            return
+        arguments: dict[str, Any] = {"shards": shards, "order": self.order}
+        if self.config.kind not in ONE_DOCUMENT_A_FILE:
+            arguments["text_field"] = None if self.config.kind == "text_lines" else self.config.text_field
+            arguments["strict"] = self.config.on_bad_document == "error"
+        # IterableDataset.from_generator would leave a lock file in the user's cache for every lane, epoch and restart.
+        for record in IterableDataset(ExamplesIterable(READERS[self.config.kind], arguments)):
+            yield Record(**record)
+
+    def name_of(self, shard: int) -> str:
+        return self._paths[shard]
+
+    @cached_property
+    def _contents(self) -> Contents:
+        return hash_files(self._paths)
+
+    def identity(self) -> dict[str, Any]:
+        files = [[Path(name).name, size] for name, size in zip(self.names, self._sizes)]
+        identity = {
+            "kind": self.config.kind,
+            "files": self.num_shards,
+            "digest": digest(files),
+            "sizes": self.shard_sizes,
+            "contents": "".join(self._contents.digests),
+            "newest": self._contents.newest,
+        }
+        return identity | ({"text_field": self.config.text_field} if self.config.kind in ("jsonl", "parquet") else {})
+
+
+def _begins_with_json(path: str) -> bool:
+    """Whether the first line of a file is a JSON object."""
+    try:
+        with open_text(path) as file:
+            return isinstance(json.loads(file.readline(2**20)), dict)
+    except (*READ_ERRORS, ValueError, RecursionError):
+        return False  # or a damaged file: reading it says why
+
+
+def digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]

@@ -1,0 +1,219 @@
+"""Generators of records, one for each way in which files hold documents."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Iterator
+from itertools import islice
+from typing import Any, NamedTuple
+
+import pyarrow
+import pyarrow.parquet
+
+from xlstm_lm.data.sources.contents import BYTE_ORDER_MARK, READ_ERRORS, open_text
+from xlstm_lm.data.sources.record import Piece, Position, Record
+
+ROWS_AT_ONCE = 512
+ALL = 2**62
+"""Number of the document behind the last one of a file that breaks off: nothing more is to be had of it."""
+KeyedRecord = tuple[str, dict[str, Any]]
+"""An example of `datasets`: a key, and the record as its fields."""
+
+
+class Shard(NamedTuple):
+    """A file to be read."""
+
+    index: int
+    """Position in the list of pieces."""
+    path: str
+    name: str
+    piece: Piece
+    first: Position
+    """Where to begin in it."""
+
+
+def read_whole_files(shards: list[Shard], order: int) -> Iterator[KeyedRecord]:
+    """Records of files that are one document each; a part is that part of the characters."""
+    errors = READ_ERRORS  # at exit, globals are gone before generators are closed
+    for index, path, name, piece, first in shards:
+        if first.document > 0:
+            continue
+        record = Record(index, 0, "", name)
+        try:
+            with open_text(path) as file:
+                content = file.read()
+            text = (content if order == 1 else content.removeprefix(BYTE_ORDER_MARK)).decode()
+            record = record._replace(checksum=zlib.crc32(content))
+            if piece.parts > 1:
+                cuts = [len(text) * part // piece.parts for part in (piece.part, piece.part + 1)]
+                text = text[cuts[0] : cuts[1]]
+                record = record._replace(id=f"{name}[{piece.part + 1}/{piece.parts}]")
+            record = record._replace(text=text, turn=1)
+            if not text and piece.parts == 1:
+                record = record._replace(problem=f"data file {path} is empty")
+        except UnicodeDecodeError as error:
+            record = record._replace(problem=f"data file {path} is not UTF-8 (byte {error.start}: {error.reason})")
+        except errors as error:
+            record = record._replace(problem=f"data file {path} cannot be read ({error})")
+        yield record.id, record._asdict()
+
+
+class Turns:
+    """Shares the documents of a shard among the lanes that read it."""
+
+    def __init__(self, shard: Shard, order: int, strict: bool) -> None:
+        """Begin at the shard's `first`; `strict`: a bad document is everybody's."""
+        self._shard, self._order, self._strict = shard, order, strict
+        self.turn = shard.first.turn
+
+    def is_mine(self, number: int) -> bool:
+        """Whether line or row `number`, the next one, is this lane's if it is good."""
+        turn = number if self._order == 1 else self.turn
+        return turn % self._shard.piece.parts == self._shard.piece.part
+
+    def record(self, number: int, text: str, problem: str | None, unit: str, checksum: int | None) -> Record | None:
+        """The record of line or row `number`, None if it is another lane's. An empty text uses up no turn."""
+        mine = self.is_mine(number)
+        if problem is None and text:
+            self.turn += 1
+        if not mine and not (problem and self._strict):
+            return None
+        index, path, name, _, _ = self._shard
+        problem = None if problem is None else f"data file {path}, {unit} {number + 1}: {problem}"
+        return Record(index, number, text, f"{name}:{number + 1}", problem, self.turn, checksum)
+
+    def broken_off(self, number: int, error: Exception, unit: str) -> Record | None:
+        """The record of a file that cannot be read from line or row `number` on; None if it is another lane's."""
+        if not self._strict and not self.is_mine(number):
+            return None
+        index, path, name, _, _ = self._shard
+        problem = f"data file {path} cannot be read" + (f" after {unit} {number}" if number else "") + f" ({error})"
+        return Record(index, ALL - 1, "", name, problem, self.turn, None)
+
+
+def read_lines(shards: list[Shard], text_field: str | None, order: int, strict: bool) -> Iterator[KeyedRecord]:
+    """Records of files with a document a line, plain or (with `text_field`) a JSON object.
+
+    Raises:
+        ValueError: lines before the first one wanted, which the run has read before, have changed.
+    """
+    errors = READ_ERRORS
+    for shard in shards:
+        if shard.first.document == ALL:
+            continue
+        turns = Turns(shard, order, strict)
+        count, checksum = 0, 0
+        try:
+            with open_text(shard.path) as file:
+                for line in islice(file, shard.first.document):
+                    count, checksum = count + 1, zlib.crc32(line, checksum)
+                if shard.first.checksum not in (None, checksum) or count < shard.first.document:
+                    raise ValueError(
+                        f"data file {shard.path} has changed in its first {shard.first.document} lines, which this run "
+                        "has read already: put it back as it was, or choose another training.run_dir for a new run"
+                    )
+                for line in file:
+                    number, count, checksum = count, count + 1, zlib.crc32(line, checksum)
+                    if order > 1 and (number == 0 or text_field is not None):  # also where such files were joined
+                        line = line.removeprefix(BYTE_ORDER_MARK)
+                    if not line.strip() or (order == 1 and not turns.is_mine(number)):
+                        continue
+                    text, problem = _parse_line(line, text_field)
+                    if record := turns.record(number, text, problem, "line", checksum):
+                        yield record.id, record._asdict()
+        except errors as error:
+            if record := turns.broken_off(count, error, "line"):
+                yield record.id, record._asdict()
+
+
+def read_rows(shards: list[Shard], text_field: str, order: int, strict: bool) -> Iterator[KeyedRecord]:
+    """Records of parquet files; of their columns only `text_field` is read."""
+    errors = READ_ERRORS
+    for shard in shards:
+        if shard.first.document == ALL:
+            continue
+        turns = Turns(shard, order, strict)
+        number, checksum = shard.first.document, shard.first.checksum
+        try:
+            for value in _column(shard.path, text_field, number):
+                text, problem = text_of({text_field: value}, text_field)
+                if checksum is not None:
+                    checksum = zlib.crc32(repr(value).encode("utf-8", "surrogatepass"), checksum)
+                if record := turns.record(number, text, problem, "row", checksum):
+                    yield record.id, record._asdict()
+                number += 1
+        except errors as error:
+            if record := turns.broken_off(number, error, "row"):
+                yield record.id, record._asdict()
+
+
+def _column(path: str, name: str, first_row: int) -> Iterator[Any]:
+    """The values of a column from a row on; bytes where a text is not UTF-8."""
+    with pyarrow.OSFile(path) as opened, pyarrow.parquet.ParquetFile(opened) as file:
+        groups = []
+        for group in range(file.num_row_groups):
+            rows = file.metadata.row_group(group).num_rows
+            if not groups and first_row >= rows:
+                first_row -= rows
+            elif rows:
+                groups.append(group)
+        if not groups:
+            return
+        if file.schema_arrow.names.count(name) != 1:
+            how = "no column" if name not in file.schema_arrow.names else "more than one column"
+            raise OSError(f"{how} {name!r} among {', '.join(file.schema_arrow.names)}; the setting is text_field")
+        for group in groups:  # one at a time: rows before damage are good
+            for batch in file.iter_batches(ROWS_AT_ONCE, row_groups=[group], columns=[name]):
+                column = batch.column(batch.schema.get_field_index(name))[first_row:]
+                first_row = max(first_row - batch.num_rows, 0)
+                for value in column:
+                    try:
+                        yield value.as_py()
+                    except UnicodeDecodeError:
+                        yield value.as_buffer().to_pybytes()
+
+
+def _parse_line(line: bytes, text_field: str | None) -> tuple[str, str | None]:
+    """The text of a line, or what is wrong with it."""
+    if text_field is not None:
+        return parse_json(line, text_field)
+    try:
+        return line.decode().rstrip("\r\n"), None
+    except UnicodeDecodeError as error:
+        return "", _not_utf8(error)
+
+
+def parse_json(line: bytes, text_field: str) -> tuple[str, str | None]:
+    """The text in a line of JSON, or what is wrong with it."""
+    try:
+        value = json.loads(line.decode().rstrip())
+    except UnicodeDecodeError as error:
+        return "", _not_utf8(error)
+    except json.JSONDecodeError as error:
+        return "", f"not JSON ({error.msg} at column {error.colno})"
+    except RecursionError:
+        return "", "JSON that is nested too deep to be read"
+    except ValueError as error:  # a number with more digits than Python reads
+        return "", f"JSON that cannot be read ({error})"
+    if not isinstance(value, dict):
+        return "", f"a JSON object with a field {text_field!r} is wanted, not {type(value).__name__}"
+    return text_of(value, text_field)
+
+
+def _not_utf8(error: UnicodeDecodeError) -> str:
+    return f"not UTF-8 (byte {error.start} of the line: {error.reason})"
+
+
+def text_of(fields: dict[str, Any], text_field: str) -> tuple[str, str | None]:
+    """The text among a document's fields, or what is wrong with it."""
+    text = fields.get(text_field)
+    if isinstance(text, str):
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            return "", f"field {text_field!r} holds half a surrogate pair, which is no character"
+        return text, None
+    if text_field not in fields:
+        return "", f"no field {text_field!r} among {', '.join(fields) or 'none'}; the setting is text_field"
+    return "", f"field {text_field!r} holds {type(text).__name__}, not text"

@@ -1,0 +1,99 @@
+"""The face that every source shows: documents as records, and positions among them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple, Protocol
+
+from xlstm_lm.data.sources.config import SourceConfig
+from xlstm_lm.ops.announce import announce_once
+
+ORDER = 2
+"""Version of the order of documents, kept in checkpoints: a run goes on in the order it began with. In order 1, lanes
+that share a file take turns by its lines, a byte order mark is text, and a file with two names is read twice."""
+
+
+class Piece(NamedTuple):
+    """The share of a shard that one lane reads: the whole (1 part), or one of several parts."""
+
+    shard: int
+    part: int = 0
+    parts: int = 1
+
+
+class Position(NamedTuple):
+    """A place in a list of pieces, in front of a document."""
+
+    piece: int = 0
+    """Position in the list."""
+    document: int = 0
+    """Number of the document (line or row, blank ones counted) within its shard."""
+    turn: int = 0
+    """Good documents of the shard before this one."""
+    checksum: int | None = 0
+    """CRC-32 of all that the shard holds before this document; None where a checkpoint of order 1 lacks it."""
+
+
+START = Position()
+
+
+class Record(NamedTuple):
+    """A document as read, or what is wrong with it."""
+
+    piece: int
+    """Position in the list of pieces that is being read."""
+    document: int
+    """Number of the document within its shard."""
+    text: str
+    """Its text; empty if there is a problem."""
+    id: str
+    """File and, within files of many documents, line or row."""
+    problem: str | None = None
+    """What is wrong with it, naming file and line."""
+    turn: int = 0
+    """Good documents of the shard up to this one, which is counted too."""
+    checksum: int | None = None
+    """CRC-32 of all that the shard holds up to the end of this document; None if unknown."""
+
+    @property
+    def end(self) -> Position:
+        """The position behind it."""
+        return Position(self.piece, self.document + 1, self.turn, self.checksum)
+
+
+class Source(Protocol):
+    """A source of documents."""
+
+    config: SourceConfig
+    num_shards: int
+    shard_sizes: list[int]
+    """Relative sizes by which shards are dealt to lanes."""
+    announced_skipping: bool
+    """Whether it was said that bad documents are skipped."""
+
+    def read(self, pieces: list[Piece], first: Position = START) -> Iterator[Record]:
+        """Records of `pieces` in order, from `first` on. Lanes that read parts of a shard take turns with its good
+        documents; a bad one comes to the lane whose turn it is, and to all where bad documents are errors."""
+
+    def identity(self) -> dict[str, Any]:
+        """What it reads, in JSON: differs where the documents or their order would. See `xlstm_lm.data.fingerprint`."""
+
+    def name_of(self, shard: int) -> str:
+        """How messages call a shard."""
+
+
+def refuse(source: Source, record: Record) -> None:
+    """Stop at a bad document, or say once that such are skipped.
+
+    Raises:
+        ValueError: bad documents are errors in this source.
+    """
+    assert record.problem is not None
+    if source.config.on_bad_document == "error":
+        raise ValueError(
+            f"{record.problem}. Repair the file, or set on_bad_document: skip for this source; the same command then "
+            "goes on from the last checkpoint"
+        )
+    if not source.announced_skipping:
+        source.announced_skipping = True
+        announce_once(f"bad documents of {source.config.description} are skipped; the first: {record.problem}")

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from xlstm_lm.base import console
 from xlstm_lm.base.durable_files import write_durably
 from xlstm_lm.base.tensor_files import SHARD_BYTES, TensorWriter
 from xlstm_lm.data import Tokenizer
@@ -73,15 +74,19 @@ def export(
     check_free(out)
     if repository:
         check_repository_name(repository)
+    console.stage(f"loading {source}")
     trained = load(_checkpoint_of(source, step))
     tokenizer = trained.tokenizer
     export_format = choose_format(trained.model.config, format_name)
     with whole_or_not_at_all(out) as partial, tempfile.TemporaryDirectory() as place:
         question = Path(place) / "question"
+        console.stage("computing logits and texts to compare with")
         ask(trained.model, tokenizer, export_format, question)
+        console.stage("writing the export")
         _write(trained, tokenizer, export_format, partial, shard_bytes)
         model_config, folder = trained.model.config, trained.folder
         del trained
+        console.stage("comparing: a fresh process loads the export with transformers")
         difference = check(partial, question)["difference"]
         run_dir, step = _origin(folder)
         write_model_card(
@@ -93,6 +98,8 @@ def export(
             step=step,
             difference=difference,
         )
+    if repository:
+        console.stage(f"uploading to {repository}")
     return Exported(out, export_format, difference, push(out, repository) if repository else None)
 
 

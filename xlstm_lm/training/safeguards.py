@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from types import FrameType
 
 from xlstm_lm.base.durable_files import RunError
+from xlstm_lm.base.program import told_once
 
 logger = logging.getLogger("xlstm_lm")
 
@@ -47,12 +48,13 @@ class SkipCounter:
         if self.in_a_row <= self.config.max_skipped_steps:
             logger.warning("Step %d skipped: its loss or gradient is not finite. Weights are unchanged.", step)
             return
-        raise RunError(
+        problem = RunError(
             f"Step {step}: the loss or gradient was not finite for {self.in_a_row} steps in a row, more than "
             f"safeguards.max_skipped_steps ({self.config.max_skipped_steps}). The documents of this step's batch: "
             f"{', '.join(document_ids())}. Look at them, or lower optimizer.learning_rate or optimizer.gradient_clip; "
             "the checkpoints saved so far are intact."
         )
+        raise told_once(problem)
 
 
 class StopRequest:

@@ -11,19 +11,7 @@ import pytest
 
 from xlstm_lm.base.import_path import PROJECT, child_environment, import_path, keep_current_folder_out
 
-NAMES = (
-    "queue",
-    "json",
-    "argparse",
-    "datasets",
-    "torch",
-    "numpy",
-    "yaml",
-    "tqdm",
-    "transformers",
-    "pickle",
-    "__future__",
-)
+NAMES = "queue json argparse datasets torch numpy yaml tqdm transformers pickle __future__".split()
 
 
 @pytest.fixture

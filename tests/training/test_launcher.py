@@ -9,17 +9,7 @@ import pytest
 from xlstm_lm.parallel import launcher
 
 TORCHRUN = ["/env/bin/python", "/env/bin/torchrun", "--nnodes", "2", "--nproc-per-node", "8"]
-DEEPSPEED = [
-    "/env/bin/python3",
-    "/env/bin/deepspeed",
-    "--num_gpus",
-    "2",
-    "--module",
-    "xlstm_lm",
-    "train",
-    "--config",
-    "a",
-]
+DEEPSPEED = ["/env/bin/python3", "/env/bin/deepspeed", "--num_gpus", "2", "--module", "xlstm_lm", "train"]
 LAUNCH = ["/env/bin/python", "-u", "-m", "deepspeed.launcher.launch", "--world_info=x", "--module", "xlstm_lm", "train"]
 
 
@@ -44,7 +34,7 @@ def started(monkeypatch):
     [
         ([[*TORCHRUN, "-m", "xlstm_lm", "train"]], [*TORCHRUN[1:], "-m", "xlstm_lm"]),
         (
-            [["sh", "-c", "xlstm_lm"], [*TORCHRUN, "--no-python", "xlstm-lm"]],
+            [["sh"], [*TORCHRUN, "--no-python", "xlstm-lm"]],
             [*TORCHRUN[1:], "--no-python", "xlstm-lm"],
         ),
         ([LAUNCH, DEEPSPEED, ["bash"]], DEEPSPEED[1:6]),

@@ -1,30 +1,14 @@
-"""What the studies' command lines share: how they end on a user's mistake, and the flags that name a model."""
+"""What the studies' command lines share: the flags that name a model, and what a figure was measured with."""
 
 from __future__ import annotations
 
 import argparse
-import os
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 
 from eval import measure
 from eval.models import DTYPES
-
-
-@contextmanager
-def one_message(command: str) -> Iterator[None]:
-    """End with exit code 2 and one message on a user's mistake; XLSTM_LM_TRACEBACK=1 shows where it comes from."""
-    try:
-        yield
-    except (ValueError, OSError) as error:
-        if os.environ.get("XLSTM_LM_TRACEBACK"):
-            raise
-        print(f"{command}: {error}", file=sys.stderr)
-        sys.exit(2)
 
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:

@@ -17,9 +17,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from eval.command import add_model_flags, environment, one_message, positive
+from eval.command import add_model_flags, environment, positive
 from eval.models import CausalModel, load_model
 from eval.results_file import results_file
+from xlstm_lm.base import console
+from xlstm_lm.base.program import program
 
 HERE = Path(__file__).parent
 LOCAL_TASKS, TASK_GROUPS = HERE / "tasks_local", HERE / "task_groups"
@@ -89,6 +91,7 @@ def evaluate(
             f"a data set of {', '.join(tasks)} cannot be had ({str(error).strip().splitlines()[0]}); without a network "
             f"set HF_HOME to a folder that holds it, or take the tasks of --tasks local."
         ) from error
+    console.end_stage()  # lm_eval and HarnessModel show bars from here on
     return simple_evaluate(
         wrapped,
         tasks=loaded,
@@ -138,9 +141,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add_model_flags(parser)
     options = parser.parse_args(arguments)
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    with one_message("eval.downstream"):
+    with program("eval.downstream"):
         _check(options)
+        console.stage("looking up the tasks")
         manager = find_tasks(options.tasks, options.include)
+        console.stage(f"loading {options.model}")
         model = load_model(
             options.model,
             library=options.library,
@@ -148,6 +153,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             dtype=options.dtype,
             trained_context=options.trained_context,
         )
+        console.stage(f"reading the data of {', '.join(options.tasks)}")
         window = options.context_length or (None if model.carries_state else model.trained_context)
         results = evaluate(
             model,

@@ -82,7 +82,7 @@ fi
 stage correctness 130 bash -c 'logs=$1 python=$2 status=0
     shift 2
     for dtype in "$@"; do
-        "$python" -m xlstm_lm.doctor "$dtype" >"$logs/correctness-$dtype.log" 2>&1 &
+        "$python" -m xlstm_lm doctor "$dtype" >"$logs/correctness-$dtype.log" 2>&1 &
         processes+=($!)
     done
     for process in "${processes[@]}"; do wait "$process" || status=1; done

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from eval.command import one_message, positive
+from eval.command import positive
 from eval.documents import DocumentsConfig, Text, open_documents
 from eval.gradient_reach_picture import draw_reach
 from eval.gradient_reach_runs import load_study, train_runs
@@ -36,6 +36,7 @@ from eval.results_file import results_file
 from eval.speed_models import Model, Own, describe_kernels, parse_model, record_kernels
 from xlstm_lm import hub
 from xlstm_lm.base.finite import check_finite
+from xlstm_lm.base.program import program
 from xlstm_lm.data import Tokenizer, TokenizerConfig, build_tokenizer
 from xlstm_lm.models.accounting import count_parameters
 
@@ -199,7 +200,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = _parse(arguments)
     torch.set_num_threads(options.threads)
     torch.set_flush_denormal(True)  # as in training
-    with one_message("python -m eval.gradient_reach"):
+    with program("python -m eval.gradient_reach"):
         made_with = environment(options.device)  # the checkout may change later
         reaches = _measure_all(options)
         print("\nMedian of g(k) / g(0), and the distance within which a part of the whole lies")

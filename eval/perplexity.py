@@ -14,13 +14,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from eval.command import add_model_flags, environment, one_message, positive
+from eval.command import add_model_flags, environment, positive
 from eval.documents import DocumentsConfig, Text, open_documents
 from eval.extrapolation import draw_extrapolation, extrapolate
 from eval.figures import Totals, as_sequence, exp
 from eval.models import CausalModel, load_model, pick_device
 from eval.results_file import results_file
 from eval.scoring import score_sequences
+from xlstm_lm.base import console
+from xlstm_lm.base.program import program
 
 DEFINITIONS = {
     "loss": "nats a target token; targets are all tokens of the documents, the first given the token that begins a "
@@ -64,6 +66,7 @@ def measure(model: CausalModel, texts: Iterator[Text], config: PerplexityConfig)
     documents: dict[int, int] = {}
     total, words = Totals(), 0
     for group in _groups(texts, GROUP * config.batch_size):
+        console.progress(f"scoring {model.name}: {sum(documents.values()):,} documents, {total.tokens:,} tokens done")
         sequences = [as_sequence(model, text, config.count_end) for text in group]
         scores = score_sequences(
             model, sequences, batch_size=config.batch_size, window=config.context_length, stride=config.stride
@@ -135,7 +138,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Measure models on data, print the tables and, with --out, write JSON and picture."""
     parser = _make_parser()
     options = parser.parse_args(arguments)
-    with one_message("eval.perplexity"):
+    with program("eval.perplexity"):
         _check(options)
         data = DocumentsConfig(data=options.data, split_at=options.split_at, max_documents=options.max_documents)
         config = PerplexityConfig(
@@ -166,6 +169,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _measure_one(
     name: str, data: DocumentsConfig, config: PerplexityConfig, options: argparse.Namespace
 ) -> dict[str, Any]:
+    console.stage(f"loading {name}")
     model = load_model(
         name,
         library=options.library,
@@ -179,6 +183,7 @@ def _measure_one(
         "trained_context": model.trained_context,
         "carries_state": model.carries_state,
     }
+    console.stage(f"scoring {name}")
     lengths = options.context_lengths
     if options.extrapolate:
         if model.trained_context is None:
@@ -193,6 +198,7 @@ def _measure_one(
     else:
         config, how = choose_windows(model, config)
         result |= {"how": how, **measure(model, open_documents(data), config)}
+    console.end_stage()
     print(f"\n{name}: {model.num_parameters:,} parameters, trained on {model.trained_context or 'unknown'} tokens")
     print(as_markdown(result))
     return result

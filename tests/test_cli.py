@@ -36,6 +36,7 @@ def run_dir(tmp_path_factory):
     finished = run_command("train", "--config", DEMO, "--training.run_dir", str(folder), *TINY)
     assert finished.returncode == 0, finished.stderr
     (folder / "stdout.txt").write_text(finished.stdout)
+    (folder / "stderr.txt").write_text(finished.stderr)
     return folder
 
 
@@ -58,16 +59,30 @@ def test_training_ends_with_the_result_a_sample_and_what_to_do_next(run_dir):
     assert splits.count("train") == 3
 
 
-def printed_command(run_dir: Path, name: str) -> list[str]:
+def test_what_a_run_shows_is_its_own_and_begins_at_once(run_dir):
+    lines = (run_dir / "stderr.txt").read_text().splitlines()
+    assert lines[:5] == [
+        "importing PyTorch",
+        "importing DeepSpeed",
+        "opening the data",
+        "checking the kernels",
+        "building the model",
+    ]
+    assert all(line.startswith(("step ", "validation at step ", "DeepSpeed's bf16 at ZeRO")) for line in lines[5:])
+
+
+def run_printed(run_dir: Path, name: str, *arguments: str) -> subprocess.CompletedProcess:
+    """Give the command that the run printed, with further arguments."""
     line = next(line for line in (run_dir / "stdout.txt").read_text().splitlines() if line.startswith(name))
-    return shlex.split(line.removeprefix(name))[1:]
+    command = [*shlex.split(line.removeprefix(name)), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=240)
 
 
 def test_the_printed_export_and_generate_commands_work(run_dir):
-    exported = run_command(*printed_command(run_dir, "Export:"))
+    exported = run_printed(run_dir, "Export:")
     assert exported.returncode == 0, exported.stderr
     sampling = ("--max-new-tokens", "20", "--temperature", "0")
-    from_run = run_command(*printed_command(run_dir, "Generate:"), *sampling)
+    from_run = run_printed(run_dir, "Generate:", *sampling)
     from_export = run_command("generate", "--model", f"{run_dir}-export", "--prompt", "def ", *sampling)
     assert from_run.returncode == 0, from_run.stderr
     assert from_run.stdout.startswith("def ")
@@ -81,6 +96,7 @@ def test_torchrun_with_two_processes(tmp_path):
     )
     assert finished.returncode == 0, finished.stderr
     assert finished.stdout.count("Final validation: ") == 1
+    assert "Resume, longer:   " + shlex.join([sys.executable, *launcher, "train", "--config", DEMO]) in finished.stdout
 
 
 def test_the_deepspeed_launcher(tmp_path):
@@ -98,6 +114,7 @@ def test_the_deepspeed_launcher(tmp_path):
     )
     assert finished.returncode == 0, finished.stderr
     assert "Final validation: " in finished.stdout
+    assert "Resume, longer:   " + shlex.join([*launcher, "train", "--config", DEMO]) in finished.stdout
 
 
 @pytest.mark.parametrize(
@@ -116,6 +133,12 @@ def test_the_deepspeed_launcher(tmp_path):
             "flag --model.num_blocks: model.num_blocks = 'four': Input should be a valid integer",
         ),
         (["train", "--config", "configs/train/dmo.yaml"], "configs/train/dmo.yaml does not exist"),
+        (["generate", "--modle", "x", "--model", "x", "--prompt", "x"], "Did you mean --model?"),
+        (
+            ["generate", "--model", "x", "--prompt", "x", "--wxyz", "1"],
+            "flag --wxyz 1: there is no such flag. See 'xlstm-lm generate --help' for all flags.",
+        ),
+        (["doctor", "float64"], "float64 is no type to check kernels in; there are float32, bfloat16, float16."),
         (["train"], "the following arguments are required: --config"),
         (["trian"], "invalid choice: 'trian'"),
         (["generate", "--model", "nowhere", "--prompt", "x"], "nowhere does not exist. Give a run"),

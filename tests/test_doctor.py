@@ -82,7 +82,7 @@ def test_a_wrong_kernel_is_reported_by_name(monkeypatch, capsys):
 
     monkeypatch.setitem(mlstm_ops.BACKENDS, "chunkwise", wrong)
     with pytest.raises(SystemExit) as ended:
-        doctor.main()
+        doctor.main(["float32"])
     assert ended.value.code == 1
     printed = capsys.readouterr().out
     assert "BAD mlstm / chunkwise, cpu, float32" in printed
@@ -106,7 +106,7 @@ def test_only_a_kernel_that_refuses_is_no_reason_to_stop(raised, line_begins, ri
 
     monkeypatch.setitem(mlstm_ops.BACKENDS, "chunkwise", fails)
     lines: list[str] = []
-    assert doctor.examine(lines.append) == right
+    assert doctor.examine(lines.append, [torch.float32]) == right
     (line,) = (line for line in lines if "mlstm / chunkwise, " in line)
     assert line.startswith(line_begins) and str(raised).splitlines()[0] in line
     assert ("not available: " in line) == right
@@ -118,13 +118,29 @@ def test_a_wrong_kernel_of_another_package_is_shown_but_no_reason_to_stop(monkey
     monkeypatch.setitem(conv_ops.BACKENDS, "causal_conv1d", lambda x, *others: 1.01 * torch_s(x, *others))
     monkeypatch.setitem(doctor.RUNS_ON, "causal_conv1d", ("cpu",))
     lines: list[str] = []
-    assert doctor.examine(lines.append)
+    assert doctor.examine(lines.append, [torch.float32])
     (line,) = (line for line in lines if "causal convolution / causal_conv1d, " in line)
     assert line.startswith("  --  ") and ": error 1." in line
 
 
+@pytest.mark.parametrize(
+    ("precision", "checked"), [("bf16", [torch.bfloat16, torch.float32]), ("fp32", [torch.float32])]
+)
+def test_kernels_are_checked_in_what_training_here_computes_in(precision, checked, monkeypatch):
+    monkeypatch.setattr(doctor, "choose_precision", lambda choice, device: precision)
+    dtypes, lines = [], []
+    monkeypatch.setattr(doctor, "check_operations", lambda device, dtype: dtypes.append(dtype) or ())
+    assert doctor.examine(lines.append)
+    assert dtypes == checked
+    name = str(checked[0]).removeprefix("torch.")
+    heading = f"\nKernels (training on this machine takes those for {name}: precision auto is {precision})"
+    assert heading in lines
+    assert any(f"  mlstm, {name}: " in each for each in lines)
+
+
 def test_the_report_on_the_terminal():
-    run = subprocess.run([sys.executable, "-m", "xlstm_lm", "doctor"], capture_output=True, text=True, check=True)
+    command = [sys.executable, "-m", "xlstm_lm", "doctor", "float32"]
+    run = subprocess.run(command, capture_output=True, text=True, check=True)
     for expected in (
         "torch 2.",
         "CPU: ",

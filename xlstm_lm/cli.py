@@ -5,17 +5,20 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import os
 import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from xlstm_lm import __version__
-from xlstm_lm.base.durable_files import RunError
+from xlstm_lm.base import console
+from xlstm_lm.base.import_path import keep_current_folder_out
+from xlstm_lm.base.program import program, told_once
 
+COMMANDS = ("train", "generate", "export", "import", "tokenizer", "doctor")
+SLOW_COMMANDS = ("train", "generate", "export", "import", "doctor")
 SAMPLE_PROMPT = "def "  # what the sample at the end of a run continues
 SAMPLE_TOKENS = 400
 
@@ -34,9 +37,16 @@ class _Parser(argparse.ArgumentParser):
             flags = self.flags_of(parsed.command)
             flag, _, value = unknown[0].partition("=")
             value = value or (unknown[1] if len(unknown) > 1 else "")
-            hint = nearest(flag.lstrip("-"), flags).replace("Did you mean ", "Did you mean --")
+            otherwise = f"See 'xlstm-lm {parsed.command} --help' for all flags."
+            hint = nearest(flag.lstrip("-"), flags, otherwise).replace("Did you mean ", "Did you mean --")
             self.error(f"flag {flag} {value}".rstrip() + f": there is no such flag. {hint}")
         return parsed
+
+    def error(self, message: str) -> NoReturn:
+        """Exit with code 2 and the message, which of a machine's processes only the first writes."""
+        if console.is_first_on_machine():
+            super().error(message)
+        self.exit(2)
 
     def flags_of(self, command: str) -> list[str]:
         """Every long flag of a command, without the dashes."""
@@ -46,19 +56,16 @@ class _Parser(argparse.ArgumentParser):
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command; a user's mistake ends with exit code 2 and one message, a run that cannot go on with 1."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    keep_current_folder_out()
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     # DeepSpeed's launcher puts its own flag before the command; the rank is in the environment as well.
     arguments = [each for each in arguments if not each.startswith("--local_rank=")]
-    parser = _make_parser("train" in arguments[:1])
-    options = parser.parse_args(arguments)
-    try:
+    command = next(iter(arguments), "")
+    with program(f"xlstm-lm {command}" if command in COMMANDS else "xlstm-lm"):
+        if command in SLOW_COMMANDS and not {"-h", "--help"} & set(arguments):
+            console.stage("importing PyTorch")
+        options = _make_parser(command == "train").parse_args(arguments)
         options.run(options)
-    except (ValueError, OSError, RunError) as error:
-        if os.environ.get("XLSTM_LM_TRACEBACK"):
-            raise
-        print(f"xlstm-lm {options.command}: {error}", file=sys.stderr)
-        sys.exit(1 if isinstance(error, RunError) else 2)
 
 
 def _make_parser(with_fields: bool) -> _Parser:
@@ -145,18 +152,30 @@ def _make_parser(with_fields: bool) -> _Parser:
     )
     tokenizer.add_argument("--out", required=True, metavar="FOLDER", help="A new folder, as transformers reads it.")
 
-    command("doctor", _doctor, "Versions, devices, kernels, and whether each computes what it should.")
+    doctor = command("doctor", _doctor, "Versions, devices, kernels, and whether each computes what it should.")
+    doctor.add_argument(
+        "types",
+        nargs="*",
+        metavar="TYPE",
+        help="float32, bfloat16 or float16: check kernels in these. Default: that of training here, and float32.",
+    )
     return parser
 
 
 def _train(options: argparse.Namespace) -> None:
     from xlstm_lm.config import load_run_config
-    from xlstm_lm.training.loop import train
 
     overrides = {name: value for name, value in vars(options).items() if "." in name or name == "deepspeed"}
-    run = load_run_config(options.config, overrides)
-    run_dir = train(run)
-    if int(os.environ.get("RANK", "0")) == 0:
+    try:
+        run = load_run_config(options.config, overrides)
+    except ValueError as error:
+        raise error if console.is_first_on_machine() else told_once(error) from None
+    console.stage("importing DeepSpeed")
+    with console.libraries_quieted():
+        from xlstm_lm.training.loop import train
+
+        run_dir = train(run)
+    if console.is_first_process():
         _conclude(run_dir, options.config, overrides)
 
 
@@ -170,6 +189,7 @@ def _conclude(run_dir: Path, recipes: list[str], overrides: dict[str, Any]) -> N
     from xlstm_lm.base.finite import NotFiniteError
     from xlstm_lm.generation import SamplingConfig, continue_text
     from xlstm_lm.hub import load
+    from xlstm_lm.parallel.launcher import program_command
     from xlstm_lm.runs.folder import RunFolder
 
     folder = RunFolder(run_dir)
@@ -177,7 +197,7 @@ def _conclude(run_dir: Path, recipes: list[str], overrides: dict[str, Any]) -> N
     numbers = {"bits per byte": "bits_per_byte", "nats a token": "loss"}
     shown = [f"{final[key]:.4f} {unit}" for unit, key in numbers.items() if final and final.get(key) is not None]
     if final:
-        print(f"\nFinal validation: {', '.join(shown) or 'not finite'}")
+        console.say(f"\nFinal validation: {', '.join(shown) or 'not finite'}")
     trained = load(run_dir)
     sampling = SamplingConfig(max_new_tokens=SAMPLE_TOKENS)
     try:
@@ -190,17 +210,17 @@ def _conclude(run_dir: Path, recipes: list[str], overrides: dict[str, Any]) -> N
             f"The run has diverged by step {step}. {problem} It is kept, with its last checkpoint {trained.folder}. "
             "Start a new one, in another training.run_dir, with a lower optimizer.learning_rate."
         )
-    print(f"\nA sample:\n{SAMPLE_PROMPT}{text}")
     with (run_dir / "samples.jsonl").open("a", encoding="utf-8") as file:
         file.write(json.dumps({"step": step, "prompt": SAMPLE_PROMPT, "text": text}) + "\n")
+    console.say(f"\nA sample:\n{SAMPLE_PROMPT}{text}")
     again = [part for recipe in recipes for part in ("--config", recipe)]
     longer = overrides | {"training.steps": 2 * step}
     again += [part for name, value in longer.items() for part in (f"--{name}", _as_flag(value))]
-    name, export = shlex.quote(str(run_dir)), shlex.quote(f"{run_dir}-export")
-    print(f"\nLearning curve: {run_dir / 'learning_curve.png'}")
-    print(f"Resume, longer:   {shlex.join(['xlstm-lm', 'train', *again])}")
-    print(f"Generate:         xlstm-lm generate --model {name} --prompt {shlex.quote(SAMPLE_PROMPT)}")
-    print(f"Export:           xlstm-lm export --run {name} --out {export}")
+    program, name = program_command(), str(run_dir)
+    console.say(f"\nLearning curve: {run_dir / 'learning_curve.png'}")
+    console.say(f"Resume, longer:   {shlex.join([*program_command(launched=True), 'train', *again])}")
+    console.say(f"Generate:         {shlex.join([*program, 'generate', '--model', name, '--prompt', SAMPLE_PROMPT])}")
+    console.say(f"Export:           {shlex.join([*program, 'export', '--run', name, '--out', f'{name}-export'])}")
 
 
 def _as_flag(value: Any) -> str:
@@ -220,12 +240,18 @@ def _generate(options: argparse.Namespace) -> None:
     )
     if not options.prompt:
         raise ValueError("--prompt is empty; give at least one character to continue.")
+    try:
+        prompt = os.fsencode(options.prompt).decode("utf-8")  # whatever encoding the locale says
+    except UnicodeDecodeError:
+        raise ValueError(f"--prompt {options.prompt!a} is not UTF-8; give it as UTF-8 text.") from None
     from xlstm_lm.hub import load
 
+    console.stage(f"loading {options.model}")
     trained = load(options.model)
     trained.to("cuda" if torch.cuda.is_available() else "cpu")
-    print(options.prompt, end="", flush=True)
-    for text in continue_text(trained.model, trained.tokenizer, options.prompt, sampling):
+    console.end_stage()
+    print(prompt, end="", flush=True)
+    for text in continue_text(trained.model, trained.tokenizer, prompt, sampling):
         print(text, end="", flush=True)
     print()
 
@@ -251,6 +277,7 @@ def _export(options: argparse.Namespace) -> None:
         repository=options.push,
         card=card,
     )
+    console.end_stage()
     form = exported.export_format
     print(f"Wrote {exported.folder} in the format {form.name}, which suits {form.suits}.")
     for limit in form.limits:
@@ -266,7 +293,9 @@ def _export(options: argparse.Namespace) -> None:
 def _import(options: argparse.Namespace) -> None:
     from xlstm_lm.hub import import_run
 
+    console.stage(f"importing {options.source}")
     recipe = shlex.quote(str(import_run(options.source, options.out, options.tokenizer)))
+    console.end_stage()
     out = shlex.quote(options.out)
     print(f"Wrote {out}. Train it on:  xlstm-lm train --config RECIPE --config {recipe} --training.run_dir {out}")
 
@@ -274,11 +303,14 @@ def _import(options: argparse.Namespace) -> None:
 def _tokenizer(options: argparse.Namespace) -> None:
     from xlstm_lm.data import train_bpe
 
+    console.stage("training the tokenizer")
     out = train_bpe(options.files, vocab_size=options.vocab_size, out=options.out)
+    console.end_stage()
     print(f"Wrote {out}. Use it:  --data.tokenizer.kind huggingface --data.tokenizer.name {shlex.quote(str(out))}")
 
 
 def _doctor(options: argparse.Namespace) -> None:
     from xlstm_lm.doctor import main
 
-    main()
+    console.end_stage()
+    main(options.types)

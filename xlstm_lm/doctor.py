@@ -7,8 +7,7 @@ import importlib.metadata
 import os
 import platform
 import shutil
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -34,7 +33,9 @@ from xlstm_lm.ops.selfcheck import (
     ssd_inputs,
     with_states,
 )
+from xlstm_lm.training.deepspeed_config import choose_precision
 
+TYPES = ("float32", "bfloat16", "float16")
 PACKAGES = ("xlstm-lm", "torch", "deepspeed", "datasets", "transformers", "tokenizers", "wandb", "triton")
 PACKAGES += ("mamba-ssm", "causal-conv1d")
 OTHERS = ("mamba_ssm", "causal_conv1d")
@@ -231,17 +232,21 @@ def _advice(checks: list[Check]) -> list[str]:
 def examine(say: Callable[[str], None], dtypes: list[torch.dtype] | None = None) -> bool:
     """Examine this machine, giving `say` each line as soon as it is known. False where a kernel is wrong or fails.
 
-    Kernels are checked in `dtypes`; by default float32 and, on a GPU, bfloat16 and float16.
+    Kernels are checked in `dtypes`; by default in that of training here (with training.precision auto), in float32, in
+    which everything else computes, and on a GPU in float16.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtypes = dtypes or [torch.float32, *([torch.bfloat16, torch.float16] if device == "cuda" else [])]
+    precision = choose_precision("auto", torch.device(device))
+    training = torch.bfloat16 if precision == "bf16" else torch.float32
+    others = [torch.bfloat16, torch.float16] if device == "cuda" else []
+    dtypes = dtypes or list(dict.fromkeys([training, torch.float32, *others]))
     say(f"Versions\n  Python {platform.python_version()} on {platform.platform()}")
     for package in PACKAGES:
         say(f"  {package} {_version(package)}")
     say("\nDevices")
     for line in _devices():
         say(f"  {line}")
-    say("\nKernels (taken by training on this machine)")
+    say(f"\nKernels (training on this machine takes those for {_name(training)}: precision auto is {precision})")
     for dtype in dtypes:
         inputs = [each.requires_grad_() for each in mlstm_inputs(device, dtype)]
         say(f"  mlstm, {_name(dtype)}: {mlstm_ops.choose_backend(*inputs)}")
@@ -267,16 +272,15 @@ def examine(say: Callable[[str], None], dtypes: list[torch.dtype] | None = None)
     return not any(check.wrong for check in checks)
 
 
-def main(dtypes: list[torch.dtype] | None = None) -> None:
-    """Print the examination.
+def main(types: Sequence[str] = ()) -> None:
+    """Print the examination, in the `types` of `TYPES`, where given.
 
     Raises:
+        ValueError: a type is not known.
         SystemExit: with code 1, where a kernel fails or computes something else than its definition.
     """
-    if not examine(functools.partial(print, flush=True), dtypes):
+    unknown = [name for name in types if name not in TYPES]
+    if unknown:
+        raise ValueError(f"{', '.join(unknown)} is no type to check kernels in; there are {', '.join(TYPES)}.")
+    if not examine(functools.partial(print, flush=True), [getattr(torch, name) for name in types]):
         raise SystemExit(1)
-
-
-if __name__ == "__main__":
-    # python -m xlstm_lm.doctor [float32|bfloat16|float16 ...]: a process for each type compiles its kernels in parallel
-    main([getattr(torch, name) for name in sys.argv[1:]])

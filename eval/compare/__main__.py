@@ -14,7 +14,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from eval.command import one_message, positive
+from eval.command import positive
 from eval.compare.collect import collect, command
 from eval.compare.config import Model, check_data, load_comparison
 from eval.compare.measure import measure_all, speeds_left, to_test
@@ -23,6 +23,7 @@ from eval.compare.runs import Runs, examine
 from eval.compare.train import is_chosen, to_train, train_all
 from eval.jobs import Outcome, alone_in
 from xlstm_lm.base.paths import user_path
+from xlstm_lm.base.program import program
 from xlstm_lm.models.accounting import count_parameters
 
 DONE, FAILED, UNFINISHED = 0, 1, 3
@@ -31,7 +32,7 @@ DONE, FAILED, UNFINISHED = 0, 1, 3
 def main(arguments: Sequence[str] | None = None) -> None:
     """Do what the options ask for, say what is left, and exit."""
     options = _parse(arguments)
-    with one_message("eval.compare"):
+    with program("eval.compare"):
         comparison = load_comparison(options.config, options.data_root)
         if options.at_once:
             comparison = dataclasses.replace(

@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from eval.command import environment, one_message
+from eval.command import environment
 from eval.compare.config import TestConfig
 from eval.compare.results import Bucket, Extrapolated, Tested
 from eval.documents import open_documents
@@ -19,6 +19,7 @@ from eval.extrapolation import extrapolate
 from eval.models import load_model, pick_device
 from eval.perplexity import choose_windows, measure
 from xlstm_lm.base.durable_files import replace_durably
+from xlstm_lm.base.program import program
 from xlstm_lm.base.read_files import read_json
 
 MEASURE_AGAIN = "Delete it to have it measured again."
@@ -97,7 +98,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--test", required=True, metavar="JSON", help="The section compare.test.")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="Where to write.")
     options = parser.parse_args(arguments)
-    with one_message("eval.compare.tested"):
+    with program("eval.compare.tested"):
         tested = test_run(options.run, _TEST.validate_json(options.test))
     content = {"environment": environment(pick_device(None), ()), "tested": _TESTED.dump_python(tested)}
     replace_durably(options.out, json.dumps(content, indent=1).encode() + b"\n")

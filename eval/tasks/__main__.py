@@ -16,14 +16,14 @@ from pathlib import Path
 
 import torch
 
-from eval.command import environment, one_message, positive
+from eval.command import environment, positive
 from eval.jobs import Outcome, alone_in
 from eval.results_file import results_file
 from eval.tasks.rows import TaskData
 from eval.tasks.study import Study, collect, load_study, train_runs
 from eval.tasks.summary import as_markdown, draw, summarize
-from xlstm_lm.base.durable_files import RunError
 from xlstm_lm.base.paths import user_path
+from xlstm_lm.base.program import program
 from xlstm_lm.config import load_run_config
 from xlstm_lm.training.loop import train
 
@@ -35,7 +35,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Train a study's models, or one run; a user's mistake ends with code 2, runs that are missing with 1."""
     options = _parse(arguments)
     torch.set_flush_denormal(True)  # as in training
-    with one_message(COMMAND):
+    with program(COMMAND):
         if options.run:
             _train_one(options.run)
             return
@@ -50,11 +50,7 @@ def main(arguments: list[str] | None = None) -> None:
 def _train_one(recipe: Path) -> None:
     """Train, or go on training, the run of a recipe with data.task."""
     run = load_run_config([recipe])
-    try:
-        train(run, TaskData(run.data))
-    except RunError as error:
-        print(f"{COMMAND}: {error}", file=sys.stderr)
-        sys.exit(1)
+    train(run, TaskData(run.data))
 
 
 def _report(study: Study, outcomes: dict[str, Outcome], out: Path | None) -> bool:

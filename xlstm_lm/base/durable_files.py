@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import shutil
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,19 +16,41 @@ class RunError(RuntimeError):
 
 @contextlib.contextmanager
 def disk_errors_explained(path: Path) -> Iterator[None]:
-    """Turn an OSError of writing below `path` into a RunError that names the path and the space that is left."""
+    """Turn an OSError of writing below `path` into a RunError that names the path, the cause and the remedy."""
     try:
         yield
     except OSError as error:
-        place = path
-        while not place.exists() and place != place.parent:
-            place = place.parent
-        free = shutil.disk_usage(place).free / 2**20
-        cause = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else f"writing failed ({error})"
         raise RunError(
-            f"{path}: {cause}; {free:,.1f} MiB are free there. Checkpoints finished before are intact: make room, or "
-            "lower training.keep_checkpoints, and give the same command again to continue from the newest."
+            f"{path}: {_cause_and_remedy(error, path)}, and give the same command again. What was finished before, "
+            "checkpoints included, is intact."
         ) from error
+
+
+def _cause_and_remedy(error: OSError, path: Path) -> str:
+    place = Path(error.filename) if isinstance(error.filename, str) else path
+    if error.errno == errno.ENOSPC:
+        existing = path
+        while not existing.exists() and existing != existing.parent:
+            existing = existing.parent
+        there = os.statvfs(existing)
+        free = there.f_bavail * there.f_frsize / 2**20
+        if there.f_files and not there.f_favail:
+            return f"the disk has room for no more files ({free:,.1f} MiB are free there): delete some"
+        return f"the disk is full; {free:,.1f} MiB are free there: make room"
+    remedies = {
+        errno.EDQUOT: "your quota of the disk is used up: make room, or have it raised",
+        errno.EFBIG: "the file is larger than the system allows (ulimit -f, or the file system): raise that limit",
+        errno.EACCES: f"no permission to write {place}: allow it, or choose another folder",
+        errno.EPERM: f"no permission to write {place}: allow it, or choose another folder",
+        errno.EROFS: "the disk can only be read: mount it for writing, or choose another folder",
+        errno.ENAMETOOLONG: "the name is too long for the file system: choose a shorter one",
+        errno.ENOENT: f"{place} is gone; it was deleted or renamed: put it back",
+        errno.ENOTDIR: f"a part of {place} is a file, not a folder: move it away, or choose another folder",
+        errno.EMFILE: "too many files are open (ulimit -n): raise that limit",
+        errno.EIO: "the disk fails to read or write: repair it, or choose another folder",
+        errno.ESTALE: "the network disk has lost the file: mount it again",
+    }
+    return remedies.get(error.errno, f"writing failed ({error}): remove the cause")
 
 
 def write_durably(path: Path, content: bytes) -> tuple[int, int]:

@@ -15,12 +15,16 @@ import signal
 import subprocess
 import sys
 import threading
+import traceback
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
+from xlstm_lm.base.durable_files import RunError
+from xlstm_lm.base.import_path import child_environment
 from xlstm_lm.data.lanes import Lane
 from xlstm_lm.data.packing import Row
 
+GO_ON = "Checkpoints are intact: give the same command again to continue from the newest."
 START = "from xlstm_lm.data.worker import serve; serve()"
 
 
@@ -35,11 +39,10 @@ class Worker:
     """The training process's end of a worker."""
 
     def __init__(self, lanes: list[Lane], states: list[dict[str, Any]], prefetch_batches: int) -> None:
-        environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false"}
         # The package may lie on a path that only this process knows of.
-        environment["PYTHONPATH"] = os.pathsep.join(entry or os.getcwd() for entry in sys.path)  # noqa: PTH109
+        environment = {**child_environment(), "TOKENIZERS_PARALLELISM": "false"}
         self._process = subprocess.Popen(
-            [sys.executable, "-c", START], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment
+            [sys.executable, "-P", "-c", START], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment
         )
         # Sent on a thread: the pipe holds less than this, and the worker begins to read only when it has started.
         work = pickle.dumps((lanes, states, prefetch_batches))
@@ -57,16 +60,17 @@ class Worker:
 
         Raises:
             ValueError, ConnectionError: what went wrong with the data, as the worker found it.
-            RuntimeError: the worker is gone.
+            RunError: the worker is gone, or failed by an error of the program's.
         """
         assert self._process.stdout is not None
         try:
             answer = pickle.load(self._process.stdout)
         except (EOFError, pickle.UnpicklingError):
-            raise RuntimeError(
-                f"a data worker ended with exit code {self._process.wait()} (its messages stand above; -9 may mean "
-                "that memory ran out: lower data.shuffle_documents or data.prefetch_batches)"
-            ) from None
+            raise RunError(_how_it_ended(self._process.wait())) from None
+        if isinstance(answer, _WorkerError):
+            # The trace goes where libraries' output goes: it is of use to programmers.
+            print(answer.trace, file=sys.stderr)
+            raise RunError(f"a data worker failed: {answer.summary}. {GO_ON}")
         if isinstance(answer, Exception):
             raise answer
         return answer
@@ -80,6 +84,26 @@ class Worker:
         self._process.stdout.close()
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.close()
+
+
+class _WorkerError(Exception):
+    """An error in a worker that is not the data's, as the training process is told of it."""
+
+    def __init__(self, summary: str, trace: str) -> None:
+        super().__init__(summary, trace)
+        self.summary, self.trace = summary, trace
+
+
+def _how_it_ended(code: int) -> str:
+    """A sentence on a worker that has gone without a word."""
+    if code == -signal.SIGKILL:
+        how = (
+            "was killed by SIGKILL, as the system does where memory runs out: lower data.shuffle_documents, "
+            "data.prefetch_batches or data.num_workers"
+        )
+    else:
+        how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+    return f"a data worker {how}. {GO_ON}"
 
 
 def serve() -> None:
@@ -101,7 +125,11 @@ def serve() -> None:
         # Only the message travels: the user's mistake needs no trace of ours.
         kind = ConnectionError if isinstance(error, ConnectionError) else ValueError
         ready.put(kind(str(error)))
-        sender.join()
+    except Exception as error:
+        kept = " (memory ran out: lower data.shuffle_documents or data.prefetch_batches)"
+        summary = f"{type(error).__name__}: {error}{kept if isinstance(error, MemoryError) else ''}"
+        ready.put(_WorkerError(summary, traceback.format_exc()))
+    sender.join()
 
 
 def _leave_with_parent() -> None:

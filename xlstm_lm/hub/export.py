@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from xlstm_lm.base import console
 from xlstm_lm.base.durable_files import write_durably
 from xlstm_lm.base.outputs import check_new_folder, whole_or_not_at_all
 from xlstm_lm.base.paths import user_path
@@ -79,6 +80,7 @@ def export(
     check_new_folder(out)
     if repository:
         check_repository_name(repository)
+    console.stage(f"loading {source}")
     trained = load(_checkpoint_of(source, step))
     tokenizer = trained.tokenizer
     export_format = choose_format(trained.model.config, format_name)
@@ -87,10 +89,13 @@ def export(
         RunFolder(run_dir).metrics()  # for the model card; damage shows before any work
     with whole_or_not_at_all(out) as partial, tempfile.TemporaryDirectory() as place:
         question = Path(place) / "question"
+        console.stage("computing logits and texts to compare with")
         ask(trained.model, tokenizer, export_format, question)
+        console.stage("writing the export")
         _write(trained, tokenizer, export_format, partial, shard_bytes)
         model_config, num_tokens = trained.model.config, tokenizer.vocab_size
         del trained
+        console.stage("comparing: a fresh process loads the export with transformers")
         difference = check(partial, question)["difference"]
         write_model_card(
             partial,
@@ -103,6 +108,8 @@ def export(
             num_tokens=num_tokens,
             options=card or CardOptions(),
         )
+    if repository:
+        console.stage(f"uploading to {repository}")
     return Exported(out, export_format, difference, push(out, repository) if repository else None)
 
 

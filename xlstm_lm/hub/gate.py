@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from xlstm_lm.base.finite import check_finite
+from xlstm_lm.base.import_path import child_environment
 from xlstm_lm.data import Tokenizer
 from xlstm_lm.hub.export_format import ExportFormat
 
@@ -71,7 +71,13 @@ def check(folder: Path, question: Path) -> dict[str, Any]:
     """
     script = Path(__file__).with_name("fresh_check.py")
     command = [sys.executable, "-P", str(script), str(folder.resolve()), str(question)]
-    finished = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONWARNINGS": "ignore"})
+    finished = subprocess.run(
+        command,
+        capture_output=True,
+        encoding="utf-8",
+        errors="replace",
+        env={**child_environment(), "PYTHONWARNINGS": "ignore", "PYTHONIOENCODING": "utf-8"},
+    )
     lines = finished.stdout.strip().splitlines()
     if finished.returncode or not lines:
         raise ValueError(

@@ -27,6 +27,7 @@ import torch
 from xlstm_lm.base.durable_files import crc32_of, replace_durably
 from xlstm_lm.base.read_files import read_json
 from xlstm_lm.ops.announce import announce_once
+from xlstm_lm.ops.compiling import constant_result
 
 _OPS = Path(__file__).parent
 _SOURCES = [
@@ -44,7 +45,7 @@ class KernelsUnavailableError(RuntimeError):
     """The kernels can be neither built nor loaded on this machine."""
 
 
-@torch.compiler.assume_constant_result  # torch.compile would follow it into the hashing of sources
+@constant_result  # torch.compile would follow it into the hashing of sources
 def kernels_available(consequence: str) -> bool:
     """Whether the compiled kernels can be used here; builds them if need be.
 
@@ -58,7 +59,7 @@ def kernels_available(consequence: str) -> bool:
     return True
 
 
-@torch.compiler.assume_constant_result
+@constant_result
 def load_kernels() -> None:
     """Load the kernels' library into this process, after building it where nobody has yet.
 

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from xlstm_lm.ops.announce import announce_once
+from xlstm_lm.ops.compiling import constant_result
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 5e-2}
 """How far a kernel may be from its definition, of the largest entry of a value or gradient."""
@@ -30,7 +31,7 @@ def asked_once(function: Function) -> Function:
     """
     cached = functools.cache(function)
 
-    @torch.compiler.assume_constant_result
+    @constant_result
     @functools.wraps(function)
     def ask(*arguments: object) -> object:
         return cached(*arguments)

@@ -13,6 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from xlstm_lm.ops.compiling import not_compiled
 from xlstm_lm.ops.mlstm import mlstm
 from xlstm_lm.ops.selfcheck import TOLERANCE, asked_once, proves_right, ssd_inputs, with_states
 
@@ -104,7 +105,7 @@ def _mlstm(x_BTHP, dt_BTH, a_H, b_BTGN, c_BTGN, resets_BT, state_BHNP, return_st
     return y_BTHP, state_BHNP * m_BH.exp()[..., None, None]
 
 
-@torch.compiler.disable  # torch.compile cannot look into the package
+@not_compiled("mamba_ssm")  # torch.compile cannot look into the package
 def _mamba_ssm(x_BTHP, dt_BTH, a_H, b_BTGN, c_BTGN, resets_BT, state_BHNP, return_state) -> Result:
     from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
 

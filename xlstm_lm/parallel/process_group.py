@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import os
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -14,6 +15,9 @@ from typing import Any
 
 import torch
 import torch.distributed
+
+from xlstm_lm.base.durable_files import RunError
+from xlstm_lm.base.program import told_once
 
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 TIMEOUT = timedelta(minutes=30)  # rank 0 alone writes a large checkpoint while the others wait
@@ -58,7 +62,7 @@ class World:
                 error = caught
         value, error = self.from_first((value, error))
         if error is not None:
-            raise error
+            raise told_once(error)
         return value
 
     def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -75,6 +79,7 @@ def join_world() -> World:
 
     Raises:
         ValueError: only some of the variables are set.
+        RunError: the other processes cannot be reached.
     """
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     missing = [name for name in LAUNCHER_VARIABLES if name not in os.environ]
@@ -93,7 +98,14 @@ def join_world() -> World:
     if not torch.distributed.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         if launched:
-            torch.distributed.init_process_group(backend, timeout=TIMEOUT)
+            try:
+                torch.distributed.init_process_group(backend, timeout=TIMEOUT)
+            except torch.distributed.DistError as error:
+                raise RunError(
+                    f"rank {rank} cannot meet the other {size - 1} processes at MASTER_ADDR "
+                    f"{os.environ['MASTER_ADDR']}, MASTER_PORT {os.environ['MASTER_PORT']}: "
+                    f"{_first_sentence(error)}"
+                ) from error
         else:
             # No port and no network: a store inside this process.
             store = torch.distributed.HashStore()
@@ -101,6 +113,33 @@ def join_world() -> World:
         atexit.register(_leave_world)
     rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
     return World(rank=rank, size=size, local_rank=local_rank, device=device)
+
+
+@contextlib.contextmanager
+def lost_processes_explained(world: World) -> Iterator[None]:
+    """Turn the error of a collective whose other end has gone into a RunError.
+
+    A process that has failed by itself raises its own error; the others get this one, as soon as gloo or NCCL notices.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if world.size == 1 or isinstance(error, RunError) or not _is_of_a_collective(error):
+            raise
+        raise RunError(
+            f"lost the connection to another of the {world.size} processes: it has ended, was killed (of memory, "
+            "say), or its machine cannot be reached. If it had a message, that stands above. Checkpoints finished "
+            "before are intact: give the same command again to continue from the newest.\n"
+            f"(rank {world.rank}: {_first_sentence(error)})"
+        ) from error
+
+
+def _first_sentence(error: RuntimeError) -> str:
+    return str(error).strip().splitlines()[0].split(". ")[0]
+
+
+def _is_of_a_collective(error: RuntimeError) -> bool:
+    return isinstance(error, torch.distributed.DistError) or "gloo" in str(error).lower()
 
 
 def _leave_world() -> None:

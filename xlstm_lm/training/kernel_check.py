@@ -128,9 +128,10 @@ def _backend_for_all(name: str, configured: str, cases: list[_Case], world: Worl
         if not wrong:
             return backend, not different and backend == wanted
         where = f"on {wrong} of {world.size} processes" if world.size > 1 else f"on {world.device}"
-        if problem or world.is_first:
+        found = next(filter(None, world.gather(problem)), "")
+        if world.is_first:
             announce_once(
-                f"the {name} kernel {backend!r} does not compute its definition {where} ({problem or 'right here'}): "
+                f"the {name} kernel {backend!r} does not compute its definition {where} ({found}): "
                 "this run goes on without it, more slowly"
             )
     raise AssertionError("the definition is always right")

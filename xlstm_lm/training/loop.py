@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from xlstm_lm.base import console
 from xlstm_lm.base.durable_files import RunError
 from xlstm_lm.base.finite import listed
 from xlstm_lm.base.lease import FolderLease
@@ -22,7 +23,8 @@ from xlstm_lm.data import Batch, DocumentData, TrainingData
 from xlstm_lm.models import build_model
 from xlstm_lm.models.accounting import parameter_shapes, training_flops_per_token
 from xlstm_lm.ops.announce import announce_once
-from xlstm_lm.parallel.process_group import World, join_world
+from xlstm_lm.parallel.launcher import program_command
+from xlstm_lm.parallel.process_group import World, join_world, lost_processes_explained
 from xlstm_lm.runs.checkpoint import (
     Checkpoint,
     checkpoint_folders,
@@ -74,15 +76,17 @@ def train(run: RunConfig, data: TrainingData | None = None) -> Path:
     # Gates let moments and states fade through numbers that a CPU computes with a hundred times more slowly.
     torch.set_flush_denormal(True)
     split_batch(run.data.global_batch_size, world.size, run.training.micro_batch_size)
-    with StopRequest() as stop_request, contextlib.ExitStack() as resources:
+    stop_request = StopRequest()
+    with contextlib.ExitStack() as resources, lost_processes_explained(world):
         trainer = Trainer(run, world, stop_request, resources, data)
-        stopped = trainer.run_steps()
+        with stop_request:  # before the first step there is nothing to save: Ctrl-C and SIGTERM end the run at once
+            stopped = trainer.run_steps()
     if world.is_first:
         draw_learning_curve(trainer.run_dir)
         if stopped:
-            command = shlex.join(["xlstm-lm", "train", "--config", str(trainer.run_dir / "config.yaml")])
-            how = f" Continue with: {command}" if data is None else ""
-            print(f"Saved step {trainer.step} of {run.training.steps}.{how}", flush=True)
+            words = [*program_command(launched=True), "train", "--config", str(trainer.run_dir / "config.yaml")]
+            how = f" Continue with: {shlex.join(words)}" if data is None else ""
+            console.say(f"Saved step {trainer.step} of {run.training.steps}.{how}")
     if stopped:
         raise SystemExit(0)
     return trainer.run_dir
@@ -106,6 +110,7 @@ class Trainer:
         world.on_first(lambda: self.take_folder(resources))
         config = as_dict(run)
         self.config_yaml = as_recipe(run)
+        console.stage("opening the data")
         self.data = DocumentData(run.data) if data is None else data
         self.tokenizer = self.data.tokenizer
         if self.tokenizer.vocab_size > run.model.vocab_size:
@@ -118,6 +123,7 @@ class Trainer:
             run.data.global_batch_size, world.size, run.training.micro_batch_size
         )
         start = world.on_first(lambda: self.open_folder(config))
+        console.keep_library_output(self.run_dir / "libraries.log")
         checkpoint = Checkpoint(start) if start else None
 
         rows = self.micro_rows * micro_batches
@@ -131,7 +137,9 @@ class Trainer:
 
         precision = choose_precision(run.training.precision, world.device)
         dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        console.stage("checking the kernels")
         model_config, kernels = with_kernels_that_are_right(run.model, world, dtype, self.micro_rows)
+        console.stage("building the model")
         torch.manual_seed(run.training.seed)
         model = build_model(model_config)
         model.activation_checkpointing = run.training.activation_checkpointing
@@ -149,6 +157,7 @@ class Trainer:
 
         state = checkpoint.state if checkpoint and not checkpoint.is_imported else FRESH_STATE
         if checkpoint:
+            console.stage(f"reading {checkpoint.folder}")
             self.restore(checkpoint)
         self.step = state["step"]
         self.skips = SkipCounter(run.safeguards, state["skipped_steps"], state["skipped_in_a_row"])

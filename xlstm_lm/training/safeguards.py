@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from types import FrameType
 
 from xlstm_lm.base.durable_files import RunError
+from xlstm_lm.base.program import told_once
 
 logger = logging.getLogger("xlstm_lm")
 
@@ -67,10 +68,11 @@ class SkipCounter:
             )
         else:
             cause = NOT_FINITE
-        raise RunError(
+        problem = RunError(
             f"Step {step}: the loss or gradient was not finite for {self.in_a_row} steps in a row, more than "
             f"safeguards.max_skipped_steps ({self.config.max_skipped_steps}). {cause}"
         )
+        raise told_once(problem)
 
 
 class StopRequest:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from xlstm_lm.base import console
 from xlstm_lm.base.durable_files import disk_errors_explained, replace_durably
 from xlstm_lm.runs.folder import RunFolder
 
@@ -134,8 +135,11 @@ class Progress:
         self._start = time.perf_counter()
         self._enabled = enabled
         self._bar = None
-        if enabled and sys.stderr.isatty():
-            self._bar = tqdm(total=steps, initial=done, unit="step", dynamic_ncols=True, smoothing=0.05)
+        console.end_stage()
+        if enabled and console.console().isatty():
+            self._bar = tqdm(
+                total=steps, initial=done, unit="step", dynamic_ncols=True, smoothing=0.05, file=console.console()
+            )
 
     def advance(self) -> None:
         """One step is done; nothing is read from the device."""
@@ -159,7 +163,7 @@ class Progress:
     def say(self, text: str) -> None:
         """A line of its own, above the bar."""
         if self._enabled:
-            tqdm.write(text, file=sys.stderr)
+            console.write(text)
 
     def close(self) -> None:
         if self._bar:

@@ -6,8 +6,10 @@ import importlib
 
 import torch
 
+from xlstm_lm.ops.compiling import not_compiled
 
-@torch.compiler.disable  # torch.compile cannot look into the package
+
+@not_compiled("causal_conv1d")  # torch.compile cannot look into the package
 def conv_causal_conv1d(
     x_BTD: torch.Tensor, weight_DW: torch.Tensor, bias_D: torch.Tensor | None, documents_BT: torch.Tensor | None
 ) -> torch.Tensor:

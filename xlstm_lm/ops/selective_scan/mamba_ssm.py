@@ -10,13 +10,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from xlstm_lm.ops.compiling import not_compiled
 from xlstm_lm.ops.selective_scan.recurrence import Result
 
 FORGETS = 1e20  # e^(FORGETS a) is 0 for every decay that is not
 WRITES = 2.0**-40  # e^(WRITES a) is 1, and the state times and over it is itself
 
 
-@torch.compiler.disable  # torch.compile cannot look into the package
+@not_compiled("mamba_ssm")  # torch.compile cannot look into the package
 def scan_mamba_ssm(
     x_BTE: Tensor,
     dt_BTE: Tensor,

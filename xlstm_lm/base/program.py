@@ -1,0 +1,105 @@
+"""How a command begins and ends: one message and the right exit code, whatever stops it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from types import FrameType
+from typing import TextIO
+
+from xlstm_lm.base import console
+from xlstm_lm.base.durable_files import RunError
+
+MISTAKE, FAILURE, INTERRUPTED, BROKEN_PIPE, TERMINATED = 2, 1, 128 + 2, 128 + 13, 128 + 15
+"""Exit codes: a mistake of the user, a run that cannot go on, Ctrl-C, output that nobody reads, SIGTERM."""
+
+
+def told_once(error: BaseException) -> BaseException:
+    """Mark an error that every process of a run has: only the first one tells it."""
+    error.told_once = True
+    return error
+
+
+@contextlib.contextmanager
+def program(name: str) -> Iterator[None]:
+    """Run the work of a command line. `name` begins each message.
+
+    ValueError and OSError end with exit code 2, RunError with 1, each with one message; XLSTM_LM_TRACEBACK=1 shows
+    where they come from. Ctrl-C, SIGTERM and a closed pipe end with 130, 143 and 141, after cleaning up.
+    """
+    _write_what_the_terminal_cannot()
+    with console.open_console(), _sigterm_unwinds():
+        try:
+            try:
+                yield
+            except SystemExit:
+                sys.stdout.flush()
+                raise
+            sys.stdout.flush()
+        except KeyboardInterrupt:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # once more would end in a traceback of the exit's own
+            _end(INTERRUPTED, f"{name}: interrupted")
+        except (ValueError, OSError, RunError) as error:
+            if os.environ.get("XLSTM_LM_TRACEBACK"):
+                raise
+            if isinstance(error, BrokenPipeError) and _nobody_reads(sys.stdout):
+                _end(BROKEN_PIPE)
+            code = FAILURE if isinstance(error, RunError) else MISTAKE
+            if console.is_first_process():
+                _end(code, f"{name}: {error}")
+            _end(code, None if hasattr(error, "told_once") else f"{name}, rank {os.environ['RANK']}: {error}")
+
+
+def _end(code: int, message: str | None = None) -> None:
+    console.end_stage()
+    # What is left in the buffer comes before the message, and cannot fail a second time at exit.
+    try:
+        sys.stdout.flush()
+    except (OSError, ValueError):
+        console.send_nowhere(sys.stdout)
+    if message and (code != INTERRUPTED or console.is_first_process()):
+        console.write(message)
+    raise SystemExit(code)
+
+
+def _write_what_the_terminal_cannot() -> None:
+    """A character that standard output has no bytes for becomes a question mark instead of an error."""
+    # In the C locale Python writes back the bytes that it could not read, but no other character.
+    if getattr(sys.stdout, "errors", None) in ("strict", "surrogateescape"):
+        sys.stdout.reconfigure(errors="replace")
+
+
+@contextlib.contextmanager
+def _sigterm_unwinds() -> Iterator[None]:
+    """Have SIGTERM unwind the stack, so that nothing half-written stays.
+
+    Not under a launcher: there a process may be waiting for one that is gone, where no handler of Python's runs.
+    """
+    if "RANK" in os.environ or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        signal.signal(number, signal.SIG_DFL)
+        raise SystemExit(TERMINATED)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _nobody_reads(stream: TextIO) -> bool:
+    """Whether the other end of a pipe is closed."""
+    try:
+        poll = select.poll()
+        poll.register(stream.fileno(), select.POLLOUT)
+        return any(events & select.POLLERR for _, events in poll.poll(0))
+    except (OSError, ValueError):
+        return False

@@ -16,7 +16,7 @@ from xlstm_lm.data.byte_tokenizer import ByteDecoder, byte_characters
 from xlstm_lm.data.cuts import Cuts
 from xlstm_lm.data.encoder import encoder_without, may_leave_out, never_writes
 from xlstm_lm.data.match_boundaries import UnknownBoundariesError
-from xlstm_lm.data.tokenizer_files import TokenizerConfig, save_tokenizer, unreadable
+from xlstm_lm.data.tokenizer_files import TokenizerConfig, is_fault_of_library, save_tokenizer, unreadable
 from xlstm_lm.ops.announce import announce_once
 
 PIECE_CHARACTERS = 1 << 16  # a text is encoded in pieces of so many characters, or as few more as it can
@@ -52,7 +52,9 @@ class HuggingFaceTokenizer:
                     "tokenizer.json or an id on the Hugging Face hub, or set tokenizer.kind: bytes"
                 ) from None
             raise unreadable(config.name, error) from None
-        except Exception as error:  # of whatever type a damaged file gives rise to
+        except BaseException as error:
+            if not is_fault_of_library(error):
+                raise
             raise unreadable(config.name, error) from None
         backend = getattr(loaded, "backend_tokenizer", None)
         if backend is None:
@@ -128,7 +130,9 @@ class HuggingFaceTokenizer:
     def _encode(self, piece: str) -> Any:
         try:
             return self._encoder.encode(piece, add_special_tokens=False)
-        except Exception as error:  # the library has no type of its own
+        except BaseException as error:
+            if not is_fault_of_library(error):
+                raise
             raise ValueError(
                 f"tokenizer {self._config.name} cannot encode a text ({error}): choose a tokenizer that can write any "
                 "text, or give this one an unknown token"

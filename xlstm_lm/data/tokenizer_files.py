@@ -38,7 +38,12 @@ class TokenizerConfig:
             )
 
 
-def unreadable(name: object, error: Exception) -> ValueError:
+def is_fault_of_library(error: BaseException) -> bool:
+    """Whether the `tokenizers` library raised it: a plain Exception, or a panic, which is not derived from that."""
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
+
+
+def unreadable(name: object, error: BaseException) -> ValueError:
     """The error for a tokenizer whose files are there, but cannot be read."""
     reason = str(error).strip().split("\n")[0]
     return ValueError(

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from xlstm_lm.data import load_tokenizer
+from xlstm_lm.hub.download import local_folder
 from xlstm_lm.hub.layouts import StoredModel, read_model
 from xlstm_lm.models import FAMILIES
 
@@ -57,16 +58,17 @@ def check_vocabulary(tokenizer: Any, model: nn.Module, origin: object) -> None:
 
 
 def load(path: str | Path) -> TrainedModel:
-    """The model at a path, in evaluation mode, with float32 weights.
+    """The model at a path or under an id on the Hugging Face hub, in evaluation mode, with float32 weights.
 
     Whatever `xlstm_lm.hub.layouts.LAYOUTS` knows: a run or one of its checkpoints, an export, a transformers `xlstm`
     folder, a state dict of the `xlstm` package. Weights that are stored as the model holds them stay in their files'
     pages until they are written to, so that the model is never held twice.
 
     Raises:
-        ValueError: there is no model in a known layout, its tensors do not fit, or a file is damaged.
+        ValueError: there is no model in a known layout, its tensors do not fit, or a file is damaged; or it cannot be
+            downloaded.
     """
-    stored = read_model(Path(path))
+    stored = read_model(local_folder(path))
     with _parameters_without_memory():
         model = FAMILIES[stored.config.family][1](stored.config)
     _fill(model, stored)

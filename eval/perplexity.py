@@ -30,7 +30,8 @@ DEFINITIONS = {
     "perplexity": "exp(loss)",
     "word_perplexity": "exp(nats / words); words are separated by white space and, with count_line_ends, every end of "
     "line is one more",
-    "bits_per_byte": "nats / ln 2 / UTF-8 bytes of the documents; in buckets, of the bytes the tokens stand for",
+    "bits_per_byte": "nats / ln 2 / UTF-8 bytes of the documents, without characters that the tokenizer leaves out; in "
+    "buckets, of the bytes the tokens stand for",
 }
 GROUP = 16  # batches of documents that are read and sorted by length together
 
@@ -78,7 +79,7 @@ def measure(model: CausalModel, texts: Iterator[Text], config: PerplexityConfig)
             shortest = 1 << (max(len(score.nats), 1).bit_length() - 1)
             by_length.setdefault(shortest, Totals()).add(score.nats, bytes_T.sum())
             documents[shortest] = documents.get(shortest, 0) + 1
-            total.add(score.nats, len(text.text.encode()))
+            total.add(score.nats, len(text.text.encode()) - model.tokenizer.missing_bytes(text.text))
             words += count_words(text.text, config.count_line_ends)
     if not total.tokens:
         raise ValueError("The data has no token to predict; give documents with text in them.")

@@ -89,7 +89,9 @@ def _make_parser(with_fields: bool) -> _Parser:
         add_field_flags(train)
 
     generate = command("generate", _generate, "Continue a prompt with a trained model.")
-    generate.add_argument("--model", required=True, metavar="FOLDER", help="A run, a checkpoint or an export.")
+    generate.add_argument(
+        "--model", required=True, metavar="FOLDER", help="A run, a checkpoint, an export, or an id on the hub."
+    )
     generate.add_argument("--prompt", required=True, metavar="TEXT", help="The text to continue.")
     generate.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="Default: 256.")
     generate.add_argument("--temperature", type=float, default=0.8, metavar="T", help="0 is greedy. Default: 0.8.")
@@ -135,7 +137,7 @@ def _make_parser(with_fields: bool) -> _Parser:
         dest="source",
         metavar="PATH",
         help="A transformers folder of type xlstm, llama, mamba or mamba2; a state dict of the xlstm package with its "
-        "configuration beside it; an export, a run or a checkpoint.",
+        "configuration beside it; an export, a run or a checkpoint; or an id on the hub, such as NX-AI/xLSTM-7b.",
     )
     importing.add_argument("--out", required=True, metavar="FOLDER", help="A new folder, the run's.")
     importing.add_argument(

@@ -17,10 +17,14 @@ END = 99
 documents_of_tokens = st.lists(st.lists(st.integers(0, 50), min_size=0, max_size=40), min_size=1, max_size=12)
 
 
+def in_pieces(tokens: list[int]) -> list[np.ndarray]:
+    """The tokens cut in uneven pieces, an empty one included."""
+    array = np.array(tokens, dtype=np.int32)
+    return np.split(array, [len(tokens) // 3, len(tokens) // 3, len(tokens) // 2])
+
+
 def documents(tokens: list[list[int]]) -> list[Document]:
-    return [
-        Document(np.array(one, dtype=np.int32), str(index), {"document": index}) for index, one in enumerate(tokens)
-    ]
+    return [Document(in_pieces(one), str(index), {"document": index}) for index, one in enumerate(tokens)]
 
 
 @settings(max_examples=200, deadline=None)
@@ -53,9 +57,7 @@ def test_rows_name_their_documents(tokens, context_length):
 def test_the_state_after_a_row_goes_on_exactly(tokens, context_length, after):
     def endless(first: int = 0):
         for index in itertools.count(first):
-            yield documents(tokens)[index % len(tokens)].__class__(
-                np.array(tokens[index % len(tokens)], dtype=np.int32), str(index), {"document": index}
-            )
+            yield Document(in_pieces(tokens[index % len(tokens)]), str(index), {"document": index})
 
     rows = list(itertools.islice(pack(endless(), context_length, END), after + 4))
     state = rows[after].state

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from xlstm_lm.base.outputs import check_new_folder, whole_or_not_at_all
 from xlstm_lm.base.paths import user_path
+from xlstm_lm.data.cuts import Cuts
 from xlstm_lm.data.sources import FileSource, Piece, SourceConfig, refuse
-from xlstm_lm.data.tokenizer import END_OF_DOCUMENT, TokenizerConfig, save_tokenizer
+from xlstm_lm.data.tokenizer_files import END_OF_DOCUMENT, TokenizerConfig, save_tokenizer
+from xlstm_lm.ops.announce import announce_once
+
+PIECE_CHARACTERS = 1 << 20
 
 
 def train_bpe(files: Sequence[str], *, vocab_size: int, out: str | Path) -> Path:
@@ -17,7 +23,7 @@ def train_bpe(files: Sequence[str], *, vocab_size: int, out: str | Path) -> Path
     Args:
         files: text files or glob patterns, compressed or not; each file is read whole.
         vocab_size: number of ids to reach, the 256 bytes and the end-of-document token included. A small text may give
-            fewer.
+            fewer, which is announced.
         out: a new folder; `load_tokenizer` and `transformers.AutoTokenizer.from_pretrained` read it.
 
     Returns:
@@ -41,17 +47,30 @@ def train_bpe(files: Sequence[str], *, vocab_size: int, out: str | Path) -> Path
         vocab_size=vocab_size,
         special_tokens=[END_OF_DOCUMENT],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
+        show_progress=sys.stderr.isatty(),
     )
-    backend.train_from_iterator(_texts(source), trainer)
+    cuts = Cuts(json.loads(backend.to_str()), str)
+    size = sum(source.shard_sizes)
+    announce_once(f"training a tokenizer on {source.num_shards} files, {size / 1e6:,.1f} MB ...")
+    backend.train_from_iterator(_texts(source, cuts), trainer, length=size // PIECE_CHARACTERS + source.num_shards)
+    if (reached := backend.get_vocab_size()) < vocab_size:
+        announce_once(
+            f"the tokenizer has {reached} ids instead of {vocab_size}: no further pair of tokens is left to merge in "
+            "its text; give more text for a larger vocabulary"
+        )
     config = TokenizerConfig(kind="huggingface", name=str(folder), end_of_document=END_OF_DOCUMENT)
     with whole_or_not_at_all(folder) as partial:
         save_tokenizer(backend, config, END_OF_DOCUMENT, partial)
     return folder
 
 
-def _texts(source: FileSource) -> Iterator[str]:
+def _texts(source: FileSource, cuts: Cuts) -> Iterator[str]:
+    """The files in pieces with the same words, which the library works on in less memory."""
     for record in source.read([Piece(shard) for shard in range(source.num_shards)]):
         if record.problem is not None:
             refuse(source, record)
-        yield record.text
+        begin = 0
+        while begin < len(record.text):
+            end = cuts.after(record.text, begin + PIECE_CHARACTERS)
+            yield record.text[begin:end]
+            begin = end

@@ -14,6 +14,7 @@ from itertools import islice
 from typing import Any
 
 from xlstm_lm.data.config import DataConfig
+from xlstm_lm.data.documents import tokenized
 from xlstm_lm.data.packing import Document, Row, pack
 from xlstm_lm.data.sources import ONE_DOCUMENT_A_FILE, START, Piece, Position, Record, Source, refuse
 from xlstm_lm.data.tokenizer import Tokenizer
@@ -198,9 +199,8 @@ class Lane:
             record, after = next(streams[chosen])
             # A row that begins in the document has read all of its block.
             begin = [{**one, "read": after["read"]} if index == chosen else one for index, one in enumerate(states)]
-            before = {"sources": begin, "tokens": tokens}
-            document = Document(self._tokenizer.encode_array(record.text), record.id, before)
+            document = tokenized(record, self._tokenizer, {"sources": begin, "tokens": tokens})
+            yield document  # until all of its tokens have been taken
             states = [after if index == chosen else one for index, one in enumerate(states)]
-            length = len(document.tokens) + 1
+            length = document.num_tokens + 1
             tokens = [count + length * (index == chosen) for index, count in enumerate(tokens)]
-            yield document

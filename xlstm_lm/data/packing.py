@@ -7,10 +7,11 @@ document and the first input of the one after it, where the model's state is res
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -19,12 +20,14 @@ import numpy as np
 class Document:
     """A tokenized document on its way into rows."""
 
-    tokens: np.ndarray
-    """Token ids without the end-of-document token, int32."""
+    pieces: Iterable[np.ndarray]
+    """Token ids without the end-of-document token, int32, in consecutive pieces, which are made as rows need them."""
     id: str
     """Where it comes from, for messages."""
     state: dict[str, Any] | None = None
     """What a lane needs to begin again with this document."""
+    num_tokens: int = 0
+    """How many ids its pieces have had so far: all of them when `pack` asks for the next document."""
 
 
 @dataclass
@@ -57,53 +60,68 @@ def pack(documents: Iterable[Document], context_length: int, end_of_document: in
     Yields:
         rows, each with the state after it: that of the document which the next row begins in, plus `offset`.
     """
-    segments: deque[tuple[Document, np.ndarray]] = deque()
+    segments: deque[_Segment] = deque()
     buffered = 0
-    for document in documents:
-        elements = np.empty(len(document.tokens) + 1, dtype=np.int32)
-        elements[0] = end_of_document
-        elements[1:] = document.tokens
-        segments.append((document, elements))
-        buffered += len(elements) - (offset if len(segments) == 1 else 0)
+    for segment in _segments(documents, end_of_document, offset):
+        segments.append(segment)
+        buffered += len(segment.elements)
         while buffered > context_length:
-            row, offset = _take_row(segments, offset, context_length)
+            yield _take_row(segments, context_length)
             buffered -= context_length
-            yield row
-    # The end of a finite stream: the last document's own end is still to be predicted.
-    end = Document(tokens=np.empty(0, dtype=np.int32), id="")
-    segments.append((end, np.array([end_of_document], dtype=np.int32)))
-    buffered += 1
-    while buffered > 1:
-        num_targets = min(buffered - 1, context_length)
-        padding = np.full(context_length - num_targets, end_of_document, dtype=np.int32)
-        segments[-1] = (end, np.concatenate([segments[-1][1], padding]))
-        row, offset = _take_row(segments, offset, context_length)
-        row.num_targets = num_targets
-        if row.document_ids[-1] == "":
-            row.document_ids.pop()
-            row.resets[num_targets:] = False
-        yield row
-        buffered -= num_targets
+    if buffered == 0:
+        return
+    # The end of a finite stream: the last document's own end is still to be predicted, in a row that is filled up.
+    filling = np.full(context_length + 1 - buffered, end_of_document, dtype=np.int32)
+    segments.append(_Segment(Document([], ""), 0, filling))
+    row = _take_row(segments, context_length)
+    row.num_targets = buffered
+    if row.document_ids[-1] == "":
+        row.document_ids.pop()
+        row.resets[buffered:] = False
+    yield row
 
 
-def _take_row(segments: deque[tuple[Document, np.ndarray]], offset: int, context_length: int) -> tuple[Row, int]:
-    """Cut a row off the front of `segments`; returns it and the offset at which the next row begins."""
+class _Segment(NamedTuple):
+    """Consecutive elements of a document."""
+
+    document: Document
+    begin: int
+    """Position of the first of them in the document, whose leading e is element 0."""
+    elements: np.ndarray
+
+
+def _segments(documents: Iterable[Document], end_of_document: int, offset: int) -> Iterator[_Segment]:
+    """The elements of the stream piece by piece, without the first `offset`."""
+    for document in documents:
+        begin = 0
+        for elements in itertools.chain([np.array([end_of_document], dtype=np.int32)], document.pieces):
+            end = begin + len(elements)
+            document.num_tokens = end - 1
+            if end > max(begin, offset):
+                first = max(begin, offset)
+                yield _Segment(document, first, elements[first - begin :])
+            begin = end
+        offset = 0
+
+
+def _take_row(segments: deque[_Segment], context_length: int) -> Row:
+    """Cut a row off the front of `segments`. Its last element stays there: it begins the next row."""
     elements = np.empty(context_length + 1, dtype=np.int32)
     resets = np.zeros(context_length, dtype=bool)
     document_ids = []
     position = 0
     while True:
-        document, segment = segments[0]
+        document, begin, available = segments[0]
         if position < context_length:
-            document_ids.append(document.id)
-            resets[position] = offset == 0
-        taken = segment[offset : offset + context_length + 1 - position]
+            if begin == 0 or position == 0:
+                document_ids.append(document.id)
+            resets[position] = begin == 0
+        taken = available[: context_length + 1 - position]
         elements[position : position + len(taken)] = taken
         position += len(taken)
         if position > context_length:
-            # The next row begins with this row's last element.
-            offset += len(taken) - 1
+            offset = begin + len(taken) - 1
+            segments[0] = _Segment(document, offset, available[len(taken) - 1 :])
             state = None if document.state is None else {**document.state, "offset": offset}
-            return Row(elements, resets, context_length, document_ids, state), offset
+            return Row(elements, resets, context_length, document_ids, state)
         segments.popleft()
-        offset = 0

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
 from xlstm_lm.data.batch import Batch, stack_rows
 from xlstm_lm.data.config import DataConfig
+from xlstm_lm.data.documents import tokenized
 from xlstm_lm.data.packing import Document, Row, pack
 from xlstm_lm.data.sources import Piece, Source, open_source, refuse
 from xlstm_lm.data.tokenizer import Tokenizer
@@ -55,10 +56,20 @@ def _documents(sources: list[Source], config: DataConfig, tokenizer: Tokenizer) 
                 refuse(source, record)
             elif record.text:
                 # A document has one target more than it has tokens: its end.
-                tokens = tokenizer.encode_array(record.text)[: max(left - 1, 1)]
-                left -= len(tokens) + 1
-                yield Document(tokens, record.id)
+                document = tokenized(record, tokenizer)
+                document.pieces = _first(document.pieces, max(left - 1, 1))
+                yield document  # until all of its tokens have been taken
+                left -= document.num_tokens + 1
             if left <= 0:
                 break
         if left == config.validation_tokens:
             raise ValueError(f"validation source {source.config.description} has no document")
+
+
+def _first(pieces: Iterable[np.ndarray], count: int) -> Iterator[np.ndarray]:
+    """The first `count` tokens."""
+    for piece in pieces:
+        yield piece[:count]
+        count -= len(piece)
+        if count <= 0:
+            return

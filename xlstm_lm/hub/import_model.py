@@ -33,6 +33,7 @@ TOKENIZER = "tokenizer"
 def import_run(source: str | Path, out: str | Path, tokenizer: str | None = None) -> Path:
     """Write the model at `source`, and its tokenizer, to the new folder `out`. Returns the recipe in it.
 
+    `source` is a path or an id on the Hugging Face hub, from which the model is then downloaded.
     `tokenizer` names another one than lies with the model: `bytes`, a folder, or an id on the Hugging Face hub.
 
     Raises:
@@ -72,7 +73,11 @@ def _write(folder: Path, out: Path, trained: TrainedModel, tokenizer: Tokenizer,
     write_checkpoint(
         folder,
         world=World(rank=0, size=1, local_rank=0, device=torch.device("cpu")),
-        state={"step": 0, "imported_from": str(source.resolve()), "tokenizer_fingerprint": tokenizer.fingerprint()},
+        state={
+            "step": 0,
+            "imported_from": str(source.resolve() if source.exists() else source),
+            "tokenizer_fingerprint": tokenizer.fingerprint(),
+        },
         sizes={name: parameter.numel() for name, parameter in parameters.items()},
         weights=iter(parameters.items()),
         moments=None,

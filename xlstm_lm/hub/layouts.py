@@ -91,7 +91,7 @@ MODEL_TYPES: dict[str, Reader] = {
 
 def _read_hub_folder(folder: Path) -> StoredModel:
     path = folder / "config.json"
-    values = _read_mapping(path)
+    values = read_mapping(path)
     model_type = values["model_type"]
     if not isinstance(model_type, str) or model_type not in MODEL_TYPES:
         raise ValueError(f"{path} has model_type {model_type!r}; known are {', '.join(MODEL_TYPES)}.")
@@ -108,7 +108,7 @@ def _read_package(path: Path) -> StoredModel:
     folder = path if path.is_dir() else path.parent
     config_path = _package_config(path)
     assert config_path is not None, "recognised by it"
-    values = _read_mapping(config_path)
+    values = read_mapping(config_path)
     if "model_type" in values:
         raise ValueError(f"{path} is a part of the model in {folder}; give the folder.")
     values = values["model"] if isinstance(values.get("model"), dict) else values  # as in the package's experiments
@@ -178,8 +178,12 @@ def _all_tensors(files: dict[str, Path]) -> dict[str, Tensor]:
     return dict(read_tensors(files, files))
 
 
-def _read_mapping(path: Path) -> dict[str, Any]:
-    """The mapping that a JSON or YAML file holds."""
+def read_mapping(path: Path) -> dict[str, Any]:
+    """The mapping that a JSON or YAML file holds.
+
+    Raises:
+        ValueError: it is damaged, or holds something else.
+    """
     return read_json(path, repeated_keys=True) if path.suffix == ".json" else read_recipe(path)[0]
 
 
@@ -189,7 +193,7 @@ def _is_checkpoint(path: Path) -> bool:
 
 def _is_hub_folder(path: Path) -> bool:
     config = path / "config.json"
-    return config.is_file() and "model_type" in _read_mapping(config)
+    return config.is_file() and "model_type" in read_mapping(config)
 
 
 def _is_package(path: Path) -> bool:
@@ -218,7 +222,7 @@ def read_model(path: Path) -> StoredModel:
         ValueError: nothing is there, no layout recognises it, or something is missing or damaged.
     """
     if not path.exists():
-        raise ValueError(f"{path} does not exist. {_known()}")
+        raise ValueError(f"{path} does not exist. {_known()} Or name a model on the hub, such as NX-AI/xLSTM-7b.")
     if (path / "adapter_config.json").is_file():
         raise ValueError(
             f"{path} holds a PEFT adapter, which changes the model that it belongs to. Merge the two with PEFT's "

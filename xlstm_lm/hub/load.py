@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from xlstm_lm.base.paths import user_path
 from xlstm_lm.data import load_tokenizer
+from xlstm_lm.hub.download import local_folder
 from xlstm_lm.hub.layouts import StoredModel, read_model
 from xlstm_lm.models import FAMILIES, for_any_device, pinned_backends
 from xlstm_lm.ops.announce import announce_once
@@ -59,7 +59,7 @@ def check_vocabulary(tokenizer: Any, model: nn.Module, origin: object) -> None:
 
 
 def load(path: str | Path) -> TrainedModel:
-    """The model at a path, in evaluation mode, with float32 weights.
+    """The model at a path or under an id on the Hugging Face hub, in evaluation mode, with float32 weights.
 
     Whatever `xlstm_lm.hub.layouts.LAYOUTS` knows: a run or one of its checkpoints, an export, a transformers `xlstm`
     folder, a state dict of the `xlstm` package. Weights that are stored as the model holds them stay in their files'
@@ -69,9 +69,10 @@ def load(path: str | Path) -> TrainedModel:
     machine that trained; that it is not used is announced.
 
     Raises:
-        ValueError: there is no model in a known layout, its tensors do not fit, or a file is damaged.
+        ValueError: there is no model in a known layout, its tensors do not fit, or a file is damaged; or it cannot be
+            downloaded.
     """
-    stored = read_model(user_path(path))
+    stored = read_model(local_folder(path))
     pinned = pinned_backends(stored.config)
     if pinned:
         fields = ", ".join(f"model.{name} {value}" for name, value in pinned.items())

@@ -30,6 +30,7 @@ def save_tokenizer_files(tokenizer: Tokenizer, folder: Path) -> None:
     backend.save(str(path))
     path = folder / "tokenizer_config.json"
     layout = json.loads(path.read_text(encoding="utf-8"))
-    layout |= {"bos_token": end, "eos_token": end, "pad_token": end, "padding_side": PADDING_SIDE}
+    # A tokenizer's own beginning of text and padding stay what they are called; neither is put into a text.
+    layout = {"bos_token": end, "pad_token": end} | layout | {"padding_side": PADDING_SIDE}
     layout["model_input_names"] = ["input_ids", "attention_mask"]
     path.write_text(json.dumps(layout, indent=2) + "\n", encoding="utf-8")

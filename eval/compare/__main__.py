@@ -22,6 +22,7 @@ from eval.compare.report import write_report
 from eval.compare.runs import Runs, examine
 from eval.compare.train import is_chosen, to_train, train_all
 from eval.jobs import Outcome, alone_in
+from xlstm_lm.base.outputs import check_folder_of_runs
 from xlstm_lm.base.paths import user_path
 from xlstm_lm.base.program import program
 from xlstm_lm.models.accounting import count_parameters
@@ -39,6 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 comparison, config=dataclasses.replace(comparison.config, at_once=options.at_once)
             )
         runs = Runs(comparison, options.out or Path("runs") / "compare" / comparison.config.name)
+        check_folder_of_runs(runs.out)
         runs.check_folders()
         if options.stage != "report":
             check_data(comparison)

@@ -163,13 +163,13 @@ def check_output_file(out: Path) -> None:
     """
     choose = "choose another file."
     if out.is_dir():
-        raise ValueError(f"--out {out} is a folder; name a file in it.")
+        raise ValueError(f"{out} is a folder; name a file in it.")
     _refuse_inside(out, choose)
     if out.exists() and not _is_of_results(out):
-        raise ValueError(f"--out {out} exists and holds no earlier results; {choose}")
+        raise ValueError(f"{out} exists and holds no earlier results; {choose}")
     picture = out.with_suffix(".png")
     if picture.exists() and not out.exists():
-        raise ValueError(f"--out {out}: its picture would replace {picture}; {choose}")
+        raise ValueError(f"{out}: its picture would replace {picture}; {choose}")
 
 
 def check_folder_of_runs(folder: Path) -> None:

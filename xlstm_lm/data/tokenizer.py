@@ -13,6 +13,8 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import torch
 
+from xlstm_lm.base.read_files import read_json
+
 END_OF_DOCUMENT = "<|endoftext|>"
 CONFIG_FILE = "xlstm_lm_tokenizer.json"
 
@@ -249,14 +251,22 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     """The tokenizer that was written to `folder` by its `save` or by `train_bpe`, or any in Hugging Face's layout.
 
     Raises:
-        ValueError: the folder holds no tokenizer.
+        ValueError: the folder holds no tokenizer, or a file of it is damaged.
     """
     written = Path(folder) / CONFIG_FILE
-    config = TokenizerConfig(**json.loads(written.read_text())) if written.exists() else None
+    config = _read_config(written) if written.exists() else None
     if config is not None and config.kind == "bytes":
         return ByteTokenizer()
     end = None if config is None else config.end_of_document
     return HuggingFaceTokenizer(TokenizerConfig(kind="huggingface", name=str(folder), end_of_document=end))
+
+
+def _read_config(path: Path) -> TokenizerConfig:
+    values = read_json(path)
+    try:
+        return TokenizerConfig(**values)
+    except TypeError as error:
+        raise ValueError(f"{path} is not the description of a tokenizer that `save` writes: {error}.") from None
 
 
 def save_tokenizer(backend: Any, config: TokenizerConfig, end_of_document: str, folder: Path) -> None:

@@ -16,6 +16,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from xlstm_lm.base.read_files import json_lines
+
 ATTEMPTS = 12
 """Children at most."""
 
@@ -28,8 +30,8 @@ class Journal:
         self.results: dict[str, Any] = {}
         self.failed: dict[str, str] = {}
         self.current: str | None = None
-        for line in path.read_text().splitlines() if path and path.exists() else ():
-            entry = json.loads(line)
+        for line in json_lines(path, {}) if path and path.exists() else ():
+            entry = line.value  # empty of a line that a child was killed in
             if "trying" in entry:
                 self.current = entry["trying"]
             elif "died" in entry and self.current is not None:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+
 import pytest
 import torch
 
 from xlstm_lm import generation
+from xlstm_lm.base.finite import NotFiniteError
 from xlstm_lm.data import TokenizerConfig, build_tokenizer
 from xlstm_lm.generation import SamplingConfig, continue_text, generate, sample
 from xlstm_lm.models import XLSTMConfig, build_model
@@ -104,6 +108,21 @@ def test_text_is_continued_as_the_beginning_of_a_document(model):
 def test_only_tokens_of_the_tokenizer_are_drawn(model):
     tokens = list(generate(model, [256], SamplingConfig(max_new_tokens=200, temperature=5.0), num_tokens=5))
     assert set(tokens) == set(range(5))
+
+
+@pytest.mark.parametrize("temperature", [0, 0.8])
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [(torch.nan, r"its weights are not finite \(final_norm.weight\)"), (3e38, "its weights are too large, or wrong")],
+)
+def test_logits_that_are_not_finite_end_with_one_message(temperature, value, message, model):
+    broken = copy.deepcopy(model)
+    with torch.no_grad():
+        broken.final_norm.weight[:] = value
+        broken.config = dataclasses.replace(broken.config, logit_soft_cap=None)
+        broken.head.weight[:] = 1e5
+    with pytest.raises(NotFiniteError, match=rf"The model's logits are not finite: {message}"):
+        list(generate(broken, [256, 1], SamplingConfig(temperature=temperature)))
 
 
 def test_an_empty_prompt_is_refused(model):

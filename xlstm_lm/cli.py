@@ -209,8 +209,8 @@ def _conclude(run_dir: Path, recipes: list[str], overrides: dict[str, Any]) -> N
         problem = str(error)
     if problem:
         raise RunError(
-            f"The run has diverged by step {step}. {problem} It is kept, with its last checkpoint {trained.folder}. "
-            "Start a new one, in another training.run_dir, with a lower optimizer.learning_rate."
+            f"The run has diverged by step {step}. {problem} All of it is kept, the last checkpoint is "
+            f"{trained.folder}. Start a new run, in another training.run_dir, with a lower optimizer.learning_rate."
         )
     with (run_dir / "samples.jsonl").open("a", encoding="utf-8") as file:
         file.write(json.dumps({"step": step, "prompt": SAMPLE_PROMPT, "text": text}) + "\n")

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from xlstm_lm.data import TokenizerConfig, build_tokenizer, load_tokenizer, train_bpe
+from xlstm_lm.data.tokenizer import CONFIG_FILE
 
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=80)
 
@@ -129,3 +130,11 @@ def test_what_cannot_be_loaded_or_trained_is_said(tmp_path):
         train_bpe([str(tmp_path / "none.txt")], vocab_size=300, out=tmp_path / "out")
     with pytest.raises(ValueError, match="vocab_size 100 is too small"):
         train_bpe([], vocab_size=100, out=tmp_path / "out")
+
+
+@pytest.mark.parametrize("content", ["", "[1]", '{"kind": "bytes", "colour": "red"}'])
+def test_a_damaged_description_is_named(content, tmp_path):
+    build_tokenizer(TokenizerConfig()).save(tmp_path)
+    (tmp_path / CONFIG_FILE).write_text(content)
+    with pytest.raises(ValueError, match=CONFIG_FILE):
+        load_tokenizer(tmp_path)

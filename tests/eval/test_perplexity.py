@@ -8,6 +8,7 @@ import shutil
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 import torch.nn.functional as F
 from small_models import TEXT
@@ -268,3 +269,24 @@ def test_a_mistake_ends_with_one_message_and_exit_code_2(
     assert stopped.value.code == 2
     assert message in error
     assert "Traceback" not in error
+
+
+def test_a_model_that_is_not_finite_ends_with_one_message(own_folder, tmp_path, capsys):
+    folder = shutil.copytree(own_folder, tmp_path / "broken")
+    weights = safetensors.torch.load_file(folder / "model.safetensors")
+    weights["model.final_norm.weight"][:] = torch.nan
+    safetensors.torch.save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    (tmp_path / "text.txt").write_text(TEXT)
+    with pytest.raises(SystemExit) as ended:
+        perplexity.main(["--model", str(folder), "--data", str(tmp_path / "text.txt")])
+    assert ended.value.code == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith(f"eval.perplexity: The logits of {folder} are not finite: its weights are not finite")
+
+
+def test_losses_that_are_not_finite_are_refused(own_folder):
+    model = load_model(str(own_folder))
+    with torch.no_grad():
+        next(model.module.parameters())[:] = torch.nan  # where it is only the text that overflows
+    with pytest.raises(ValueError, match="The losses of .* are not finite"):
+        score_sequences(model, random_sequences([9]), batch_size=1)

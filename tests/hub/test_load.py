@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
 import safetensors.torch
 import torch
 import transformers.utils
+import yaml
 
 from xlstm_lm import hub
 from xlstm_lm.data import TokenizerConfig, build_tokenizer
-from xlstm_lm.models import XLSTMConfig, build_model
+from xlstm_lm.models import MambaConfig, XLSTMConfig, build_model
+from xlstm_lm.ops.announce import announce_once
+from xlstm_lm.parallel.process_group import World
+from xlstm_lm.runs.checkpoint import write_checkpoint
 
 transformers.utils.is_xlstm_available = lambda: False  # else transformers would run the xlstm package's kernels
 
@@ -137,3 +142,49 @@ def test_a_file_of_a_folder_and_nonsense_in_its_configuration_are_refused(tmp_pa
     (tmp_path / "config.json").write_text("[1]")
     with pytest.raises(ValueError, match=r"config.json is damaged: it holds \[1\], which is no object"):
         hub.load(tmp_path)
+
+
+TINY = {"vocab_size": 257, "embedding_dim": 32, "num_blocks": 2}
+PINNED = [
+    XLSTMConfig(**TINY, num_heads=2, pattern=["mlstm", "slstm"], mlstm_backend="triton", slstm_backend="cluster"),
+    XLSTMConfig(**TINY, num_heads=2, pattern=["mlstm_paper", "slstm"], chunk_length=7, slstm_backend="of 2031"),
+    MambaConfig(**TINY, version=1, scan_backend="mamba_ssm"),
+    MambaConfig(**TINY, version=2, head_dim=16, scan_backend="mamba_ssm"),
+]
+
+
+@pytest.mark.parametrize("config", PINNED)
+def test_a_model_trained_with_kernels_that_are_not_here_is_computed_by_those_that_are(config, tmp_path, caplog):
+    announce_once.cache_clear()
+    torch.manual_seed(0)
+    parameters = dict(build_model(config).named_parameters())
+    write_checkpoint(
+        tmp_path,
+        world=World(rank=0, size=1, local_rank=0, device=torch.device("cpu")),
+        state={"step": 0, "imported_from": "", "tokenizer_fingerprint": ""},
+        sizes={name: parameter.numel() for name, parameter in parameters.items()},
+        weights=iter(parameters.items()),
+        moments=None,
+        config_yaml=yaml.safe_dump({"model": dataclasses.asdict(config)}),
+        save_tokenizer=build_tokenizer(TokenizerConfig()).save,
+        keep=1,
+    )
+    trained = hub.load(tmp_path)
+    tokens_BT = torch.randint(257, (2, 9))
+    with torch.no_grad():
+        assert trained(tokens_BT).isfinite().all()
+        _, state = trained.model(tokens_BT, return_state=True)
+        trained.model.decode_step(tokens_BT[:, :1], state)
+    pinned = {name: value for name, value in vars(config).items() if name.endswith("_backend") and value != "auto"}
+    (record,) = caplog.records
+    assert all(f"model.{name} {value}" in record.getMessage() for name, value in pinned.items())
+
+
+def test_a_model_that_is_not_finite_is_not_exported(tmp_path):
+    trained = make_trained(tmp_path)
+    with torch.no_grad():
+        trained.model.final_norm.weight[3] = torch.nan
+    hub.save_export(trained, tmp_path / "saved")
+    with pytest.raises(ValueError, match=r"logits are not finite: its weights are not finite \(final_norm.weight\)"):
+        hub.export(tmp_path / "saved", tmp_path / "export")
+    assert not (tmp_path / "export").exists()

@@ -37,6 +37,20 @@ def test_a_step_that_is_not_finite_changes_nothing(stage, fault):
         assert difference < TOLERANCE, name
 
 
+@pytest.mark.parametrize(("stage", "precision"), [(0, "fp32"), (1, "bf16"), (2, "fp32"), (3, "bf16")])
+def test_weights_that_are_not_finite_are_found(stage, precision):
+    world = join_world()
+    _, engine = build_engine(world, stage, precision=precision)
+    assert engine.weights_are_finite()
+    engine_step(world, engine, batches()[0], 0)
+    assert engine.weights_are_finite()
+    weights = {name: value.clone() for name, value in engine.weights()}
+    weights["up.bias"][-1] = torch.inf
+    engine.load(iter(weights.items()), iter(()), 1)
+    assert not engine.weights_are_finite()
+    engine.close()
+
+
 def test_two_processes_equal_a_plain_loop(tmp_path):
     run_ranks(2, "equivalence.py", tmp_path / "report.json")
     report = json.loads((tmp_path / "report.json").read_text())

@@ -96,7 +96,10 @@ def test_one_that_fits_is_taken(tmp_path):
         (lambda folder: edit_state(folder, tokens=None), r"state.json is damaged: it has no 'tokens'"),
         (lambda folder: edit_state(folder, tokens="many"), r"state.json is damaged: its 'tokens' is 'many'"),
         (lambda folder: edit_state(folder, tokens=-1), r"state.json: tokens is -1"),
-        (lambda folder: edit_state(folder, data={"0": {}, "1": {}}), r"lanes 0, 1 there, of 0 to 2 now"),
+        (
+            lambda folder: edit_state(folder, data={"0": {}, "1": {}}),
+            r"data of 2 lanes there, 3 now; lane 2 is in one of them only",
+        ),
         (lambda folder: edit_state(folder, data=dict.fromkeys("012", 3)), r"a lane that is no object"),
         (
             lambda folder: (folder / "state.json").write_text('{"data": {"0": {}, "0": {}}, "step": 5}'),

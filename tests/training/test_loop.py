@@ -15,6 +15,7 @@ import pytest
 from processes import run_alone, run_ranks
 from runs import configure, records, write_text
 
+from xlstm_lm import cli
 from xlstm_lm.base.durable_files import RunError
 from xlstm_lm.base.lease import FolderLease
 from xlstm_lm.config import load_run_config
@@ -232,7 +233,7 @@ def test_a_gradient_that_is_not_finite_skips_the_step(folder, monkeypatch, caplo
     skipped = [each for each in records(folder / "run") if each.get("skipped")]
     assert [each["step"] for each in skipped] == [2, 3]
     assert all(each["grad_norm"] is None for each in skipped)
-    assert "Step 2 skipped" in caplog.text
+    assert "Step 2 skipped: its loss or gradient is not finite. Weights are unchanged." in caplog.text
     newest = next(iter(checkpoint_folders(folder / "run").values()))
     state = json.loads((newest / "state.json").read_text())
     assert state["skipped_steps"] == 2 and state["optimizer_steps"] == 8 and state["step"] == 10
@@ -244,6 +245,38 @@ def test_too_many_skipped_steps_stop_the_run_with_step_and_documents(folder, mon
         train(configure(folder, safeguards__max_skipped_steps=2))
     assert len(re.findall(r"train\.txt", str(stopped.value))) >= 4
     assert 3 in checkpoint_folders(folder / "run")
+
+
+def test_a_run_that_diverges_says_so_keeps_its_checkpoints_and_is_pointed_out_later(folder, caplog, capsys):
+    settings = {"optimizer__learning_rate": 1e38, "optimizer__weight_decay": 0.0, "schedule__warmup_steps": 0}
+    diverging = configure(
+        folder, training__steps=5, training__checkpoint_every=1, training__keep_checkpoints=1, **settings
+    )
+    run_dir = train(diverging)
+    assert "unchanged" not in caplog.text and "Step 2 skipped" in caplog.text
+    assert "Step 2: Weights are not finite" in caplog.text or "Step 1: Weights are not finite" in caplog.text
+    assert len(checkpoint_folders(run_dir)) > 1  # of which an older one may be of use
+    with pytest.raises(RunError, match=r"The run has diverged by step 5\. .*not finite.*step_00000005"):
+        cli._conclude(run_dir, [], {})
+    assert "Final validation: not finite" in capsys.readouterr().out
+    caplog.clear()
+    with pytest.raises(RunError, match=r"Step \d+: .* Weights are not finite"):
+        train(configure(folder, training__steps=20, safeguards__max_skipped_steps=4, **settings))
+    assert "step_00000005 holds numbers that are not finite, in " in caplog.text
+
+
+def test_a_checkpoint_of_another_model_is_refused_before_anything_changes(folder):
+    train(configure(folder, training__steps=2, training__checkpoint_every=2))
+    other = configure(
+        folder, training__steps=3, model__embedding_dim=32, training__run_dir=str(folder / "other"), data__validation=[]
+    )
+    train(other)
+    place = Path("checkpoints") / "step_00000003"
+    shutil.copytree(folder / "other" / place, folder / "run" / place)
+    before = {path: path.read_bytes() for path in (folder / "run").rglob("*") if path.is_file()}
+    with pytest.raises(ValueError, match=r"00003 does not fit(.|\n)*F32 \(257, 32\) there, F32 \(257, 16\) now"):
+        train(configure(folder, training__steps=9))
+    assert {path: path.read_bytes() for path in (folder / "run").rglob("*") if path.is_file()} == before
 
 
 def test_another_configuration_is_refused_field_by_field(folder):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Protocol
@@ -10,6 +9,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
+from xlstm_lm.base.read_files import read_json
 from xlstm_lm.data.byte_tokenizer import ByteTokenizer
 from xlstm_lm.data.huggingface_tokenizer import HuggingFaceTokenizer
 from xlstm_lm.data.tokenizer_files import CONFIG_FILE, TokenizerConfig
@@ -73,14 +73,19 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     """The tokenizer that was written to `folder` by its `save` or by `train_bpe`, or any in Hugging Face's layout.
 
     Raises:
-        ValueError: the folder holds no tokenizer.
+        ValueError: the folder holds no tokenizer, or a file of it is damaged.
     """
     written = Path(folder) / CONFIG_FILE
-    try:
-        config = TokenizerConfig(**json.loads(written.read_text(encoding="utf-8"))) if written.exists() else None
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{written} is damaged ({error}); copy the tokenizer's folder again") from None
+    config = _read_config(written) if written.exists() else None
     if config is not None and config.kind == "bytes":
         return ByteTokenizer()
     end = None if config is None else config.end_of_document
     return HuggingFaceTokenizer(TokenizerConfig(kind="huggingface", name=str(folder), end_of_document=end))
+
+
+def _read_config(path: Path) -> TokenizerConfig:
+    values = read_json(path)
+    try:
+        return TokenizerConfig(**values)
+    except TypeError as error:
+        raise ValueError(f"{path} is not the description of a tokenizer that `save` writes: {error}.") from None

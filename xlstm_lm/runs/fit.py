@@ -95,9 +95,10 @@ def _other_state(checkpoint: Checkpoint, lanes: int) -> list[str]:
     state = checkpoint.state
     counts = [name for name, types in STATE.items() if types is not dict]
     problems = [f"state.json: {name} is {state[name]}" for name in counts if not state[name] >= 0]
-    if state["data"].keys() != {str(lane) for lane in range(lanes)}:
-        there = ", ".join(state["data"]) or "none"
-        problems.append(f"state.json: data of the lanes {there} there, of 0 to {lanes - 1} now")
+    different = sorted(state["data"].keys() ^ {str(lane) for lane in range(lanes)})
+    if different:
+        counts = f"data of {len(state['data'])} lanes there, {lanes} now"
+        problems.append(f"state.json: {counts}; lane {different[0]} is in one of them only")
     elif not all(isinstance(lane, dict) for lane in state["data"].values()):
         problems.append("state.json: data has a lane that is no object")
     return problems

@@ -210,7 +210,7 @@ class Trainer:
         folder = RunFolder(self.run_dir)
         if not is_branch:
             folder.metric_lines(checkpoint.state["step"])
-        if self.run.wandb.mode != "disabled":
+        if self.run.wandb.mode != "disabled" and self.run.wandb.id is None:
             folder.wandb_id()
 
     def run_steps(self) -> bool:

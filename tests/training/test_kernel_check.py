@@ -153,6 +153,9 @@ class AmongTwo(World):
     def from_first(self, value):
         return value
 
+    def gather(self, value):
+        return [value, "error 0.5"]
+
     def sum_(self, tensor):
         tensor += torch.tensor(elsewhere.pop(0))
         return tensor
@@ -171,7 +174,7 @@ def test_what_another_rank_finds_counts_here(seen_there, expected, caplog):
     two = AmongTwo(rank=0, size=2, local_rank=0, device=torch.device("cpu"))
     config = XLSTMConfig(vocab_size=32, embedding_dim=32, num_blocks=1)
     assert with_kernels_that_are_right(config, two, torch.float32, 4)[0].mlstm_backend == expected
-    assert ("on 1 of 2 processes" in caplog.text) == (expected == "chunkwise")
+    assert ("on 1 of 2 processes (error 0.5)" in caplog.text) == (expected == "chunkwise")
 
 
 def test_a_run_goes_on_with_the_definition(tmp_path, monkeypatch, caplog):

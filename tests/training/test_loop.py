@@ -21,6 +21,7 @@ from xlstm_lm.base.lease import FolderLease
 from xlstm_lm.config import load_run_config
 from xlstm_lm.data import TrainingStream, build_tokenizer
 from xlstm_lm.runs.checkpoint import checkpoint_folders
+from xlstm_lm.training import loop
 from xlstm_lm.training.engine import TrainingEngine
 from xlstm_lm.training.loop import train
 
@@ -172,6 +173,13 @@ def test_a_stopped_run_is_saved_and_goes_on(number, folder, reference, monkeypat
     assert signal.getsignal(signal.SIGINT) is handler
     train(configure(folder))
     comparable(folder, reference)
+
+
+def test_before_the_first_step_ctrl_c_stops_at_once(folder, monkeypatch):
+    monkeypatch.setattr(loop, "build_model", lambda config: os.kill(os.getpid(), signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        train(configure(folder))
+    assert not (folder / "run" / "checkpoints").exists()
 
 
 def test_accumulation_gives_the_same_run(folder, reference):

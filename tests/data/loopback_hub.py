@@ -1,7 +1,8 @@
-"""A Hugging Face hub on loopback with one data set, which can be told to answer 503 for a while."""
+"""A Hugging Face hub on loopback with one data set or model, which can be told to answer 503 for a while."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import threading
 import time
@@ -12,10 +13,11 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 class LoopbackHub:
-    """Serves `files` of the data set `name`; use as a context manager."""
+    """Serves `files` of the data set (or model) `name`; use as a context manager."""
 
-    def __init__(self, name: str, files: dict[str, bytes]) -> None:
+    def __init__(self, name: str, files: dict[str, bytes], *, is_model: bool = False) -> None:
         self.name = name
+        self.is_model = is_model
         self.files = files
         self.unavailable_until = 0.0
         self.newest = COMMIT
@@ -51,7 +53,8 @@ class LoopbackHub:
         if time.monotonic() < self.unavailable_until:
             self._send(request, 503, b"busy")
             return
-        api, download = f"/api/datasets/{self.name}", f"/datasets/{self.name}/resolve/"
+        kind = "models" if self.is_model else "datasets"
+        api, download = f"/api/{kind}/{self.name}", f"/{'' if self.is_model else 'datasets/'}{self.name}/resolve/"
         if path.startswith(download):
             name = path.removeprefix(download).partition("/")[2]
             if name in self.files:
@@ -90,7 +93,7 @@ class LoopbackHub:
         self._send(request, 200, json.dumps(value).encode(), {"Content-Type": "application/json"})
 
     def _send_file(self, request: BaseHTTPRequestHandler, content: bytes) -> None:
-        headers = {"ETag": f'"{COMMIT}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
+        headers = {"ETag": f'"{hashlib.sha1(content).hexdigest()}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
         wanted = request.headers.get("Range")
         if wanted is None:
             self._send(request, 200, content, headers)

@@ -88,7 +88,7 @@ def test_patterns_that_look_back_or_are_not_understood_rule_cutting_out(pattern)
 def streams(folder: Path, **changes):
     """A stream of two long documents, and the calls of the tokenizer by length."""
     for number, word in enumerate(("mice 12, ", "of men; ")):
-        (folder / f"{number}.txt").write_text(word * 200)
+        (folder / f"{number}.txt").write_text(word * 100)
     source = SourceConfig(kind="text", paths=[str(folder / "*.txt")])
     tokenizer = save(TOKENIZERS["gpt2"](), folder / "tokenizer")
     config = DataConfig(
@@ -115,7 +115,7 @@ def test_rows_and_states_do_not_depend_on_pieces(tmp_path, monkeypatch):
     assert whole[-1][1]["0"]["sources"][0]["epoch"] > 0
     monkeypatch.setattr(huggingface_tokenizer, "PIECE_CHARACTERS", 50)
     assert batches(None, 250) == whole
-    for after in (0, 60, 180):
+    for after in (0, 30, 120):
         assert batches(whole[after][1], 50) == whole[after + 1 : after + 51]
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import functools
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import safetensors.torch
 import torch
@@ -21,6 +24,9 @@ from xlstm_lm.base.tensor_files import read_tensors, tensor_files
 from xlstm_lm.config import load_run_config
 from xlstm_lm.data import TokenizerConfig, build_tokenizer, load_tokenizer, train_bpe
 from xlstm_lm.models import XLSTMConfig, build_model
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "data"))
+from loopback_hub import LoopbackHub
 
 PATTERN = ["mlstm", "slstm", "mlstm_paper"]
 TOKENS_BT = torch.arange(60).view(2, 30) % 257
@@ -254,3 +260,48 @@ def test_a_model_is_not_held_twice(tmp_path):
         check=True,
     )
     assert float(done.stdout) < 0.2
+
+
+@pytest.fixture
+def loopback(tmp_path, monkeypatch):
+    """Connects the hub's client to a hub on loopback that serves a folder as somebody/model."""
+    monkeypatch.chdir(tmp_path)
+
+    @contextlib.contextmanager
+    def serve(folder: Path):
+        files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+        with LoopbackHub("somebody/model", files, is_model=True) as server:
+            for name in ("hf_hub_download", "snapshot_download"):
+                place = {"endpoint": server.endpoint, "cache_dir": tmp_path / "cache"}
+                monkeypatch.setattr(huggingface_hub, name, functools.partial(getattr(huggingface_hub, name), **place))
+            yield server
+
+    return serve
+
+
+def test_a_hub_id_is_downloaded(tmp_path, bpe, loopback):
+    trained = save(tmp_path / "export", bpe, shard_bytes=50_000)
+    with loopback(tmp_path / "export") as server:
+        hub.import_run("somebody/model", "run")
+        assert any(request.endswith(".safetensors") for request in server.requests)
+    loaded = hub.load("run")
+    assert torch.equal(loaded(TOKENS_BT), trained(TOKENS_BT)) and loaded.tokenizer.vocab_size == 270
+    state = json.loads((tmp_path / "run" / "checkpoints" / "step_00000000" / "state.json").read_text())
+    assert state["imported_from"] == "somebody/model"
+
+
+def test_a_hub_id_that_cannot_be_read_is_explained(tmp_path, loopback):
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.json").write_text('{"model_type": "bert"}')
+    (tmp_path / "other" / "model.safetensors").write_bytes(b"many gigabytes")
+    with loopback(tmp_path / "other") as server:
+        with pytest.raises(ValueError, match="somebody/model on the Hugging Face hub has model_type 'bert'; known are"):
+            hub.import_run("somebody/model", "run")
+        assert not any("safetensors" in request for request in server.requests)
+        with pytest.raises(ValueError, match=r"nobody/none does not exist here.* hf download nobody/none --local-dir"):
+            hub.load("nobody/none")
+        asked = len(server.requests)
+        with pytest.raises(ValueError, match="other/none does not exist"):  # the folder is here: a mistyped path
+            hub.load("other/none")
+        assert len(server.requests) == asked
+    assert not (tmp_path / "run").exists()

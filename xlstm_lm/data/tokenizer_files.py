@@ -64,9 +64,9 @@ def save_tokenizer(
     backend.save(str(folder / "tokenizer.json"))
     # This class name is known to every version of transformers that has fast tokenizers.
     layout = {
+        "eos_token": end_of_document,
         **(settings or {}),
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "eos_token": end_of_document,
         "clean_up_tokenization_spaces": False,
     }
     for name, values in (("tokenizer_config.json", layout), (CONFIG_FILE, asdict(config))):

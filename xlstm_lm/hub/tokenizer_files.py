@@ -31,6 +31,6 @@ def save_tokenizer_files(tokenizer: Tokenizer, folder: Path) -> None:
     path = folder / "tokenizer_config.json"
     layout = json.loads(path.read_text(encoding="utf-8"))
     # A tokenizer's own beginning of text and padding stay what they are called; neither is put into a text.
-    layout = {"bos_token": end, "pad_token": end} | layout | {"padding_side": PADDING_SIDE}
+    layout = {"bos_token": end, "pad_token": end} | layout | {"eos_token": end, "padding_side": PADDING_SIDE}
     layout["model_input_names"] = ["input_ids", "attention_mask"]
     path.write_text(json.dumps(layout, indent=2) + "\n", encoding="utf-8")

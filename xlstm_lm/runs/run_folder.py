@@ -17,7 +17,7 @@ import yaml
 
 from xlstm_lm.base.durable_files import replace_durably
 from xlstm_lm.parallel.process_group import World
-from xlstm_lm.recipe import dotted_items
+from xlstm_lm.recipe import dotted_items, with_current_names
 from xlstm_lm.runs.checkpoint import checkpoint_folders
 
 FREE_TO_CHANGE = (
@@ -51,7 +51,7 @@ FREE_WHEN_BRANCHING = (*FREE_TO_CHANGE, "optimizer.", "schedule.", "data.validat
 
 def differing_fields(before: dict[str, Any], now: dict[str, Any], free: tuple[str, ...] = FREE_TO_CHANGE) -> list[str]:
     """One line for each field of the two configurations that differs and is not in `free`."""
-    old, new = dotted_items(before), dotted_items(now)
+    old, new = dotted_items(with_current_names(before)), dotted_items(now)
     return [
         f"  {name}: {old.get(name, 'not set')!r} there, {new.get(name, 'not set')!r} now"
         for name in sorted(old.keys() | new.keys())

@@ -34,9 +34,10 @@ from xlstm_lm.runs.run_folder import (
     record_environment,
 )
 from xlstm_lm.training.config import split_batch
-from xlstm_lm.training.deepspeed_config import check_deepspeed_section, choose_precision
+from xlstm_lm.training.deepspeed_config import choose_precision
 from xlstm_lm.training.engine import TrainingEngine
 from xlstm_lm.training.kernel_check import with_kernels_that_are_right
+from xlstm_lm.training.memory import check_memory, memory_errors_explained
 from xlstm_lm.training.report import Report
 from xlstm_lm.training.safeguards import SkipCounter, StopRequest
 from xlstm_lm.training.schedule import learning_rate_ratio
@@ -57,12 +58,12 @@ def train(run: RunConfig, data: TrainingData | None = None) -> Path:
         SystemExit: with code 0, where SIGTERM or Ctrl-C asked to stop and the run has been saved.
     """
     run.schedule.check_steps(run.training.steps)
-    check_deepspeed_section(run.deepspeed)
     world = join_world()
     # Gates let moments and states fade through numbers that a CPU computes with a hundred times more slowly.
     torch.set_flush_denormal(True)
-    split_batch(run.data.global_batch_size, world.size, run.training.micro_batch_size)
-    with StopRequest() as stop_request, contextlib.ExitStack() as resources:
+    micro_rows, _ = split_batch(run.data.global_batch_size, world.size, run.training.micro_batch_size)
+    check_memory(run, world, choose_precision(run.training.precision, world.device), micro_rows)
+    with memory_errors_explained(run), StopRequest() as stop_request, contextlib.ExitStack() as resources:
         trainer = Trainer(run, world, stop_request, resources, data)
         stopped = trainer.run_steps()
     if world.is_first:

@@ -114,10 +114,10 @@ def test_an_empty_prompt_is_refused(model):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"temperature": -1}, "temperature is -1; it must be 0"),
-        ({"top_p": 0}, "top_p is 0; it must be above 0"),
+        ({"temperature": -1}, "temperature is -1; it must be a number from 0"),
+        ({"top_p": 0}, "top_p is 0; it must be a number above 0 and at most 1"),
         ({"top_p": 1.5}, "top_p is 1.5"),
-        ({"max_new_tokens": 0}, "max_new_tokens is 0; it must be at least 1"),
+        ({"max_new_tokens": 0}, "max_new_tokens is 0; it must be a whole number from 1"),
     ],
 )
 def test_impossible_sampling_is_refused(settings, message):

@@ -13,6 +13,8 @@ import torch
 
 from eval import measure
 from eval.models import DTYPES
+from xlstm_lm.base.fields import Count, argument
+from xlstm_lm.base.machine import first_line, is_out_of_memory
 
 
 @contextmanager
@@ -25,6 +27,12 @@ def one_message(command: str) -> Iterator[None]:
             raise
         print(f"{command}: {error}", file=sys.stderr)
         sys.exit(2)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error) or os.environ.get("XLSTM_LM_TRACEBACK"):
+            raise
+        remedy = "lower --batch-size, close other programs, or use a machine with more"
+        print(f"{command}: out of memory: {remedy}. ({first_line(error)})", file=sys.stderr)
+        sys.exit(1)
 
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
@@ -43,12 +51,8 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def positive(text: str) -> int:
-    """An integer of at least 1, for argparse."""
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} must be at least 1")
-    return number
+positive = argument(Count)
+"""An integer of at least 1, for argparse."""
 
 
 def environment(device: torch.device, packages: tuple[str, ...]) -> dict[str, Any]:

@@ -113,7 +113,7 @@ def test_the_deepspeed_launcher(tmp_path):
         ),
         (
             ["train", "--config", DEMO, "--model.num_blocks", "four"],
-            "flag --model.num_blocks: model.num_blocks = 'four': Input should be a valid integer",
+            "flag --model.num_blocks: model.num_blocks = 'four': must be a whole number from 1",
         ),
         (["train", "--config", "configs/train/dmo.yaml"], "configs/train/dmo.yaml does not exist"),
         (["train"], "the following arguments are required: --config"),
@@ -123,7 +123,10 @@ def test_the_deepspeed_launcher(tmp_path):
             ["generate", "--model", "nowhere", "--prompt", ""],
             "--prompt is empty; give at least one character to continue",
         ),
-        (["generate", "--model", "nowhere", "--prompt", "x", "--top-p", "2"], "top_p is 2.0; it must be above 0"),
+        (
+            ["generate", "--model", "nowhere", "--prompt", "x", "--top-p", "2"],
+            "argument --top-p: 2 must be a number above 0 and at most 1",
+        ),
         (["export", "--run", "nowhere", "--out", "x"], "nowhere does not exist. Give a run"),
         (
             ["export", "--run", "nowhere", "--out", "x", "--shard-size", "many"],

@@ -127,6 +127,12 @@ def test_the_deepspeed_launcher(tmp_path):
             ["generate", "--model", "nowhere", "--prompt", "x", "--top-p", "2"],
             "argument --top-p: 2 must be a number above 0 and at most 1",
         ),
+        (["generate", "--model", "nowhere", "--prompt", "x", "--temperature", "nan"], "nan must be a number from 0"),
+        (
+            ["generate", "--model", "nowhere", "--prompt", "x", "--max-new-tokens", "0"],
+            "0 must be a whole number from 1",
+        ),
+        (["tokenizer", "train", "--files", "x", "--vocab-size", "1e3", "--out", "x"], "1e3 must be a whole number"),
         (["export", "--run", "nowhere", "--out", "x"], "nowhere does not exist. Give a run"),
         (
             ["export", "--run", "nowhere", "--out", "x", "--shard-size", "many"],

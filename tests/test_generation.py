@@ -123,3 +123,9 @@ def test_an_empty_prompt_is_refused(model):
 def test_impossible_sampling_is_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         SamplingConfig(**settings)
+
+
+@pytest.mark.parametrize("settings", [{"temperature": 1e-45}, {"temperature": 1e-6}, {"top_p": 1e-300}])
+def test_the_smallest_settings_draw_the_likeliest_token(settings):
+    logits_V = 1e4 * torch.randn(50, generator=torch.Generator().manual_seed(0))
+    assert sample(logits_V, SamplingConfig(**settings), torch.Generator()) == int(logits_V.argmax())

@@ -38,6 +38,7 @@ def sample(logits_V: Tensor, config: SamplingConfig, generator: torch.Generator)
         return int(logits_V.argmax())
     probability_V, token_V = torch.softmax(logits_V.float() / config.temperature, dim=-1).sort(descending=True)
     beyond_V = probability_V.cumsum(0) - probability_V >= config.top_p
+    beyond_V[0] = False  # where top_p is too small for float32
     choice = torch.multinomial(probability_V.masked_fill(beyond_V, 0), 1, generator=generator)
     return int(token_V[choice])
 

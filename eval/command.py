@@ -9,6 +9,7 @@ import torch
 
 from eval import measure
 from eval.models import DTYPES
+from xlstm_lm.base.fields import Count, argument
 
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
@@ -27,12 +28,8 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def positive(text: str) -> int:
-    """An integer of at least 1, for argparse."""
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} must be at least 1")
-    return number
+positive = argument(Count)
+"""An integer of at least 1, for argparse."""
 
 
 def environment(device: torch.device, packages: tuple[str, ...]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from xlstm_lm.base.fields import Count, VocabSize, argument
 from xlstm_lm.data import (
     DataConfig,
     SourceConfig,
@@ -34,8 +35,8 @@ def tokens_per_second(tokenizer: Tokenizer, num_tokens: int, context_length: int
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--tokens", type=int, default=4_000_000, help="tokens to measure over")
-    parser.add_argument("--vocab-size", type=int, default=8192, help="of the BPE, trained on the spot")
+    parser.add_argument("--tokens", type=argument(Count), default=4_000_000, help="tokens to measure over")
+    parser.add_argument("--vocab-size", type=argument(VocabSize), default=8192, help="of the BPE, trained on the spot")
     options = parser.parse_args()
     print("| tokenizer | tokens/s a core | MB of text/s a core |\n|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import NamedTuple
 
+from xlstm_lm.base.fields import Count, check_fields
 from xlstm_lm.data import SourceConfig, open_source
 from xlstm_lm.data.sources import Piece, Source, refuse
 from xlstm_lm.recipe import read_recipe
@@ -32,10 +33,11 @@ class DocumentsConfig:
     """Files and patterns (text: a document a file; .jsonl, .parquet: one a line or row), or one data recipe (.yaml)."""
     split_at: str | None = None
     """Regular expression: a new document begins at every line that matches, as '^PEP: ' in a file of many."""
-    max_documents: int | None = None
+    max_documents: Count | None = None
     """Only the first so many."""
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if not self.data:
             raise ValueError("data is empty; name text files, JSON lines, a pattern or a data recipe.")
         try:

@@ -63,7 +63,7 @@ throughput=(--lengths 8192 2048 16384 --tokens 16384 --seconds 4 --budget 60)
 generation=(--lengths 512 4096 16384 --batch-sizes 1 16 --new-tokens 32 --rounds 3 --seconds 4 --budget 35)
 training=(
     --model.embedding_dim 512 --model.num_blocks 8 --data.context_length 2048 --training.steps 60
-    --schedule.warmup_steps 10 --schedule.cooldown_steps 30 --data.validation_tokens 65536
+    --schedule.warmup 10 --schedule.cooldown 30 --data.validation_tokens 65536
 )
 if [ -n "$dry" ]; then
     tiny=embedding_dim=64,num_blocks=2,num_heads=2,vocab_size=256
@@ -73,7 +73,7 @@ if [ -n "$dry" ]; then
     throughput=(--lengths 64 128 --tokens 128 --rounds 3 --seconds 1)
     generation=(--lengths 16 32 --batch-sizes 1 2 --new-tokens 4 --rounds 3 --seconds 1)
     training=(
-        --data.context_length 64 --training.steps 4 --schedule.warmup_steps 1 --schedule.cooldown_steps 1
+        --data.context_length 64 --training.steps 4 --schedule.warmup 1 --schedule.cooldown 1
         --data.validation_tokens 1024
     )
 fi

@@ -35,6 +35,7 @@ from eval.models import DTYPES
 from eval.results_file import results_file
 from eval.speed_models import Model, Own, describe_kernels, parse_model, record_kernels
 from xlstm_lm import hub
+from xlstm_lm.base.fields import NonNegative, argument
 from xlstm_lm.base.finite import check_finite
 from xlstm_lm.base.program import program
 from xlstm_lm.data import Tokenizer, TokenizerConfig, build_tokenizer
@@ -273,7 +274,12 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--runs", nargs="+", default=[], metavar="FOLDER", help="To measure: runs, checkpoints or exports.")
     add("--config", type=Path, metavar="FILE", help="Train or reuse this study's runs, and measure before and after.")
     add("--at-once", type=positive, metavar="N", help="With --config: runs at a time. Default: what the study says.")
-    add("--max-minutes", type=float, metavar="M", help="With --config: stop training and save after so long.")
+    add(
+        "--max-minutes",
+        type=argument(NonNegative),
+        metavar="M",
+        help="With --config: stop training and save after so long.",
+    )
     add("--data", nargs="+", default=DEFAULT_DATA, metavar="FILE", help="Default: held-out source of Python's library.")
     add("--length", type=positive, default=1024, metavar="T", help="Inputs of a window. Default: 1024.")
     add("--windows", type=positive, default=64, metavar="N", help="Default: 64.")

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 
 from eval.jobs import Job, alone_in, run_jobs
 from eval.study_file import check_section
+from xlstm_lm.base.fields import Count, Positive, Size, check_fields
 from xlstm_lm.config import RunConfig, as_dict, load_run_config
 from xlstm_lm.recipe import read_recipe
 from xlstm_lm.runs.run_folder import is_finished
@@ -29,16 +30,17 @@ class StudyConfig:
     """Recipe that all models are trained with: everything but the model."""
     models: dict[str, str]
     """Recipes of the models, by their names in the table and the picture."""
-    learning_rates: dict[str, float] = field(default_factory=dict)
+    learning_rates: dict[str, Positive] = field(default_factory=dict)
     """Peak learning rates other than the recipe's, by the models' names."""
     run_dir: str = "runs/gradient-reach"
     """Folder of the runs."""
-    windows: int = 64
+    windows: Count = 64
     """Windows to measure on, each as long as a training row."""
-    at_once: int = 1
+    at_once: Size = 1
     """Runs trained at a time."""
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if not self.models:
             raise ValueError("models is empty; name a recipe, such as LSTM: ../model/lstm-cpu-0.7m.yaml.")
         folders = [folder_name(name) for name in self.models]
@@ -46,9 +48,6 @@ class StudyConfig:
             raise ValueError(f"models has names that share a folder ({', '.join(folders)}); tell them apart.")
         if unknown := self.learning_rates.keys() - self.models.keys():
             raise ValueError(f"learning_rates names {', '.join(sorted(unknown))}; models has {', '.join(self.models)}.")
-        for name in ("windows", "at_once"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1.")
 
 
 @dataclass(frozen=True)

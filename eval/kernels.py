@@ -26,6 +26,7 @@ from eval.peers import PEERS
 from eval.picture import OWN, draw_over_length
 from eval.results_file import results_file
 from eval.tables import ceilings_of_study, go_through
+from xlstm_lm.base.fields import Count, NonNegative, Positive, Size, argument
 from xlstm_lm.ops.selfcheck import TOLERANCE, errors
 
 SECONDS_A_CASE = {"cpu": 120.0, "cuda": 5.0}
@@ -235,15 +236,21 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m eval.kernels", description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
     parser.add_argument("--dtype", choices=list(DTYPES), help="default: bfloat16 on a GPU, float32 on a CPU")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default 1)")
-    parser.add_argument("--rounds", type=int, default=15, help="timed rounds at most (default 15)")
-    parser.add_argument("--lengths", type=int, nargs="+", help="of the mLSTM; default 1024 .. 16384, GPU 2048 .. 65536")
-    parser.add_argument("--tokens", type=int, default=65536, help="in a batch of the mLSTM on a GPU (default 65536)")
+    parser.add_argument("--threads", type=argument(Size), default=1, help="CPU threads (default 1)")
+    parser.add_argument("--rounds", type=argument(Count), default=15, help="timed rounds at most (default 15)")
+    parser.add_argument(
+        "--lengths", type=argument(Count), nargs="+", help="of the mLSTM; default 1024 .. 16384, GPU 2048 .. 65536"
+    )
+    parser.add_argument(
+        "--tokens", type=argument(Count), default=65536, help="in a batch of the mLSTM on a GPU (default 65536)"
+    )
     parser.add_argument("--only", choices=["mlstm", "slstm", "mlstm step"], help="one operation")
-    parser.add_argument("--budget", type=float, default=0, help="seconds after which no table is begun; 0: no limit")
+    parser.add_argument(
+        "--budget", type=argument(NonNegative), default=0, help="seconds after which no table is begun; 0: no limit"
+    )
     parser.add_argument(
         "--silence",
-        type=float,
+        type=argument(Positive),
         default=75.0,
         help="seconds after which a kernel on a GPU counts as hanging (default 75; what nvcc compiles needs more)",
     )
@@ -256,8 +263,6 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     on_gpu = options.device == "cuda"
     options.dtype = options.dtype or ("bfloat16" if on_gpu else "float32")
     options.lengths = options.lengths or [2**n for n in (range(11, 17) if on_gpu else range(10, 15))]
-    if min(options.lengths) < 1 or options.rounds < 1:
-        parser.error("--lengths and --rounds must be at least 1")
     return options
 
 

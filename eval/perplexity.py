@@ -22,6 +22,7 @@ from eval.models import CausalModel, load_model, pick_device
 from eval.results_file import results_file
 from eval.scoring import score_sequences
 from xlstm_lm.base import console
+from xlstm_lm.base.fields import Count, Size, check_fields
 from xlstm_lm.base.program import program
 
 DEFINITIONS = {
@@ -40,18 +41,19 @@ GROUP = 16  # batches of documents that are read and sorted by length together
 class PerplexityConfig:
     """How documents are scored."""
 
-    context_length: int | None = None
+    context_length: Count | None = None
     """Score in windows of so many tokens that know nothing of each other; null carries the state through documents."""
-    stride: int | None = None
+    stride: Count | None = None
     """How far each window is ahead of the one before; null for whole windows."""
     count_end: bool = False
     """Whether the end of a document is a target too, as in training."""
     count_line_ends: bool = False
     """Whether an end of line is a word, as in word-level corpora such as WikiText."""
-    batch_size: int = 8
+    batch_size: Size = 8
     """Rows in a batch; changes no figure."""
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if self.stride is not None and self.context_length is None:
             raise ValueError(f"stride {self.stride} is the step of windows; give a context length with it.")
 

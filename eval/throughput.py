@@ -25,6 +25,7 @@ from eval.picture import draw_over_length
 from eval.results_file import results_file
 from eval.speed_models import Model, describe_kernels, parse_model, record_kernels
 from eval.tables import ceilings_of_study, go_through
+from xlstm_lm.base.fields import Count, NonNegative, Positive, Size, argument
 from xlstm_lm.models.accounting import count_parameters, training_flops_per_token
 
 SILENCE = 180.0
@@ -218,17 +219,23 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
     parser.add_argument("--dtype", choices=list(DTYPES), help="of the weights; default bfloat16 on a GPU, else float32")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default 1)")
-    parser.add_argument("--lengths", type=int, nargs="+", help="of rows, or of prompts with --generate")
-    parser.add_argument("--tokens", type=int, help="in a batch (default 32768; on a CPU 2048)")
+    parser.add_argument("--threads", type=argument(Size), default=1, help="CPU threads (default 1)")
+    parser.add_argument("--lengths", type=argument(Count), nargs="+", help="of rows, or of prompts with --generate")
+    parser.add_argument("--tokens", type=argument(Count), help="in a batch (default 32768; on a CPU 2048)")
     parser.add_argument("--modes", nargs="+", default=["eager"], choices=["eager", "compiled"])
     parser.add_argument("--activation-checkpointing", action="store_true", help="recompute activations in the backward")
     parser.add_argument("--generate", action="store_true", help="time to first token, and tokens/s after it")
-    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 8], help="of prompts, with --generate")
-    parser.add_argument("--new-tokens", type=int, default=32, help="written after a prompt (default 32)")
-    parser.add_argument("--rounds", type=int, default=9, help="timed rounds at most (default 9)")
-    parser.add_argument("--seconds", type=float, default=60.0, help="for the rounds of a table, three at least")
-    parser.add_argument("--budget", type=float, default=0, help="seconds after which no table is begun; 0: no limit")
+    parser.add_argument(
+        "--batch-sizes", type=argument(Count), nargs="+", default=[1, 8], help="of prompts, with --generate"
+    )
+    parser.add_argument("--new-tokens", type=argument(Count), default=32, help="written after a prompt (default 32)")
+    parser.add_argument("--rounds", type=argument(Count), default=9, help="timed rounds at most (default 9)")
+    parser.add_argument(
+        "--seconds", type=argument(Positive), default=60.0, help="for the rounds of a table, three at least"
+    )
+    parser.add_argument(
+        "--budget", type=argument(NonNegative), default=0, help="seconds after which no table is begun; 0: no limit"
+    )
     parser.add_argument("--out", type=results_file, help="also write the rows to this JSON file")
     parser.add_argument("--picture", type=Path, help="draw here instead of beside --out")
     parser.add_argument("--journal", type=Path, help=argparse.SUPPRESS)  # the process that a supervisor starts has one
@@ -244,8 +251,6 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
             f"--lengths {max(options.lengths)} is longer than a batch of --tokens {options.tokens}, the same at every "
             f"length: give --tokens {max(options.lengths)} or more"
         )
-    if min(*options.lengths, *options.batch_sizes, options.new_tokens, options.rounds, options.tokens) < 1:
-        parser.error("--lengths, --batch-sizes, --new-tokens, --tokens and --rounds must be at least 1")
     return options
 
 

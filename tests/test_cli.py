@@ -130,7 +130,7 @@ def test_the_deepspeed_launcher(tmp_path):
         ),
         (
             ["train", "--config", DEMO, "--model.num_blocks", "four"],
-            "flag --model.num_blocks: model.num_blocks = 'four': Input should be a valid integer",
+            "flag --model.num_blocks: model.num_blocks = 'four': must be a whole number from 1",
         ),
         (["train", "--config", "configs/train/dmo.yaml"], "configs/train/dmo.yaml does not exist"),
         (["generate", "--modle", "x", "--model", "x", "--prompt", "x"], "Did you mean --model?"),
@@ -146,7 +146,16 @@ def test_the_deepspeed_launcher(tmp_path):
             ["generate", "--model", "nowhere", "--prompt", ""],
             "--prompt is empty; give at least one character to continue",
         ),
-        (["generate", "--model", "nowhere", "--prompt", "x", "--top-p", "2"], "top_p is 2.0; it must be above 0"),
+        (
+            ["generate", "--model", "nowhere", "--prompt", "x", "--top-p", "2"],
+            "argument --top-p: 2 must be a number above 0 and at most 1",
+        ),
+        (["generate", "--model", "nowhere", "--prompt", "x", "--temperature", "nan"], "nan must be a number from 0"),
+        (
+            ["generate", "--model", "nowhere", "--prompt", "x", "--max-new-tokens", "0"],
+            "0 must be a whole number from 1",
+        ),
+        (["tokenizer", "train", "--files", "x", "--vocab-size", "1e3", "--out", "x"], "1e3 must be a whole number"),
         (["export", "--run", "nowhere", "--out", "x"], "nowhere does not exist. Give a run"),
         (
             ["export", "--run", "nowhere", "--out", "x", "--shard-size", "many"],

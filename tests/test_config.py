@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import get_args
 
 import pytest
+import yaml
 
+from xlstm_lm.cli import _make_parser
 from xlstm_lm.config import as_recipe, fields, load_run_config
 from xlstm_lm.recipe import parse_yaml, read_recipe
+from xlstm_lm.runs.run_folder import differing_fields
+from xlstm_lm.training.deepspeed_section import OffloadOptimizer, OffloadParam, ZeroOptimization
+from xlstm_lm.training.schedule import ScheduleConfig
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 DEMO = CONFIGS / "train" / "demo.yaml"
@@ -46,6 +52,47 @@ def test_a_saved_run_reads_back_equal(tmp_path):
     assert load_run_config([saved]) == run
 
 
+@pytest.mark.parametrize("name", ["010", "1:30", "yes", "2024-01-01", "1e3", "run #2", "null ", "é: {x}", "\x85"])
+def test_a_saved_run_keeps_text_as_it_is(name, tmp_path):
+    run = load_run_config([DEMO], {"wandb.name": name, "wandb.tags": [name], "training.run_dir": name})
+    assert load_run_config([write(tmp_path / "config.yaml", as_recipe(run))]) == run
+
+
+def test_an_older_runs_configuration_is_todays(tmp_path):
+    run = load_run_config([DEMO], {"schedule.warmup": 50, "schedule.cooldown": 450, "optimizer.eps": 1e-08})
+    text = as_recipe(run).replace("  warmup: 50", "  warmup_steps: 50").replace("  cooldown:", "  cooldown_steps:")
+    assert "warmup_steps: 50" in text and "cooldown_steps: 450" in text
+    saved = write(tmp_path / "config.yaml", text)
+    assert load_run_config([saved]) == run
+    assert not differing_fields(yaml.safe_load(text), yaml.safe_load(as_recipe(run)))
+
+
+def test_a_former_name_wins_over_todays_in_an_earlier_recipe():
+    assert load_run_config([DEMO], {"schedule.warmup_steps": 3}).schedule.warmup == 3
+
+
+@pytest.mark.parametrize("steps", [20, 85, 850, 8500])
+def test_the_demo_is_one_flag_shorter_or_longer(steps):
+    run = load_run_config([DEMO], {"training.steps": steps})
+    run.schedule.check_steps(steps)
+    assert run.schedule.lengths(850) == (50, 450)
+
+
+def schedules():
+    """Every recipe of a run, a study or a comparison that says how many steps it has."""
+    for path in sorted(CONFIGS.rglob("*.yaml")):
+        values, _ = read_recipe(path)
+        values = values.get("run", values)
+        if "steps" in values.get("training", {}):
+            yield pytest.param(values["training"]["steps"], values.get("schedule", {}), id=path.stem)
+
+
+@pytest.mark.parametrize(("steps", "schedule"), schedules())
+@pytest.mark.parametrize("factor", [0.1, 1, 10])
+def test_every_recipe_is_one_flag_shorter_or_longer(steps, schedule, factor):
+    ScheduleConfig(**schedule).check_steps(round(steps * factor))
+
+
 @pytest.mark.parametrize("recipe", sorted((CONFIGS / "train").glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_training_recipe_is_valid_and_short(recipe):
     load_run_config([recipe])
@@ -78,25 +125,143 @@ def test_numbers_as_people_write_them():
             "model: {num_bloks: 4}",
             r"{file}: model.num_bloks = 4: there is no such field. Did you mean model.num_blocks\?",
         ),
-        ("modle: {num_blocks: 4}", r"{file}: modle = .*: there is no such field"),
+        ("modle: {num_blocks: 4}", r"{file}: modle = .*: there is no such field. Did you mean model\?"),
         (
             "training: {learning_rate: 0.1}",
             r"{file}: training.learning_rate = 0.1: .* Did you mean optimizer.learning_rate\?",
         ),
-        ("model: {num_blocks: four}", r"{file}: model.num_blocks = 'four': Input should be a valid integer"),
-        ("model: {num_blocks: true}", r"{file}: model.num_blocks = True: Input should be a number"),
-        ("model: {num_blocks: 2.5}", r"{file}: model.num_blocks = 2.5: Input should be a valid integer"),
-        ("model: {norm: batch}", r"{file}: model.norm = 'batch': Input should be 'rms' or 'layer'"),
+        ("model: {num_blocks: four}", r"{file}: model.num_blocks = 'four': must be a whole number from 1 to 4,096"),
+        ("model: {num_blocks: true}", r"{file}: model.num_blocks = true: must be a whole number"),
+        ("model: {num_blocks: 2.5}", r"{file}: model.num_blocks = 2.5: must be a whole number"),
+        ("model: {norm: batch}", r"{file}: model.norm = 'batch': must be one of rms, layer"),
         ("model: {pattern: 7}", r"{file}: model.pattern = 7: "),
         ("model: {num_heads: 3}", r"{file}.*: model: num_heads 3 does not divide"),
-        ("training: {steps: 0}", r"{file}.*: training.steps is 0; it must be at least 1"),
-        ("model: 3", r"{file}: model = 3: "),
+        ("training: {steps: 0}", r"{file}: training.steps = 0: must be a whole number from 1"),
+        ("model: 3", r"{file}: model = 3: must be a section with fields"),
+        ("training:", r"{file}: training = null: must be a section with fields"),
+        ("data: {sources: [{pahts: [a]}]}", r"{file}: data.sources.0.pahts = .* Did you mean data.sources.0.paths\?"),
+        ("data: {sources: {kind: text}}", r"{file}: data.sources = .*: must be a list of sections"),
+        ("optimizer: {betas: [0.9]}", r"{file}: optimizer.betas = \[0.9\]: must be a list of 2"),
+        ("wandb: {name: 2024}", r"{file}: wandb.name = 2024: must be text in quotes or null"),
+        ("wandb: {mode: of}", r"{file}: wandb.mode = 'of': must be one of online, offline, disabled"),
+        ("schedule: {warmup: 1.0}", r"{file}: schedule.warmup = 1.0: one step or the whole run\?"),
+        ("schedule: {warmup_steps: 3, warmup: 4}", "{file}: schedule.warmup and schedule.warmup_steps are two names"),
+        ("foo: 1", r"{file}: foo = 1: there is no such field. There are model, data, training"),
+        ("training: {run_dir: ''}", "{file}: training.run_dir is empty"),
     ],
 )
 def test_a_mistake_in_a_recipe_names_file_key_and_mend(tmp_path, text, message):
     recipe = write(tmp_path / "mine.yaml", text + "\n")
     with pytest.raises(ValueError, match=message.replace("{file}", ".*mine.yaml")):
         load_run_config([DEMO, recipe])
+
+
+def test_a_value_out_of_range_is_traced_to_the_one_that_set_it(tmp_path):
+    recipe = write(tmp_path / "mine.yaml", "training: {steps: 0, log_every: 5}\n")
+    with pytest.raises(ValueError) as refused:
+        load_run_config([DEMO, recipe], {"training.log_every": 3})
+    assert str(refused.value).startswith(f"{recipe}: training.steps = 0")
+    with pytest.raises(ValueError) as refused:
+        load_run_config([DEMO, recipe], {"training.steps": -1})
+    assert str(refused.value).startswith("flag --training.steps: training.steps = -1")
+
+
+DEEPSPEED_MISTAKES = [
+    ("{zero_optimisation: {stage: 3}}", r"zero_optimisation = .* Did you mean deepspeed.zero_optimization\?"),
+    ("{foo: 1}", "deepspeed.foo = 1: there is no such field. There are zero_optimization, "),
+    ("{zero_optimization: 3}", "zero_optimization = 3: must be a section"),
+    ("{zero_optimization: null}", "zero_optimization = null: must be a section"),
+    ("{zero_optimization: {stage: '2'}}", "stage = '2': must be one of 0, 1, 2, 3"),
+    ("{zero_optimization: {stage: true}}", "stage = true: must be one of 0, 1, 2, 3"),
+    ("{zero_optimization: {overlap_comm: 'true'}}", "overlap_comm = 'true': must be true or false"),
+    ("{zero_optimization: {overlap_com: true}}", "Did you mean deepspeed.zero_optimization.overlap_comm"),
+    ("{zero_optimization: {reduce_bucket_size: auto}}", "reduce_bucket_size = 'auto': must be a whole number"),
+    ("{zero_optimization: {reduce_bucket_size: .inf}}", "reduce_bucket_size = inf: must be a whole number"),
+    ("{zero_optimization: {offload_optimizer: {devise: cpu}}}", "Did you mean .*offload_optimizer.device"),
+    ("{zero_optimization: {offload_optimizer: {device: nvme}}}", "device = 'nvme': must be one of none, cpu"),
+    ("{zero_optimization: {offload_optimizer: {ratio: 0.5}}}", "ratio = 0.5: must be 1"),
+    ("{zero_optimization: {zenflow: {}}}", "zenflow is not set there: it changes when weights are updated"),
+    ("{zero_optimization: {mics_shard_size: 4}}", "mics_shard_size is not set there: checkpoints here"),
+    ("{zero_optimization: {zero_hpz_partition_size: 4}}", "zero_hpz_partition_size is not set there: checkpoints"),
+    ("{sequence_parallel_size: 2}", "sequence_parallel_size is not set there: rows are not divided"),
+    ("3", "deepspeed = 3: must be a section"),
+    *(
+        (f"{{{key}: 1}}", f"deepspeed.{key} is not set there: use ")
+        for key in ("train_batch_size", "bf16", "optimizer")
+    ),
+]
+
+
+@pytest.mark.parametrize(("section", "message"), DEEPSPEED_MISTAKES)
+def test_a_mistake_in_the_deepspeed_section_is_named(section, message):
+    with pytest.raises(ValueError, match=f"flag --deepspeed.*{message}") as refused:
+        load_run_config([DEMO], {"deepspeed": parse_yaml(section)})
+    assert "\n" not in str(refused.value)
+
+
+def test_the_deepspeed_section_is_handed_on_as_it_is():
+    section = {"zero_optimization": {"stage": 3, "reduce_bucket_size": 5e8, "offload_param": {"device": "cpu"}}}
+    run = load_run_config([DEMO], {"deepspeed": section})
+    assert run.deepspeed == section and isinstance(run.deepspeed["zero_optimization"]["reduce_bucket_size"], int)
+
+
+@pytest.mark.parametrize(
+    ("section", "model"),
+    [(ZeroOptimization, "zero"), (OffloadOptimizer, "offload_optimizer"), (OffloadParam, "offload_param")],
+)
+def test_keys_of_zero_are_those_that_deepspeed_has(section, model):
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    fields_ = DeepSpeedZeroConfig.model_fields
+    if model != "zero":
+        fields_ = next(each for each in get_args(fields_[model].annotation)).model_fields
+    known = {name for key, each in fields_.items() for name in (key, each.alias) if name}
+    # Handled by DeepSpeed's configuration before its fields are.
+    assert set(section.__annotations__) - known <= {"stage3_allgather_sequential"}
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        *(("wandb.name", text) for text in ("run #2", "2024", "2024-01-01", "yes", "a: b", "#", "[x", "", "~", '"')),
+        ("data.tokenizer.end_of_document", "[SEP]"),
+        ("data.tokenizer.revision", "1e234567"),
+        ("training.run_dir", "null"),
+        ("wandb.mode", "offline"),
+    ],
+)
+def test_a_flag_that_holds_text_takes_it_as_it_is(name, text):
+    assert flag(name, text) == text
+
+
+def flag(name: str, *texts: str):
+    """What the command line makes of a flag."""
+    given = [part for text in texts for part in (f"--{name}", text)]
+    options = vars(_make_parser(True).parse_args(["train", "--config", "x.yaml", *given]))
+    return options[name]
+
+
+def test_null_is_null_where_a_flag_may_be():
+    assert flag("wandb.name", "null") is None
+
+
+def test_a_flag_by_its_former_name():
+    options = _make_parser(True).parse_args(["train", "--config", "x.yaml", "--schedule.warmup_steps", "5"])
+    assert vars(options)["schedule.warmup"] == 5
+
+
+@pytest.mark.parametrize(
+    ("name", "texts", "message"),
+    [
+        ("data.sources", ["[{kind: text"], "argument --data.sources: '[{kind: text' is not valid YAML: "),
+        ("training.steps", ["1", "2"], "argument --training.steps: it is there twice, first as 1"),
+        ("deepspeed", ["{a: 1, a: 2}"], "is not valid YAML: the key 'a' occurs twice"),
+    ],
+)
+def test_a_flag_that_cannot_be_read_is_named(name, texts, message, capsys):
+    with pytest.raises(SystemExit) as ended:
+        flag(name, *texts)
+    assert ended.value.code == 2 and message in capsys.readouterr().err
 
 
 def test_all_mistakes_are_named_at_once(tmp_path):
@@ -132,7 +297,7 @@ def test_each_family_has_its_own_fields(tmp_path):
     recipe = write(tmp_path / "mine.yaml", "model: {family: mamba, version: 1}\ndata: {sources: []}\n")
     with pytest.raises(ValueError, match=r"model.rope_theta = 5: there is no such field in the family mamba"):
         load_run_config([recipe], {"model.rope_theta": 5})
-    with pytest.raises(ValueError, match=r"model.family = 'mmaba': the model families are xlstm, transformer"):
+    with pytest.raises(ValueError, match=r"model.family = 'mmaba': must be one of xlstm, transformer"):
         load_run_config([recipe], {"model.family": "mmaba"})
 
 

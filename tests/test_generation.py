@@ -133,12 +133,18 @@ def test_an_empty_prompt_is_refused(model):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"temperature": -1}, "temperature is -1; it must be 0"),
-        ({"top_p": 0}, "top_p is 0; it must be above 0"),
+        ({"temperature": -1}, "temperature is -1; it must be a number from 0"),
+        ({"top_p": 0}, "top_p is 0; it must be a number above 0 and at most 1"),
         ({"top_p": 1.5}, "top_p is 1.5"),
-        ({"max_new_tokens": 0}, "max_new_tokens is 0; it must be at least 1"),
+        ({"max_new_tokens": 0}, "max_new_tokens is 0; it must be a whole number from 1"),
     ],
 )
 def test_impossible_sampling_is_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         SamplingConfig(**settings)
+
+
+@pytest.mark.parametrize("settings", [{"temperature": 1e-45}, {"temperature": 1e-6}, {"top_p": 1e-300}])
+def test_the_smallest_settings_draw_the_likeliest_token(settings):
+    logits_V = 1e4 * torch.randn(50, generator=torch.Generator().manual_seed(0))
+    assert sample(logits_V, SamplingConfig(**settings), torch.Generator()) == int(logits_V.argmax())

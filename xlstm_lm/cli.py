@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 
 from xlstm_lm import __version__
 from xlstm_lm.base import console
+from xlstm_lm.base.fields import Count, CountOrZero, NonNegative, PositiveRatio, Seed, VocabSize, argument
 from xlstm_lm.base.import_path import keep_current_folder_out
 from xlstm_lm.base.program import program, told_once
 
@@ -32,7 +33,7 @@ class _Parser(argparse.ArgumentParser):
     def parse_args(self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None) -> Any:
         parsed, unknown = self.parse_known_args(args, namespace)
         if unknown:
-            from xlstm_lm.config import nearest
+            from xlstm_lm.base.mistakes import nearest
 
             flags = self.flags_of(parsed.command)
             flag, _, value = unknown[0].partition("=")
@@ -93,16 +94,22 @@ def _make_parser(with_fields: bool) -> _Parser:
         "--model", required=True, metavar="FOLDER", help="A run, a checkpoint, an export, or an id on the hub."
     )
     generate.add_argument("--prompt", required=True, metavar="TEXT", help="The text to continue.")
-    generate.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="Default: 256.")
-    generate.add_argument("--temperature", type=float, default=0.8, metavar="T", help="0 is greedy. Default: 0.8.")
-    generate.add_argument("--top-p", type=float, default=0.95, metavar="P", help="Nucleus of the draw. Default: 0.95.")
-    generate.add_argument("--seed", type=int, default=0, metavar="S", help="Default: 0.")
+    generate.add_argument("--max-new-tokens", type=argument(Count), default=256, metavar="N", help="Default: 256.")
+    generate.add_argument(
+        "--temperature", type=argument(NonNegative), default=0.8, metavar="T", help="0 is greedy. Default: 0.8."
+    )
+    generate.add_argument(
+        "--top-p", type=argument(PositiveRatio), default=0.95, metavar="P", help="Nucleus of the draw. Default: 0.95."
+    )
+    generate.add_argument("--seed", type=argument(Seed), default=0, metavar="S", help="Default: 0.")
 
     export = command("export", _export, "Write a trained model so that transformers loads it, and check that it does.")
     export.add_argument(
         "--run", required=True, dest="source", metavar="FOLDER", help="A run or one of its checkpoints."
     )
-    export.add_argument("--step", type=int, metavar="N", help="Step of the run's checkpoint. Default: the newest.")
+    export.add_argument(
+        "--step", type=argument(CountOrZero), metavar="N", help="Step of the run's checkpoint. Default: the newest."
+    )
     export.add_argument("--out", required=True, metavar="FOLDER", help="A new folder.")
     export.add_argument(
         "--format",
@@ -150,7 +157,11 @@ def _make_parser(with_fields: bool) -> _Parser:
     tokenizer.add_argument("action", choices=["train"])
     tokenizer.add_argument("--files", nargs="+", required=True, metavar="FILE", help="Text files or glob patterns.")
     tokenizer.add_argument(
-        "--vocab-size", type=int, required=True, metavar="N", help="Vocabulary, end of document included."
+        "--vocab-size",
+        type=argument(VocabSize),
+        required=True,
+        metavar="N",
+        help="Vocabulary, end of document included.",
     )
     tokenizer.add_argument("--out", required=True, metavar="FOLDER", help="A new folder, as transformers reads it.")
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import reduce
 from operator import or_
@@ -16,11 +15,22 @@ from typing import Annotated, Any, ClassVar
 import yaml
 from pydantic import Discriminator, Tag, TypeAdapter, ValidationError
 
+from xlstm_lm.base.mistakes import explain, shown
 from xlstm_lm.data import DataConfig
 from xlstm_lm.models import FAMILIES
-from xlstm_lm.recipe import dotted_items, merge, parse_yaml, read_recipe
+from xlstm_lm.recipe import (
+    RENAMED,
+    dotted_items,
+    merge,
+    merge_origins,
+    parse_yaml,
+    read_recipe,
+    to_yaml,
+    with_current_names,
+)
 from xlstm_lm.runs.run_folder import run_of_recipe
 from xlstm_lm.training.config import TrainingConfig
+from xlstm_lm.training.deepspeed_section import CheckedSection
 from xlstm_lm.training.optimizer import OptimizerConfig
 from xlstm_lm.training.safeguards import SafeguardsConfig
 from xlstm_lm.training.schedule import ScheduleConfig
@@ -31,7 +41,10 @@ logger = logging.getLogger("xlstm_lm")
 
 def _family_of(model: Any) -> str | None:
     """Which family's configuration a model section is; that of xLSTM where it does not say."""
-    return model.get("family", "xlstm") if isinstance(model, dict) else getattr(model, "family", None)
+    if isinstance(model, dict):
+        family = model.get("family", "xlstm")
+        return family if isinstance(family, str) else shown(family)
+    return getattr(model, "family", None)
 
 
 _MODELS = reduce(or_, (Annotated[config, Tag(family)] for family, (config, _) in FAMILIES.items()))
@@ -58,7 +71,7 @@ class RunConfig:
     """What happens when the numbers go wrong."""
     wandb: WandbConfig = field(default_factory=WandbConfig)
     """Weights & Biases."""
-    deepspeed: dict[str, Any] = field(default_factory=dict)
+    deepspeed: CheckedSection = field(default_factory=dict)
     """DeepSpeed's own JSON: zero_optimization, offload and the like."""
 
 
@@ -74,6 +87,9 @@ class Field:
     default: str
     description: str
     takes_text: bool
+    """Whether its values are text."""
+    takes_null: bool
+    """Whether it may also be null."""
     families: tuple[str, ...] = ()
     """The model families that have it; empty outside the model section."""
 
@@ -89,7 +105,7 @@ def fields() -> list[Field]:
         found = []
         for key, value in node["properties"].items():
             target = definition(value)
-            if "properties" in target:
+            if "properties" in target and key != "deepspeed":
                 found += walk(target, f"{prefix}{key}.")
                 continue
             if "oneOf" in target:
@@ -103,7 +119,8 @@ def fields() -> list[Field]:
                     type_name=_type_name(target),
                     default=default.replace("\n...\n", "").strip(),
                     description=value.get("description", ""),
-                    takes_text=target.get("type") == "string",
+                    takes_text=_takes_text(target),
+                    takes_null=any(each.get("type") == "null" for each in target.get("anyOf", ())),
                     families=families,
                 )
             )
@@ -139,10 +156,16 @@ def _join(alternatives: list[list[Field]]) -> list[Field]:
                 ),
                 description=description,
                 takes_text=all(each.takes_text for each in same),
+                takes_null=any(each.takes_null for each in same),
                 families=families,
             )
         )
     return joined
+
+
+def _takes_text(node: dict[str, Any]) -> bool:
+    options = [each for each in node.get("anyOf", [node]) if each.get("type") != "null"]
+    return all(each.get("type") == "string" for each in options)
 
 
 def _type_name(node: dict[str, Any]) -> str:
@@ -158,18 +181,43 @@ def _type_name(node: dict[str, Any]) -> str:
 
 
 def add_field_flags(parser: argparse.ArgumentParser) -> None:
-    """Give the parser `--section.field` for every field of a run."""
+    """Give the parser `--section.field` for every field of a run, and its former name where it has one."""
+    former = {name: old for old, name in RENAMED.items()}
     groups: dict[str, Any] = {}
     for each in fields():
         section = each.name.split(".")[0]
         group = groups.setdefault(section, parser.add_argument_group(section))
         group.add_argument(
-            f"--{each.name}",
+            *(f"--{name}" for name in (each.name, former.get(each.name)) if name),
+            action=_Once,
             metavar=each.type_name,
             default=argparse.SUPPRESS,
-            type=str if each.takes_text else parse_yaml,
+            type=_reader(each),
             help=f"{each.description} Default: {each.default}.".replace("%", "%%"),
         )
+
+
+class _Once(argparse.Action):
+    """Stores a flag's value; a flag that is there twice is a mistake, as a key of a recipe is."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        if hasattr(namespace, self.dest):
+            raise argparse.ArgumentError(self, f"it is there twice, first as {shown(getattr(namespace, self.dest))}")
+        setattr(namespace, self.dest, values)
+
+
+def _reader(field_: Field) -> Callable[[str], Any]:
+    """How a field's flag is read: text as it is, null where that is allowed, anything else as YAML."""
+
+    def read(text: str) -> Any:
+        if field_.takes_text:
+            return None if text == "null" and field_.takes_null else text
+        try:
+            return parse_yaml(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"{shown(text)} is not valid YAML: {error}") from None
+
+    return read
 
 
 def load_run_config(paths: list[str | Path], overrides: dict[str, Any] | None = None) -> RunConfig:
@@ -183,12 +231,13 @@ def load_run_config(paths: list[str | Path], overrides: dict[str, Any] | None = 
     origins: dict[str, str] = {}
     for path in paths:
         recipe, recipe_origins = read_recipe(path)
-        values, origins = merge(values, recipe), origins | recipe_origins
+        values, origins = merge(values, recipe), merge_origins(origins, recipe_origins)
     for name, value in (overrides or {}).items():
         for key in reversed(name.split(".")):
             value = {key: value}
+        value = with_current_names(value)
         values = merge(values, value)
-        origins[name] = f"flag --{name}"
+        origins = merge_origins(origins, dict.fromkeys(dotted_items(value), f"flag --{name}"))
     values = _with_the_run_of_its_recipe(values, origins)
     return check_run_config(values, origins)
 
@@ -213,74 +262,18 @@ def check_run_config(values: dict[str, Any], origins: dict[str, str]) -> RunConf
     Raises:
         ValueError: a key or a value is not allowed, as in `load_run_config`.
     """
-    # pydantic would take true for 1.
-    numbers = {each.name for each in fields() if {"INT", "NUMBER"} & set(each.type_name.split("|"))}
-    for name, value in dotted_items(values).items():
-        if name in numbers and isinstance(value, bool):
-            raise ValueError(f"{_origin(name, origins)}{name} = {value}: Input should be a number.")
+    values = with_current_names(values)
     try:
         return _RUN.validate_python(values)
     except ValidationError as error:
-        messages = dict.fromkeys(_explain(each, origins) for each in error.errors(include_url=False))
-        raise ValueError("\n".join(messages)) from None
+        raise ValueError(explain(error, RunConfig, values, origins)) from None
 
 
 def as_recipe(run: RunConfig) -> str:
     """The resolved run as the text of a recipe, which `load_run_config` reads back to an equal one."""
-    return yaml.safe_dump(as_dict(run), sort_keys=False, allow_unicode=True)
+    return to_yaml(as_dict(run))
 
 
 def as_dict(run: RunConfig) -> dict[str, Any]:
     """The run as nested mappings of plain values, as JSON and YAML hold them."""
     return _RUN.dump_python(run, mode="json")
-
-
-def _explain(error: dict[str, Any], origins: dict[str, str]) -> str:
-    """One line on one mistake that pydantic found."""
-    location = [str(part) for part in error["loc"]]
-    if error["type"] == "union_tag_invalid":
-        name, family = f"{'.'.join(location)}.family", error["ctx"]["tag"]
-        return f"{_origin(name, origins)}{name} = {family!r}: the model families are {', '.join(FAMILIES)}."
-    if error["type"] == "union_tag_not_found":
-        return f"{_origin(location[0], origins)}{location[0]} = {error['input']!r}: it must be a section with fields."
-    family = location.pop(1) if location[0] == "model" and location[1:2] and location[1] in FAMILIES else None
-    known = [each.name for each in fields() if family is None or not each.families or family in each.families]
-    name = ".".join(location)
-    if error["type"] == "value_error" and name not in known:
-        return f"{_origin(name, origins)}{name}: {error['ctx']['error']}"
-    if error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-        elsewhere = family is not None and any(name == each.name for each in fields())
-        of_family = f" in the family {family}" if elsewhere else ""
-        hint = nearest(name, known)
-        return f"{_origin(name, origins)}{name} = {error['input']!r}: there is no such field{of_family}. {hint}"
-    if error["type"] in ("missing", "missing_argument"):
-        return f"{name} is missing: give it in a recipe (--config) or as --{name}."
-    # A union adds the name of each alternative behind the field's own.
-    field_name = next(
-        (".".join(location[:end]) for end in range(len(location), 0, -1) if ".".join(location[:end]) in known), name
-    )
-    message = str(error["ctx"]["error"]) if error["type"] == "value_error" else error["msg"]
-    return f"{_origin(field_name, origins)}{field_name} = {error['input']!r}: {message}."
-
-
-def _origin(name: str, origins: dict[str, str]) -> str:
-    """Where a field was set: the file or flag of the field, or of anything below it."""
-    sources = [
-        origin
-        for key, origin in origins.items()
-        if key == name or key.startswith(f"{name}.") or name.startswith(f"{key}.")
-    ]
-    return f"{', '.join(dict.fromkeys(sources))}: " if sources else ""
-
-
-def nearest(name: str, known: Iterable[str], otherwise: str = "See 'xlstm-lm train --help' for all fields.") -> str:
-    """'Did you mean ...?' for a name that is none of the known, by the whole name first, then by its last part.
-
-    Where nothing is near, `otherwise`, in which {known} becomes the list of all.
-    """
-    known = list(known)
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-    if not close:
-        last_parts = {each.split(".")[-1]: each for each in known}
-        close = [last_parts[match] for match in difflib.get_close_matches(name.split(".")[-1], list(last_parts), n=1)]
-    return f"Did you mean {close[0]}?" if close else otherwise.format(known=", ".join(known))

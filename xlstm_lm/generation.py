@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from xlstm_lm.base.fields import Count, NonNegative, PositiveRatio, Seed, check_fields
 from xlstm_lm.base.finite import check_finite
 
+GREEDY = 1e-6  # temperatures below would overflow, and draw the likeliest token in any case
 PREFILL_TOKENS = 4096  # a longer prompt is read in pieces of this length, so that memory does not grow with it
 
 
@@ -18,30 +20,26 @@ PREFILL_TOKENS = 4096  # a longer prompt is read in pieces of this length, so th
 class SamplingConfig:
     """How the next token is drawn."""
 
-    max_new_tokens: int = 256
+    max_new_tokens: Count = 256
     """Tokens to generate at most."""
-    temperature: float = 0.8
+    temperature: NonNegative = 0.8
     """Divides the logits; 0 takes the likeliest token."""
-    top_p: float = 0.95
+    top_p: PositiveRatio = 0.95
     """The likeliest tokens that together reach this probability are the candidates."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the draw."""
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens is {self.max_new_tokens}; it must be at least 1.")
-        if not self.temperature >= 0:
-            raise ValueError(f"temperature is {self.temperature}; it must be 0 (take the likeliest token) or above.")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p is {self.top_p}; it must be above 0 and at most 1 (all tokens).")
+        check_fields(self)
 
 
 def sample(logits_V: Tensor, config: SamplingConfig, generator: torch.Generator) -> int:
     """Draw one token id from logits (V,)."""
-    if config.temperature == 0:
+    if config.temperature < GREEDY:
         return int(logits_V.argmax())
     probability_V, token_V = torch.softmax(logits_V.float() / config.temperature, dim=-1).sort(descending=True)
     beyond_V = probability_V.cumsum(0) - probability_V >= config.top_p
+    beyond_V[0] = False  # where top_p is too small for float32
     choice = torch.multinomial(probability_V.masked_fill(beyond_V, 0), 1, generator=generator)
     return int(token_V[choice])
 

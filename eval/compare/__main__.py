@@ -22,6 +22,7 @@ from eval.compare.report import write_report
 from eval.compare.runs import Runs, examine
 from eval.compare.train import is_chosen, to_train, train_all
 from eval.jobs import Outcome, alone_in
+from xlstm_lm.base.fields import NonNegative, argument
 from xlstm_lm.base.outputs import check_folder_of_runs
 from xlstm_lm.base.paths import user_path
 from xlstm_lm.base.program import program
@@ -143,7 +144,12 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--at-once", type=positive, metavar="N", help="Runs at a time. Default: what the comparison says.")
     add("--only", nargs="+", default=[], metavar="PATTERN", help="Only these models or runs, such as 'mamba2-*'.")
     add("--stage", default="all", choices=["train", "measure", "report", "all"], help="Default: all, in this order.")
-    add("--max-minutes", type=float, metavar="M", help="After so long begin nothing more, and let what runs save.")
+    add(
+        "--max-minutes",
+        type=argument(NonNegative),
+        metavar="M",
+        help="After so long begin nothing more, and let what runs save.",
+    )
     add("--data-root", metavar="FOLDER", help="Where the comparison's local data lie, if not where it says.")
     add(
         "--launch",

@@ -18,12 +18,13 @@ from eval.documents import DocumentsConfig, document_sources
 from eval.perplexity import PerplexityConfig
 from eval.speed_models import PRESETS
 from eval.study_file import check_section
-from xlstm_lm.config import RunConfig, check_run_config, nearest
+from xlstm_lm.base.fields import Count, Positive, Seed, Size, check_fields
+from xlstm_lm.base.mistakes import nearest
+from xlstm_lm.config import RunConfig, check_run_config
 from xlstm_lm.data import open_source
 from xlstm_lm.data.tokenizer import build_tokenizer
 from xlstm_lm.models.accounting import count_parameters
-from xlstm_lm.recipe import merge, read_recipe
-from xlstm_lm.training.deepspeed_config import check_deepspeed_section
+from xlstm_lm.recipe import merge, read_recipe, with_current_names
 
 TOLERANCE = 0.01
 """By which the models of a size may differ in parameters from their median."""
@@ -37,7 +38,7 @@ class ArchitectureConfig:
     """For people, such as xLSTM[1:1]."""
     sizes: dict[str, str | dict[str, Any]]
     """Its model at each size: a preset of configs/model, the path of a recipe, or the fields of a model section."""
-    learning_rates: dict[str, list[float]] = field(default_factory=dict)
+    learning_rates: dict[str, list[Positive]] = field(default_factory=dict)
     """Its own grid at a size, where it is not the common one."""
 
 
@@ -45,7 +46,7 @@ class ArchitectureConfig:
 class SizeConfig:
     """What the models of a size share."""
 
-    learning_rates: list[float] = field(default_factory=list)
+    learning_rates: list[Positive] = field(default_factory=list)
     """The grid at this size, where it is not the common one."""
     recipe: dict[str, Any] = field(default_factory=dict)
     """Sections of a run that win over the common recipe."""
@@ -59,15 +60,16 @@ class TestConfig:
     """The test documents."""
     scoring: PerplexityConfig = field(default_factory=PerplexityConfig)
     """How they are scored."""
-    extrapolate: int = 16
+    extrapolate: Size = 16
     """Longest context over that of training, a power of two; 1 for none."""
-    max_tokens: int | None = None
+    max_tokens: Count | None = None
     """Tokens at each context length of the extrapolation, at most."""
 
     __test__: ClassVar = False  # its name means something to pytest
 
     def __post_init__(self) -> None:
-        if self.extrapolate < 1 or self.extrapolate & (self.extrapolate - 1):
+        check_fields(self)
+        if self.extrapolate & (self.extrapolate - 1):
             raise ValueError(f"extrapolate is {self.extrapolate}; it must be a power of two: 16 gives 1, 2, 4, 8, 16.")
 
 
@@ -75,28 +77,25 @@ class TestConfig:
 class SpeedConfig:
     """How speed is measured (`eval.throughput`)."""
 
-    lengths: list[int] = field(default_factory=lambda: [256, 1024, 4096])
+    lengths: list[Count] = field(default_factory=lambda: [256, 1024, 4096])
     """Of training rows."""
-    tokens: int = 4096
+    tokens: Count = 4096
     """In a batch, at every length."""
     modes: list[Literal["eager", "compiled"]] = field(default_factory=lambda: ["eager"])
     """Ways of running; the report's pictures show the fastest."""
-    prompts: list[int] = field(default_factory=lambda: [256, 1024, 4096])
+    prompts: list[Count] = field(default_factory=lambda: [256, 1024, 4096])
     """Lengths of prompts to go on from; none: generation is not measured."""
-    batch_sizes: list[int] = field(default_factory=lambda: [1, 8])
+    batch_sizes: list[Size] = field(default_factory=lambda: [1, 8])
     """Of prompts."""
-    new_tokens: int = 32
+    new_tokens: Count = 32
     """Written after a prompt."""
-    rounds: int = 7
+    rounds: Count = 7
     """Timed rounds at most."""
-    seconds: float = 60.0
+    seconds: Positive = 60.0
     """For the rounds of a table."""
 
     def __post_init__(self) -> None:
-        for name in ("lengths", "tokens", "prompts", "batch_sizes", "new_tokens", "rounds"):
-            values = getattr(self, name)
-            if min(values if isinstance(values, list) else [values], default=1) < 1:
-                raise ValueError(f"{name} is {values}; it must be at least 1.")
+        check_fields(self)
         if not self.modes:
             raise ValueError("modes is empty; name eager, compiled or both.")
         if not self.lengths:
@@ -121,9 +120,9 @@ class CompareConfig:
     """The training and test documents in a sentence, with licence or source."""
     models: dict[str, ArchitectureConfig]
     """The architectures by a short key."""
-    learning_rates: list[float]
+    learning_rates: list[Positive]
     """The grid that every model is tried on, with the first seed."""
-    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
+    seeds: list[Seed] = field(default_factory=lambda: [0, 1, 2])
     """Seeds of the runs at the best learning rate."""
     sizes: dict[str, SizeConfig] = field(default_factory=dict)
     """What differs at a size."""
@@ -137,10 +136,11 @@ class CompareConfig:
     """The measurement of speed; null for none."""
     published: list[Published] = field(default_factory=list)
     """Numbers from elsewhere, shown beside ours."""
-    at_once: int = 1
+    at_once: Size = 1
     """Runs at a time."""
 
     def __post_init__(self) -> None:
+        check_fields(self)
         for name in ("models", "learning_rates", "seeds"):
             if not getattr(self, name):
                 raise ValueError(f"{name} is empty; give at least one.")
@@ -152,10 +152,8 @@ class CompareConfig:
                 raise ValueError(f"{where} names the size {size}, which no model has; there are {', '.join(used)}.")
         grids = [self.learning_rates, *(size.learning_rates for size in self.sizes.values())]
         for grid in grids + [grid for _, model in self._models for grid in model.learning_rates.values()]:
-            if any(not rate > 0 for rate in grid) or len(set(grid)) < len(grid):
-                raise ValueError(f"learning_rates is {grid}; each must be above 0 and there once.")
-        if self.at_once < 1:
-            raise ValueError(f"at_once is {self.at_once}; it must be at least 1.")
+            if len(set(grid)) < len(grid):
+                raise ValueError(f"learning_rates is {grid}; each may be there once.")
         if not self.name or Path(self.name).name != self.name:
             raise ValueError(f"name is {self.name!r}; it must be a name that a folder can have.")
 
@@ -175,7 +173,7 @@ class Model:
     """The model section of its runs."""
     origins: dict[str, str]
     """Where the fields of `section` were set."""
-    learning_rates: list[float]
+    learning_rates: list[Positive]
     """Its grid, ascending."""
 
     @property
@@ -203,7 +201,7 @@ class Comparison:
             ValueError: a key or a value of the recipe or the model is not allowed.
         """
         size = self.config.sizes.get(model.size, SizeConfig())
-        values = merge(merge(self.recipe, size.recipe), {"model": model.section})
+        values = merge(merge(self.recipe, with_current_names(size.recipe)), {"model": model.section})
         own = {"training": {"seed": seed, "run_dir": str(run_dir)}, "optimizer": {"learning_rate": learning_rate}}
         run = check_run_config(merge(values, own), self.origins | model.origins)
         for source in run.data.sources + run.data.validation:
@@ -311,7 +309,6 @@ def _check_runs(comparison: Comparison) -> None:
     for model in comparison.models:
         run = comparison.run_config(model, model.learning_rates[0], comparison.config.seeds[0], Path("run"))
         run.schedule.check_steps(run.training.steps)
-        check_deepspeed_section(run.deepspeed)
         if not run.data.validation:
             raise ValueError(
                 f"{comparison.path}: data.validation is empty, but the best learning rate is the one that is best on "

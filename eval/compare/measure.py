@@ -12,13 +12,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from eval.compare.runs import PlannedRun, Runs, examine
 from eval.compare.tested import as_json
 from eval.compare.train import is_chosen
 from eval.jobs import Job, Outcome, run_jobs
 from xlstm_lm.base.durable_files import replace_durably
+from xlstm_lm.recipe import to_yaml
 
 SPEEDS = ("training", "generation")
 
@@ -89,7 +88,7 @@ def _speed_job(runs: Runs, name: str, kind: str) -> Job:
     for model in runs.models:
         path = runs.out / "models" / f"{model.name}.yaml"
         path.parent.mkdir(parents=True, exist_ok=True)
-        replace_durably(path, yaml.safe_dump({"model": model.section}, sort_keys=False).encode())
+        replace_durably(path, to_yaml({"model": model.section}).encode())
         models.append(f"{model.name}={path}")
     out = _unfinished(runs, kind)
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 from pydantic import TypeAdapter
+
+from xlstm_lm.base.fields import Range
 
 
 @dataclass(kw_only=True)
@@ -130,7 +132,7 @@ class Published:
     """Such as 15B, SlimPajama."""
     quantity: str
     """Such as validation perplexity."""
-    value: float
+    value: Annotated[float, Range(-1e12, 1e12)]
     source: str
     """Paper and table."""
 

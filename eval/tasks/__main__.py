@@ -22,6 +22,7 @@ from eval.results_file import results_file
 from eval.tasks.rows import TaskData
 from eval.tasks.study import Study, collect, load_study, train_runs
 from eval.tasks.summary import as_markdown, draw, summarize
+from xlstm_lm.base.fields import NonNegative, argument
 from xlstm_lm.base.paths import user_path
 from xlstm_lm.base.program import program
 from xlstm_lm.config import load_run_config
@@ -81,7 +82,9 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--only", nargs="+", metavar="MODEL", help="these models of the study")
     parser.add_argument("--at-once", type=positive, default=1, metavar="N", help="runs at once (default 1)")
-    parser.add_argument("--max-minutes", type=float, metavar="M", help="stop and save after so long; 0: report only")
+    parser.add_argument(
+        "--max-minutes", type=argument(NonNegative), metavar="M", help="stop and save after so long; 0: report only"
+    )
     parser.add_argument("--runs", type=user_path, metavar="FOLDER", help="of the runs (default runs/tasks/STUDY)")
     parser.add_argument(
         "--out", type=results_file, metavar="FILE", help="write the results to this JSON, and a PNG beside it"

@@ -8,7 +8,7 @@ from eval.study_file import check_section
 from eval.tasks.formal import LANGUAGES, FormalLanguage
 from eval.tasks.recall import AssociativeRecall
 from eval.tasks.task import Task
-from xlstm_lm.config import nearest
+from xlstm_lm.base.mistakes import nearest
 
 TASKS: dict[str, type] = {**dict.fromkeys(LANGUAGES, FormalLanguage), "associative_recall": AssociativeRecall}
 

@@ -18,8 +18,10 @@ from eval.tasks.accuracy import answer_cases
 from eval.tasks.registry import build_task
 from eval.tasks.task import Case, Task
 from xlstm_lm import hub
+from xlstm_lm.base.fields import Count
+from xlstm_lm.base.mistakes import nearest
 from xlstm_lm.base.read_files import read_json
-from xlstm_lm.config import RunConfig, as_dict, as_recipe, load_run_config, nearest
+from xlstm_lm.config import RunConfig, as_dict, as_recipe, load_run_config
 from xlstm_lm.models.accounting import count_parameters
 from xlstm_lm.recipe import merge, read_recipe
 from xlstm_lm.runs.checkpoint import find_checkpoint
@@ -40,9 +42,9 @@ class StudyConfig:
     """Over the picture."""
     task: dict[str, Any]
     """The task's name and settings."""
-    test: list[int | list[int]]
+    test: list[Count | list[Count]]
     """Cases to test: lengths of a formal language, [context, pairs] of recall."""
-    test_sequences: int = 512
+    test_sequences: Count = 512
     """Sequences of each case."""
     run: dict[str, Any] = field(default_factory=dict)
     """What all runs share: sections of a training recipe, `data.task` and what follows from it left out."""
@@ -147,8 +149,8 @@ def load_study(path: Path, folder: Path, only: Iterable[str] = ()) -> Study:
             task.check(case)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    if not config.models or not cases or config.test_sequences < 1:
-        raise ValueError(f"{path}: models and test must not be empty, and test_sequences at least 1.")
+    if not config.models or not cases:
+        raise ValueError(f"{path}: models and test must not be empty.")
     for name in only:
         if name not in config.models:
             hint = nearest(name, config.models, otherwise="There are {known}.")

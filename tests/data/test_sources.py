@@ -227,14 +227,14 @@ def test_more_lanes_than_documents_are_refused_with_the_mend(tmp_path):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"kind": "csv"}, "source kind 'csv' is not known: text, text_lines, jsonl, parquet, hub or python_stdlib are"),
+        ({"kind": "csv"}, "kind is 'csv'; it must be one of text, text_lines, jsonl, parquet, hub, python_stdlib"),
         ({"kind": "text"}, "needs paths"),
         ({"kind": "python_stdlib", "paths": ["x"]}, "takes no paths"),
         ({"kind": "hub"}, "needs dataset"),
         ({"kind": "text", "paths": ["x"], "dataset": "y"}, "belong to sources of kind hub"),
         ({"kind": "python_stdlib", "split": "test"}, "split 'test' of python_stdlib is not known: train or validation"),
-        ({"kind": "python_stdlib", "weight": 0.0}, "weight 0.0 of a source must be above 0"),
-        ({"kind": "python_stdlib", "on_bad_document": "ignore"}, "error or skip"),
+        ({"kind": "python_stdlib", "weight": 0.0}, "weight is 0.0; it must be a number above 0"),
+        ({"kind": "python_stdlib", "on_bad_document": "ignore"}, "it must be one of error, skip"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(fields, message):

@@ -295,9 +295,9 @@ def test_a_state_of_other_lanes_is_refused(folder):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"context_length": 0}, "data.context_length 0 must be at least 1"),
-        ({"global_batch_size": -1}, "data.global_batch_size -1 must be at least 1"),
-        ({"num_workers": -1}, "data.num_workers -1 must be 0"),
+        ({"context_length": 0}, "data.context_length is 0; it must be a whole number from 1"),
+        ({"global_batch_size": -1}, "data.global_batch_size is -1; it must be a whole number from 1"),
+        ({"num_workers": -1}, "data.num_workers is -1; it must be a whole number from 0"),
         ({"sources": []}, "data.sources is empty"),
     ],
 )

@@ -254,10 +254,10 @@ def test_a_comparison_keeps_others_out_and_its_jobs_do_not_outlive_it(write, tra
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"learning_rate": [0.1]}, "compare.learning_rate = .*Did you mean learning_rates?"),
-        ({"learning_rates": [0.1, -1.0]}, "each must be above 0"),
+        ({"learning_rate": [0.1]}, "compare.learning_rate = .*Did you mean compare.learning_rates?"),
+        ({"learning_rates": [0.1, -1.0]}, r"learning_rates.1 = -1.0: must be a number above 0"),
         ({"learning_rates": ["fast"]}, r"compare.learning_rates.0 = 'fast'"),
-        ({"seeds": [True]}, r"compare.seeds.0 = True"),
+        ({"seeds": [True]}, r"compare.seeds.0 = true"),
         ({"models": {}}, "models is empty"),
         ({"models": {"x": {"label": "x"}}}, r"compare.models.x.sizes is missing"),
         ({"models": {"x": {"label": "x", "sizes": {"s": "xlstm-cpu-1n"}}}}, "Did you mean xlstm-cpu-"),
@@ -277,7 +277,7 @@ def test_a_comparison_keeps_others_out_and_its_jobs_do_not_outlive_it(write, tra
         ({"test": {"documents": {"data": []}}}, "data is empty"),
         ({"test": {"documents": {"data": ["held_out.txt"]}, "extrapolate": 3}}, "power of two"),
         ({"published": [{"model": "x", "value": "low"}]}, "compare.published.0.value = 'low'"),
-        ({"speed": {"length": [4]}}, "compare.speed.length = .*Did you mean lengths?"),
+        ({"speed": {"length": [4]}}, "compare.speed.length = .*Did you mean compare.speed.lengths?"),
         ({"speed": {"lengths": [64], "tokens": 32}}, "lengths has 64, more than a batch of tokens 32"),
     ],
 )

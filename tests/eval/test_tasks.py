@@ -304,7 +304,7 @@ def test_every_study_is_valid_and_short(path, tmp_path):
         ({"task": {"name": "pariti"}}, r"task.name is 'pariti': there is no such task. Did you mean parity\?"),
         (
             {"task": {"name": "parity", "lenghts": [3, 8]}},
-            r"task.lenghts = .*: there is no such field. Did you mean lengths\?",
+            r"task.lenghts = .*: there is no such field. Did you mean task.lengths\?",
         ),
         ({"task": {"name": "modular_arithmetic"}}, r"test names \[8\]; for modular_arithmetic give an odd length"),
         ({"task": {"name": "associative_recall"}, "test": [[64, 32]]}, r"\[64, 32\] is no case of associative_recall"),
@@ -325,7 +325,7 @@ def test_wrong_flags_end_with_one_message(tmp_path, capsys):
     for flags, message in (
         (["--config", path, "--only", "lstn"], "no such model. Did you mean lstm?"),
         (["--config", str(tmp_path / "no.yaml")], "does not exist"),
-        (["--config", path, "--at-once", "0"], "must be at least 1"),
+        (["--config", path, "--at-once", "0"], "must be a whole number from 1"),
         (["--run", path, "--only", "lstm"], "--run takes neither"),
         ([], "one of the arguments --config --run is required"),
     ):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from xlstm_lm.models import LSTMConfig, MambaConfig, TransformerConfig, XLSTMConfig, build_model
+from xlstm_lm.models import FAMILIES, LSTMConfig, MambaConfig, TransformerConfig, XLSTMConfig, build_model
 from xlstm_lm.models.accounting import count_parameters, state_bytes, training_flops_per_token
 
 PRESETS = Path(__file__).parents[2] / "configs" / "model"
@@ -165,3 +165,20 @@ def test_a_recipe_without_a_model_is_refused(tmp_path):
     (tmp_path / "recipe.yaml").write_text("training: {steps: 3}\n")
     with pytest.raises(ValueError, match="has no section 'model'; it has training"):
         count_parameters(tmp_path / "recipe.yaml")
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        XLSTMConfig(pattern=["mlstm", "slstm", "mlstm", "mlstm_paper", "slstm"], num_blocks=5, tie_embeddings=True),
+        XLSTMConfig(pattern="xlstm[3:1]", num_blocks=8),
+        MambaConfig(version=1, num_blocks=3),
+        MambaConfig(version=2, num_blocks=1),
+        TransformerConfig(num_blocks=4, num_key_value_heads=3),
+        LSTMConfig(num_blocks=4, hidden_dim=100, layer_norm=True, peepholes=True),
+    ],
+)
+def test_parameters_are_those_of_the_model_as_built(config):
+    with torch.device("meta"):
+        model = FAMILIES[config.family][1](config)
+    assert count_parameters(config) == sum(parameter.numel() for parameter in model.parameters())

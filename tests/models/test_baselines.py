@@ -182,8 +182,8 @@ def test_mamba_starts_with_the_published_steps(version):
         (LSTMConfig, {"cell": "gru", "peepholes": True}, "peepholes belong to an LSTM"),
         (LSTMConfig, {"hidden_dim": 5, "tie_embeddings": True}, "tie_embeddings needs"),
         (LSTMConfig, {"dropout": 1.0}, "dropout is 1.0"),
-        (MambaConfig, {"num_groups": 0}, "num_groups is 0; it must be at least 1"),
-        (TransformerConfig, {"logit_soft_cap": 0.0}, "logit_soft_cap is 0.0; it must be above 0, or null for none"),
+        (MambaConfig, {"num_groups": 0}, "num_groups is 0; it must be a whole number from 1"),
+        (TransformerConfig, {"logit_soft_cap": 0.0}, "logit_soft_cap is 0.0; it must be a number above 0 .* or null"),
     ],
 )
 def test_impossible_configurations_are_refused(config_class, fields, message):

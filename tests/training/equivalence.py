@@ -20,7 +20,7 @@ from xlstm_lm.training.schedule import ScheduleConfig, learning_rate_ratio
 
 ROWS, MICRO_ROWS, STEPS = 8, 2, 5
 OPTIMIZER = OptimizerConfig(learning_rate=0.05, weight_decay=0.3, gradient_clip=0.2)
-SCHEDULE = ScheduleConfig(kind="cosine", warmup_steps=2, cooldown_steps=1)
+SCHEDULE = ScheduleConfig(kind="cosine", warmup=2, cooldown=1)
 
 
 def batches(steps: int = STEPS) -> list[tuple[torch.Tensor, torch.Tensor]]:

@@ -34,8 +34,8 @@ def test_unknown_names_are_refused():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"learning_rate": 0.0}, "learning_rate is 0.0; it must be greater than 0"),
-        ({"gradient_clip": -1.0}, "gradient_clip is -1.0; it must be at least 0"),
+        ({"learning_rate": 0.0}, "learning_rate is 0.0; it must be a number above 0"),
+        ({"gradient_clip": -1.0}, "gradient_clip is -1.0; it must be a number from 0"),
         ({"betas": (0.9, 1.0)}, r"betas is \(0.9, 1.0\)"),
     ],
 )
@@ -58,10 +58,10 @@ def test_a_batch_is_split_over_ranks_and_micro_batches():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"steps": 0}, "training.steps is 0; it must be at least 1"),
-        ({"keep_checkpoints": 0}, "keep_checkpoints is 0; it must be at least 1"),
-        ({"validate_every": -1}, "validate_every is -1; it must be at least 0"),
-        ({"micro_batch_size": 0}, "micro_batch_size is 0; it must be at least 1, or null"),
+        ({"steps": 0}, "training.steps is 0; it must be a whole number from 1"),
+        ({"keep_checkpoints": 0}, "keep_checkpoints is 0; it must be a whole number from 1"),
+        ({"validate_every": -1}, "validate_every is -1; it must be a whole number from 0"),
+        ({"micro_batch_size": 0}, "micro_batch_size is 0; it must be a whole number from 1 to .* or null"),
         ({"run_dir": ""}, "run_dir is empty"),
     ],
 )

@@ -17,30 +17,30 @@ def ratios(config: ScheduleConfig, steps: int) -> list[float]:
 
 
 def test_warm_up_is_linear_and_ends_at_the_peak():
-    found = ratios(ScheduleConfig(kind="constant", warmup_steps=4), 10)
+    found = ratios(ScheduleConfig(kind="constant", warmup=4), 10)
     assert found == [0.25, 0.5, 0.75] + [1.0] * 7
 
 
 def test_cosine_passes_the_middle_and_ends_at_the_final_ratio():
-    found = ratios(ScheduleConfig(kind="cosine", warmup_steps=0, final_ratio=0.1), 100)
+    found = ratios(ScheduleConfig(kind="cosine", warmup=0, final_ratio=0.1), 100)
     assert found[49] == pytest.approx(0.55) and found[-1] == pytest.approx(0.1)
     assert found[24] == pytest.approx(0.1 + 0.9 * (1 + math.cos(math.pi / 4)) / 2)
 
 
 def test_exponential_falls_by_the_same_factor_each_step():
-    found = ratios(ScheduleConfig(kind="exponential", warmup_steps=0, final_ratio=0.01), 50)
+    found = ratios(ScheduleConfig(kind="exponential", warmup=0, final_ratio=0.01), 50)
     factors = {round(after / before, 9) for before, after in itertools.pairwise(found)}
     assert len(factors) == 1 and found[-1] == pytest.approx(0.01)
 
 
 def test_cool_down_is_linear_to_zero_from_where_the_middle_ends():
-    found = ratios(ScheduleConfig(kind="exponential", warmup_steps=2, final_ratio=0.1, cooldown_steps=4), 20)
+    found = ratios(ScheduleConfig(kind="exponential", warmup=2, final_ratio=0.1, cooldown=4), 20)
     assert found[15] == pytest.approx(0.1)
     assert found[16:] == pytest.approx([0.08, 0.06, 0.04, 0.02])  # and 0 behind the last step
 
 
 def test_wsd_is_flat_between_warm_up_and_decay():
-    found = ratios(ScheduleConfig(kind="wsd", warmup_steps=3, cooldown_steps=5), 20)
+    found = ratios(ScheduleConfig(kind="wsd", warmup=3, cooldown=5), 20)
     assert found[2:15] == [1.0] * 13 and found[15] < 1 and found[-1] > 0
 
 
@@ -52,7 +52,7 @@ def test_wsd_is_flat_between_warm_up_and_decay():
     st.floats(0.01, 1),
 )
 def test_rises_then_never_rises_again_and_stays_between_zero_and_one(kind, warmup, cooldown, middle, final_ratio):
-    config = ScheduleConfig(kind=kind, warmup_steps=warmup, cooldown_steps=cooldown, final_ratio=final_ratio)
+    config = ScheduleConfig(kind=kind, warmup=warmup, cooldown=cooldown, final_ratio=final_ratio)
     found = ratios(config, warmup + middle + cooldown)
     assert all(0 < ratio <= 1 for ratio in found)
     falling = found[max(warmup - 1, 0) :]
@@ -62,10 +62,10 @@ def test_rises_then_never_rises_again_and_stays_between_zero_and_one(kind, warmu
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"warmup_steps": -1}, "warmup_steps is -1; it must be at least 0"),
-        ({"final_ratio": 1.5}, "final_ratio is 1.5; it must lie between 0 and 1"),
+        ({"warmup": -1}, "warmup is -1; it must be a whole number from 0 to"),
+        ({"final_ratio": 1.5}, "final_ratio is 1.5; it must be a number from 0 to 1"),
         ({"kind": "exponential", "final_ratio": 0.0}, "above 0 where schedule.kind is exponential"),
-        ({"kind": "wsd"}, "cooldown_steps is 0: give the decay some steps"),
+        ({"kind": "wsd"}, "cooldown is 0: give the decay steps or a share"),
     ],
 )
 def test_what_cannot_be_scheduled_is_refused(values, message):
@@ -73,6 +73,24 @@ def test_what_cannot_be_scheduled_is_refused(values, message):
         ScheduleConfig(**values)
 
 
+@given(st.floats(0, 1, exclude_max=True), st.floats(0, 1, exclude_max=True), st.integers(1, 10**6))
+def test_shares_of_the_run_fit_it_whatever_its_length(warmup, cooldown, steps):
+    config = ScheduleConfig(warmup=warmup, cooldown=cooldown)
+    if warmup + cooldown <= 1:
+        config.check_steps(steps)
+        lengths = config.lengths(steps)
+        assert sum(lengths) <= steps and abs(lengths[0] - warmup * steps) <= 0.5
+        assert abs(lengths[1] - cooldown * steps) <= 1
+
+
+def test_shares_are_the_same_schedule_as_their_steps():
+    shares, steps = ScheduleConfig(warmup=0.1, cooldown=0.25), ScheduleConfig(warmup=4, cooldown=10)
+    assert ratios(shares, 40) == ratios(steps, 40)
+    assert shares.lengths(400) == (40, 100) and steps.lengths(400) == (4, 10)
+
+
 def test_a_run_too_short_for_its_schedule_is_refused():
     with pytest.raises(ValueError, match=r"together exceed training.steps \(100\)"):
-        ScheduleConfig(warmup_steps=60, cooldown_steps=60).check_steps(100)
+        ScheduleConfig(warmup=60, cooldown=60).check_steps(100)
+    with pytest.raises(ValueError, match=r"warmup \(0.5, 50 steps\) and schedule.cooldown \(60\) together exceed"):
+        ScheduleConfig(warmup=0.5, cooldown=60).check_steps(100)

@@ -29,8 +29,9 @@ def told_once(error: BaseException) -> BaseException:
 def program(name: str) -> Iterator[None]:
     """Run the work of a command line. `name` begins each message.
 
-    ValueError and OSError end with exit code 2, RunError with 1, each with one message; XLSTM_LM_TRACEBACK=1 shows
-    where they come from. Ctrl-C, SIGTERM and a closed pipe end with 130, 143 and 141, after cleaning up.
+    ValueError and OSError end with exit code 2, RunError and a lack of memory with 1, each with one message;
+    XLSTM_LM_TRACEBACK=1 shows where they come from. Ctrl-C, SIGTERM and a closed pipe end with 130, 143 and 141, after
+    cleaning up.
     """
     _write_what_the_terminal_cannot()
     with console.open_console(), _sigterm_unwinds():
@@ -53,6 +54,13 @@ def program(name: str) -> Iterator[None]:
             if console.is_first_process():
                 _end(code, f"{name}: {error}")
             _end(code, None if hasattr(error, "told_once") else f"{name}, rank {os.environ['RANK']}: {error}")
+        except (RuntimeError, MemoryError) as error:
+            from xlstm_lm.base.machine import first_line, is_out_of_memory  # slow to import
+
+            if not is_out_of_memory(error) or os.environ.get("XLSTM_LM_TRACEBACK"):
+                raise
+            remedy = "lower the batch size, close other programs, or use a machine with more"
+            _end(FAILURE, f"{name}: out of memory: {remedy}. ({first_line(error)})")
 
 
 def _end(code: int, message: str | None = None) -> None:

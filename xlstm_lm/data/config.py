@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
+from xlstm_lm.base.fields import Count, Range, Size, check_fields
 from xlstm_lm.data.sources import SourceConfig
 from xlstm_lm.data.tokenizer import TokenizerConfig
 
@@ -13,15 +14,15 @@ from xlstm_lm.data.tokenizer import TokenizerConfig
 class DataConfig:
     """The data of a run."""
 
-    context_length: int = 256
+    context_length: Annotated[int, Range(1, 2**30)] = 256
     """Tokens in a row (inputs of the model)."""
-    global_batch_size: int = 32
+    global_batch_size: Size = 32
     """Rows in a step over all ranks; each is a lane with an own stream of documents."""
     sources: list[SourceConfig] = field(default_factory=lambda: [SourceConfig(kind="python_stdlib")])
     """Training documents; several sources are mixed by tokens as their weights say."""
     validation: list[SourceConfig] = field(default_factory=list)
     """Held-out documents; none: no validation."""
-    validation_tokens: int = 262144
+    validation_tokens: Count = 262144
     """At most so many tokens of each validation source, from its beginning."""
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     """How text becomes tokens."""
@@ -30,25 +31,15 @@ class DataConfig:
     are trained by python -m eval.tasks."""
     shuffle: bool = True
     """Shuffle files and documents by the run's seed; otherwise they come in the order of the sources."""
-    shuffle_documents: int = 256
+    shuffle_documents: Count = 256
     """Documents of a file that a lane reads ahead and shuffles as a block; 1 shuffles only the order of files."""
-    num_workers: int = 1
+    num_workers: Annotated[int, Range(0, 1024)] = 1
     """Background processes a rank that read and tokenize ahead; 0 does it in the training process."""
-    prefetch_batches: int = 8
+    prefetch_batches: Size = 8
     """How many batches each worker may be ahead."""
 
     def __post_init__(self) -> None:
-        for name in (
-            "context_length",
-            "global_batch_size",
-            "validation_tokens",
-            "shuffle_documents",
-            "prefetch_batches",
-        ):
-            if getattr(self, name) < 1:
-                raise ValueError(f"data.{name} {getattr(self, name)} must be at least 1")
-        if self.num_workers < 0:
-            raise ValueError(f"data.num_workers {self.num_workers} must be 0 (no background process) or more")
+        check_fields(self, "data.")
         if self.task is not None and (self.sources or self.validation):
             raise ValueError("data.task takes the place of documents: set data.sources and data.validation to []")
         if self.task is None and not self.sources:

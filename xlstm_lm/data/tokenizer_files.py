@@ -9,6 +9,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
+from xlstm_lm.base.fields import check_fields
+
 END_OF_DOCUMENT = "<|endoftext|>"
 CONFIG_FILE = "xlstm_lm_tokenizer.json"
 
@@ -27,8 +29,7 @@ class TokenizerConfig:
     """Token that stands between documents (kind huggingface); by default the tokenizer's end-of-sequence token."""
 
     def __post_init__(self) -> None:
-        if self.kind not in ("bytes", "huggingface"):
-            raise ValueError(f"tokenizer kind {self.kind!r} is not known: bytes or huggingface")
+        check_fields(self)
         if self.kind == "huggingface" and not self.name:
             raise ValueError("tokenizer kind huggingface needs a name: a folder or an id on the hub, such as gpt2")
         if self.kind == "bytes" and (self.name or self.revision or self.end_of_document):

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from xlstm_lm.base.durable_files import write_durably
 from xlstm_lm.base.outputs import check_new_folder, whole_or_not_at_all
@@ -24,6 +23,7 @@ from xlstm_lm.data.tokenizer import CONFIG_FILE
 from xlstm_lm.hub.load import TrainedModel, check_vocabulary, load
 from xlstm_lm.hub.origin import write_origin
 from xlstm_lm.parallel.process_group import World
+from xlstm_lm.recipe import to_yaml
 from xlstm_lm.runs.checkpoint import write_checkpoint
 
 RECIPE = "model.yaml"
@@ -81,7 +81,7 @@ def _write(folder: Path, out: Path, trained: TrainedModel, tokenizer: Tokenizer,
         sizes={name: parameter.numel() for name, parameter in parameters.items()},
         weights=iter(parameters.items()),
         moments=None,
-        config_yaml=yaml.safe_dump(recipe, sort_keys=False),
+        config_yaml=to_yaml(recipe),
         save_tokenizer=tokenizer.save,
         keep=1,
     )
@@ -91,4 +91,4 @@ def _write(folder: Path, out: Path, trained: TrainedModel, tokenizer: Tokenizer,
     if config.kind == "huggingface":
         config = dataclasses.replace(config, name=str(out.resolve() / TOKENIZER), revision=None)
     recipe["data"] = {"tokenizer": dataclasses.asdict(config)}
-    write_durably(folder / RECIPE, yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True).encode())
+    write_durably(folder / RECIPE, to_yaml(recipe).encode())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -25,8 +27,10 @@ def model_config(yaml_path_or_config: str | Path | ModelConfig) -> ModelConfig:
     values, _ = read_recipe(yaml_path_or_config)
     if "model" not in values:
         raise ValueError(f"{yaml_path_or_config} has no section 'model'; it has {', '.join(values) or 'none'}.")
+    if not isinstance(values["model"], dict):
+        raise ValueError(f"{yaml_path_or_config}: model is {values['model']!r}; it must be a section with fields.")
     family = values["model"].get("family", "xlstm")
-    if family not in FAMILIES:
+    if not isinstance(family, str) or family not in FAMILIES:
         raise ValueError(f"{yaml_path_or_config}: model.family is {family!r}; the families are {', '.join(FAMILIES)}.")
     config_class = FAMILIES[family][0]
     unknown = set(values["model"]) - set(config_class.__dataclass_fields__)
@@ -36,8 +40,25 @@ def model_config(yaml_path_or_config: str | Path | ModelConfig) -> ModelConfig:
 
 
 def count_parameters(yaml_path_or_config: str | Path | ModelConfig) -> int:
-    """Exact number of parameters, a tied head counted once. Allocates no memory for them."""
-    return sum(shape.numel() for shape in parameter_shapes(model_config(yaml_path_or_config)).values())
+    """Exact number of parameters, a tied head counted once. Allocates no memory for them.
+
+    Blocks of a kind are alike, from the second on, so that models of one and two blocks tell the size of any.
+    """
+    config = model_config(yaml_path_or_config)
+    if not isinstance(config, XLSTMConfig):
+        one, two = (_count_as_built(replace(config, num_blocks=blocks)) for blocks in (1, 2))
+        return one + (config.num_blocks - 1) * (two - one)
+    kinds, total, around_blocks = Counter(config.block_kinds()), 0, 0
+    for kind, blocks in kinds.items():
+        small = (replace(config, pattern=[kind] * blocks, num_blocks=blocks, slstm_positions=None) for blocks in (1, 2))
+        one, two = map(_count_as_built, small)
+        total += blocks * (two - one)
+        around_blocks = 2 * one - two
+    return total + around_blocks
+
+
+def _count_as_built(config: ModelConfig) -> int:
+    return sum(shape.numel() for shape in parameter_shapes(config).values())
 
 
 def parameter_shapes(config: ModelConfig) -> dict[str, torch.Size]:

@@ -5,29 +5,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from xlstm_lm.base.fields import Range
 from xlstm_lm.ops.conv import causal_conv
 
 NormKind = Literal["rms", "layer"]
-
-
-def check_fields(config: Any, at_least_1: tuple[str, ...], above_0: tuple[str, ...] = ("logit_soft_cap",)) -> None:
-    """Of a model's configuration; a field that is None is left to its default.
-
-    Raises:
-        ValueError: a field is below 1, or not above 0.
-    """
-    for name in at_least_1:
-        if (value := getattr(config, name)) is not None and value < 1:
-            raise ValueError(f"{name} is {value}; it must be at least 1.")
-    for name in above_0:
-        if (value := getattr(config, name)) is not None and not value > 0:
-            raise ValueError(f"{name} is {value}; it must be above 0, or null for none.")
+NumBlocks = Annotated[int, Range(1, 4096)]
+SoftCap = Annotated[float, Range(0, 1e9, open_below=True)]
 
 
 def round_up(value: float, multiple: int) -> int:

@@ -8,14 +8,15 @@ has, run step by step.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_sequence, pad_sequence
 
+from xlstm_lm.base.fields import Epsilon, Range, Share, Size, VocabSize, check_fields
 from xlstm_lm.models.language_model import LanguageModel, State
-from xlstm_lm.models.layers import check_fields
+from xlstm_lm.models.layers import NumBlocks, SoftCap
 from xlstm_lm.ops.announce import announce_once
 
 GATES = {"lstm": 4, "gru": 3, "rnn": 1}
@@ -32,33 +33,31 @@ class LSTMConfig:
     """Model family."""
     cell: Literal["lstm", "gru", "rnn"] = "lstm"
     """LSTM with three gates, GRU, or plain recurrence with tanh."""
-    vocab_size: int = 50304
+    vocab_size: VocabSize = 50304
     """Rows of the embedding and of the head; at least the tokenizer's vocabulary."""
-    embedding_dim: int = 768
+    embedding_dim: Size = 768
     """Width of the embedding."""
-    hidden_dim: int | None = None
+    hidden_dim: Size | None = None
     """Width of the layers; null for that of the embedding."""
-    num_blocks: int = 2
+    num_blocks: NumBlocks = 2
     """Number of recurrent layers."""
-    dropout: float = 0.0
+    dropout: Share = 0.0
     """Share of units dropped in training, on connections that are not recurrent (arXiv 1409.2329)."""
     layer_norm: bool = False
     """Whether a layer norm stands behind every layer."""
     peepholes: bool = False
     """Whether an LSTM's gates see its cell (Gers, Schraudolph and Schmidhuber, 2002)."""
-    forget_bias: float = 1.0
+    forget_bias: Annotated[float, Range(-1e3, 1e3)] = 1.0
     """An LSTM's forget bias at the start (Gers, Schmidhuber and Cummins, 2000)."""
-    norm_eps: float = 1e-5
+    norm_eps: Epsilon = 1e-5
     """Epsilon of the layer norms."""
-    logit_soft_cap: float | None = None
+    logit_soft_cap: SoftCap | None = None
     """Soft cap of the logits; null for none."""
     tie_embeddings: bool = False
     """Whether the head is the embedding."""
 
     def __post_init__(self) -> None:
-        check_fields(self, ("vocab_size", "embedding_dim", "hidden_dim", "num_blocks"))
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout is {self.dropout}; it must be at least 0 and below 1.")
+        check_fields(self)
         if self.peepholes and self.cell != "lstm":
             raise ValueError(f"peepholes belong to an LSTM, but cell is {self.cell}; set one or the other.")
         if self.tie_embeddings and self.width != self.embedding_dim:

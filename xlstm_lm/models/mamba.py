@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from xlstm_lm.base.fields import Epsilon, NonNegative, Range, Size, VocabSize, check_fields
 from xlstm_lm.models.language_model import LanguageModel, State
-from xlstm_lm.models.layers import CausalConv, check_fields, make_norm
+from xlstm_lm.models.layers import CausalConv, NumBlocks, SoftCap, make_norm
 from xlstm_lm.ops.selective_scan import selective_scan
 from xlstm_lm.ops.ssd import ssd
 
 SMALLEST_STEP, LARGEST_STEP, STEP_FLOOR = 1e-3, 1e-1, 1e-4  # of dt at the start, as published
+# All that there are on any machine: a run that names a GPU's kernel is also read where that cannot run.
+SelectiveScanBackend = Literal["auto", "recurrence", "compiled", "mamba_ssm"]
+SSDBackend = Literal["auto", "recurrence", "mlstm", "chunkwise", "mamba_ssm"]
+ScanBackend = Literal[SelectiveScanBackend, SSDBackend]
 
 
 @dataclass(kw_only=True)
@@ -26,38 +31,43 @@ class MambaConfig:
     """Model family."""
     version: Literal[1, 2] = 2
     """Mamba-1 (selective scan) or Mamba-2 (SSD)."""
-    vocab_size: int = 50304
+    vocab_size: VocabSize = 50304
     """Rows of the embedding and of the head; at least the tokenizer's vocabulary."""
-    embedding_dim: int = 768
+    embedding_dim: Size = 768
     """Model width."""
-    num_blocks: int = 24
+    num_blocks: NumBlocks = 24
     """Number of residual blocks."""
-    expand: int = 2
+    expand: Annotated[int, Range(1, 1024)] = 2
     """Inner width over the model width."""
-    state_dim: int | None = None
+    state_dim: Annotated[int, Range(1, 2**16)] | None = None
     """State units for each inner unit; null for 16 (Mamba-1) or 128 (Mamba-2)."""
-    head_dim: int = 64
+    head_dim: Size = 64
     """Inner units that share a decay, in Mamba-2."""
-    num_groups: int = 1
+    num_groups: Size = 1
     """Groups of heads that share B and C, in Mamba-2."""
-    step_rank: int | None = None
+    step_rank: Size | None = None
     """Rank of the step sizes' projection, in Mamba-1; null for a sixteenth of the model width."""
-    conv_width: int = 4
+    conv_width: Size = 4
     """Width of the causal convolution."""
-    initializer_range: float = 0.02
+    initializer_range: NonNegative = 0.02
     """Standard deviation of embedding and head at the start."""
-    norm_eps: float = 1e-5
+    norm_eps: Epsilon = 1e-5
     """Epsilon of all norms."""
-    logit_soft_cap: float | None = None
+    logit_soft_cap: SoftCap | None = None
     """Soft cap of the logits; null for none."""
     tie_embeddings: bool = False
     """Whether the head is the embedding."""
-    scan_backend: str = "auto"
+    scan_backend: ScanBackend = "auto"
     """Kernel of the selective scan (Mamba-1) or of SSD (Mamba-2)."""
 
     def __post_init__(self) -> None:
-        widths = ("vocab_size", "embedding_dim", "expand", "state_dim", "head_dim", "step_rank", "conv_width")
-        check_fields(self, ("num_blocks", "num_groups", *widths))
+        check_fields(self)
+        backends = get_args(SelectiveScanBackend if self.version == 1 else SSDBackend)
+        if self.scan_backend not in backends:
+            raise ValueError(
+                f"scan_backend is {self.scan_backend!r}; for version {self.version} it must be one of "
+                f"{', '.join(backends)}."
+            )
         if self.version == 2 and (self.inner_dim % self.head_dim or self.num_heads % self.num_groups):
             raise ValueError(
                 f"head_dim {self.head_dim} and num_groups {self.num_groups} do not divide the inner width "

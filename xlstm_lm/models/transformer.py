@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from xlstm_lm.base.fields import Epsilon, Factor, Range, Size, VocabSize, check_fields
 from xlstm_lm.models.language_model import LanguageModel, State
-from xlstm_lm.models.layers import GatedFeedForward, check_fields, make_norm, round_up
+from xlstm_lm.models.layers import GatedFeedForward, NumBlocks, SoftCap, make_norm, round_up
 from xlstm_lm.ops.attention import Packing, attention, pack
 
 
@@ -20,31 +21,31 @@ class TransformerConfig:
 
     family: Literal["transformer"] = "transformer"
     """Model family."""
-    vocab_size: int = 50304
+    vocab_size: VocabSize = 50304
     """Rows of the embedding and of the head; at least the tokenizer's vocabulary."""
-    embedding_dim: int = 768
+    embedding_dim: Size = 768
     """Model width."""
-    num_blocks: int = 12
+    num_blocks: NumBlocks = 12
     """Number of residual blocks."""
-    num_heads: int = 12
+    num_heads: Size = 12
     """Attention heads."""
-    num_key_value_heads: int | None = None
+    num_key_value_heads: Size | None = None
     """Heads of keys and values, each shared by a group of queries; null for as many as num_heads."""
-    feedforward_factor: float = 2.667
+    feedforward_factor: Factor = 2.667
     """Feed-forward width over the model width, rounded down to a whole number, then up to a multiple of 64."""
-    feedforward_dim: int | None = None
+    feedforward_dim: Size | None = None
     """Feed-forward width where it does not follow from the factor."""
-    rope_theta: float = 10000.0
+    rope_theta: Annotated[float, Range(0, 1e15, open_below=True)] = 10000.0
     """Base of the rotary positions' wavelengths."""
-    norm_eps: float = 1e-6
+    norm_eps: Epsilon = 1e-6
     """Epsilon of all norms."""
-    logit_soft_cap: float | None = None
+    logit_soft_cap: SoftCap | None = None
     """Soft cap of the logits; null for none."""
     tie_embeddings: bool = False
     """Whether the head is the embedding."""
 
     def __post_init__(self) -> None:
-        check_fields(self, ("vocab_size", "embedding_dim", "num_blocks", "num_heads", "feedforward_dim"))
+        check_fields(self)
         if self.embedding_dim % 2:
             raise ValueError(f"embedding_dim is {self.embedding_dim}; rotary positions need an even width.")
         if self.embedding_dim % self.num_heads or self.head_dim % 2:
@@ -52,7 +53,7 @@ class TransformerConfig:
                 f"num_heads {self.num_heads} does not give heads of an even width to embedding_dim "
                 f"{self.embedding_dim}; choose a divisor of {self.embedding_dim // 2}."
             )
-        if self.key_value_heads < 1 or self.num_heads % self.key_value_heads:
+        if self.num_heads % self.key_value_heads:
             raise ValueError(
                 f"num_key_value_heads {self.num_key_value_heads} does not divide num_heads {self.num_heads}; choose "
                 "a divisor of it, or null."

@@ -6,9 +6,13 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-from xlstm_lm.models.layers import NormKind, check_fields, round_up
+from xlstm_lm.base.fields import CountOrZero, Epsilon, Factor, Size, VocabSize, check_fields
+from xlstm_lm.models.layers import NormKind, NumBlocks, SoftCap, round_up
 
 BLOCK_KINDS = ("mlstm", "mlstm_paper", "slstm")
+# All that there are on any machine: a run that names a GPU's kernel is also read where that cannot run.
+MLSTMBackend = Literal["auto", "recurrence", "chunkwise", "compiled", "step", "triton", "triton_step"]
+SLSTMBackend = Literal["auto", "recurrence", "compiled", "triton", "cluster", "batched"]
 
 
 @dataclass(kw_only=True)
@@ -17,62 +21,61 @@ class XLSTMConfig:
 
     family: Literal["xlstm"] = "xlstm"
     """Model family."""
-    vocab_size: int = 50304
+    vocab_size: VocabSize = 50304
     """Rows of the embedding and of the head; at least the tokenizer's vocabulary."""
-    embedding_dim: int = 768
+    embedding_dim: Size = 768
     """Model width."""
-    num_blocks: int = 12
+    num_blocks: NumBlocks = 12
     """Number of residual blocks."""
-    num_heads: int = 4
+    num_heads: Size = 4
     """Heads of every mLSTM and sLSTM cell."""
     pattern: str | list[str] = "mlstm"
     """Blocks from first to last: mlstm, mlstm_paper or slstm for all, xlstm[a:b] for a mLSTM to b sLSTM, or a list."""
     mlstm_block: Literal["mlstm", "mlstm_paper"] = "mlstm"
     """The mLSTM block that xlstm[a:b] stands for."""
-    slstm_positions: list[int] | None = None
+    slstm_positions: list[CountOrZero] | None = None
     """Positions (from 0) of the sLSTM blocks in xlstm[a:b]; by default the last b of every a + b blocks."""
     input_gate: Literal["exp", "sigmoid"] = "exp"
     """Input gate of the mLSTM."""
-    qk_dim_factor: float = 0.5
+    qk_dim_factor: Factor = 0.5
     """Width of queries and keys over the model width, in mlstm blocks."""
-    v_dim_factor: float = 1.0
+    v_dim_factor: Factor = 1.0
     """Width of values over the model width, in mlstm blocks."""
-    feedforward_factor: float = 2.667
+    feedforward_factor: Factor = 2.667
     """Feed-forward width over the model width in mlstm blocks, rounded up to a multiple of 64."""
-    feedforward_dim: int | None = None
+    feedforward_dim: Size | None = None
     """Feed-forward width of mlstm blocks where it does not follow from the factor."""
-    gate_soft_cap: float | None = 15.0
+    gate_soft_cap: SoftCap | None = 15.0
     """Soft cap of the mLSTM's input and forget gate pre-activations; null for none."""
-    logit_soft_cap: float | None = 30.0
+    logit_soft_cap: SoftCap | None = 30.0
     """Soft cap of the logits; null for none."""
     norm: NormKind = "rms"
     """Norm before every block and after the last."""
     cell_norm: NormKind = "layer"
     """Norm of each head behind the cell."""
-    norm_eps: float = 1e-6
+    norm_eps: Epsilon = 1e-6
     """Epsilon of all norms."""
-    cell_eps: float = 1e-6
+    cell_eps: Epsilon = 1e-6
     """Epsilon of the mLSTM's normalizer."""
-    conv_width: int = 4
+    conv_width: Size = 4
     """Width of the causal convolution in mlstm_paper and slstm blocks."""
-    paper_projection_factor: float = 2.0
+    paper_projection_factor: Factor = 2.0
     """Inner width over the model width in mlstm_paper blocks, rounded up to a multiple of 64."""
-    paper_qkv_block_size: int = 4
+    paper_qkv_block_size: Size = 4
     """Size of the diagonal blocks of the query, key and value projections in mlstm_paper blocks."""
-    slstm_feedforward_factor: float = 1.3
+    slstm_feedforward_factor: Factor = 1.3
     """Feed-forward width over the model width in slstm blocks, rounded up to a multiple of 64."""
     tie_embeddings: bool = False
     """Whether the head is the embedding."""
-    chunk_length: int | None = None
+    chunk_length: Size | None = None
     """Chunk length of the mLSTM; null lets the kernel choose."""
-    mlstm_backend: str = "auto"
+    mlstm_backend: MLSTMBackend = "auto"
     """Kernel of the mLSTM."""
-    slstm_backend: str = "auto"
+    slstm_backend: SLSTMBackend = "auto"
     """Kernel of the sLSTM."""
 
     def __post_init__(self) -> None:
-        sizes = ("vocab_size", "embedding_dim", "num_blocks", "num_heads", "conv_width", "paper_qkv_block_size")
-        check_fields(self, sizes, above_0=("gate_soft_cap", "logit_soft_cap"))
+        check_fields(self)
         kinds = set(self.block_kinds())
         widths = {}
         if "mlstm" in kinds:

@@ -21,7 +21,7 @@ from xlstm_lm.base.durable_files import replace_durably
 from xlstm_lm.base.outputs import contents, has_trained
 from xlstm_lm.base.paths import user_path
 from xlstm_lm.parallel.process_group import World
-from xlstm_lm.recipe import dotted_items
+from xlstm_lm.recipe import dotted_items, with_current_names
 from xlstm_lm.runs.checkpoint import checkpoint_folders
 from xlstm_lm.runs.folder import RunFolder
 
@@ -64,7 +64,7 @@ FREE_WHEN_BRANCHING = (*FREE_TO_CHANGE, "optimizer.", "schedule.", "data.validat
 
 def differing_fields(before: dict[str, Any], now: dict[str, Any], free: tuple[str, ...] = FREE_TO_CHANGE) -> list[str]:
     """One line for each field of the two configurations that differs and is not in `free`."""
-    old, new = _fields(before), _fields(now)
+    old, new = _fields(with_current_names(before)), _fields(now)
     different = [name for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)]
     return [
         f"  {name}: {old.get(name, 'not set')!r} there, {new.get(name, 'not set')!r} now"

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from xlstm_lm.base.fields import Count, CountOrZero, NonNegative, Seed, Size, check_fields
 from xlstm_lm.base.paths import user_path
 
 
@@ -13,48 +14,36 @@ from xlstm_lm.base.paths import user_path
 class TrainingConfig:
     """A run."""
 
-    steps: int = 1000
+    steps: Count = 1000
     """Optimizer steps of the whole run."""
     run_dir: str = "runs/default"
     """Folder of the run: configuration, metrics, checkpoints. Giving it again continues the run."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the initial weights and of the data order."""
     resume: str = "auto"
     """auto: continue the run in run_dir if there is one; never: refuse a run_dir that holds one; or the path of a
     checkpoint (or of a run, for its newest) of another run, or of an imported model, to start from."""
-    log_every: int = 10
+    log_every: Count = 10
     """Steps between two lines in metrics.jsonl."""
-    checkpoint_every: int = 1000
+    checkpoint_every: Count = 1000
     """Steps between two checkpoints; the last step is always saved."""
-    keep_checkpoints: int = 3
+    keep_checkpoints: Count = 3
     """Newest checkpoints that are kept."""
-    validate_every: int = 1000
+    validate_every: CountOrZero = 1000
     """Steps between two validations; 0 validates after the last step only."""
-    gate_statistics_every: int = 100
+    gate_statistics_every: CountOrZero = 100
     """Steps between two measurements of the gates (an extra forward pass of one micro batch each); 0 for none."""
-    micro_batch_size: int | None = None
+    micro_batch_size: Size | None = None
     """Rows of one forward and backward pass on one device; null takes all rows of the device in one pass."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """bf16 with float32 master weights, or fp32; auto takes bf16 where the device computes it natively."""
     activation_checkpointing: bool = False
     """Whether each block's activations are recomputed in the backward pass instead of kept."""
-    z_loss: float = 0.0
+    z_loss: NonNegative = 0.0
     """Weight of the squared log-normalizer of the logits in each token's training loss; 0 for none."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "log_every", "checkpoint_every", "keep_checkpoints"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"training.{name} is {getattr(self, name)}; it must be at least 1.")
-        for name in ("validate_every", "gate_statistics_every", "seed"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"training.{name} is {getattr(self, name)}; it must be at least 0.")
-        if self.micro_batch_size is not None and self.micro_batch_size < 1:
-            raise ValueError(
-                f"training.micro_batch_size is {self.micro_batch_size}; it must be at least 1, or null for all rows "
-                "of a device at once."
-            )
-        if not self.z_loss >= 0:
-            raise ValueError(f"training.z_loss is {self.z_loss}; it must be at least 0 (none).")
+        check_fields(self, "training.")
         if not self.run_dir:
             raise ValueError("training.run_dir is empty; give the folder that the run shall write to.")
 

@@ -71,7 +71,7 @@ class TrainingEngine:
         accumulation_steps: int,
         z_loss: float = 0.0,
     ) -> None:
-        """`model` has been built alike on every rank; `deepspeed_section` has passed `check_deepspeed_section`."""
+        """`model` has been built alike on every rank; `deepspeed_section` has been checked with the recipe."""
         persistent = set(model.state_dict()) - {name for name, _ in model.named_parameters(remove_duplicate=False)}
         assert not persistent, f"checkpoints hold parameters only, but the model has persistent buffers {persistent}"
         self.world = world

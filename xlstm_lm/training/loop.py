@@ -45,9 +45,10 @@ from xlstm_lm.runs.run_folder import (
     write_config,
 )
 from xlstm_lm.training.config import split_batch
-from xlstm_lm.training.deepspeed_config import check_deepspeed_section, choose_precision
+from xlstm_lm.training.deepspeed_config import choose_precision
 from xlstm_lm.training.engine import TrainingEngine
 from xlstm_lm.training.kernel_check import with_kernels_that_are_right
+from xlstm_lm.training.memory import check_memory, memory_errors_explained
 from xlstm_lm.training.report import Report
 from xlstm_lm.training.safeguards import NOT_FINITE, SkipCounter, StopRequest
 from xlstm_lm.training.schedule import learning_rate_ratio
@@ -71,13 +72,13 @@ def train(run: RunConfig, data: TrainingData | None = None) -> Path:
         SystemExit: with code 0, where SIGTERM or Ctrl-C asked to stop and the run has been saved.
     """
     run.schedule.check_steps(run.training.steps)
-    check_deepspeed_section(run.deepspeed)
     world = join_world()
     # Gates let moments and states fade through numbers that a CPU computes with a hundred times more slowly.
     torch.set_flush_denormal(True)
-    split_batch(run.data.global_batch_size, world.size, run.training.micro_batch_size)
+    micro_rows, _ = split_batch(run.data.global_batch_size, world.size, run.training.micro_batch_size)
+    check_memory(run, world, choose_precision(run.training.precision, world.device), micro_rows)
     stop_request = StopRequest()
-    with contextlib.ExitStack() as resources, lost_processes_explained(world):
+    with memory_errors_explained(run), contextlib.ExitStack() as resources, lost_processes_explained(world):
         trainer = Trainer(run, world, stop_request, resources, data)
         with stop_request:  # before the first step there is nothing to save: Ctrl-C and SIGTERM end the run at once
             stopped = trainer.run_steps()

@@ -8,31 +8,26 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from xlstm_lm.base.fields import NonNegative, Positive, PositiveRatio, Share, check_fields
+
 
 @dataclass(kw_only=True)
 class OptimizerConfig:
     """AdamW (arXiv 1711.05101)."""
 
-    learning_rate: float = 1e-3
+    learning_rate: Positive = 1e-3
     """Peak learning rate."""
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Share, Share] = (0.9, 0.95)
     """Decay of the first and second moment."""
-    eps: float = 1e-8
+    eps: PositiveRatio = 1e-8
     """Added to the root of the second moment."""
-    weight_decay: float = 0.1
+    weight_decay: NonNegative = 0.1
     """Decay of matrices other than embeddings; norms, biases and embeddings are never decayed."""
-    gradient_clip: float = 0.5
+    gradient_clip: NonNegative = 0.5
     """Largest norm of the whole gradient; 0 for no limit."""
 
     def __post_init__(self) -> None:
-        for name in ("learning_rate", "eps"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"optimizer.{name} is {getattr(self, name)}; it must be greater than 0.")
-        for name in ("weight_decay", "gradient_clip"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"optimizer.{name} is {getattr(self, name)}; it must be at least 0.")
-        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"optimizer.betas is {self.betas}; it must be two numbers of at least 0 and below 1.")
+        check_fields(self, "optimizer.")
 
 
 def build_optimizer(

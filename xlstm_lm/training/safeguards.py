@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from types import FrameType
 
 from xlstm_lm.base.durable_files import RunError
+from xlstm_lm.base.fields import CountOrZero, check_fields
 from xlstm_lm.base.program import told_once
 
 logger = logging.getLogger("xlstm_lm")
@@ -24,12 +25,11 @@ NOT_FINITE = (
 class SafeguardsConfig:
     """Steps that go wrong."""
 
-    max_skipped_steps: int = 10
+    max_skipped_steps: CountOrZero = 10
     """Steps in a row that may be skipped for a loss or gradient that is not finite; one more stops the run."""
 
     def __post_init__(self) -> None:
-        if self.max_skipped_steps < 0:
-            raise ValueError(f"safeguards.max_skipped_steps is {self.max_skipped_steps}; it must be at least 0.")
+        check_fields(self, "safeguards.")
 
 
 class SkipCounter:

@@ -4,7 +4,21 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator
+
+from xlstm_lm.base.fields import CountOrZero, Ratio, Share, check_fields
+
+
+def _not_one(length: Any) -> Any:
+    if isinstance(length, float) and length == 1:
+        raise ValueError("one step or the whole run? Write 1 for one step, or the number of steps.")
+    return length
+
+
+Length = Annotated[CountOrZero | Share, BeforeValidator(_not_one)]
+"""Steps, or below 1 a share of the run's steps."""
 
 
 @dataclass(kw_only=True)
@@ -13,35 +27,50 @@ class ScheduleConfig:
 
     kind: Literal["cosine", "exponential", "wsd", "constant"] = "cosine"
     """Middle part: cosine or exponential from 1 to final_ratio; wsd and constant stay at 1."""
-    warmup_steps: int = 100
-    """Steps of the linear warm-up."""
-    final_ratio: float = 0.1
+    warmup: Length = 100
+    """Steps of the linear warm-up or, below 1, their share of training.steps."""
+    final_ratio: Ratio = 0.1
     """Learning rate, over the peak, at the end of a cosine or exponential middle part."""
-    cooldown_steps: int = 0
-    """Steps of the linear cool-down to zero at the end of the run; wsd needs some."""
+    cooldown: Length = 0
+    """Steps of the linear cool-down to zero at the end of the run or, below 1, their share of training.steps; wsd needs
+    some."""
 
     def __post_init__(self) -> None:
-        for name in ("warmup_steps", "cooldown_steps"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"schedule.{name} is {getattr(self, name)}; it must be at least 0.")
-        if not 0 <= self.final_ratio <= 1 or (self.kind == "exponential" and self.final_ratio == 0):
+        check_fields(self, "schedule.")
+        if self.kind == "exponential" and self.final_ratio == 0:
+            raise ValueError("schedule.final_ratio is 0; it must be above 0 where schedule.kind is exponential.")
+        if self.kind == "wsd" and self.cooldown == 0:
             raise ValueError(
-                f"schedule.final_ratio is {self.final_ratio}; it must lie between 0 and 1, and above 0 where "
-                "schedule.kind is exponential."
+                "schedule.kind is wsd (warm-up, stable, decay) but schedule.cooldown is 0: give the decay steps or "
+                "a share of the run, such as 0.2, or choose schedule.kind constant."
             )
-        if self.kind == "wsd" and self.cooldown_steps == 0:
-            raise ValueError(
-                "schedule.kind is wsd (warm-up, stable, decay) but schedule.cooldown_steps is 0: give the decay some "
-                "steps, or choose schedule.kind constant."
-            )
+
+    def lengths(self, steps: int) -> tuple[int, int]:
+        """Steps of the warm-up and of the cool-down in a run of `steps`.
+
+        A share is rounded to whole steps. When a run goes on with another number of steps, shares follow it.
+        """
+        warmup, cooldown = (
+            length if isinstance(length, int) else round(length * steps) for length in (self.warmup, self.cooldown)
+        )
+        if isinstance(self.warmup, float) and isinstance(self.cooldown, float) and self.warmup + self.cooldown <= 1:
+            cooldown = min(cooldown, steps - warmup)  # where both were rounded up
+        return warmup, cooldown
 
     def check_steps(self, steps: int) -> None:
         """Raise ValueError where warm-up and cool-down do not fit in a run of `steps`."""
-        if self.warmup_steps + self.cooldown_steps > steps:
-            raise ValueError(
-                f"schedule.warmup_steps ({self.warmup_steps}) and schedule.cooldown_steps ({self.cooldown_steps}) "
-                f"together exceed training.steps ({steps}): shorten them or lengthen the run."
+        if sum(self.lengths(steps)) <= steps:
+            return
+        lengths = [
+            f"schedule.{name} ({length}{f', {in_steps} steps' if isinstance(length, float) else ''})"
+            for name, length, in_steps in zip(
+                ("warmup", "cooldown"), (self.warmup, self.cooldown), self.lengths(steps), strict=True
             )
+        ]
+        raise ValueError(
+            f"{lengths[0]} and {lengths[1]} together exceed training.steps ({steps}): shorten them, give shares "
+            "of the run, such as 0.1, or lengthen the run."
+        )
 
 
 def learning_rate_ratio(config: ScheduleConfig, step: int, steps: int) -> float:
@@ -50,17 +79,18 @@ def learning_rate_ratio(config: ScheduleConfig, step: int, steps: int) -> float:
     The warm-up's last step has the full rate: step s of w has (s + 1) / w. The middle part reaches its final ratio at
     its last step. The cool-down falls linearly from there and would reach 0 one step behind the last.
     """
-    if step < config.warmup_steps:
-        return (step + 1) / config.warmup_steps
-    middle = steps - config.warmup_steps - config.cooldown_steps
-    progress = min((step - config.warmup_steps + 1) / max(middle, 1), 1.0)
+    warmup, cooldown = config.lengths(steps)
+    if step < warmup:
+        return (step + 1) / warmup
+    middle = steps - warmup - cooldown
+    progress = min((step - warmup + 1) / max(middle, 1), 1.0)
     if config.kind == "cosine":
         ratio = config.final_ratio + (1 - config.final_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
     elif config.kind == "exponential":
         ratio = config.final_ratio**progress
     else:
         ratio = 1.0
-    cooled = step - (steps - config.cooldown_steps) + 1
+    cooled = step - (steps - cooldown) + 1
     if cooled > 0:
-        ratio *= 1 - cooled / (config.cooldown_steps + 1)
+        ratio *= 1 - cooled / (cooldown + 1)
     return ratio

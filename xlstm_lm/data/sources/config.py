@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
+
+from xlstm_lm.base.fields import NonNegative, Range, check_fields
 
 LOCAL_KINDS = ("text", "text_lines", "jsonl", "parquet")
 ONE_DOCUMENT_A_FILE = ("text", "python_stdlib")
@@ -30,18 +32,15 @@ class SourceConfig:
     """Split of the hub data set; for python_stdlib train, or validation for the files held out of it (1 in 16)."""
     text_field: str = "text"
     """Field or column that holds the text (kinds jsonl, parquet, hub)."""
-    weight: float = 1.0
+    weight: Annotated[float, Range(0, 1e15, open_below=True)] = 1.0
     """Share of the training tokens, relative to the other sources' weights."""
     on_bad_document: Literal["error", "skip"] = "error"
     """Whether a document that is not UTF-8, not JSON or without text stops the run, or is skipped and counted."""
-    retry_seconds: float = 600.0
+    retry_seconds: NonNegative = 600.0
     """How long to go on asking when the hub does not answer (kind hub)."""
 
     def __post_init__(self) -> None:
-        if self.kind not in (*LOCAL_KINDS, "hub", "python_stdlib"):
-            raise ValueError(
-                f"source kind {self.kind!r} is not known: {', '.join(LOCAL_KINDS)}, hub or python_stdlib are"
-            )
+        check_fields(self)
         if self.kind in LOCAL_KINDS and not self.paths:
             raise ValueError(
                 f"a source of kind {self.kind} needs paths: a list of files or patterns such as data/*.txt"
@@ -56,10 +55,6 @@ class SourceConfig:
             )
         if self.kind == "python_stdlib" and self.split not in ("train", "validation"):
             raise ValueError(f"split {self.split!r} of python_stdlib is not known: train or validation")
-        if self.on_bad_document not in ("error", "skip"):
-            raise ValueError(f"on_bad_document {self.on_bad_document!r} is not known: error or skip")
-        if not self.weight > 0:
-            raise ValueError(f"weight {self.weight} of a source must be above 0; leave out a source that is not wanted")
 
     @property
     def description(self) -> str:

@@ -1,0 +1,40 @@
+"""The machine's memory."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+CGROUPS = Path("/sys/fs/cgroup")
+
+
+def memory_bytes(device: torch.device) -> int:
+    """Bytes of memory that a device has: a GPU's own; of a CPU the host's, or what its container or job may use."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return min([os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), *_limits()])
+
+
+def _limits() -> list[int]:
+    """Memory limits of the control groups (version 2 and 1) that this process is in."""
+    own = Path("/proc/self/cgroup")
+    paths = [CGROUPS / "memory/memory.limit_in_bytes", CGROUPS / "memory.max"]
+    for line in own.read_text().splitlines() if own.is_file() else ():
+        group = line.split(":", 2)[2].strip("/")
+        paths += [CGROUPS / above / "memory.max" for above in (Path(group), *Path(group).parents)]
+    texts = [path.read_text().strip() for path in dict.fromkeys(paths) if path.is_file()]
+    return [int(text) for text in texts if text.isdigit()]
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory could not be allocated, on a GPU or in the host."""
+    if isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError):
+        return "can't allocate memory" in str(error) or "not enough memory" in str(error)
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError))
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, or its name where it has none."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

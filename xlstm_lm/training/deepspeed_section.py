@@ -1,0 +1,299 @@
+"""The section `deepspeed` of a recipe: the keys of DeepSpeed's JSON that runs here may set, with their types.
+
+DeepSpeed ignores most keys that it does not know, so a misspelt one would be lost in silence.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, StrictBool
+from typing_extensions import TypedDict
+
+from xlstm_lm.base.fields import Count, CountOrZero, Positive, Range, refuse_bool
+
+_FORBID = {"extra": "forbid", "use_attribute_docstrings": True}
+_ANOTHER_LAYOUT = (
+    "checkpoints here know weights and moments that are whole or divided by all processes, no other layout"
+)
+_OTHER_NUMBERS = "it changes what is computed"
+
+REFUSED = {
+    "train_batch_size": "use data.global_batch_size",
+    "train_micro_batch_size_per_gpu": "use training.micro_batch_size",
+    "gradient_accumulation_steps": "use training.micro_batch_size (and data.global_batch_size)",
+    "managed_gradient_accumulation": "use training.micro_batch_size",
+    "bf16": "use training.precision",
+    "bfloat16": "use training.precision",
+    "fp16": "use training.precision",
+    "amp": "use training.precision",
+    "torch_autocast": "use training.precision",
+    "gradient_clipping": "use optimizer.gradient_clip",
+    "optimizer": "use the section optimizer",
+    "scheduler": "use the section schedule",
+    "activation_checkpointing": "use training.activation_checkpointing",
+    "wandb": "use the section wandb",
+    "checkpoint": "use training.checkpoint_every",
+    "load_universal_checkpoint": "use training.resume, which reads checkpoints of any ZeRO stage",
+    "steps_per_print": "use training.log_every",
+    "gradient_allreduce_op": "the loss is normalised by the tokens of the whole batch",
+    "zero_force_ds_cpu_optimizer": "AdamW here steps tensors on CPUs as well",
+    "elasticity": "use data.global_batch_size: a run goes on with any number of processes that divides it",
+    "sequence_parallel_size": "rows are not divided over processes, and gradients would be scaled wrongly",
+    "seq_parallel_communication_data_type": "rows are not divided over processes",
+    "tensor_parallel": _ANOTHER_LAYOUT,
+    "autotp": _ANOTHER_LAYOUT,
+    "pipeline": _ANOTHER_LAYOUT,
+    "expert_parallel": _ANOTHER_LAYOUT,
+    "mics_shard_size": _ANOTHER_LAYOUT,
+    "compression_training": _OTHER_NUMBERS,
+    "quantize_training": _OTHER_NUMBERS,
+    "weight_quantization": _OTHER_NUMBERS,
+    "progressive_layer_drop": _OTHER_NUMBERS,
+    "curriculum_learning": "the order of the data is that of section data",
+    "data_efficiency": "the order of the data is that of section data",
+    "sparse_attention": _OTHER_NUMBERS,
+    "sparse_gradients": "embeddings here have dense gradients",
+    "hybrid_engine": "it is for generating within training",
+    "compile": "kernels are chosen and checked by xlstm-lm",
+    "zero_optimization.mics_shard_size": _ANOTHER_LAYOUT,
+    "zero_optimization.mics_hierarchical_params_gather": _ANOTHER_LAYOUT,
+    "zero_optimization.zero_hpz_partition_size": _ANOTHER_LAYOUT,
+    "zero_optimization.zero_quantized_weights": _OTHER_NUMBERS,
+    "zero_optimization.zero_quantized_nontrainable_weights": _OTHER_NUMBERS,
+    "zero_optimization.zero_quantized_gradients": _OTHER_NUMBERS,
+    "zero_optimization.zenflow": "it changes when weights are updated",
+    "zero_optimization.elastic_checkpoint": "checkpoints here are read at any ZeRO stage",
+    "zero_optimization.load_from_fp32_weights": "checkpoints here are read at any ZeRO stage",
+    "zero_optimization.cpu_offload": "use zero_optimization.offload_optimizer",
+    "zero_optimization.cpu_offload_params": "use zero_optimization.offload_param",
+    "zero_optimization.cpu_offload_use_pin_memory": "use pin_memory of offload_optimizer and offload_param",
+    "zero_optimization.offload_optimizer.nvme_path": "checkpoints here are read from and written to device cpu only",
+    "zero_optimization.offload_optimizer.super_offload": "checkpoints here cannot reach moments that it holds",
+    "zero_optimization.offload_param.nvme_path": "checkpoints here are read from and written to device cpu only",
+}
+"""DeepSpeed's keys that a recipe must not hold, and why, or the field that is for it."""
+
+
+def _refuse(section: Any, prefix: str = "") -> Any:
+    for key, value in section.items() if isinstance(section, dict) else ():
+        if f"{prefix}{key}" in REFUSED:
+            raise ValueError(f"deepspeed.{prefix}{key} is not set there: {REFUSED[f'{prefix}{key}']}; remove it.")
+        _refuse(value, f"{prefix}{key}.")
+    return section
+
+
+class OffloadOptimizer(TypedDict, total=False):
+    """Master weights and moments in the host's memory."""
+
+    __pydantic_config__ = _FORBID
+
+    device: Literal["none", "cpu"]
+    """Where they are. Checkpoints can be read from and written to device cpu only."""
+    pin_memory: StrictBool
+    """Whether the memory is page-locked."""
+    ratio: Literal[1]
+    """Part of them that is offloaded."""
+    fast_init: StrictBool
+    """Whether they are set up faster."""
+    buffer_count: Count
+    """Buffers of offloading."""
+    pipeline_read: StrictBool
+    """Whether reads overlap with computation."""
+    pipeline_write: StrictBool
+    """Whether writes overlap with computation."""
+
+
+class OffloadParam(TypedDict, total=False):
+    """Weights in the host's memory, at stage 3."""
+
+    __pydantic_config__ = _FORBID
+
+    device: Literal["none", "cpu"]
+    """Where they are. Checkpoints can be read from and written to device cpu only."""
+    pin_memory: StrictBool
+    """Whether the memory is page-locked."""
+    buffer_count: Count
+    """Buffers of offloading."""
+    buffer_size: Count
+    """Elements of a buffer."""
+    max_in_cpu: CountOrZero
+    """Elements kept in the host's memory."""
+
+
+class ZeroOptimization(TypedDict, total=False):
+    """How moments, gradients and weights are shared out over the processes."""
+
+    __pydantic_config__ = _FORBID
+
+    stage: Annotated[Literal[0, 1, 2, 3], BeforeValidator(refuse_bool)]
+    """Nothing, moments, moments and gradients, or all three."""
+    contiguous_gradients: StrictBool
+    """Whether gradients are copied to one buffer."""
+    reduce_scatter: StrictBool
+    """Whether gradients are averaged by reduce-scatter in place of all-reduce."""
+    reduce_bucket_size: Count
+    """Elements reduced at a time."""
+    use_multi_rank_bucket_allreduce: StrictBool
+    """Whether the gradients of several ranks are reduced together."""
+    allgather_partitions: StrictBool
+    """Whether updated weights are collected by all-gather in place of broadcasts."""
+    allgather_bucket_size: Count
+    """Elements collected at a time."""
+    allgather_sequential: StrictBool
+    """Whether weights are collected one after the other."""
+    stage3_allgather_sequential: StrictBool
+    """Whether weights are collected one after the other."""
+    overlap_comm: StrictBool
+    """Whether gradients are reduced while the backward pass goes on."""
+    round_robin_gradients: StrictBool
+    """Whether the ranks' shares of gradients are dealt in turn."""
+    offload_optimizer: OffloadOptimizer | None
+    """Master weights and moments in the host's memory."""
+    offload_param: OffloadParam | None
+    """Weights in the host's memory, at stage 3."""
+    sub_group_size: Count
+    """Elements updated at a time, at stage 3."""
+    prefetch_bucket_size: CountOrZero
+    """Elements of weights fetched ahead, at stage 3."""
+    stage3_prefetch_bucket_size: CountOrZero
+    """Elements of weights fetched ahead, at stage 3."""
+    param_persistence_threshold: CountOrZero
+    """Weights with fewer elements are not shared out, at stage 3."""
+    stage3_param_persistence_threshold: CountOrZero
+    """Weights with fewer elements are not shared out, at stage 3."""
+    model_persistence_threshold: CountOrZero
+    """Elements in all that are not shared out, at most, at stage 3."""
+    stage3_model_persistence_threshold: CountOrZero
+    """Elements in all that are not shared out, at most, at stage 3."""
+    max_live_parameters: CountOrZero
+    """Elements of weights on a device at a time, at stage 3."""
+    stage3_max_live_parameters: CountOrZero
+    """Elements of weights on a device at a time, at stage 3."""
+    max_reuse_distance: CountOrZero
+    """Weights used again within so many elements are kept, at stage 3."""
+    stage3_max_reuse_distance: CountOrZero
+    """Weights used again within so many elements are kept, at stage 3."""
+    module_granularity_threshold: CountOrZero
+    """Modules with fewer elements are fetched whole, at stage 3."""
+    stage3_module_granularity_threshold: CountOrZero
+    """Modules with fewer elements are fetched whole, at stage 3."""
+    gather_16bit_weights_on_model_save: StrictBool
+    """For checkpoints of DeepSpeed's own; no effect here."""
+    stage3_gather_16bit_weights_on_model_save: StrictBool
+    """For checkpoints of DeepSpeed's own; no effect here."""
+    use_all_reduce_for_fetch_params: StrictBool
+    """Whether weights are fetched by all-reduce, at stage 3."""
+    stage3_use_all_reduce_for_fetch_params: StrictBool
+    """Whether weights are fetched by all-reduce, at stage 3."""
+    ignore_unused_parameters: StrictBool
+    """Whether parameters without a gradient are accepted."""
+    memory_efficient_linear: StrictBool
+    """Whether linear layers recompute what they would keep, at stage 3."""
+    log_trace_cache_warnings: StrictBool
+    """Whether a change in the order of modules is logged, at stage 3."""
+    enable_sanity_checks: StrictBool
+    """Whether DeepSpeed checks itself."""
+
+
+class DataTypes(TypedDict, total=False):
+    """Types of numbers."""
+
+    __pydantic_config__ = _FORBID
+
+    grad_accum_dtype: Literal["fp32", "bf16"]
+    """Of the gradients that are summed over micro batches."""
+
+
+class FlopsProfiler(TypedDict, total=False):
+    """DeepSpeed's profile of one step."""
+
+    __pydantic_config__ = _FORBID
+
+    enabled: StrictBool
+    """Whether it is made."""
+    recompute_fwd_factor: Positive
+    """Forward passes counted for activation checkpointing."""
+    profile_step: Count
+    """The step that is profiled."""
+    module_depth: Annotated[int, Range(-1, 1000)]
+    """Depth of the modules that are listed; -1 for all."""
+    top_modules: Count
+    """Modules that are listed."""
+    detailed: StrictBool
+    """Whether all modules are listed."""
+    output_file: str | None
+    """File to write to."""
+
+
+class CommsLogger(TypedDict, total=False):
+    """DeepSpeed's log of communication."""
+
+    __pydantic_config__ = _FORBID
+
+    enabled: StrictBool
+    """Whether it is kept."""
+    prof_all: StrictBool
+    """Whether all operations are in it."""
+    prof_ops: list[str]
+    """The operations that are in it."""
+    verbose: StrictBool
+    """Whether each operation is printed."""
+    debug: StrictBool
+    """Whether the caller's name is printed."""
+
+
+class Monitor(TypedDict, total=False):
+    """A log of DeepSpeed's own numbers."""
+
+    __pydantic_config__ = _FORBID
+
+    enabled: StrictBool
+    """Whether it is kept."""
+    output_path: str
+    """Folder to write to."""
+    job_name: str
+    """Name of the run."""
+
+
+class DeepSpeedSection(TypedDict, total=False):
+    """Part of DeepSpeed's JSON."""
+
+    __pydantic_config__ = _FORBID
+
+    zero_optimization: ZeroOptimization
+    """ZeRO."""
+    communication_data_type: Literal["fp32", "fp16", "bf16"] | None
+    """Type of gradients that are summed over processes."""
+    data_types: DataTypes
+    """Types of numbers."""
+    prescale_gradients: StrictBool
+    """Whether gradients are divided before they are summed."""
+    gradient_predivide_factor: Positive
+    """By which gradients are divided before they are summed."""
+    zero_allow_untested_optimizer: StrictBool
+    """Whether DeepSpeed accepts optimizers that it does not know."""
+    disable_allgather: StrictBool
+    """Whether weights are collected by broadcasts."""
+    disable_python_gc: StrictBool
+    """Whether Python's garbage collection is off while DeepSpeed sets up."""
+    wall_clock_breakdown: StrictBool
+    """Whether DeepSpeed prints its timings."""
+    memory_breakdown: StrictBool
+    """Whether DeepSpeed prints memory."""
+    dump_state: StrictBool
+    """Whether DeepSpeed prints its configuration."""
+    log_level: str
+    """DeepSpeed's log level."""
+    flops_profiler: FlopsProfiler
+    """DeepSpeed's profile of one step."""
+    comms_logger: CommsLogger
+    """DeepSpeed's log of communication."""
+    tensorboard: Monitor
+    """DeepSpeed's numbers for TensorBoard."""
+    csv_monitor: Monitor
+    """DeepSpeed's numbers as CSV."""
+
+
+CheckedSection = Annotated[DeepSpeedSection, BeforeValidator(_refuse)]
+"""The section, refusing by name what is not for it to say."""

@@ -1,0 +1,103 @@
+"""Counts the memory that a run needs at least, before anything is built, and explains errors of allocation."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+
+import torch
+
+from xlstm_lm.base.durable_files import RunError
+from xlstm_lm.base.machine import first_line, is_out_of_memory, memory_bytes
+from xlstm_lm.config import RunConfig
+from xlstm_lm.models.accounting import count_parameters
+from xlstm_lm.parallel.process_group import World
+from xlstm_lm.training.deepspeed_config import Precision
+
+REMEDIES = (
+    "choose a smaller model, lower training.micro_batch_size or data.context_length, set "
+    "training.activation_checkpointing to true, or share the model out over more processes "
+    "(deepspeed.zero_optimization.stage 1 to 3)"
+)
+
+
+def check_memory(run: RunConfig, world: World, precision: Precision, micro_batch_size: int) -> None:
+    """Refuse a run that cannot fit, whatever its kernels need beyond what is counted here.
+
+    Counted are weights, gradients, master weights and moments, as ZeRO shares them out; one activation of the model's
+    width for each block and token of a micro batch, which any backward pass keeps; and the rows themselves. Every
+    process builds the whole model in float32 first.
+
+    Raises:
+        ValueError: the device's or the host's memory is smaller; gives the numbers.
+    """
+    parameters = count_parameters(run.model)
+    device, host = _needed_bytes(run, world.size, precision, micro_batch_size, parameters)
+    if world.device.type == "cuda":
+        _refuse_beyond(memory_bytes(world.device), device, run, parameters, f"{world.device} has")
+    else:
+        host = {name: host.get(name, 0) + device.get(name, 0) for name in device | host}
+    if sum(host.values()) < 4 * parameters:
+        host = {"the whole model, as it is built": 4 * parameters}
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    here = "this machine has" if local == 1 else f"this machine has for {local} processes together"
+    host = {name: local * value for name, value in host.items()}
+    _refuse_beyond(memory_bytes(torch.device("cpu")), host, run, parameters, here)
+
+
+def _needed_bytes(
+    run: RunConfig, processes: int, precision: Precision, micro_batch_size: int, parameters: int
+) -> tuple[dict[str, int], dict[str, int]]:
+    """Bytes for one process, by purpose, on its device and, where something is offloaded, in the host's memory."""
+    zero = run.deepspeed.get("zero_optimization", {})
+    stage = zero.get("stage", 0)
+    if precision == "bf16":
+        stage = max(stage, 1)
+    width = 2 if precision == "bf16" else 4
+    tokens = micro_batch_size * run.data.context_length
+    activation = tokens * run.model.embedding_dim * width
+    rows = run.data.global_batch_size // processes * run.data.context_length
+    needed = {
+        "weights": parameters * width // (processes if stage == 3 else 1),
+        "gradients": parameters * width // (processes if stage >= 2 else 1),
+        "optimizer": parameters * (12 if precision == "bf16" else 8) // (processes if stage >= 1 else 1),
+        "activations": activation * (run.model.num_blocks + 1),
+    }
+    offloaded = {
+        "weights": (zero.get("offload_param") or {}).get("device") == "cpu",
+        "optimizer": (zero.get("offload_optimizer") or {}).get("device") == "cpu",
+    }
+    host = {name: needed.pop(name) for name, is_offloaded in offloaded.items() if is_offloaded}
+    return needed, host | {"rows": 17 * rows}  # two int64 and a truth value for each token
+
+
+def _refuse_beyond(memory: int, needed: dict[str, int], run: RunConfig, parameters: int, where: str) -> None:
+    total = sum(needed.values())
+    if total <= memory:
+        return
+    parts = ", ".join(f"{name} {_gib(value)}" for name, value in needed.items() if value > total / 100)
+    raise ValueError(
+        f"The model has {parameters:,} parameters; with data.context_length {run.data.context_length:,} and "
+        f"data.global_batch_size {run.data.global_batch_size:,} a run needs at least {_gib(total)} GiB ({parts}), but "
+        f"{where} {_gib(memory)} GiB: {REMEDIES}."
+    )
+
+
+def _gib(count: int) -> str:
+    return f"{count / 2**30:,.1f}"
+
+
+@contextlib.contextmanager
+def memory_errors_explained(run: RunConfig) -> Iterator[None]:
+    """Turn an error of allocation into a RunError that says what needs less memory."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        rows = run.training.micro_batch_size or "null (all rows at once)"
+        raise RunError(
+            f"Out of memory with training.micro_batch_size {rows} and data.context_length {run.data.context_length}: "
+            f"{REMEDIES}. Checkpoints saved so far are intact. ({first_line(error)})"
+        ) from error

@@ -27,6 +27,9 @@ from xlstm_lm.runs.folder import read_config
 OWN_MODEL_TYPES = (MODEL_TYPE, "xlstm")
 LOGIT_ELEMENTS = 1 << 26  # logits that are formed at once, at most
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
+CACHE_NAMES = ("cache", "cache_params", "past_key_values")
+"""The argument for the cache of a transformers model: the first for all models from 5.24 on, the second before for
+recurrent models, the last for the others."""
 Library = Literal["auto", "xlstm_lm", "transformers"]
 
 
@@ -174,7 +177,7 @@ class TransformersModel(CausalModel):
 
     def forward(self, tokens_BT, state=None, return_state=False, padding_B=None):
         known = inspect.signature(self.module.forward).parameters
-        cache_name = "cache_params" if "cache_params" in known else "past_key_values"
+        cache_name = next(name for name in CACHE_NAMES if name in known or name == CACHE_NAMES[-1])
         cache, mask_BT = state or (None, None)
         if padding_B is not None:
             mask_BT = (torch.arange(tokens_BT.shape[1], device=self.device) >= padding_B.unsqueeze(1)).long()
@@ -183,7 +186,7 @@ class TransformersModel(CausalModel):
         arguments: dict[str, Any] = {}
         if mask_BT is not None:
             # A recurrent model wants the mask of the tokens given, attention that of all it can see.
-            recurrent = cache_name == "cache_params"
+            recurrent = cache is not None and all(getattr(cache, "is_linear", (cache_name == "cache_params",)))
             arguments["attention_mask"] = mask_BT[:, -tokens_BT.shape[1] :] if recurrent else mask_BT
             if "position_ids" in known:
                 arguments["position_ids"] = (mask_BT.cumsum(1) - 1).clamp(min=0)[:, -tokens_BT.shape[1] :]

@@ -7,6 +7,8 @@ import re
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
@@ -53,6 +55,8 @@ def pair(request):
 @pytest.mark.parametrize("length", [2, 7, 70])
 def test_logits_and_gradients_are_those_of_transformers(pair, length):
     ours, theirs = pair
+    if getattr(ours.config, "num_groups", 1) > 1 and Version(transformers.__version__) < Version("5.23"):
+        pytest.skip("before 5.23 transformers computes Mamba-2 with several groups differently; an export is refused")
     tokens_BT = torch.randint(0, 61, (2, length))
     logits_BTV = ours.logits(ours(tokens_BT))
     expected_BTV = theirs(tokens_BT, use_cache=False).logits

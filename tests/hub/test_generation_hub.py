@@ -71,6 +71,21 @@ def test_generation_goes_on_from_a_cache():
         generated(wrapped, prompt[:, :2], cache_params=cache)
 
 
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_documents_of_a_prompt_are_kept_apart(use_cache):
+    wrapped, _ = make_pair()
+    prompt, short = random_tokens(2, 12), {"max_new_tokens": 4}
+    expected = generated(wrapped, prompt[:, 5:], **short)[:, 7:]
+    starts_BT = torch.arange(12)[None].expand(2, -1) == 5
+    for options in ({"resets": starts_BT}, {"seq_idx": starts_BT.cumsum(1)}):
+        for more in ({}, {"num_beams": 2}, {"logits_to_keep": 1}):
+            found = generated(wrapped, prompt, use_cache=use_cache, **options, **more, **short)[:, 12:]
+            assert torch.equal(found, generated(wrapped, prompt[:, 5:], **more, **short)[:, 7:])
+    positions_BT = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 5, 6]]).expand(2, -1)
+    found = generated(wrapped, prompt, use_cache=use_cache, position_ids=positions_BT, **short)
+    assert torch.equal(found[:, 12:], expected)
+
+
 def test_the_state_of_a_batch_does_not_grow():
     wrapped, _ = make_pair()
     sizes = []

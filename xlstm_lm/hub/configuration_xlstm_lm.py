@@ -14,7 +14,7 @@ class XLSTMLMConfig(PreTrainedConfig):
     """The fields of `XLSTMConfig` by their own names, and by transformers' where it has one for the same thing."""
 
     model_type = "xlstm_lm"
-    keys_to_ignore_at_inference = ["cache_params"]  # noqa: RUF012 -- transformers would take a ClassVar for a field
+    keys_to_ignore_at_inference = ["cache", "cache_params"]  # noqa: RUF012 -- a ClassVar would become a field
     attribute_map = {  # noqa: RUF012
         "hidden_size": "embedding_dim",
         "num_hidden_layers": "num_blocks",
@@ -26,9 +26,15 @@ class XLSTMLMConfig(PreTrainedConfig):
         """`values` are fields of `XLSTMConfig`, in either's names, and whatever transformers keeps in a configuration.
 
         Raises:
-            ValueError: the sizes do not fit each other.
+            ValueError: the sizes do not fit each other, or a size has two values under its two names.
         """
-        values = {self.attribute_map.get(name, name): value for name, value in values.items()}
+        for theirs, ours in self.attribute_map.items():
+            if theirs in values and values.setdefault(ours, values[theirs]) != values[theirs]:
+                raise ValueError(
+                    f"{theirs} is {values[theirs]} and {ours} is {values[ours]}, but they are two names of one value; "
+                    "change both, or leave one out."
+                )
+            values.pop(theirs, None)
         names = {field.name for field in dataclasses.fields(XLSTMConfig)}
         model = XLSTMConfig(**{name: values.pop(name) for name in names & values.keys()})
         for name, value in dataclasses.asdict(model).items():
@@ -37,6 +43,10 @@ class XLSTMLMConfig(PreTrainedConfig):
         if __name__ == "xlstm_lm.hub.configuration_xlstm_lm":
             values.pop("auto_map", None)  # what is saved from here brings no code along, unlike an export
         super().__init__(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As for every configuration, with transformers' names beside ours, for tools that read config.json alone."""
+        return super().to_dict() | {theirs: getattr(self, theirs) for theirs in self.attribute_map}
 
     def model_config(self) -> XLSTMConfig:
         """The same model as the rest of xlstm-lm describes it."""

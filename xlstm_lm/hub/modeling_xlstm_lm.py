@@ -1,8 +1,6 @@
 """An xLSTM of any blocks as a transformers model: `generate`, `pipeline`, adapters, and whatever else takes one.
 
-Padding is no token. Wherever it stands, the tokens of a row are moved together behind it and the row starts anew at the
-first of them, so that they see what they would see without it: the state of the cells and the window of the convolution
-alike.
+Padding changes nothing, and documents packed into one row do not see each other: see `row_layout`.
 """
 
 from __future__ import annotations
@@ -12,18 +10,27 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from transformers.generation import GenerationMixin
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import ModelOutput, can_return_tuple
 
 from xlstm_lm.hub.configuration_xlstm_lm import XLSTMLMConfig
+from xlstm_lm.hub.row_layout import PACKING_OPTIONS, RowLayout, lay_out_rows
 from xlstm_lm.models.layers import make_norm, soft_cap
 from xlstm_lm.models.xlstm import Block
 
 PIECE_TOKENS = 4096
 """Without gradients a longer input is read in pieces of this length, so that memory does not grow with it."""
+OUTPUT_HAS_CACHE = hasattr(ModelOutput, "cache_params")
+"""Whether transformers calls the cache of every output `cache`, as from 5.24 on. Before, ours is `cache_params`."""
+LOSS_OPTIONS = ("num_items_in_batch", "ignore_index", "shift_labels")
+"""Arguments of `forward` that are handed to the loss."""
+NEUTRAL_OPTIONS: dict[str, Any] = {"output_attentions": False, "output_router_logits": False, "is_causal": True}
+"""Arguments that transformers gives every model, and the one value (beside None) for which there is nothing to do."""
 
 
 class XLSTMLMCache:
@@ -32,7 +39,10 @@ class XLSTMLMCache:
     A model that is given a cache changes it. To continue one text in two ways, give it two copies (`copy.deepcopy`).
     """
 
-    is_compileable = False  # transformers asks before it generates
+    # What transformers reads of a cache before it generates.
+    is_compileable = False
+    is_croppable = False
+    is_linear = (True,)
 
     def __init__(self) -> None:
         self.states: list[tuple[Tensor, ...]] | None = None
@@ -55,7 +65,11 @@ class XLSTMLMOutput(ModelOutput):
     """Hidden states (B, T, D) behind the final norm; the cache; on request the input of every block and the former."""
 
     last_hidden_state: Tensor | None = None
-    cache_params: XLSTMLMCache | None = None
+    if OUTPUT_HAS_CACHE:
+        cache: XLSTMLMCache | None = None
+    else:
+        cache_params: XLSTMLMCache | None = None
+        cache = property(lambda self: self.cache_params)
     hidden_states: tuple[Tensor, ...] | None = None
 
 
@@ -65,8 +79,16 @@ class XLSTMLMCausalOutput(ModelOutput):
 
     loss: Tensor | None = None
     logits: Tensor | None = None
-    cache_params: XLSTMLMCache | None = None
+    if OUTPUT_HAS_CACHE:
+        cache: XLSTMLMCache | None = None
+    else:
+        cache_params: XLSTMLMCache | None = None
+        cache = property(lambda self: self.cache_params)
     hidden_states: tuple[Tensor, ...] | None = None
+
+
+class XLSTMLMBlock(GradientCheckpointingLayer, Block):
+    """A block that transformers can checkpoint by itself."""
 
 
 class XLSTMLMPreTrainedModel(PreTrainedModel):
@@ -75,12 +97,12 @@ class XLSTMLMPreTrainedModel(PreTrainedModel):
     config_class = XLSTMLMConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["Block"]  # noqa: RUF012
+    _no_split_modules = ["XLSTMLMBlock"]  # noqa: RUF012
     _is_stateful = True
 
     @torch.no_grad()
     def initialize_weights(self) -> None:
-        """Initialise what no file gave a value, as the authors of each kind of block do."""
+        """Initialise what has no value yet, from a file or from here, as the authors of each kind of block do."""
         model = self.base_model
         small = (2 / (5 * self.config.embedding_dim)) ** 0.5
         parts: list[tuple[nn.Module, Callable[[], Any]]] = [
@@ -92,14 +114,16 @@ class XLSTMLMPreTrainedModel(PreTrainedModel):
         if self is not model:
             parts.append((self.lm_head, lambda: nn.init.normal_(self.lm_head.weight, std=small)))
         for part, initialise in parts:
+            if getattr(part, "_is_hf_initialized", False):
+                continue
             parameters = list(part.parameters())
             given = [parameter for parameter in parameters if getattr(parameter, "_is_hf_initialized", False)]
-            if len(given) == len(parameters):
-                continue
-            values = [parameter.clone() for parameter in given]
-            initialise()
-            for parameter, value in zip(given, values, strict=True):
-                parameter.copy_(value)
+            if len(given) < len(parameters):
+                values = [parameter.clone() for parameter in given]
+                initialise()
+                for parameter, value in zip(given, values, strict=True):
+                    parameter.copy_(value)
+            part._is_hf_initialized = True
 
 
 class XLSTMLMModel(XLSTMLMPreTrainedModel):
@@ -109,9 +133,8 @@ class XLSTMLMModel(XLSTMLMPreTrainedModel):
         super().__init__(config)
         model = config.model_config()
         self.embedding = nn.Embedding(model.vocab_size, model.embedding_dim)
-        self.blocks = nn.ModuleList(Block(model, kind) for kind in model.block_kinds())
+        self.blocks = nn.ModuleList(XLSTMLMBlock(model, kind) for kind in model.block_kinds())
         self.final_norm = make_norm(model.norm, model.embedding_dim, model.norm_eps)
-        self.gradient_checkpointing = False
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -126,24 +149,37 @@ class XLSTMLMModel(XLSTMLMPreTrainedModel):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
-        cache_params: XLSTMLMCache | None = None,
+        cache: XLSTMLMCache | None = None,
         use_cache: bool | None = None,
         resets: Tensor | None = None,
         output_hidden_states: bool | None = None,
-        **_: Any,
+        position_ids: Tensor | None = None,
+        seq_idx: Tensor | None = None,
+        cache_params: XLSTMLMCache | None = None,
+        past_key_values: XLSTMLMCache | None = None,
+        **kwargs: Any,
     ) -> XLSTMLMOutput:
         """Read tokens (B, T), or their embeddings (B, T, D), behind those that the cache holds.
 
         Args:
             attention_mask: (B, T), or (B, S) with what the cache holds before them: 0 where there is padding. A padded
                 position gives a hidden state without meaning.
+            cache: a cache that this model returned; `cache_params` and `past_key_values` are older names for it.
             use_cache: whether to return a cache; by default as the configuration says, and not in training.
             resets: (B, T) bool; true where a document starts: nothing before it reaches it.
+            position_ids: (B, T) or (1, T); a document starts where they do not go on by one. A single document is the
+                same at any position.
+            seq_idx: (B, T); a document starts where it changes.
+            kwargs: `cu_seq_lens_q`, the boundaries of documents in a single row, and what comes with it: see
+                `row_layout`.
 
         Raises:
-            ValueError: neither or both of tokens and embeddings, shapes that do not fit, or padding behind tokens that
-                the cache holds already.
+            ValueError: neither or both of tokens and embeddings, shapes that do not fit, padding behind tokens that
+                the cache holds already, contradictory starts of documents, or the cache of another model.
+            TypeError: an argument that the model has no use for.
         """
+        packing = {name: kwargs.pop(name) for name in PACKING_OPTIONS if name in kwargs}
+        _refuse_unknown(kwargs)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give either input_ids or inputs_embeds.")
         x_BTD = self.embedding(input_ids) if inputs_embeds is None else inputs_embeds
@@ -151,35 +187,36 @@ class XLSTMLMModel(XLSTMLMPreTrainedModel):
             use_cache = self.config.use_cache and not self.training
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
-        cache = cache_params
+        cache = _given_cache(cache, cache_params, past_key_values)
         if cache is None and use_cache:
             cache = XLSTMLMCache()
         held = 0 if cache is None else cache.num_tokens
-
-        order_BT = None
-        if attention_mask is not None:
-            order_BT, resets = _without_padding(attention_mask, resets, x_BTD.shape[1], held)
-        if order_BT is not None:
-            x_BTD = _rearrange(x_BTD, order_BT)
+        layout = lay_out_rows(
+            tuple(x_BTD.shape[:2]),
+            held,
+            x_BTD.device,
+            attention_mask=attention_mask,
+            resets=resets,
+            position_ids=position_ids,
+            seq_idx=seq_idx,
+            **packing,
+        )
         states = None if cache is None else cache.states
-        hidden_BTD, states, layers = self._read(x_BTD, resets, states, cache is not None, output_hidden_states)
-        if order_BT is not None:
-            back_BT = order_BT.argsort(dim=1)
-            hidden_BTD = _rearrange(hidden_BTD, back_BT)
-            layers = layers and tuple(_rearrange(layer_BTD, back_BT) for layer_BTD in layers)
+        hidden_BTD, states, layers = self._read(x_BTD, layout, states, cache is not None, output_hidden_states)
         if cache is not None:
             cache.states, cache.num_tokens = states, held + x_BTD.shape[1]
-        return XLSTMLMOutput(last_hidden_state=hidden_BTD, cache_params=cache, hidden_states=layers)
+        return XLSTMLMOutput(hidden_BTD, cache, layers)
 
     def _read(
         self,
         x_BTD: Tensor,
-        resets_BT: Tensor | None,
+        layout: RowLayout,
         states: list[tuple[Tensor, ...]] | None,
         return_state: bool,
         output_hidden_states: bool,
     ) -> tuple[Tensor, list[tuple[Tensor, ...]] | None, tuple[Tensor, ...] | None]:
         """Hidden states, the states after the last token, and the blocks' inputs where wanted."""
+        x_BTD, resets_BT = layout.arrange(x_BTD), layout.resets_BT
         pieces = [slice(None)]
         if x_BTD.shape[1] > PIECE_TOKENS and not torch.is_grad_enabled() and not output_hidden_states:
             pieces = [slice(start, start + PIECE_TOKENS) for start in range(0, x_BTD.shape[1], PIECE_TOKENS)]
@@ -190,16 +227,14 @@ class XLSTMLMModel(XLSTMLMPreTrainedModel):
             keep = return_state or piece is not pieces[-1]
             next_states = []
             for block, state in zip(self.blocks, states or [None] * len(self.blocks), strict=True):
-                if output_hidden_states:
-                    layers.append(piece_BTD)
-                if self.gradient_checkpointing and self.training:
-                    piece_BTD, state = self._gradient_checkpointing_func(block, piece_BTD, piece_resets_BT, state, keep)
-                else:
-                    piece_BTD, state = block(piece_BTD, piece_resets_BT, state, keep, overwrite_state=overwrite)
+                if output_hidden_states:  # all positions are one piece, and what is returned is part of the graph
+                    layers.append(layout.restore(piece_BTD))
+                    piece_BTD = layout.arrange(layers[-1])
+                piece_BTD, state = block(piece_BTD, piece_resets_BT, state, keep, overwrite_state=overwrite)
                 next_states.append(state)
             states = next_states if keep else None
             outputs.append(self.final_norm(piece_BTD))
-        hidden_BTD = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+        hidden_BTD = layout.restore(outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1))
         return hidden_BTD, states, (*layers, hidden_BTD) if output_hidden_states else None
 
 
@@ -232,27 +267,36 @@ class XLSTMLMForCausalLM(XLSTMLMPreTrainedModel, GenerationMixin):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
-        cache_params: XLSTMLMCache | None = None,
+        cache: XLSTMLMCache | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         resets: Tensor | None = None,
         output_hidden_states: bool | None = None,
         logits_to_keep: int | Tensor = 0,
-        **loss_options: Any,
+        position_ids: Tensor | None = None,
+        seq_idx: Tensor | None = None,
+        cache_params: XLSTMLMCache | None = None,
+        past_key_values: XLSTMLMCache | None = None,
+        **kwargs: Any,
     ) -> XLSTMLMCausalOutput:
         """Logits for the token after each, and the mean loss of `labels` (B, T) where given; see `XLSTMLMModel`.
 
-        Labels stand beside the tokens themselves and are shifted here; -100 is left out. `logits_to_keep` keeps the
-        last so many positions, or those of a tensor of indices; 0 keeps all.
+        Labels stand beside the tokens themselves and are shifted here, unless `shift_labels` are given too; -100 is
+        left out. `logits_to_keep` keeps the last so many positions, or those of a tensor of indices; 0 keeps all.
         """
+        loss_options = {name: kwargs.pop(name) for name in LOSS_OPTIONS if kwargs.get(name) is not None}
         output = self.model(
             input_ids,
             attention_mask=attention_mask,
             inputs_embeds=inputs_embeds,
-            cache_params=cache_params,
+            cache=_given_cache(cache, cache_params, past_key_values),
             use_cache=use_cache,
             resets=resets,
             output_hidden_states=output_hidden_states,
+            position_ids=position_ids,
+            seq_idx=seq_idx,
+            return_dict=True,
+            **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits_BTV = self.lm_head(output.last_hidden_state[:, kept])
@@ -260,84 +304,113 @@ class XLSTMLMForCausalLM(XLSTMLMPreTrainedModel, GenerationMixin):
             logits_BTV.to(torch.promote_types(logits_BTV.dtype, torch.float32)), self.config.logit_soft_cap
         )
         loss = None
-        if labels is not None:
+        if labels is not None or "shift_labels" in loss_options:
             loss = self.loss_function(
                 logits=logits_BTV, labels=labels, vocab_size=self.config.vocab_size, **loss_options
             )
-        return XLSTMLMCausalOutput(
-            loss=loss, logits=logits_BTV, cache_params=output.cache_params, hidden_states=output.hidden_states
-        )
+        return XLSTMLMCausalOutput(loss, logits_BTV, output.cache, output.hidden_states)
 
     def prepare_inputs_for_generation(
         self,
         input_ids: Tensor,
-        cache_params: XLSTMLMCache | None = None,
+        cache: XLSTMLMCache | None = None,
         attention_mask: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         is_first_iteration: bool = False,
-        **options: Any,
+        cache_params: XLSTMLMCache | None = None,
+        past_key_values: XLSTMLMCache | None = None,
+        **kwargs: Any,  # of this name, or `generate` refuses what only `forward` takes
     ) -> dict[str, Any]:
         """As for every model. A cache that `generate` is given holds the beginning of `input_ids`.
+
+        `resets` and `seq_idx` describe the prompt; what is generated belongs to its last document.
 
         Raises:
             ValueError: the cache holds all of `input_ids`, or more.
         """
-        if is_first_iteration and cache_params is not None and inputs_embeds is None:
-            held = cache_params.get_seq_length()
+        cache = _given_cache(cache, cache_params, past_key_values)
+        if is_first_iteration and cache is not None and inputs_embeds is None:
+            held = cache.get_seq_length()
             if held >= input_ids.shape[1]:
                 raise ValueError(
                     f"cache_params holds {held} tokens, but input_ids has {input_ids.shape[1]}: give all tokens so "
                     "far, those in the cache and at least one new one."
                 )
             input_ids = input_ids[:, held:]
-        elif not is_first_iteration and cache_params is not None:
-            attention_mask = None  # padding precedes the prompt; what is generated is not padded
-        return super().prepare_inputs_for_generation(
+            kwargs |= {name: kwargs[name][:, held:] for name in ("resets", "seq_idx") if kwargs.get(name) is not None}
+        elif not is_first_iteration and cache is not None:
+            # Padding and other documents precede what is generated.
+            attention_mask = None
+            kwargs |= dict.fromkeys(("resets", "seq_idx", "position_ids"))
+        elif not is_first_iteration:
+            kwargs |= _continued(kwargs, input_ids.shape[1])
+        inputs = super().prepare_inputs_for_generation(
             input_ids,
-            cache_params=cache_params,
             attention_mask=attention_mask,
             inputs_embeds=inputs_embeds,
             is_first_iteration=is_first_iteration,
-            **options,
+            **kwargs,
         )
+        return inputs | {"cache": cache}
+
+    def _prepare_position_ids_for_generation(self, *_: Any) -> None:
+        """Nothing: positions mean nothing to the model where no document starts."""
+
+    def _update_model_kwargs_for_generation(
+        self, outputs: ModelOutput, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> dict[str, Any]:
+        """The arguments of the next step."""
+        arguments = super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
+        if not OUTPUT_HAS_CACHE and outputs.cache is not None:
+            arguments["past_key_values"] = outputs.cache  # before 5.13 beam search reorders what has this name alone
+        return arguments
 
     @staticmethod
-    def _reorder_cache(cache_params: XLSTMLMCache, beam_idx: Tensor) -> XLSTMLMCache:
+    def _reorder_cache(cache: XLSTMLMCache, beam_idx: Tensor) -> XLSTMLMCache:
         """For beam search: continue the beams `beam_idx`."""
-        cache_params.reorder(beam_idx)
-        return cache_params
+        cache.reorder(beam_idx)
+        return cache
 
 
-def _without_padding(
-    mask_BS: Tensor, resets_BT: Tensor | None, length: int, held: int
-) -> tuple[Tensor | None, Tensor | None]:
-    """The order of positions (B, T) that puts padding first, and the resets in that order; no order without padding."""
-    if mask_BS.dim() != 2 or mask_BS.shape[1] not in (length, held + length):
+def _given_cache(*caches: Any) -> XLSTMLMCache | None:
+    """The cache that was given under any of its names.
+
+    Raises:
+        ValueError: it is none of this model, or there are two.
+    """
+    given = {id(cache): cache for cache in caches if cache is not None}
+    if len(given) > 1:
+        raise ValueError("cache, cache_params and past_key_values are three names of one thing; give one of them.")
+    cache = next(iter(given.values()), None)
+    if cache is not None and not isinstance(cache, XLSTMLMCache):
         raise ValueError(
-            f"attention_mask is {tuple(mask_BS.shape)}; it must be (B, {length}) to go with the tokens, or "
-            f"(B, {held + length}) with the {held} in the cache."
+            f"The cache (cache, cache_params or past_key_values) is a {type(cache).__name__}; a recurrent model "
+            "continues only from an XLSTMLMCache, which it returns with use_cache=True."
         )
-    mask_BT = mask_BS[:, -length:].bool()
-    if bool(mask_BT.all()):
-        return None, resets_BT
-    padding_B = (~mask_BT).sum(1)
-    if mask_BS.shape[1] > length:
-        started_B = mask_BS[:, :-length].bool().any(1)
-    else:
-        started_B = torch.full_like(padding_B, held > 0, dtype=torch.bool)
-    if bool((started_B & (padding_B > 0)).any()):
-        raise ValueError(
-            "There is padding behind tokens that the cache holds already. A recurrent state cannot leave it out: pad "
-            "on the left, give every row its own cache, or give all tokens again without a cache."
-        )
-    order_BT = mask_BT.to(torch.uint8).argsort(dim=1, stable=True)
-    starts_BT = (torch.arange(length, device=mask_BT.device) == padding_B[:, None]) & ~started_B[:, None]
-    return order_BT, starts_BT if resets_BT is None else starts_BT | resets_BT.gather(1, order_BT)
+    return cache
 
 
-def _rearrange(x_BTD: Tensor, order_BT: Tensor) -> Tensor:
-    """Position t of each row becomes what was at position order[t]."""
-    return x_BTD.gather(1, order_BT.to(x_BTD.device)[..., None].expand_as(x_BTD))
+def _continued(arguments: dict[str, Any], length: int) -> dict[str, Tensor]:
+    """`resets` and `seq_idx` of a prompt, for as many positions, of which the last document has the new ones."""
+    resets_BT, document_BT = arguments.get("resets"), arguments.get("seq_idx")
+    continued = {}
+    if resets_BT is not None:
+        continued["resets"] = F.pad(resets_BT, (0, length - resets_BT.shape[1]))
+    if document_BT is not None:
+        new = length - document_BT.shape[1]
+        continued["seq_idx"] = torch.cat((document_BT, document_BT[:, -1:].expand(-1, new)), dim=1)
+    return continued
+
+
+def _refuse_unknown(arguments: dict[str, Any]) -> None:
+    """Allow what transformers hands to every model; None is no argument."""
+    for name, value in arguments.items():
+        if value is None or name == "cache_position":  # the cache itself knows how many tokens it holds
+            continue
+        if name not in NEUTRAL_OPTIONS:
+            raise TypeError(f"The model has no use for the argument {name!r} and would ignore it: leave it out.")
+        if value != NEUTRAL_OPTIONS[name]:
+            raise ValueError(f"{name}={value!r} is not possible: a recurrent model has no attention.")
 
 
 if __name__ == "xlstm_lm.hub.modeling_xlstm_lm":  # not in the copy that an export brings along

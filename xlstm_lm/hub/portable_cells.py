@@ -11,6 +11,7 @@ from torch import Tensor
 
 from xlstm_lm.ops.announce import announce_once
 from xlstm_lm.ops.mlstm.chunkwise import mlstm_chunkwise
+from xlstm_lm.ops.mlstm.recurrence import mlstm_recurrence
 from xlstm_lm.ops.mlstm.step import mlstm_step
 from xlstm_lm.ops.slstm.recurrence import slstm_recurrence
 
@@ -30,7 +31,9 @@ def _plain_mlstm(
     state = options.get("initial_state") or ()
     needs_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in (*inputs, *state))
     cell = mlstm_chunkwise
-    if inputs[0].shape[1] == 1 and not needs_gradient:
+    if torch.compiler.is_exporting() and needs_gradient:  # torch.export does not trace a hand-written backward
+        cell = mlstm_recurrence
+    elif inputs[0].shape[1] == 1 and not needs_gradient:
         cell = functools.partial(mlstm_step, overwrite_state=overwrite_state)
     h_BTHV, state = cell(*inputs, resets_BT=resets, return_state=return_state, **options)
     return (h_BTHV, state) if return_state else h_BTHV

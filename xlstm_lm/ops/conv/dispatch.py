@@ -87,6 +87,8 @@ def choose_backend(x_BTD: torch.Tensor, weight_DW: torch.Tensor) -> str:
     """What "auto" means: "compiled" on a CPU, which is built on first use; "causal_conv1d" on a GPU where that package
     is installed; each where it takes such a width and such weights and proves right, else "torch"."""
     device, dtype, backend = x_BTD.device, x_BTD.dtype, "torch"
+    if torch.compiler.is_exporting():  # the program is to run where our kernels are not
+        return backend
     if device.type == "cpu" and kernels_available(SLOW):
         backend = "compiled"
     elif device.type == "cuda" and "causal_conv1d" in BACKENDS and dtype in TOLERANCE:

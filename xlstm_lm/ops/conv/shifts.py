@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 from torch.autograd.function import once_differentiable
+from torch.nn.functional import pad
 
 _BLOCK_ELEMENTS = 1 << 16  # of a CPU block; 256 KiB of float32, half a small core's L2 with its output
 
@@ -15,7 +16,21 @@ def conv_shifts(
     x_BTD: torch.Tensor, weight_DW: torch.Tensor, bias_D: torch.Tensor | None, documents_BT: torch.Tensor | None
 ) -> torch.Tensor:
     """The convolution from an empty past, (B, T, D); `documents_BT` numbers the document of each position."""
+    if torch.compiler.is_exporting():
+        return _definition(x_BTD, weight_DW, bias_D, documents_BT)
     return _CausalConv.apply(x_BTD, weight_DW, bias_D, documents_BT)
+
+
+def _definition(
+    x_BTD: torch.Tensor, weight_DW: torch.Tensor, bias_D: torch.Tensor | None, documents_BT: torch.Tensor | None
+) -> torch.Tensor:
+    """The same without a hand-written backward, which torch.export does not trace."""
+    dtype = torch.promote_types(x_BTD.dtype, torch.float32)
+    x, taps_WD = x_BTD.to(dtype), weight_DW.t().to(dtype)
+    y = x * taps_WD[-1] if bias_D is None else x * taps_WD[-1] + bias_D.to(dtype)
+    for age, tap_D in _older_taps(taps_WD, x.shape[1]):
+        y = y + pad(_same_document(x[:, :-age], documents_BT, age) * tap_D, (0, 0, age, 0))
+    return y.to(x_BTD.dtype)
 
 
 class _CausalConv(torch.autograd.Function):

@@ -165,6 +165,8 @@ def choose_backend(
     needs_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
     one_step = q_BTHK.shape[1] == 1 and not needs_gradient
     plain, triton = ("step", "triton_step") if one_step else ("chunkwise", "triton")
+    if torch.compiler.is_exporting():  # the program is to run without our kernels and our hand-written backward
+        return "recurrence" if needs_gradient else plain
     if q_BTHK.device.type == "cuda" and all(x.dtype in TOLERANCE for x in inputs):
         sizes = q_BTHK.shape[-1], v_BTHV.shape[-1]
         options = input_gate, normalize, has_resets or one_step

@@ -125,8 +125,9 @@ def block_gates(
         serving_HBNL = last_HBN1.expand_as(x_HBNL)
     else:  # x does not fall within a segment: its last value is the maximum seen from the end
         serving_HBNL = _cummax_in_segments(x_HBNL.flip(-1), segment_BNL.flip(-1)).flip(-1)
-    # Not on a GPU, which would have to wait for the answer.
-    if m_HB.device.type == "cpu" and (serving_HBNL - x_HBNL).amax() <= LARGEST_RISE:
+    # Not on a GPU, which would have to wait for the answer, nor in a program that is to serve any input.
+    look = m_HB.device.type == "cpu" and not torch.compiler.is_exporting()
+    if look and (serving_HBNL - x_HBNL).amax() <= LARGEST_RISE:
         decay_HBPS[..., :-1, :].mul_((m_HBP[..., :-1] - serving_HBNL[..., 0]).clamp_max_(0.0).exp_()[..., None])
         exponents = torch.stack(
             [c_HBNL - serving_HBNL, -b_HBNL - serving_HBNL - math.log(scale), x_HBNL - serving_HBNL]

@@ -42,6 +42,8 @@ def choose_backend(wx: torch.Tensor) -> str:
     On a CPU "compiled", which is built on first use. On a GPU the first of "triton", "cluster" and "batched" that takes
     such heads and computes the definition there, looked at once a process. Slower ones are announced.
     """
+    if torch.compiler.is_exporting():  # the program is to run where our kernels are not
+        return "recurrence"
     if wx.device.type == "cpu":
         slow = "the sLSTM runs step by step in Python, which is far slower"
         return "compiled" if kernels_available(slow) else "recurrence"

@@ -270,6 +270,8 @@ def test_a_damaged_file_that_no_lane_has_begun_may_be_replaced(tmp_path):
     (tmp_path / "5.txt").write_text("text 5 " * 40)
     tokens(go_on(stream_of(source, shuffle=False), saved), 50)
     (tmp_path / "0.txt").write_text("text x " * 30)
+    other_lanes = stream_of(source, shuffle=False, lanes=2).differences(*saved)
+    assert other_lanes[0] == "  global_batch_size: 3 there, 2 now" and "0.txt" in other_lanes[1]
     assert stream_of(source, shuffle=False).differences(*saved) == [f"  sources[0]: changed: {tmp_path}/0.txt"]
 
 

@@ -180,6 +180,8 @@ class TrainingStream:
 
     def _as_read(self, index: int, shard: int, states: Mapping[str, Any]) -> bool:
         """Whether what any lane has read of a shard is in it still."""
+        if len(states) != self._config.global_batch_size:
+            return False  # the shares of other lanes are unknown
         lanes = [int(lane) for lane in states]
         marks = self._dealt[index].marks(shard, [states[str(lane)]["sources"][index] for lane in lanes], lanes)
         if not marks:

@@ -178,7 +178,7 @@ def test_damaged_and_foreign_files_are_named(tmp_path):
     with pytest.raises(ValueError, match="more.pt cannot be read as a state dict .*model.state_dict"):
         hub.load(tmp_path / "more.pt")
     (tmp_path / "config.yaml").write_text("a: [")
-    with pytest.raises(ValueError, match="config.yaml is damaged"):
+    with pytest.raises(ValueError, match="config.yaml is not valid YAML"):
         hub.load(tmp_path / "weights.pt")
 
 

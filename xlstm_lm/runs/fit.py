@@ -97,8 +97,8 @@ def _other_state(checkpoint: Checkpoint, lanes: int) -> list[str]:
     problems = [f"state.json: {name} is {state[name]}" for name in counts if not state[name] >= 0]
     different = sorted(state["data"].keys() ^ {str(lane) for lane in range(lanes)})
     if different:
-        counts = f"data of {len(state['data'])} lanes there, {lanes} now"
-        problems.append(f"state.json: {counts}; lane {different[0]} is in one of them only")
+        sizes = f"data of {len(state['data'])} lanes there, {lanes} now"
+        problems.append(f"state.json: {sizes}; lane {different[0]} is in one of them only")
     elif not all(isinstance(lane, dict) for lane in state["data"].values()):
         problems.append("state.json: data has a lane that is no object")
     return problems

@@ -1,7 +1,7 @@
 """What OpenMP's way of waiting costs on an idle and on a busy machine: `python -m eval.spinning`.
 
-A process for each way trains the demo's model on two threads. They take turns, alone, beside busy loops and beside other
-OpenMP processes.
+A process for each way trains the demo's model on two threads. They take turns, alone, beside busy loops and beside
+other OpenMP processes.
 """
 
 from __future__ import annotations

@@ -62,4 +62,5 @@ def test_without_a_launcher(started, monkeypatch):
     assert started() == ["xlstm-lm"]
     monkeypatch.setattr(sys, "executable", "/other/bin/python")
     assert started(argv="/x/xlstm_lm/__main__.py") == ["/other/bin/python", "-m", "xlstm_lm"]
-    assert started(argv="/x/notebook.py") == ["xlstm-lm"]
+    for elsewhere in ("/x/notebook.py", "/x/pytest/__main__.py"):
+        assert started(argv=elsewhere) == ["xlstm-lm"]

@@ -2,11 +2,11 @@
 
 `python -m`, `python -c` and an empty entry of PYTHONPATH put it ahead of the standard library.
 
-Two things run before any code of this package and cannot be prevented here. `python -m xlstm_lm` imports what Python's
-own start needs (collections, contextlib, functools, keyword, operator, reprlib, types, warnings) and a folder called
-xlstm_lm; and torch's and DeepSpeed's launchers, where they are started by `python -m`, import as they like. DeepSpeed's
-puts the current folder on PYTHONPATH itself. The command `xlstm-lm`, alone or through `torchrun --no-python`, has no
-such gap.
+Some imports come before any code of this package and cannot be prevented here. `python -m xlstm_lm` finds a folder
+called xlstm_lm and the modules that Python's own start needs (collections, contextlib, functools, keyword, operator,
+reprlib, types, warnings). `python -m torch.distributed.run` and DeepSpeed's launcher, which puts the current folder on
+PYTHONPATH itself, import as they like. With the current folder on PYTHONPATH so do sitecustomize.py and the first
+lines of any script. The command `xlstm-lm` has no such gap without such a PYTHONPATH.
 """
 
 import os

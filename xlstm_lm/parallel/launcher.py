@@ -22,7 +22,8 @@ def program_command(launched: bool = False) -> list[str]:
         return by_launcher
     if Path(sys.argv[0]).name == "xlstm-lm":
         return [_short(sys.argv[0])]
-    return [_short(sys.executable), "-m", MODULE] if Path(sys.argv[0]).name == "__main__.py" else ["xlstm-lm"]
+    by_module = Path(sys.argv[0]).parts[-2:] == (MODULE, "__main__.py")
+    return [_short(sys.executable), "-m", MODULE] if by_module else ["xlstm-lm"]
 
 
 def _launcher_command() -> list[str] | None:

@@ -49,8 +49,8 @@ def unreadable(name: object, error: BaseException) -> ValueError:
     is_damaged = isinstance(error, json.JSONDecodeError)
     if isinstance(error, (OSError, ValueError, KeyError, ImportError)) and not is_damaged:
         return ValueError(
-            f"no tokenizer could be loaded from {name!r} ({reason}): name a folder with a tokenizer.json or an id on the "
-            "Hugging Face hub, or set tokenizer.kind: bytes"
+            f"no tokenizer could be loaded from {name!r} ({reason}): name a folder with a tokenizer.json or an id on "
+            "the Hugging Face hub, or set tokenizer.kind: bytes"
         )
     return ValueError(
         f"the tokenizer files of {name!r} cannot be read ({reason}): they are damaged, or made by a newer version of "

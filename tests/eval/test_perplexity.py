@@ -162,6 +162,14 @@ def test_bits_per_byte_do_not_depend_on_how_text_is_cut_in_tokens(stock_folder):
     assert found["tokens"] < 300
 
 
+def test_bytes_that_a_tokenizer_leaves_out_are_not_counted(own_folder, monkeypatch):
+    model = load_model(str(own_folder))
+    monkeypatch.setattr(model.tokenizer, "missing_bytes", lambda text: text.count("z"))
+    found = measure(model, iter(texts("abz", "zz" + TEXT[:20].replace("z", "s"))), PerplexityConfig())
+    assert found["bytes"] == 22
+    assert found["bits_per_byte"] == pytest.approx(found["nats"] / math.log(2) / 22)
+
+
 def test_extrapolation_scores_the_same_targets_at_every_length(own_folder):
     model = load_model(str(own_folder), trained_context=8)
     documents = texts(TEXT[:70], "too short", TEXT[100:150])

@@ -51,7 +51,7 @@ def train_bpe(files: Sequence[str], *, vocab_size: int, out: str | Path) -> Path
     )
     cuts = Cuts(json.loads(backend.to_str()), str)
     size = sum(source.shard_sizes)
-    announce_once(f"training a tokenizer on {source.num_shards} files, {size / 1e6:,.1f} MB ...")
+    announce_once(f"training a tokenizer on {size / 1e6:,.1f} MB of files ({source.num_shards}) ...")
     backend.train_from_iterator(_texts(source, cuts), trainer, length=size // PIECE_CHARACTERS + source.num_shards)
     if (reached := backend.get_vocab_size()) < vocab_size:
         announce_once(

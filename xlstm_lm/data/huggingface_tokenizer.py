@@ -46,14 +46,6 @@ class HuggingFaceTokenizer:
         try:
             name = str(user_path(config.name)) if config.name.startswith("~") else config.name
             loaded = AutoTokenizer.from_pretrained(name, revision=config.revision or "main")
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
-            if not isinstance(error, json.JSONDecodeError):
-                reason = str(error).strip().split("\n")[0]
-                raise ValueError(
-                    f"no tokenizer could be loaded from {config.name!r} ({reason}): name a folder with a "
-                    "tokenizer.json or an id on the Hugging Face hub, or set tokenizer.kind: bytes"
-                ) from None
-            raise unreadable(config.name, error) from None
         except BaseException as error:
             if not is_fault_of_library(error):
                 raise

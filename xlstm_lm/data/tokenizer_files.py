@@ -45,8 +45,14 @@ def is_fault_of_library(error: BaseException) -> bool:
 
 
 def unreadable(name: object, error: BaseException) -> ValueError:
-    """The error for a tokenizer whose files are there, but cannot be read."""
+    """The message for a tokenizer that is not there, or whose files cannot be read."""
     reason = str(error).strip().split("\n")[0]
+    is_damaged = isinstance(error, json.JSONDecodeError)
+    if isinstance(error, (OSError, ValueError, KeyError, ImportError)) and not is_damaged:
+        return ValueError(
+            f"no tokenizer could be loaded from {name!r} ({reason}): name a folder with a tokenizer.json or an id on "
+            "the Hugging Face hub, or set tokenizer.kind: bytes"
+        )
     return ValueError(
         f"the tokenizer files of {name!r} cannot be read ({reason}): they are damaged, or made by a newer version of "
         f"the tokenizers library than {version('tokenizers')}, which is installed; copy them again, or pip install -U "

@@ -28,6 +28,7 @@ from xlstm_lm.hub.own_format import OWN_FORMAT
 from xlstm_lm.hub.push import check_repository_name, push
 from xlstm_lm.hub.tokenizer_files import save_tokenizer_files
 from xlstm_lm.hub.transformers_format import TRANSFORMERS_FORMAT
+from xlstm_lm.ops.announce import announce_once
 from xlstm_lm.runs.checkpoint import checkpoint_folders
 
 FORMATS: dict[str, tuple[ExportFormat, ...]] = {
@@ -83,6 +84,8 @@ def export(
         model_config, folder = trained.model.config, trained.folder
         del trained
         difference = check(partial, question)["difference"]
+        if obstacle := export_format.obstacle():
+            announce_once(obstacle)
         run_dir, step = _origin(folder)
         write_model_card(
             partial,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
 import json
 import os
 import subprocess
@@ -333,3 +334,23 @@ assert fresh.model.blocks[0].mixer.gates.bias.tolist() == [-10, -10, 3, 6], "ini
     environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
     folders = [str(tmp_path / "export"), str(tmp_path / "tuned")]
     subprocess.run([sys.executable, "-c", script, *folders], check=True, env=environment)
+
+
+def test_both_entry_files_import_every_other_file(tmp_path):
+    # transformers 5.0 to 5.9 copy a local folder's other files only then.
+    from transformers.dynamic_module_utils import get_relative_imports
+
+    bundle.write_code(tmp_path)
+    entries = {"configuration_xlstm_lm", "modeling_xlstm_lm"}
+    others = {path.stem for path in tmp_path.glob("*.py")} - entries
+    for entry in entries:
+        assert set(get_relative_imports(tmp_path / f"{entry}.py")) - entries == others
+
+
+@pytest.mark.parametrize(
+    ("installed", "told"), [({"xlstm"}, True), ({"xlstm", "mlstm_kernels"}, False), (set(), False)]
+)
+def test_a_package_in_the_way_of_transformers_is_named(monkeypatch, installed, told):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name if name in installed else None)
+    assert ("pip uninstall xlstm" in (choose_format(XLSTMConfig(), None).obstacle() or "")) is told
+    assert own_format.OWN_FORMAT.obstacle() is None

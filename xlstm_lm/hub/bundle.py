@@ -24,9 +24,14 @@ _IMPORT = re.compile(r"^(\s*from )(xlstm_lm[\w.]*)( import )", re.MULTILINE)
 
 def write_code(folder: Path) -> None:
     """Write everything that the model's classes import of ours, and theirs."""
-    for module, source in bundled_sources().items():
+    sources = bundled_sources()
+    inner = sorted(_flat_name(module) for module in sources if module not in FIRST)
+    # transformers 5.0 to 5.9 copy only the files that the one they look for imports itself.
+    all_inner = "".join(f"from .{name} import __name__ as _{name}  # noqa: E402\n" for name in inner)
+    for module, source in sources.items():
         header = f"# From xlstm-lm {xlstm_lm.__version__}, {module}. Apache-2.0.\n"
-        (folder / f"{_flat_name(module)}.py").write_text(header + source, encoding="utf-8")
+        footer = f"\n{all_inner}" if module in FIRST else ""
+        (folder / f"{_flat_name(module)}.py").write_text(header + source + footer, encoding="utf-8")
 
 
 def bundled_sources() -> dict[str, str]:

@@ -31,6 +31,7 @@ from xlstm_lm.hub.own_format import OWN_FORMAT
 from xlstm_lm.hub.push import check_repository_name, push
 from xlstm_lm.hub.tokenizer_files import save_tokenizer_files
 from xlstm_lm.hub.transformers_format import TRANSFORMERS_FORMAT
+from xlstm_lm.ops.announce import announce_once
 from xlstm_lm.runs.checkpoint import checkpoint_folders
 from xlstm_lm.runs.folder import RunFolder
 
@@ -97,6 +98,8 @@ def export(
         del trained
         console.stage("comparing: a fresh process loads the export with transformers")
         difference = check(partial, question)["difference"]
+        if obstacle := export_format.obstacle():
+            announce_once(obstacle)
         write_model_card(
             partial,
             name=repository or out.resolve().name,

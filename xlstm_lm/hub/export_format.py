@@ -35,6 +35,8 @@ class ExportFormat:
     """Writes the source files that the model needs beside transformers, if it needs any."""
     leaves_out_padding: bool
     """Whether padding on the left changes nothing."""
+    obstacle: Callable[[], str | None] = lambda: None
+    """What keeps transformers from loading it in this environment, and the way out; None where nothing does."""
 
 
 def expected_shapes(export_format: ExportFormat, config: Any) -> dict[str, torch.Size]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -110,6 +111,16 @@ def _without_the_xlstm_package() -> Iterator[None]:
         transformers.utils.is_xlstm_available = available
 
 
+def _obstacle() -> str | None:
+    if not importlib.util.find_spec("xlstm") or importlib.util.find_spec("mlstm_kernels"):
+        return None
+    return (
+        "transformers does not load this format in this environment, because the package xlstm is installed without "
+        "mlstm_kernels, which it then needs; run pip uninstall xlstm, or export with --format xlstm_lm. Elsewhere the "
+        "export loads, and xlstm-lm itself reads it anywhere."
+    )
+
+
 TRANSFORMERS_FORMAT = ExportFormat(
     name="transformers",
     suits="loading with nothing but transformers, and generating from single prompts or prompts of one length",
@@ -125,4 +136,5 @@ TRANSFORMERS_FORMAT = ExportFormat(
     convert=_convert,
     write_code=None,
     leaves_out_padding=False,
+    obstacle=_obstacle,
 )

@@ -17,7 +17,8 @@ from xlstm_lm.hub.baseline_formats import BASELINE_READERS
 from xlstm_lm.hub.own_format import MODEL_TYPE, from_export
 from xlstm_lm.hub.package_layout import from_package
 from xlstm_lm.hub.transformers_layout import from_transformers
-from xlstm_lm.models import FAMILIES
+from xlstm_lm.models import FAMILIES, pinned_backends
+from xlstm_lm.ops.announce import announce_once
 from xlstm_lm.recipe import read_recipe
 from xlstm_lm.runs.checkpoint import find_checkpoint
 from xlstm_lm.runs.folder import read_config
@@ -57,14 +58,21 @@ class Layout:
 def model_config(values: Any, origin: Path) -> Any:
     """The configuration of a model of ours, from the mapping that `dataclasses.asdict` once made of it.
 
+    A backend that it pins suited the machine that trained, and may be unknown here: the device at hand decides instead,
+    which is announced.
+
     Raises:
         ValueError: the family or a field is unknown, or a value is not allowed; names `origin`.
     """
     family = values.get("family") if isinstance(values, Mapping) else None
     if family not in FAMILIES:
         raise ValueError(f"{origin} describes a model of family {family!r}; known are {', '.join(FAMILIES)}.")
+    pinned = pinned_backends(values)
+    if pinned:
+        fields = ", ".join(f"model.{name} {value}" for name, value in pinned.items())
+        announce_once(f"{origin} pins {fields} for training; here the device decides (auto)")
     try:
-        return FAMILIES[family][0](**values)
+        return FAMILIES[family][0](**values | dict.fromkeys(pinned, "auto"))
     except TypeError as error:
         raise ValueError(f"{origin} does not describe a model that this version of xlstm-lm knows: {error}.") from error
 

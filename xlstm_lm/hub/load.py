@@ -14,8 +14,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from xlstm_lm.data import load_tokenizer
 from xlstm_lm.hub.download import local_folder
 from xlstm_lm.hub.layouts import StoredModel, read_model
-from xlstm_lm.models import FAMILIES, for_any_device, pinned_backends
-from xlstm_lm.ops.announce import announce_once
+from xlstm_lm.models import FAMILIES
 
 
 class TrainedModel(nn.Module):
@@ -73,12 +72,8 @@ def load(path: str | Path) -> TrainedModel:
             downloaded.
     """
     stored = read_model(local_folder(path))
-    pinned = pinned_backends(stored.config)
-    if pinned:
-        fields = ", ".join(f"model.{name} {value}" for name, value in pinned.items())
-        announce_once(f"{stored.folder} pins {fields} for training; here the device decides (auto)")
     with _parameters_without_memory():
-        model = FAMILIES[stored.config.family][1](for_any_device(stored.config))
+        model = FAMILIES[stored.config.family][1](stored.config)
     _fill(model, stored)
     return TrainedModel(model.eval(), stored.folder)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
 from xlstm_lm.models.language_model import LanguageModel
 from xlstm_lm.models.lstm import LSTM, LSTMConfig
@@ -21,15 +23,14 @@ FAMILIES: dict[str, tuple[type[ModelConfig], type[LanguageModel]]] = {
 }
 
 
-def pinned_backends(config: ModelConfig) -> dict[str, str]:
-    """The fields of a configuration that name a kernel, instead of leaving the choice to the device at hand."""
-    values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+def pinned_backends(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a configuration that name a backend, instead of leaving the choice to the device at hand."""
     return {name: value for name, value in values.items() if name.endswith("_backend") and value != "auto"}
 
 
 def for_any_device(config: ModelConfig) -> ModelConfig:
     """The configuration without pinned backends: how a model is computed is not what it computes."""
-    return dataclasses.replace(config, **dict.fromkeys(pinned_backends(config), "auto"))
+    return dataclasses.replace(config, **dict.fromkeys(pinned_backends(vars(config)), "auto"))
 
 
 def build_model(config: ModelConfig) -> LanguageModel:

@@ -100,7 +100,6 @@ def test_one_that_fits_is_taken(tmp_path):
             lambda folder: edit_state(folder, data={"0": {}, "1": {}}),
             r"data of 2 lanes there, 3 now; lane 2 is in one of them only",
         ),
-        (lambda folder: edit_state(folder, data=dict.fromkeys("012", 3)), r"a lane that is no object"),
         (
             lambda folder: (folder / "state.json").write_text('{"data": {"0": {}, "0": {}}, "step": 5}'),
             r"state.json is damaged: it has the key '0' twice",

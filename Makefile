@@ -30,8 +30,10 @@ $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch numpy
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
-	@# An oracle of the tests. Without its dependencies: one is under a restrictive licence, and the parts we call need none.
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt xlstm
+	@# An oracle of the tests, without its dependencies: one is under a restrictive license, and the parts called need none.
+	@# In a folder of its own: transformers takes a package xlstm on its path for a whole one, and then loads no xLSTM.
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt --upgrade \
+	  --target .venv/oracles xlstm
 	@touch $(INSTALLED)
 
 clean:

@@ -199,7 +199,7 @@ def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
     (tmp_path / "a.txt").write_text("home")
     assert texts("text", "~/a.txt") == texts("text", "~/*.txt") == ["home"]
     assert user_path("~/a.txt") == tmp_path / "a.txt" and user_path("b/~") == Path("b/~")
-    with pytest.raises(ValueError, match="data file ~nobody-at-all/a.txt is missing: no home folder ~nobody-at-all"):
+    with pytest.raises(ValueError, match="~nobody-at-all/a.txt: there is no home folder of that name"):
         texts("text", "~nobody-at-all/a.txt")
     monkeypatch.chdir(tmp_path)
     Path("~draft.txt").write_text("draft")

@@ -125,7 +125,7 @@ def test_a_tokenizer_that_is_not_byte_level(tmp_path):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"kind": "words"}, "tokenizer kind 'words' is not known: bytes or huggingface"),
+        ({"kind": "words"}, "kind is 'words'; it must be one of bytes, huggingface"),
         ({"kind": "huggingface"}, "needs a name"),
         ({"kind": "bytes", "name": "gpt2"}, "set kind: huggingface"),
     ],

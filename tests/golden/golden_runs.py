@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 import tarfile
 import tempfile
@@ -43,13 +44,16 @@ SAVED_STEP = 4
 PROMPT = b"The terms of this License apply to every document."
 
 
-def settings(model: dict[str, Any], run_dir: Path, **overrides: Any) -> dict[str, Any]:
-    """Dotted fields of a run on `text.txt` in the current folder."""
+def settings(model: dict[str, Any], run_dir: Path, text: str = "lines.txt") -> dict[str, Any]:
+    """Dotted fields of a run on a text in the current folder.
+
+    The order of the data is that of the first checkpoints only for a text without blank lines, such as `lines.txt`.
+    """
     return {
         **{f"model.{name}": value for name, value in model.items()},
         "data.context_length": 48,
         "data.global_batch_size": 4,
-        "data.sources": [{"kind": "text_lines", "paths": ["text.txt"]}],
+        "data.sources": [{"kind": "text_lines", "paths": [text]}],
         "data.num_workers": 0,
         "data.shuffle_documents": 8,
         "training.run_dir": str(run_dir),
@@ -60,7 +64,6 @@ def settings(model: dict[str, Any], run_dir: Path, **overrides: Any) -> dict[str
         "optimizer.learning_rate": 0.004,
         "schedule.kind": "constant",
         "schedule.warmup_steps": 4,
-        **overrides,
     }
 
 
@@ -94,10 +97,11 @@ def _write() -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        (folder / "text.txt").write_bytes((HERE / "text.txt").read_bytes())
+        for text in ("lines.txt", "text.txt"):
+            shutil.copy(HERE / text, folder)
         for name, model in MODELS.items():
             _write_numbers(HERE / f"{name}.txt", train_in(folder, settings(model, folder / name)))
-        values = settings(MIXED, folder / "run")
+        values = settings(MIXED, folder / "run", "text.txt")
         _write_numbers(HERE / "continued.txt", train_in(folder, values | {"training.run_dir": str(folder / "whole")}))
         train_in(folder, values | {"training.steps": SAVED_STEP})
         hub.export(str(folder / "run"), str(folder / "export"), format_name="xlstm_lm")

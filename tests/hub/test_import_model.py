@@ -234,7 +234,7 @@ def test_an_import_that_is_killed_leaves_no_run_and_can_be_repeated(tmp_path):
 
 MEMORY = """
 import sys
-import torch
+import torch._dynamo  # torch imports it where the meta device is first used
 from xlstm_lm import hub
 
 def anonymous():

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import sys
+import zlib
 
 import pytest
 import yaml
@@ -68,7 +69,12 @@ def test_the_base_model_outlives_import_training_and_another_import(tmp_path):
     hub.import_run(cached, tmp_path / "run")
     assert base_model(tmp_path / "run") == "somebody/base-7b"
     first, later = (tmp_path / "run" / "checkpoints" / f"step_{step:08}" for step in (0, 5))
-    shutil.move(first, later)  # as training does: the imported checkpoint goes, later ones know nothing of it
+    shutil.move(first, later)  # as in training: the imported checkpoint is deleted, later ones have no origin
+    state = json.dumps(json.loads((later / "state.json").read_text()) | {"step": 5}).encode()
+    (later / "state.json").write_bytes(state)
+    manifest = json.loads((later / "manifest.json").read_text())
+    manifest["files"]["state.json"] = {"size": len(state), "crc32": zlib.crc32(state)}
+    (later / "manifest.json").write_text(json.dumps(manifest | {"step": 5}))
     hub.save_export(hub.load(later), tmp_path / "export")
     assert card_of(tmp_path / "export").data.base_model == "somebody/base-7b"
     for source in (later, tmp_path / "run", tmp_path / "export"):

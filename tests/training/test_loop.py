@@ -10,6 +10,7 @@ import re
 import shutil
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 from processes import run_alone, run_ranks
@@ -18,7 +19,7 @@ from runs import configure, records, write_text
 from xlstm_lm import cli
 from xlstm_lm.base.durable_files import RunError
 from xlstm_lm.base.lease import FolderLease
-from xlstm_lm.config import load_run_config
+from xlstm_lm.config import RunConfig, load_run_config
 from xlstm_lm.data import TrainingStream, build_tokenizer
 from xlstm_lm.runs.checkpoint import checkpoint_folders
 from xlstm_lm.training import loop
@@ -256,11 +257,14 @@ def test_too_many_skipped_steps_stop_the_run_with_step_and_documents(folder, mon
 
 
 def test_a_run_that_diverges_says_so_keeps_its_checkpoints_and_is_pointed_out_later(folder, caplog, capsys):
-    settings = {"optimizer__learning_rate": 1e38, "optimizer__weight_decay": 0.0, "schedule__warmup_steps": 0}
-    diverging = configure(
-        folder, training__steps=5, training__checkpoint_every=1, training__keep_checkpoints=1, **settings
-    )
-    run_dir = train(diverging)
+    settings = {"optimizer__weight_decay": 0.0, "schedule__warmup_steps": 0}
+
+    def diverging(**overrides: Any) -> RunConfig:
+        run = configure(folder, **settings, **overrides)
+        run.optimizer.learning_rate = 1e38  # more than a recipe may say
+        return run
+
+    run_dir = train(diverging(training__steps=5, training__checkpoint_every=1, training__keep_checkpoints=1))
     assert "unchanged" not in caplog.text and "Step 2 skipped" in caplog.text
     assert "Step 2: Weights are not finite" in caplog.text or "Step 1: Weights are not finite" in caplog.text
     assert len(checkpoint_folders(run_dir)) > 1  # of which an older one may be of use
@@ -269,7 +273,7 @@ def test_a_run_that_diverges_says_so_keeps_its_checkpoints_and_is_pointed_out_la
     assert "Final validation: not finite" in capsys.readouterr().out
     caplog.clear()
     with pytest.raises(RunError, match=r"Step \d+: .* Weights are not finite"):
-        train(configure(folder, training__steps=20, safeguards__max_skipped_steps=4, **settings))
+        train(diverging(training__steps=20, safeguards__max_skipped_steps=4))
     assert "step_00000005 holds numbers that are not finite, in " in caplog.text
 
 

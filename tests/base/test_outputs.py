@@ -10,7 +10,6 @@ import pytest
 
 from xlstm_lm import cli
 from xlstm_lm.base.outputs import (
-    RUN_SECTIONS,
     check_folder_of_runs,
     check_new_folder,
     check_output_file,
@@ -18,6 +17,7 @@ from xlstm_lm.base.outputs import (
     whole_or_not_at_all,
 )
 from xlstm_lm.base.paths import user_path
+from xlstm_lm.base.run_layout import RUN_SECTIONS
 from xlstm_lm.config import load_run_config
 
 

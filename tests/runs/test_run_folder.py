@@ -15,10 +15,16 @@ from xlstm_lm.runs.run_folder import open_run_folder, run_of_recipe
 def make_run(folder: Path, run_dir: str, steps: range = range(1, 5), checkpoint: int | None = 4, every: int = 2) -> str:
     """A run's folder as far as its records go; gives the path of its config.yaml."""
     folder.mkdir(parents=True)
-    recipe = {"model": {}, "data": {"sources": []}, "training": {"run_dir": run_dir, "checkpoint_every": every}}
+    recipe = {
+        "model": {"family": "xlstm"},
+        "data": {"sources": []},
+        "training": {"run_dir": run_dir, "checkpoint_every": every},
+    }
     recipe |= {"optimizer": {}, "schedule": {}, "safeguards": {}, "wandb": {}, "deepspeed": {}}
     (folder / "config.yaml").write_text(yaml.safe_dump(recipe))
-    (folder / "metrics.jsonl").write_text("".join(json.dumps({"step": step}) + "\n" for step in steps))
+    (folder / "metrics.jsonl").write_text(
+        "".join(json.dumps({"split": "train", "step": step, "tokens": step}) + "\n" for step in steps)
+    )
     if checkpoint is not None:
         inside = folder / "checkpoints" / f"step_{checkpoint:08}"
         inside.mkdir(parents=True)

@@ -110,7 +110,7 @@ def test_one_that_fits_is_taken(tmp_path):
             lambda folder: (folder / "config.yaml").write_text(yaml.safe_dump({"model": MODEL | {"num_heads": 1}})),
             r"config.yaml: model.num_heads: 1 there, 2 now",
         ),
-        (lambda folder: (folder / "config.yaml").write_text(""), r"config.yaml holds NoneType.* Restore it"),
+        (lambda folder: (folder / "config.yaml").write_text(""), r"config.yaml is empty.* Restore it"),
     ],
 )
 def test_one_that_does_not_fit_is_refused_by_name(change, message, tmp_path):

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import fnmatch
 import json
-import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,12 +23,8 @@ from pathlib import Path
 
 from xlstm_lm.base.durable_files import sync_folder
 from xlstm_lm.base.lease import LEASE_FILE, FolderLease
+from xlstm_lm.base.run_layout import RUN_NAMES, STEP_FOLDER, checkpoint_folders, holds_run
 
-RUN_NAMES = (
-    "config.yaml metrics.jsonl superseded.jsonl samples.jsonl environment.json learning_curve.png checkpoints wandb "
-    f"wandb.json model.yaml tokenizer imported.json {LEASE_FILE}"
-).split()
-"""Names in a run's folder that the run writes itself."""
 STRAY_FILES = (
     "*.out",
     "*.err",
@@ -47,8 +42,6 @@ STRAY_FILES = (
     LEASE_FILE,
 )
 """Files that may lie in a folder before a run begins in it: a scheduler's logs, notes, scripts, hidden files."""
-RUN_SECTIONS = {"model", "data", "training", "optimizer", "schedule", "safeguards", "wandb", "deepspeed"}
-STEP_FOLDER = re.compile(r"step_\d{8,}")
 WEIGHTS = (
     "model.safetensors",
     "model.safetensors.index.json",
@@ -63,7 +56,7 @@ def contents(folder: Path) -> str:
     in_checkpoints = folder.parent.name == "checkpoints" and STEP_FOLDER.search(folder.name)
     if {"manifest.json", "state.json"} <= there or (in_checkpoints and there & {"state.json", *WEIGHTS}):
         return "a checkpoint"
-    if has_checkpoints(folder):
+    if checkpoint_folders(folder):
         return "a run"
     if folder.name in ("checkpoints", "wandb") and holds_run(folder.parent):
         return f"the {folder.name} folder of a run"
@@ -75,24 +68,6 @@ def contents(folder: Path) -> str:
 
 
 _TELLING = ("manifest.json", "state.json", "config.json", "tokenizer.json", "tokenizer_config.json", *WEIGHTS)
-
-
-def has_checkpoints(folder: Path) -> bool:
-    """Whether checkpoints of a run, damaged ones included, lie in a folder."""
-    parent = folder / "checkpoints"
-    return parent.is_dir() and any(STEP_FOLDER.fullmatch(path.name) and path.is_dir() for path in parent.iterdir())
-
-
-def has_trained(folder: Path) -> bool:
-    """Whether a run in a folder has checkpoints or metrics."""
-    metrics = folder / "metrics.jsonl"
-    return has_checkpoints(folder) or (metrics.is_file() and metrics.stat().st_size > 0)
-
-
-def holds_run(folder: Path) -> bool:
-    """Whether a run has at least begun in a folder."""
-    config = folder / "config.yaml"
-    return has_trained(folder) or (config.is_file() and _is_of_a_run(config))
 
 
 def check_new_folder(out: Path) -> None:
@@ -193,16 +168,6 @@ def _refuse_inside(out: Path, choose: str = "choose another folder.") -> None:
             raise ValueError(f"{out} lies in {above}, which is {what}; {choose}")
     if place.name in RUN_NAMES and holds_run(place.parent):
         raise ValueError(f"{out}: the run in {place.parent} keeps its own {place.name} there; {choose}")
-
-
-def _is_of_a_run(config: Path) -> bool:
-    """Whether a config.yaml has the sections that every run writes."""
-    import yaml  # eval's measurements of kernels do without it
-
-    try:
-        return yaml.safe_load(config.read_text(encoding="utf-8")).keys() >= RUN_SECTIONS
-    except (OSError, ValueError, AttributeError, RecursionError, yaml.YAMLError):
-        return False
 
 
 def _is_of_results(out: Path) -> bool:

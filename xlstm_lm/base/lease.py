@@ -94,7 +94,7 @@ class Holder:
 
 
 class FolderLease:
-    """A folder that this process holds until `release`."""
+    """A folder that this process holds until `release`, or until the end of a `with`."""
 
     def __init__(self, folder: Path, descriptor: int, made: list[Path]) -> None:
         """Use `take`."""
@@ -127,6 +127,12 @@ class FolderLease:
         except BaseException:
             _remove_empty(made)
             raise
+
+    def __enter__(self) -> FolderLease:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
 
     @property
     def is_in_place(self) -> bool:

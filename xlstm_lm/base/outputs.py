@@ -186,8 +186,7 @@ def whole_or_not_at_all(out: Path) -> Iterator[Path]:
     """
     out = out.resolve()
     partial = out.with_name(f".{out.name}.partial")
-    lease = FolderLease.take(partial)
-    try:
+    with FolderLease.take(partial):
         for path in partial.iterdir():  # of one that was killed
             if path.name != LEASE_FILE:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -200,6 +199,4 @@ def whole_or_not_at_all(out: Path) -> Iterator[Path]:
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
-    finally:
-        lease.release()
     sync_folder(out.parent)

@@ -53,6 +53,17 @@ class RunFolder:
             announce_once(f"{self._metrics_path}, line {line.number}, is damaged and left out: {line.problem}.")
         return [line.text for line in kept]
 
+    def point_out_lost_metrics(self, checkpoint: Path, step: int) -> None:
+        """Warn where metrics.jsonl ends before a checkpoint of the run, although each save writes it through first."""
+        log_every = RunFolder(checkpoint).config().get("training", {}).get("log_every")
+        last = max((line.value["step"] for line in self._metric_lines() if not line.problem), default=0)
+        if isinstance(log_every, int) and last <= step - log_every:
+            ends = f"ends at step {last}" if last else "has no line"
+            announce_once(
+                f"{self._metrics_path} {ends}, but {checkpoint} is of step {step}: what came between is lost. The run "
+                "goes on without it; to have it back, stop the run and restore the file from a copy."
+            )
+
     def last_validation(self) -> dict[str, Any] | None:
         """The newest record of held-out documents; None where there is none."""
         return next((record for record in reversed(self.metrics()) if record["split"] == "validation"), None)

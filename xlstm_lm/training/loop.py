@@ -211,6 +211,7 @@ class Trainer:
         folder = RunFolder(self.run_dir)
         if not is_branch:
             folder.metric_lines(checkpoint.state["step"])
+            folder.point_out_lost_metrics(checkpoint.folder, checkpoint.state["step"])
         if self.run.wandb.mode != "disabled" and self.run.wandb.id is None:
             folder.wandb_id()
 

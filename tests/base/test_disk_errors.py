@@ -42,6 +42,6 @@ def test_no_room_for_more_files(tmp_path, monkeypatch):
 
 def test_a_file_that_cannot_be_replaced_leaves_nothing_beside_it(tmp_path):
     (tmp_path / "metrics.jsonl").mkdir()
-    with pytest.raises(IsADirectoryError):
+    with pytest.raises(RunError, match=r"metrics.jsonl is a folder, where a file belongs: move it away"):
         replace_durably(tmp_path / "metrics.jsonl", b"new")
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]

@@ -65,16 +65,21 @@ def write_durably(path: Path, content: bytes) -> tuple[int, int]:
 
 
 def replace_durably(path: Path, content: bytes) -> None:
-    """Put `content` in place of the file `path`: at any moment it has the old content or the new."""
+    """Put `content` in place of the file `path`: at any moment it has the old content or the new.
+
+    Raises:
+        RunError: it cannot be written; names the file, the cause and the remedy.
+    """
     temporary = path.with_name(f".tmp-{path.name}")
-    try:
-        write_durably(temporary, content)
-        temporary.replace(path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise
-    sync_folder(path.parent)
+    with disk_errors_explained(path):
+        try:
+            write_durably(temporary, content)
+            temporary.replace(path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            raise
+        sync_folder(path.parent)
 
 
 def sync_folder(folder: Path) -> None:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import fnmatch
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -79,7 +80,7 @@ def check_new_folder(out: Path) -> None:
     _refuse_inside(out)
     if out.is_symlink() and not out.exists():
         raise ValueError(f"{out} is a symbolic link to {out.readlink()}, which is not there; choose another folder.")
-    if out.is_file():
+    if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file; choose another folder.")
     if out.exists() and any(out.iterdir()):
         what = contents(out.resolve())
@@ -99,6 +100,7 @@ def check_run_folder(run_dir: Path) -> None:
         ValueError: names what is there.
     """
     choose = "choose another training.run_dir."
+    _refuse_impossible(run_dir, choose)
     what = contents(run_dir.resolve())
     if what == "a checkpoint":
         raise ValueError(
@@ -159,8 +161,24 @@ def check_folder_of_runs(folder: Path) -> None:
         raise ValueError(f"{folder} is {what}, no folder for several runs; choose another folder.")
 
 
+def _refuse_impossible(out: Path, choose: str) -> None:
+    """Refuse a place that cannot be: its name is too long, a part of its path is a file, or writing is forbidden."""
+    try:
+        out.stat()
+    except FileNotFoundError:
+        pass
+    except NotADirectoryError:
+        raise ValueError(f"{out}: a part of this path is a file, not a folder; {choose}") from None
+    except OSError as error:
+        raise ValueError(f"{out} is no place to write to ({error.strerror}); {choose}") from None
+    folder = next(each for each in (out, *out.absolute().parents) if each.is_dir())
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise ValueError(f"{out} is no place to write to (no permission to write in {folder}); {choose}")
+
+
 def _refuse_inside(out: Path, choose: str = "choose another folder.") -> None:
     """Refuse a place inside of a checkpoint, a model or a tokenizer, or under a name that a run there writes itself."""
+    _refuse_impossible(out, choose)
     place = out.resolve()  # a symbolic link counts as what it points to
     for above in place.parents:
         what = contents(above)

@@ -239,10 +239,10 @@ def write_study(folder: Path, **changes) -> Path:
     [
         ({"window": 3}, r"window = 3: there is no such field. Did you mean windows\?"),
         ({"models": {}}, "models is empty"),
-        ({"models": ["rnn.yaml"]}, "models = .*an object"),
+        ({"models": ["rnn.yaml"]}, "models = .*a section with fields"),
         ({"models": {"a b": "rnn.yaml", "A-B": "gru.yaml"}}, "share a folder"),
         ({"models": {"x": "none.yaml"}}, "none.yaml"),
-        ({"windows": 0}, "windows is 0"),
+        ({"windows": 0}, "windows = 0: must be a whole number from 1"),
         ({"learning_rates": {"LSTM": 1e-3}}, "learning_rates names LSTM; models has plain RNN, GRU"),
     ],
 )

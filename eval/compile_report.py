@@ -21,6 +21,7 @@ from typing import Any
 
 from eval.compile_calls import CudaCall, TritonCall
 from eval.compile_cases import CASES
+from xlstm_lm.base.program import program
 
 SHARED_MEMORY_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
 """Bytes that one program may have, by target. Nothing but the launch itself refuses more."""
@@ -96,9 +97,10 @@ def compile_all(
                     yield Compiled(case=case.name, kernel=call.kernel, target=target, launch=call.launch, **result)
 
 
+@program("eval.compile_report")
 def main(arguments: list[str] | None = None) -> int:
     """Print what every kernel compiles to; 1 if one does not, is too large or spills where it must not."""
-    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser = argparse.ArgumentParser(prog="python -m eval.compile_report", description=main.__doc__)
     parser.add_argument("--operations", nargs="*", default=list(CASES), choices=list(CASES))
     parser.add_argument("--targets", nargs="*", default=list(SHARED_MEMORY_LIMIT), choices=list(SHARED_MEMORY_LIMIT))
     parser.add_argument("--quick", action="store_true", help="only what the quick tests compile")

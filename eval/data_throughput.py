@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 from xlstm_lm.base.fields import Count, VocabSize, argument
+from xlstm_lm.base.program import program
 from xlstm_lm.data import (
     DataConfig,
     SourceConfig,
@@ -33,8 +34,9 @@ def tokens_per_second(tokenizer: Tokenizer, num_tokens: int, context_length: int
     return batches * lanes * context_length / (time.process_time() - begin)
 
 
+@program("eval.data_throughput")
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m eval.data_throughput", description=__doc__)
     parser.add_argument("--tokens", type=argument(Count), default=4_000_000, help="tokens to measure over")
     parser.add_argument("--vocab-size", type=argument(VocabSize), default=8192, help="of the BPE, trained on the spot")
     options = parser.parse_args()

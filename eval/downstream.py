@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import json
 import logging
 import os
 import sys
@@ -19,7 +18,7 @@ from typing import Any
 
 from eval.command import add_model_flags, environment, positive
 from eval.models import CausalModel, load_model
-from eval.results_file import results_file
+from eval.results_file import results_file, write_results
 from xlstm_lm.base import console
 from xlstm_lm.base.program import program
 
@@ -181,8 +180,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                     if key in results
                 },
             }
-            options.out.parent.mkdir(parents=True, exist_ok=True)
-            options.out.write_text(json.dumps(written, indent=1, default=str) + "\n", encoding="utf-8")
+            write_results(options.out, written, default=str)
             print(f"Wrote {options.out}")
 
 

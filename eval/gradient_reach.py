@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -32,7 +31,7 @@ from eval.gradient_reach_picture import draw_reach
 from eval.gradient_reach_runs import load_study, train_runs
 from eval.measure import environment
 from eval.models import DTYPES
-from eval.results_file import results_file
+from eval.results_file import results_file, write_results
 from eval.speed_models import Model, Own, describe_kernels, parse_model, record_kernels
 from xlstm_lm import hub
 from xlstm_lm.base.fields import NonNegative, argument
@@ -210,8 +209,7 @@ def main(arguments: list[str] | None = None) -> None:
             definition = __doc__.split("\n\n", 1)[1]
             content = {"environment": made_with, "definition": definition, "data": options.data}
             content["reaches"] = [asdict(reach) for reach in reaches]
-            options.out.parent.mkdir(parents=True, exist_ok=True)
-            options.out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+            write_results(options.out, content)
             draw_reach(content["reaches"], options.out.with_suffix(".png"))
             print(f"\nWrote {options.out} and {options.out.with_suffix('.png')}")
 

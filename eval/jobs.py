@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import ctypes
-import fcntl
 import os
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
 import torch
 
+from xlstm_lm.base.lease import FolderLease
 from xlstm_lm.base.outputs import check_folder_of_runs
 
 POLL_SECONDS = 0.1
@@ -54,7 +54,7 @@ class Outcome:
     """Of what it wrote to its log."""
 
 
-@contextmanager
+@contextlib.contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
     """Keep other processes that ask for the same out of a folder.
 
@@ -62,14 +62,7 @@ def alone_in(folder: Path) -> Iterator[None]:
         ValueError: one is there, or the folder is or lies in a run, a checkpoint, a model or a tokenizer.
     """
     check_folder_of_runs(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(
-                f"{folder}: another process is at work there. Wait until it ends, stop it, or choose another folder."
-            ) from None
+    with FolderLease.take(folder):
         yield
 
 
@@ -104,7 +97,7 @@ def run_jobs(
     outcomes: dict[str, Outcome] = {}
     running: dict[int, _Process] = {}
     deadline = time.monotonic() + max_seconds if max_seconds is not None else float("inf")
-    with _Signals() as signals, ExitStack() as stack:
+    with _Signals() as signals, contextlib.ExitStack() as stack:
         stack.callback(lambda: [process.kill() for process in running.values()])
         while running or (waiting and not signals.count and time.monotonic() < deadline):
             stopping = signals.count > 0 or time.monotonic() >= deadline

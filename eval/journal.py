@@ -7,12 +7,14 @@ starts another child when one dies or falls silent, and what was being tried the
 
 from __future__ import annotations
 
+import contextlib
 import json
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -82,9 +84,19 @@ def supervise(command: list[str], path: Path, silence: float) -> int:
     return code
 
 
+@contextlib.contextmanager
+def _ctrl_c_ignored() -> Iterator[None]:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def _run_once(command: list[str], path: Path, silence: float) -> tuple[int, str]:
     """Exit code of a child, and why it ended where that was not its own doing."""
-    child = subprocess.Popen(command)
+    with _ctrl_c_ignored():  # as the child then does: this process alone ends on it, and kills the child
+        child = subprocess.Popen(command)
     size, since = -1, time.monotonic()
     try:
         while child.poll() is None:

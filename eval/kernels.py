@@ -27,6 +27,7 @@ from eval.picture import OWN, draw_over_length
 from eval.results_file import results_file
 from eval.tables import ceilings_of_study, go_through
 from xlstm_lm.base.fields import Count, NonNegative, Positive, Size, argument
+from xlstm_lm.base.program import program
 from xlstm_lm.ops.selfcheck import TOLERANCE, errors
 
 SECONDS_A_CASE = {"cpu": 120.0, "cuda": 5.0}
@@ -199,6 +200,7 @@ def draw(rows: list[Row], cases: list[Case], path: Path) -> bool:
     return draw_over_length(panels, path, x_label="sequence length", y_label="ns a token, forward + backward")
 
 
+@program("eval.kernels")
 def main(arguments: list[str] | None = None) -> None:
     """Measure, print the tables and, with --out, write them as JSON and the mLSTM's times over length as a picture."""
     arguments = sys.argv[1:] if arguments is None else arguments

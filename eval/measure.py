@@ -13,7 +13,6 @@ import importlib.metadata
 import os
 import platform
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -24,6 +23,7 @@ from typing import Any
 import torch
 
 from eval.journal import Journal
+from xlstm_lm.base.machine import cpu_name, git_commit
 
 Step = Callable[[], object]
 FLUSHED_BYTES = 2**30
@@ -181,25 +181,15 @@ def environment(device: str) -> dict[str, Any]:
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": " ".join(["python -m", _module_name(), *sys.argv[1:]]),
-        "git_commit": _git_commit(),
+        "git_commit": git_commit(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "triton": version("triton"),
         "cuda": torch.version.cuda,
         "device": device,
-        "device_name": torch.cuda.get_device_name() if device == "cuda" else processor(),
+        "device_name": torch.cuda.get_device_name() if device == "cuda" else _processor(),
         "threads": torch.get_num_threads(),
     }
-
-
-def _git_commit() -> str | None:
-    """What is checked out, or what the variable GIT_COMMIT says where that cannot be told."""
-    command = ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty", "--abbrev=40"]
-    try:
-        found = subprocess.run(command, capture_output=True, text=True).stdout.strip()
-    except OSError:
-        found = ""
-    return found or os.environ.get("GIT_COMMIT")
 
 
 def version(package: str) -> str | None:
@@ -210,14 +200,8 @@ def version(package: str) -> str | None:
         return None
 
 
-def processor() -> str:
-    """The processor's name, as far as the system tells it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        name = platform.processor() or platform.machine()
-    return f"{name}, {os.cpu_count()} processors, {torch.backends.cpu.get_cpu_capability()}"
+def _processor() -> str:
+    return f"{cpu_name()}, {os.cpu_count()} processors, {torch.backends.cpu.get_cpu_capability()}"
 
 
 def _module_name() -> str:

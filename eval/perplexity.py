@@ -8,7 +8,6 @@ context length, beyond that of training too, as JSON and picture.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -19,7 +18,7 @@ from eval.documents import DocumentsConfig, Text, open_documents
 from eval.extrapolation import draw_extrapolation, extrapolate
 from eval.figures import Totals, as_sequence, exp
 from eval.models import CausalModel, load_model, pick_device
-from eval.results_file import results_file
+from eval.results_file import results_file, write_results
 from eval.scoring import score_sequences
 from xlstm_lm.base import console
 from xlstm_lm.base.fields import Count, Size, check_fields
@@ -161,8 +160,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "models": results,
         }
         if options.out:
-            options.out.parent.mkdir(parents=True, exist_ok=True)
-            options.out.write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
+            write_results(options.out, written)
             print(f"\nWrote {options.out}")
             if options.extrapolate or options.context_lengths:
                 draw_extrapolation(results, options.out.with_suffix(".png"))

@@ -102,6 +102,7 @@ def _environment(variables: dict[str, str]) -> dict[str, str]:
     return kept | variables | {"OMP_NUM_THREADS": "2"}
 
 
+@program("eval.spinning")
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m eval.spinning", description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=float, default=4.0, metavar="S", help="of each turn (default 4)")
@@ -109,18 +110,17 @@ def main() -> None:
     parser.add_argument("--neighbors", type=positive, default=4, metavar="N", help="processes beside (default 4)")
     parser.add_argument("--contender", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    with program("eval.spinning"):
-        if options.contender:
-            train_on_request()
-            return
-        load = os.getloadavg()[0]
-        found = measure(options.seconds, options.rounds, options.neighbors)
-        print(f"tokens/s on two threads, as a share of the library's own way alone; load average before: {load:.1f}\n")
-        print("\n".join(["| beside | " + " | ".join(WAYS) + " |", "|---" * (len(WAYS) + 1) + "|"]))
-        whole = found["alone"]["the library's own"]
-        for beside, rates in found.items():
-            print(f"| {beside} | " + " | ".join(f"{rate / whole:.3f}" for rate in rates.values()) + " |")
-        print("\n" + json.dumps(found))
+    if options.contender:
+        train_on_request()
+        return
+    load = os.getloadavg()[0]
+    found = measure(options.seconds, options.rounds, options.neighbors)
+    print(f"tokens/s on two threads, as a share of the library's own way alone; load average before: {load:.1f}\n")
+    print("\n".join(["| beside | " + " | ".join(WAYS) + " |", "|---" * (len(WAYS) + 1) + "|"]))
+    whole = found["alone"]["the library's own"]
+    for beside, rates in found.items():
+        print(f"| {beside} | " + " | ".join(f"{rate / whole:.3f}" for rate in rates.values()) + " |")
+    print("\n" + json.dumps(found))
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -15,7 +14,7 @@ import torch
 
 from eval.journal import Journal
 from eval.measure import DTYPES, Ceilings, clock, environment, measure_ceilings, one_line
-from xlstm_lm.base.durable_files import replace_durably
+from eval.results_file import write_results
 
 
 def ceilings_of_study(options: argparse.Namespace, journal: Journal) -> Ceilings:
@@ -54,8 +53,7 @@ def go_through(
         if options.device == "cpu":
             content["clock"] = clock(options.device).__name__
         content |= also | {"rows": [asdict(row) for row in rows], "left_out": left_out}
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        replace_durably(options.out, json.dumps(content, indent=1).encode() + b"\n")  # even where a kernel crashes
+        write_results(options.out, content)  # even where a kernel crashes
 
     for title, measure in tables.items():
         if title in journal.results:

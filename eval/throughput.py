@@ -26,6 +26,7 @@ from eval.results_file import results_file
 from eval.speed_models import Model, describe_kernels, parse_model, record_kernels
 from eval.tables import ceilings_of_study, go_through
 from xlstm_lm.base.fields import Count, NonNegative, Positive, Size, argument
+from xlstm_lm.base.program import program
 from xlstm_lm.models.accounting import count_parameters, training_flops_per_token
 
 SILENCE = 180.0
@@ -165,18 +166,15 @@ def draw(rows: list[Row], path: Path) -> bool:
     return bool(curves) and draw_over_length({"training": curves}, path, **labels)
 
 
+@program("eval.throughput")
 def main(arguments: list[str] | None = None) -> None:
     """Measure, print the tables and, with --out, write them as JSON and as a picture."""
     arguments = sys.argv[1:] if arguments is None else arguments
     options = _parse(arguments)
-    try:
-        models = [parse_model(text) for text in options.models]
-        names = [model.name for model in models]
-        if twice := sorted({name for name in names if names.count(name) > 1}):
-            raise ValueError(f"two models are called {', '.join(twice)}; tell them apart, as in NAME=MODEL.")
-    except ValueError as error:
-        print(f"python -m eval.throughput: {error}", file=sys.stderr)
-        sys.exit(2)
+    models = [parse_model(text) for text in options.models]
+    names = [model.name for model in models]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"two models are called {', '.join(twice)}; tell them apart, as in NAME=MODEL.")
     if options.device == "cuda" and not options.journal:
         sys.exit(run_in_children("eval.throughput", arguments, SILENCE))
     torch.set_num_threads(options.threads)

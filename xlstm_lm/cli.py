@@ -198,7 +198,7 @@ def _conclude(run_dir: Path, recipes: list[str], overrides: dict[str, Any]) -> N
     Raises:
         RunError: the run has diverged.
     """
-    from xlstm_lm.base.durable_files import RunError
+    from xlstm_lm.base.durable_files import RunError, disk_errors_explained
     from xlstm_lm.base.finite import NotFiniteError
     from xlstm_lm.generation import SamplingConfig, continue_text
     from xlstm_lm.hub import load
@@ -223,7 +223,8 @@ def _conclude(run_dir: Path, recipes: list[str], overrides: dict[str, Any]) -> N
             f"The run has diverged by step {step}. {problem} All of it is kept, the last checkpoint is "
             f"{trained.folder}. Start a new run, in another training.run_dir, with a lower optimizer.learning_rate."
         )
-    with (run_dir / "samples.jsonl").open("a", encoding="utf-8") as file:
+    samples = run_dir / "samples.jsonl"
+    with disk_errors_explained(samples), samples.open("a", encoding="utf-8") as file:
         file.write(json.dumps({"step": step, "prompt": SAMPLE_PROMPT, "text": text}) + "\n")
     console.say(f"\nA sample:\n{SAMPLE_PROMPT}{text}")
     again = [part for recipe in recipes for part in ("--config", recipe)]

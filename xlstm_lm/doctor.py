@@ -14,6 +14,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from xlstm_lm.base.machine import cpu_name
 from xlstm_lm.ops import attention as attention_ops
 from xlstm_lm.ops import conv as conv_ops
 from xlstm_lm.ops import mlstm as mlstm_ops
@@ -211,7 +212,7 @@ def _version(package: str) -> str:
 
 def _devices() -> list[str]:
     capability = torch.backends.cpu.get_cpu_capability()
-    lines = [f"CPU: {platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, {capability}"]
+    lines = [f"CPU: {cpu_name()}, {torch.get_num_threads()} threads, {capability}"]
     for index in range(torch.cuda.device_count()):
         gpu = torch.cuda.get_device_properties(index)
         lines.append(f"GPU {index}: {gpu.name}, {gpu.total_memory / 2**30:.0f} GiB, sm_{gpu.major}{gpu.minor}")

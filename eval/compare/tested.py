@@ -91,6 +91,7 @@ def read_tested(path: Path) -> Tested:
     return dataclasses.replace(tested, environment=content["environment"])
 
 
+@program("eval.compare.tested")
 def main(arguments: Sequence[str] | None = None) -> None:
     """Test a run and write what was found, with the environment, as JSON."""
     parser = argparse.ArgumentParser(prog="python -m eval.compare.tested", description=__doc__.splitlines()[0])
@@ -98,8 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--test", required=True, metavar="JSON", help="The section compare.test.")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="Where to write.")
     options = parser.parse_args(arguments)
-    with program("eval.compare.tested"):
-        tested = test_run(options.run, _TEST.validate_json(options.test))
+    tested = test_run(options.run, _TEST.validate_json(options.test))
     content = {"environment": environment(pick_device(None), ()), "tested": _TESTED.dump_python(tested)}
     replace_durably(options.out, json.dumps(content, indent=1).encode() + b"\n")
 

@@ -9,7 +9,6 @@ on: finished runs are reused, others continued. What is there is tested, printed
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -18,7 +17,7 @@ import torch
 
 from eval.command import environment, positive
 from eval.jobs import Outcome, alone_in
-from eval.results_file import results_file
+from eval.results_file import results_file, write_results
 from eval.tasks.rows import TaskData
 from eval.tasks.study import Study, collect, load_study, train_runs
 from eval.tasks.summary import as_markdown, draw, summarize
@@ -64,8 +63,7 @@ def _report(study: Study, outcomes: dict[str, Outcome], out: Path | None) -> boo
         print(f"Missing: {each['run']}, {each['reason']}")
     if curves and out:
         content = {"environment": environment(torch.device("cpu"), PACKAGES), "study": asdict(study.config), **found}
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        write_results(out, content)
         print(f"\nWrote {out}")
         picture = out.with_suffix(".png")
         if draw(curves, picture, study.task, study.config.title):

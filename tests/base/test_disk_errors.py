@@ -7,7 +7,7 @@ import os
 
 import pytest
 
-from xlstm_lm.base.durable_files import RunError, disk_errors_explained
+from xlstm_lm.base.durable_files import RunError, disk_errors_explained, replace_durably
 
 
 @pytest.mark.parametrize(
@@ -38,3 +38,10 @@ def test_no_room_for_more_files(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "statvfs", lambda path: full)
     with pytest.raises(RunError, match="the disk has room for no more files"), disk_errors_explained(tmp_path):
         raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_file_that_cannot_be_replaced_leaves_nothing_beside_it(tmp_path):
+    (tmp_path / "metrics.jsonl").mkdir()
+    with pytest.raises(RunError, match=r"metrics.jsonl is a folder, where a file belongs: move it away"):
+        replace_durably(tmp_path / "metrics.jsonl", b"new")
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]

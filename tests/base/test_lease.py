@@ -10,6 +10,7 @@ import signal
 import threading
 import time
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 
@@ -165,6 +166,11 @@ def test_a_moved_folder_is_found(tmp_path):
     assert held.place() == tmp_path / "moved"
     held.release()
     assert not list((tmp_path / "moved").iterdir()) and (tmp_path / "run").exists()
+
+
+def test_a_folder_that_cannot_be_made_is_named():
+    with pytest.raises(ValueError, match=r"/proc/run can be neither made nor written to .*: choose another folder"):
+        FolderLease.take(Path("/proc/run"))
 
 
 def delete(folder) -> None:

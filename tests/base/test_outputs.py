@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -10,7 +11,6 @@ import pytest
 
 from xlstm_lm import cli
 from xlstm_lm.base.outputs import (
-    RUN_SECTIONS,
     check_folder_of_runs,
     check_new_folder,
     check_output_file,
@@ -18,6 +18,7 @@ from xlstm_lm.base.outputs import (
     whole_or_not_at_all,
 )
 from xlstm_lm.base.paths import user_path
+from xlstm_lm.base.run_layout import RUN_SECTIONS
 from xlstm_lm.config import load_run_config
 
 
@@ -59,6 +60,7 @@ def place(tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "link").symlink_to("run/checkpoints/step_00000004")
     (tmp_path / "nowhere").symlink_to("unmounted")
+    (tmp_path / "loop").symlink_to("loop")
     shutil.copytree(tmp_path / "link", tmp_path / "kept")
     return tmp_path
 
@@ -92,6 +94,9 @@ INSIDE = [
         ("project", r"not empty \(src\)"),
         ("recipes", "a config.yaml that no run has written"),
         ("file", "is a file"),
+        ("file/run", "a part of this path is a file"),
+        ("x" * 300, "no place to write to .File name too long"),
+        ("loop/run", "no place to write to .Too many levels of symbolic links"),
     ],
 )
 def test_a_run_is_refused_where_something_else_lies(place, name, message):
@@ -117,6 +122,9 @@ def test_a_run_may_go_where_a_run_is_or_nothing_that_matters(place, name):
         ("tokenizer", "holds a tokenizer"),
         ("logs", "is not empty"),
         ("file", "is a file"),
+        ("file/new", "a part of this path is a file"),
+        ("/dev/null", "is a file"),
+        ("x" * 300, "no place to write to .File name too long"),
     ],
 )
 def test_a_new_folder_is_new(place, name, message):
@@ -124,6 +132,13 @@ def test_a_new_folder_is_new(place, name, message):
         check_new_folder(place / name)
     for free in ("empty", "a/new", "run/export"):
         check_new_folder(place / free)
+
+
+def test_a_place_without_permission_is_refused_before_any_work(place, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda folder, mode: folder != place / "data")  # tests may run as root
+    for check in (check_run_folder, check_new_folder, check_output_file, check_folder_of_runs):
+        with pytest.raises(ValueError, match=f"no permission to write in {place}/data"):
+            check(place / "data" / "a" / "new")
 
 
 def test_the_current_folder_is_not_replaced(place, monkeypatch):
@@ -201,6 +216,9 @@ def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
     assert user_path("~/run") == tmp_path / "run" and user_path("a~b") == Path("a~b")
     with pytest.raises(ValueError, match="no home folder of that name"):
         user_path("~nobody-of-this-name/run")
+    for text, message in (("", "is no path; give"), (" ", "is no path; give"), ("a\0b", "a NUL character")):
+        with pytest.raises(ValueError, match=message):
+            user_path(text)
     sections = {"model": {"vocab_size": 300}, "data.sources": [], "data.task": {"name": "parity"}}
     run = load_run_config([], sections | {"training.run_dir": "~/run"})
     assert run.training.folder == tmp_path / "run"

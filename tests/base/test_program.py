@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from xlstm_lm.base.durable_files import RunError
 from xlstm_lm.base.program import program, told_once
+
+ROOT = Path(__file__).parents[2]
 
 
 def ending(code: str, **options) -> tuple[int, str, str]:
@@ -25,6 +30,27 @@ def test_ctrl_c_and_sigterm_clean_up_and_leave_no_trace():
     clean = "try:\n    os.kill(os.getpid(), signal.SIG{})\nfinally:\n    print('cleaned up')"
     assert ending(clean.format("INT")) == (130, "cleaned up\n", "xlstm-lm train: interrupted\n")
     assert ending(clean.format("TERM")) == (143, "cleaned up\n", "")
+
+
+STUDIES = sorted(path for path in (ROOT / "eval").rglob("*.py") if 'if __name__ == "__main__"' in path.read_text())
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_study_ends_like_a_command(path):
+    assert re.search(r"^(@|    with )program\(", path.read_text(), re.MULTILINE)
+
+
+@pytest.mark.parametrize("at", ["import torch", "torch.set_num_threads(options.threads)"])
+def test_ctrl_c_in_a_study_leaves_no_trace(at, tmp_path):
+    shutil.copytree(ROOT / "eval", tmp_path / "eval", ignore=shutil.ignore_patterns("results"))
+    study = tmp_path / "eval" / "kernels.py"
+    interrupt = "import os; os.kill(os.getpid(), 2)"
+    study.write_text(study.read_text().replace(at, f"{interrupt}; {at}", 1))
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
+    command = [sys.executable, "-m", "eval.kernels", "--device", "cpu"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
+    expected = (-2, "") if "import" in at else (130, "eval.kernels: interrupted\n")
+    assert (done.returncode, done.stderr) == expected
 
 
 @pytest.mark.parametrize("buffered", ["", "1"])

@@ -288,7 +288,7 @@ def test_a_model_that_is_not_finite_ends_with_one_message(own_folder, tmp_path, 
     with pytest.raises(SystemExit) as ended:
         perplexity.main(["--model", str(folder), "--data", str(tmp_path / "text.txt")])
     assert ended.value.code == 2
-    line = capsys.readouterr().err.strip().splitlines()[-1]
+    line = capsys.readouterr().err.strip().splitlines()[-1]  # the stages come before
     assert line.startswith(f"eval.perplexity: The logits of {folder} are not finite: its weights are not finite")
 
 

@@ -151,7 +151,7 @@ def test_a_model_that_does_not_exist_is_refused(text, message, capsys):
         parse_model(text)
     with pytest.raises(SystemExit) as ended:
         throughput.main(["--models", text, *FAST])
-    assert ended.value.code == 2 and "python -m eval.throughput: " in capsys.readouterr().err
+    assert ended.value.code == 2 and "eval.throughput: " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -16,11 +16,11 @@ from processes import run_ranks
 
 from xlstm_lm.base import tensor_files
 from xlstm_lm.base.durable_files import RunError
+from xlstm_lm.base.run_layout import checkpoint_folders
 from xlstm_lm.parallel.process_group import join_world
 from xlstm_lm.runs import checkpoint as checkpoint_module
 from xlstm_lm.runs.checkpoint import (
     Checkpoint,
-    checkpoint_folders,
     damage,
     find_checkpoint,
     newest_checkpoint,

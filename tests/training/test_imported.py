@@ -11,10 +11,10 @@ import yaml
 from processes import run_ranks
 from runs import configure, records, write_text
 
+from xlstm_lm.base.run_layout import checkpoint_folders
 from xlstm_lm.data import train_bpe
 from xlstm_lm.hub import import_run, load
 from xlstm_lm.parallel.process_group import join_world
-from xlstm_lm.runs.checkpoint import checkpoint_folders
 from xlstm_lm.training.loop import Trainer, train
 from xlstm_lm.training.safeguards import StopRequest
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 
@@ -70,6 +71,20 @@ def test_damage_behind_a_checkpoint_goes_with_what_was_written_there(tmp_path, c
     assert "line 3, is damaged and left out: it has no 'split'" in caplog.text
     with pytest.raises(ValueError, match="line 3, is damaged"):
         RunFolder(tmp_path).metric_lines(up_to=3)
+
+
+@pytest.mark.parametrize(
+    ("last", "problem"),
+    [(6, ""), (5, ""), (4, "ends at step 4, but .* is of step 9: what came between is lost"), (0, "has no line")],
+)
+def test_metrics_that_end_before_the_checkpoint_are_missed(last, problem, tmp_path, caplog):
+    announce_once.cache_clear()
+    (tmp_path / "metrics.jsonl").write_text("".join(f"{metric(step)}\n" for step in range(1, last + 1)))
+    checkpoint = tmp_path / "checkpoints" / "step_00000009"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "config.yaml").write_text("model: {family: xlstm}\ntraining: {log_every: 5}\n")
+    RunFolder(tmp_path).point_out_lost_metrics(checkpoint, 9)
+    assert re.search(problem, caplog.text) if problem else not caplog.text
 
 
 @pytest.mark.parametrize(

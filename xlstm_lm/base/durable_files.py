@@ -27,7 +27,8 @@ def disk_errors_explained(path: Path) -> Iterator[None]:
 
 
 def _cause_and_remedy(error: OSError, path: Path) -> str:
-    place = Path(error.filename) if isinstance(error.filename, str) else path
+    named = error.filename2 or error.filename  # of a renaming the new name
+    place = Path(named) if isinstance(named, (str, Path)) else path
     if error.errno == errno.ENOSPC:
         existing = path
         while not existing.exists() and existing != existing.parent:
@@ -46,6 +47,7 @@ def _cause_and_remedy(error: OSError, path: Path) -> str:
         errno.ENAMETOOLONG: "the name is too long for the file system: choose a shorter one",
         errno.ENOENT: f"{place} is gone; it was deleted or renamed: put it back",
         errno.ENOTDIR: f"a part of {place} is a file, not a folder: move it away, or choose another folder",
+        errno.EISDIR: f"{place} is a folder, where a file belongs: move it away",
         errno.EMFILE: "too many files are open (ulimit -n): raise that limit",
         errno.EIO: "the disk fails to read or write: repair it, or choose another folder",
         errno.ESTALE: "the network disk has lost the file: mount it again",
@@ -63,11 +65,21 @@ def write_durably(path: Path, content: bytes) -> tuple[int, int]:
 
 
 def replace_durably(path: Path, content: bytes) -> None:
-    """Put `content` in place of the file `path`: at any moment it has the old content or the new."""
+    """Put `content` in place of the file `path`: at any moment it has the old content or the new.
+
+    Raises:
+        RunError: it cannot be written; names the file, the cause and the remedy.
+    """
     temporary = path.with_name(f".tmp-{path.name}")
-    write_durably(temporary, content)
-    temporary.replace(path)
-    sync_folder(path.parent)
+    with disk_errors_explained(path):
+        try:
+            write_durably(temporary, content)
+            temporary.replace(path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            raise
+        sync_folder(path.parent)
 
 
 def sync_folder(folder: Path) -> None:

@@ -94,7 +94,7 @@ class Holder:
 
 
 class FolderLease:
-    """A folder that this process holds until `release`."""
+    """A folder that this process holds until `release`, or until the end of a `with`."""
 
     def __init__(self, folder: Path, descriptor: int, made: list[Path]) -> None:
         """Use `take`."""
@@ -110,8 +110,8 @@ class FolderLease:
         Waits up to `STALE_SECONDS` where the holder cannot be looked up from here.
 
         Raises:
-            ValueError: another process holds it; names the process and what to do.
-            OSError, RunError: the folder cannot be made or written to.
+            ValueError: another process holds it, which is named, or it can be neither made nor written to.
+            RunError: the disk is full.
         """
         made = [each for each in (folder, *folder.parents) if not each.exists()]
         path = folder / LEASE_FILE
@@ -124,9 +124,20 @@ class FolderLease:
                     _clear_if_stale(path)
                 except FileNotFoundError:  # a process that gave the folder back has removed it
                     continue
+        except OSError as error:
+            _remove_empty(made)
+            raise ValueError(
+                f"{folder} can be neither made nor written to ({error.strerror}): choose another folder."
+            ) from error
         except BaseException:
             _remove_empty(made)
             raise
+
+    def __enter__(self) -> FolderLease:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
 
     @property
     def is_in_place(self) -> bool:

@@ -1,8 +1,10 @@
-"""The machine's memory."""
+"""The machine that this process runs on, its memory above all, and the source that it runs."""
 
 from __future__ import annotations
 
 import os
+import platform
+import subprocess
 from pathlib import Path
 
 import torch
@@ -38,3 +40,23 @@ def is_out_of_memory(error: BaseException) -> bool:
 def first_line(error: BaseException) -> str:
     """The first line of an error's text, or its name where it has none."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def cpu_name() -> str:
+    """The processor's own name, where the system gives it."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def git_commit() -> str | None:
+    """The commit of this source, with -dirty where it was edited.
+
+    Outside of a repository the variable GIT_COMMIT, or None.
+    """
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return os.environ.get("GIT_COMMIT")

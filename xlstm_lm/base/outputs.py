@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import fnmatch
 import json
-import re
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,12 +24,8 @@ from pathlib import Path
 
 from xlstm_lm.base.durable_files import sync_folder
 from xlstm_lm.base.lease import LEASE_FILE, FolderLease
+from xlstm_lm.base.run_layout import RUN_NAMES, STEP_FOLDER, checkpoint_folders, holds_run
 
-RUN_NAMES = (
-    "config.yaml metrics.jsonl superseded.jsonl samples.jsonl environment.json learning_curve.png checkpoints wandb "
-    f"wandb.json model.yaml tokenizer imported.json {LEASE_FILE}"
-).split()
-"""Names in a run's folder that the run writes itself."""
 STRAY_FILES = (
     "*.out",
     "*.err",
@@ -47,8 +43,6 @@ STRAY_FILES = (
     LEASE_FILE,
 )
 """Files that may lie in a folder before a run begins in it: a scheduler's logs, notes, scripts, hidden files."""
-RUN_SECTIONS = {"model", "data", "training", "optimizer", "schedule", "safeguards", "wandb", "deepspeed"}
-STEP_FOLDER = re.compile(r"step_\d{8,}")
 WEIGHTS = (
     "model.safetensors",
     "model.safetensors.index.json",
@@ -63,7 +57,7 @@ def contents(folder: Path) -> str:
     in_checkpoints = folder.parent.name == "checkpoints" and STEP_FOLDER.search(folder.name)
     if {"manifest.json", "state.json"} <= there or (in_checkpoints and there & {"state.json", *WEIGHTS}):
         return "a checkpoint"
-    if has_checkpoints(folder):
+    if checkpoint_folders(folder):
         return "a run"
     if folder.name in ("checkpoints", "wandb") and holds_run(folder.parent):
         return f"the {folder.name} folder of a run"
@@ -77,24 +71,6 @@ def contents(folder: Path) -> str:
 _TELLING = ("manifest.json", "state.json", "config.json", "tokenizer.json", "tokenizer_config.json", *WEIGHTS)
 
 
-def has_checkpoints(folder: Path) -> bool:
-    """Whether checkpoints of a run, damaged ones included, lie in a folder."""
-    parent = folder / "checkpoints"
-    return parent.is_dir() and any(STEP_FOLDER.fullmatch(path.name) and path.is_dir() for path in parent.iterdir())
-
-
-def has_trained(folder: Path) -> bool:
-    """Whether a run in a folder has checkpoints or metrics."""
-    metrics = folder / "metrics.jsonl"
-    return has_checkpoints(folder) or (metrics.is_file() and metrics.stat().st_size > 0)
-
-
-def holds_run(folder: Path) -> bool:
-    """Whether a run has at least begun in a folder."""
-    config = folder / "config.yaml"
-    return has_trained(folder) or (config.is_file() and _is_of_a_run(config))
-
-
 def check_new_folder(out: Path) -> None:
     """Refuse a place that is not free for a new folder; for before the long work.
 
@@ -104,7 +80,7 @@ def check_new_folder(out: Path) -> None:
     _refuse_inside(out)
     if out.is_symlink() and not out.exists():
         raise ValueError(f"{out} is a symbolic link to {out.readlink()}, which is not there; choose another folder.")
-    if out.is_file():
+    if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file; choose another folder.")
     if out.exists() and any(out.iterdir()):
         what = contents(out.resolve())
@@ -124,6 +100,7 @@ def check_run_folder(run_dir: Path) -> None:
         ValueError: names what is there.
     """
     choose = "choose another training.run_dir."
+    _refuse_impossible(run_dir, choose)
     what = contents(run_dir.resolve())
     if what == "a checkpoint":
         raise ValueError(
@@ -184,8 +161,24 @@ def check_folder_of_runs(folder: Path) -> None:
         raise ValueError(f"{folder} is {what}, no folder for several runs; choose another folder.")
 
 
+def _refuse_impossible(out: Path, choose: str) -> None:
+    """Refuse a place that cannot be: its name is too long, a part of its path is a file, or writing is forbidden."""
+    try:
+        out.stat()
+    except FileNotFoundError:
+        pass
+    except NotADirectoryError:
+        raise ValueError(f"{out}: a part of this path is a file, not a folder; {choose}") from None
+    except OSError as error:
+        raise ValueError(f"{out} is no place to write to ({error.strerror}); {choose}") from None
+    folder = next(each for each in (out, *out.absolute().parents) if each.is_dir())
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise ValueError(f"{out} is no place to write to (no permission to write in {folder}); {choose}")
+
+
 def _refuse_inside(out: Path, choose: str = "choose another folder.") -> None:
     """Refuse a place inside of a checkpoint, a model or a tokenizer, or under a name that a run there writes itself."""
+    _refuse_impossible(out, choose)
     place = out.resolve()  # a symbolic link counts as what it points to
     for above in place.parents:
         what = contents(above)
@@ -193,16 +186,6 @@ def _refuse_inside(out: Path, choose: str = "choose another folder.") -> None:
             raise ValueError(f"{out} lies in {above}, which is {what}; {choose}")
     if place.name in RUN_NAMES and holds_run(place.parent):
         raise ValueError(f"{out}: the run in {place.parent} keeps its own {place.name} there; {choose}")
-
-
-def _is_of_a_run(config: Path) -> bool:
-    """Whether a config.yaml has the sections that every run writes."""
-    import yaml  # eval's measurements of kernels do without it
-
-    try:
-        return yaml.safe_load(config.read_text(encoding="utf-8")).keys() >= RUN_SECTIONS
-    except (OSError, ValueError, AttributeError, RecursionError, yaml.YAMLError):
-        return False
 
 
 def _is_of_results(out: Path) -> bool:
@@ -221,8 +204,7 @@ def whole_or_not_at_all(out: Path) -> Iterator[Path]:
     """
     out = out.resolve()
     partial = out.with_name(f".{out.name}.partial")
-    lease = FolderLease.take(partial)
-    try:
+    with FolderLease.take(partial):
         for path in partial.iterdir():  # of one that was killed
             if path.name != LEASE_FILE:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -235,6 +217,4 @@ def whole_or_not_at_all(out: Path) -> Iterator[Path]:
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
-    finally:
-        lease.release()
     sync_folder(out.parent)

@@ -9,8 +9,12 @@ def user_path(text: str | Path) -> Path:
     """The path that a recipe or flag names, with ~ as the home folder.
 
     Raises:
-        ValueError: it begins with ~NAME and there is no such user.
+        ValueError: it is empty, begins with ~NAME where there is no such user, or holds a character that no path has.
     """
+    if not str(text).strip():
+        raise ValueError(f"{str(text)!r} is no path; give the name of a file or folder.")
+    if "\0" in str(text):
+        raise ValueError(f"{str(text)!r} is no path: it holds a NUL character.")
     try:
         return Path(text).expanduser()
     except RuntimeError:

@@ -34,7 +34,7 @@ def program(name: str) -> Iterator[None]:
     cleaning up.
     """
     _write_what_the_terminal_cannot()
-    with console.open_console(), _sigterm_unwinds():
+    with console.open_console(), _signals_unwind():
         try:
             try:
                 yield
@@ -83,12 +83,13 @@ def _write_what_the_terminal_cannot() -> None:
 
 
 @contextlib.contextmanager
-def _sigterm_unwinds() -> Iterator[None]:
-    """Have SIGTERM unwind the stack, so that nothing half-written stays.
+def _signals_unwind() -> Iterator[None]:
+    """Have Ctrl-C and SIGTERM unwind the stack, so that nothing half-written stays.
 
-    Not under a launcher: there a process may be waiting for one that is gone, where no handler of Python's runs.
+    SIGTERM not under a launcher: there a process may be waiting for one that is gone, where no handler of Python's
+    runs. A Ctrl-C that is ignored, as in a shell's background jobs, stays ignored.
     """
-    if "RANK" in os.environ or threading.current_thread() is not threading.main_thread():
+    if threading.current_thread() is not threading.main_thread():
         yield
         return
 
@@ -96,11 +97,16 @@ def _sigterm_unwinds() -> Iterator[None]:
         signal.signal(number, signal.SIG_DFL)
         raise SystemExit(TERMINATED)
 
-    before = signal.signal(signal.SIGTERM, leave)
+    before = {}
+    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:
+        before[signal.SIGINT] = signal.signal(signal.SIGINT, signal.default_int_handler)
+    if "RANK" not in os.environ:
+        before[signal.SIGTERM] = signal.signal(signal.SIGTERM, leave)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _nobody_reads(stream: TextIO) -> bool:

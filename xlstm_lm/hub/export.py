@@ -19,6 +19,7 @@ from xlstm_lm.base import console
 from xlstm_lm.base.durable_files import write_durably
 from xlstm_lm.base.outputs import check_new_folder, whole_or_not_at_all
 from xlstm_lm.base.paths import user_path
+from xlstm_lm.base.run_layout import STEP_FOLDER, checkpoint_folders
 from xlstm_lm.base.tensor_files import SHARD_BYTES, TensorWriter
 from xlstm_lm.data import Tokenizer
 from xlstm_lm.hub.baseline_formats import BASELINE_FORMAT
@@ -32,7 +33,6 @@ from xlstm_lm.hub.push import check_repository_name, push
 from xlstm_lm.hub.tokenizer_files import save_tokenizer_files
 from xlstm_lm.hub.transformers_format import TRANSFORMERS_FORMAT
 from xlstm_lm.ops.announce import announce_once
-from xlstm_lm.runs.checkpoint import checkpoint_folders
 from xlstm_lm.runs.folder import RunFolder
 
 FORMATS: dict[str, tuple[ExportFormat, ...]] = {
@@ -200,7 +200,7 @@ def _checkpoint_of(source: Path, step: int | None) -> Path:
 
 def _origin(folder: Path) -> tuple[Path | None, int | None]:
     """The run that a checkpoint belongs to, and its step; nothing where it is no checkpoint of a run."""
-    step = re.fullmatch(r"step_(\d+)", folder.name)
+    step = STEP_FOLDER.fullmatch(folder.name)
     if step is None or folder.parent.name != "checkpoints":
         return None, None
     return folder.parent.parent, int(step[1])

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -34,6 +33,7 @@ from xlstm_lm.base.durable_files import (
     write_durably,
 )
 from xlstm_lm.base.read_files import read_json
+from xlstm_lm.base.run_layout import STEP_FOLDER, checkpoint_folders
 from xlstm_lm.base.tensor_files import TensorWriter, read_tensors, tensor_files
 from xlstm_lm.parallel.process_group import World
 from xlstm_lm.runs.random_state import random_state_bytes
@@ -43,7 +43,6 @@ logger = logging.getLogger("xlstm_lm")
 FORMAT = 1
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """Of AdamW, as torch calls them."""
-STEP_FOLDER = re.compile(r"step_(\d{8,})")
 LEFTOVER = ".tmp-"
 WRITTEN_ALWAYS = ("state.json", "config.yaml")
 TAKE_AWAY = "Restore {folder} from a copy, or move it away to continue from the checkpoint before it."
@@ -134,17 +133,6 @@ def misnamed(checkpoint: Checkpoint) -> str:
     if not STEP_FOLDER.fullmatch(name) or name == f"step_{step:08}":
         return ""
     return f"holds the checkpoint of step {step}, by its state.json: it was copied or renamed"
-
-
-def checkpoint_folders(run_dir: Path) -> dict[int, Path]:
-    """The folders of a run's checkpoints by step, newest first, damaged ones included."""
-    parent = run_dir / "checkpoints"
-    found = {}
-    for path in parent.iterdir() if parent.is_dir() else ():
-        match = STEP_FOLDER.fullmatch(path.name)
-        if match and path.is_dir():
-            found[int(match[1])] = path
-    return dict(sorted(found.items(), reverse=True))
 
 
 def newest_checkpoint(run_dir: Path) -> Path:

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from xlstm_lm.base.read_files import NUMBER_OR_NULL, Fields, Line, json_lines, read_json
+from xlstm_lm.base.run_layout import checkpoint_folders
 from xlstm_lm.ops.announce import announce_once
 from xlstm_lm.recipe import read_recipe
-from xlstm_lm.runs.checkpoint import checkpoint_folders
 
 COMMON: Fields = {"split": str, "step": int}
 MEASURED: Fields = {"tokens": int}
@@ -52,6 +52,17 @@ class RunFolder:
                 raise ValueError(self._damaged_line(line))
             announce_once(f"{self._metrics_path}, line {line.number}, is damaged and left out: {line.problem}.")
         return [line.text for line in kept]
+
+    def point_out_lost_metrics(self, checkpoint: Path, step: int) -> None:
+        """Warn where metrics.jsonl ends before a checkpoint of the run, although each save writes it through first."""
+        log_every = RunFolder(checkpoint).config().get("training", {}).get("log_every")
+        last = max((line.value["step"] for line in self._metric_lines() if not line.problem), default=0)
+        if isinstance(log_every, int) and last <= step - log_every:
+            ends = f"ends at step {last}" if last else "has no line"
+            announce_once(
+                f"{self._metrics_path} {ends}, but {checkpoint} is of step {step}: what came between is lost. The run "
+                "goes on without it; to have it back, stop the run and restore the file from a copy."
+            )
 
     def last_validation(self) -> dict[str, Any] | None:
         """The newest record of held-out documents; None where there is none."""

@@ -7,6 +7,7 @@ from pathlib import Path
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from xlstm_lm.base.durable_files import disk_errors_explained
 from xlstm_lm.runs.folder import RunFolder
 
 SPLITS = {"train": {"linewidth": 1, "alpha": 0.7}, "validation": {"marker": "o", "linewidth": 1.5}}
@@ -38,5 +39,6 @@ def draw_learning_curve(run_dir: Path) -> Path:
     if axes.lines:
         axes.legend()
     path = run_dir / "learning_curve.png"
-    figure.savefig(path, dpi=120)
+    with disk_errors_explained(path):
+        figure.savefig(path, dpi=120)
     return path

@@ -10,7 +10,6 @@ import logging
 import os
 import platform
 import re
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,11 +17,12 @@ from typing import Any
 import torch
 
 from xlstm_lm.base.durable_files import replace_durably
-from xlstm_lm.base.outputs import contents, has_trained
+from xlstm_lm.base.machine import cpu_name, git_commit
+from xlstm_lm.base.outputs import contents
 from xlstm_lm.base.paths import user_path
+from xlstm_lm.base.run_layout import checkpoint_folders, has_metrics, has_trained
 from xlstm_lm.parallel.process_group import World
 from xlstm_lm.recipe import dotted_items, with_current_names
-from xlstm_lm.runs.checkpoint import checkpoint_folders
 from xlstm_lm.runs.folder import RunFolder
 
 logger = logging.getLogger("xlstm_lm")
@@ -118,9 +118,8 @@ def open_run_folder(run_dir: Path, config: dict[str, Any], resume: str) -> None:
         ValueError: the folder belongs to another configuration, or to any run where resume is never; or the run in it
             had checkpoints, which are gone.
     """
-    metrics = run_dir / "metrics.jsonl"
     checkpoints = checkpoint_folders(run_dir)
-    has_run = any(checkpoints) or (metrics.is_file() and metrics.stat().st_size > 0)
+    has_run = any(checkpoints) or has_metrics(run_dir)
     if has_run and resume == "never":
         raise ValueError(
             f"{run_dir} already holds a run, and training.resume is never: choose another training.run_dir, delete "
@@ -131,9 +130,10 @@ def open_run_folder(run_dir: Path, config: dict[str, Any], resume: str) -> None:
     elif checkpoints:
         check_same_run(checkpoints[0], config)
     if has_run and not checkpoints and _had_checkpoints(run_dir):
+        history = run_dir / "metrics.jsonl"
         raise ValueError(
             f"{run_dir} holds a run whose checkpoints are gone. Put one back (a folder checkpoints/step_*) to go on "
-            f"from it. To train again from the beginning, choose another training.run_dir, or move {metrics} away, "
+            f"from it. To train again from the beginning, choose another training.run_dir, or move {history} away, "
             "which is the history of that run."
         )
 
@@ -225,20 +225,3 @@ def record_environment(run_dir: Path, world: World, step: int, kernels: dict[str
         }
     )
     replace_durably(path, json.dumps({"sessions": sessions}, indent=2).encode())
-
-
-def git_commit() -> str | None:
-    """The commit of the source that runs, with -dirty where it was edited; None outside a repository."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return None
-
-
-def cpu_name() -> str:
-    """The processor's own name, where the system tells it."""
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or "CPU"

@@ -18,6 +18,7 @@ from xlstm_lm.base.finite import listed
 from xlstm_lm.base.lease import FolderLease
 from xlstm_lm.base.outputs import check_run_folder
 from xlstm_lm.base.paths import user_path
+from xlstm_lm.base.run_layout import checkpoint_folders
 from xlstm_lm.config import RunConfig, as_dict, as_recipe
 from xlstm_lm.data import Batch, DocumentData, TrainingData
 from xlstm_lm.models import build_model
@@ -27,7 +28,6 @@ from xlstm_lm.parallel.launcher import program_command
 from xlstm_lm.parallel.process_group import World, join_world, lost_processes_explained
 from xlstm_lm.runs.checkpoint import (
     Checkpoint,
-    checkpoint_folders,
     find_checkpoint,
     newest_checkpoint,
     remove_leftovers,
@@ -211,6 +211,7 @@ class Trainer:
         folder = RunFolder(self.run_dir)
         if not is_branch:
             folder.metric_lines(checkpoint.state["step"])
+            folder.point_out_lost_metrics(checkpoint.folder, checkpoint.state["step"])
         if self.run.wandb.mode != "disabled" and self.run.wandb.id is None:
             folder.wandb_id()
 

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from xlstm_lm.cli import _make_parser
-from xlstm_lm.config import as_recipe, fields, load_run_config
+from xlstm_lm.config import as_dict, as_recipe, fields, load_run_config
 from xlstm_lm.recipe import parse_yaml, read_recipe
 from xlstm_lm.runs.run_folder import differing_fields
 from xlstm_lm.training.deepspeed_section import OffloadOptimizer, OffloadParam, ZeroOptimization
@@ -65,6 +65,25 @@ def test_an_older_runs_configuration_is_todays(tmp_path):
     saved = write(tmp_path / "config.yaml", text)
     assert load_run_config([saved]) == run
     assert not differing_fields(yaml.safe_load(text), yaml.safe_load(as_recipe(run)))
+
+
+@pytest.mark.parametrize(
+    ("before", "steps", "now", "differ"),
+    [
+        ({"warmup": 50, "cooldown": 450}, 850, {"warmup": 0.0588, "cooldown": 0.5294}, []),
+        ({"warmup": 0.0588, "cooldown": 0.5294}, 850, {"warmup": 50, "cooldown": 450}, []),
+        ({"warmup": 0.0588, "cooldown": 0.5294}, 1700, {"warmup": 0.0588, "cooldown": 0.5294}, []),  # follow the run
+        ({"warmup": 50, "cooldown": 450}, 1700, {"warmup": 0.0294, "cooldown": 450}, []),
+        ({"warmup": 50, "cooldown": 450}, 1700, {"warmup": 0.0588, "cooldown": 450}, ["warmup: 50 there, 0.0588 now"]),
+        ({"warmup": 50, "cooldown": 450}, 850, {"warmup": 50, "cooldown": 0.5}, ["cooldown: 450 there, 0.5 now"]),
+    ],
+)
+def test_a_schedule_in_steps_is_the_one_in_shares(before, steps, now, differ):
+    def config(steps, schedule):
+        lengths = {f"schedule.{name}": value for name, value in schedule.items()}
+        return as_dict(load_run_config([DEMO], {"training.steps": steps} | lengths))
+
+    assert differing_fields(config(850, before), config(steps, now)) == [f"  schedule.{line}" for line in differ]
 
 
 def test_a_former_name_wins_over_todays_in_an_earlier_recipe():

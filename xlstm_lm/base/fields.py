@@ -85,6 +85,11 @@ Ratio = Annotated[float, Range(0, 1)]
 """Part of a whole."""
 
 
+def in_steps(length: float, steps: int) -> int:
+    """Steps that a length stands for: an int is their number, a float its share of `steps`, rounded."""
+    return round(length * steps) if isinstance(length, float) else length
+
+
 def words(hint: Any) -> str:
     """The values that a type allows, in words: 'a whole number from 1 to 10 or null'."""
     if get_origin(hint) is Annotated:

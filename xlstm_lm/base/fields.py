@@ -140,7 +140,7 @@ def _allows(hint: Any, value: Any) -> bool:
     if is_union(hint):
         return any(_allows(part, value) for part in parts)
     if get_origin(hint) is Literal:
-        return value in parts
+        return any(value == part and type(value) is type(part) for part in parts)
     if get_origin(hint) is list:
         return isinstance(value, list) and all(_allows(parts[0], each) for each in value)
     if get_origin(hint) is tuple:

@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import get_args
 
 import pytest
+import torch
 import yaml
 
 from xlstm_lm.cli import _make_parser
 from xlstm_lm.config import as_dict, as_recipe, fields, load_run_config
+from xlstm_lm.models import build_model
 from xlstm_lm.recipe import parse_yaml, read_recipe
 from xlstm_lm.runs.run_folder import differing_fields
 from xlstm_lm.training.deepspeed_section import OffloadOptimizer, OffloadParam, ZeroOptimization
@@ -116,6 +118,13 @@ def test_every_recipe_is_one_flag_shorter_or_longer(steps, schedule, factor):
 def test_every_training_recipe_is_valid_and_short(recipe):
     load_run_config([recipe])
     assert len(recipe.read_text().splitlines()) <= 40
+
+
+@pytest.mark.parametrize("recipe", sorted((CONFIGS / "model").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_preset_is_a_model_that_can_be_built(recipe):
+    run = load_run_config([CONFIGS / "data" / "python_stdlib.yaml", recipe])
+    with torch.device("meta"):
+        build_model(run.model)
 
 
 @pytest.mark.parametrize("recipe", sorted((CONFIGS / "data").glob("*.yaml")), ids=lambda path: path.stem)

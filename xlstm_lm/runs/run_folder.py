@@ -64,6 +64,7 @@ FREE_WHEN_BRANCHING = (*FREE_TO_CHANGE, "optimizer.", "schedule.", "data.validat
 
 LENGTHS = ("schedule.warmup", "schedule.cooldown")
 """Fields in steps or, below 1, in shares of training.steps."""
+_NUMBER = re.compile(r"\[[0-9]+\]")
 
 
 def differing_fields(before: dict[str, Any], now: dict[str, Any], free: tuple[str, ...] = FREE_TO_CHANGE) -> list[str]:
@@ -80,7 +81,7 @@ def differing_fields(before: dict[str, Any], now: dict[str, Any], free: tuple[st
     return [
         f"  {name}: {old.get(name, 'not set')!r} there, {new.get(name, 'not set')!r} now"
         for name in different
-        if not f"{re.sub(r'[[][0-9]+[]]', '', name)}.".startswith(free)
+        if not f"{_NUMBER.sub('', name)}.".startswith(free)
     ]
 
 

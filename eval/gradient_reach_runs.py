@@ -43,6 +43,8 @@ class StudyConfig:
         check_fields(self)
         if not self.models:
             raise ValueError("models is empty; name a recipe, such as LSTM: ../model/lstm-cpu-0.7m.yaml.")
+        if not self.run_dir:
+            raise ValueError("run_dir is empty; give the folder of the runs, such as runs/gradient-reach.")
         folders = [folder_name(name) for name in self.models]
         if len(set(folders)) < len(folders):
             raise ValueError(f"models has names that share a folder ({', '.join(folders)}); tell them apart.")

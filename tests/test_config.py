@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import get_args
 
 import pytest
+import torch
 import yaml
 
 from xlstm_lm.cli import _make_parser
-from xlstm_lm.config import as_recipe, fields, load_run_config
+from xlstm_lm.config import as_dict, as_recipe, fields, load_run_config
+from xlstm_lm.models import build_model
 from xlstm_lm.recipe import parse_yaml, read_recipe
 from xlstm_lm.runs.run_folder import differing_fields
 from xlstm_lm.training.deepspeed_section import OffloadOptimizer, OffloadParam, ZeroOptimization
@@ -67,6 +69,25 @@ def test_an_older_runs_configuration_is_todays(tmp_path):
     assert not differing_fields(yaml.safe_load(text), yaml.safe_load(as_recipe(run)))
 
 
+@pytest.mark.parametrize(
+    ("before", "steps", "now", "differ"),
+    [
+        ({"warmup": 50, "cooldown": 450}, 850, {"warmup": 0.0588, "cooldown": 0.5294}, []),
+        ({"warmup": 0.0588, "cooldown": 0.5294}, 850, {"warmup": 50, "cooldown": 450}, []),
+        ({"warmup": 0.0588, "cooldown": 0.5294}, 1700, {"warmup": 0.0588, "cooldown": 0.5294}, []),  # follow the run
+        ({"warmup": 50, "cooldown": 450}, 1700, {"warmup": 0.0294, "cooldown": 450}, []),
+        ({"warmup": 50, "cooldown": 450}, 1700, {"warmup": 0.0588, "cooldown": 450}, ["warmup: 50 there, 0.0588 now"]),
+        ({"warmup": 50, "cooldown": 450}, 850, {"warmup": 50, "cooldown": 0.5}, ["cooldown: 450 there, 0.5 now"]),
+    ],
+)
+def test_a_schedule_in_steps_is_the_one_in_shares(before, steps, now, differ):
+    def config(steps, schedule):
+        lengths = {f"schedule.{name}": value for name, value in schedule.items()}
+        return as_dict(load_run_config([DEMO], {"training.steps": steps} | lengths))
+
+    assert differing_fields(config(850, before), config(steps, now)) == [f"  schedule.{line}" for line in differ]
+
+
 def test_a_former_name_wins_over_todays_in_an_earlier_recipe():
     assert load_run_config([DEMO], {"schedule.warmup_steps": 3}).schedule.warmup == 3
 
@@ -97,6 +118,13 @@ def test_every_recipe_is_one_flag_shorter_or_longer(steps, schedule, factor):
 def test_every_training_recipe_is_valid_and_short(recipe):
     load_run_config([recipe])
     assert len(recipe.read_text().splitlines()) <= 40
+
+
+@pytest.mark.parametrize("recipe", sorted((CONFIGS / "model").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_preset_is_a_model_that_can_be_built(recipe):
+    run = load_run_config([CONFIGS / "data" / "python_stdlib.yaml", recipe])
+    with torch.device("meta"):
+        build_model(run.model)
 
 
 @pytest.mark.parametrize("recipe", sorted((CONFIGS / "data").glob("*.yaml")), ids=lambda path: path.stem)
@@ -148,6 +176,15 @@ def test_numbers_as_people_write_them():
         ("schedule: {warmup_steps: 3, warmup: 4}", "{file}: schedule.warmup and schedule.warmup_steps are two names"),
         ("foo: 1", r"{file}: foo = 1: there is no such field. There are model, data, training"),
         ("training: {run_dir: ''}", "{file}: training.run_dir is empty"),
+        (r'training: {run_dir: "a\0b"}', r"{file}: training.run_dir = 'a\\x00b': must be UTF-8 text without null"),
+        (r'wandb: {tags: ["\uD800"]}', r"{file}: wandb.tags = '\\ud800': must be UTF-8 text"),
+        ("training.steps: 3", r"{file}: training.steps = 3: .* Only flags join .* write 'training: {steps: ...}'"),
+        ("deepspeed: {zero_optimization.stage: 1}", r"write 'zero_optimization: {stage: ...}'"),
+        ("Training: {steps: 3}", r"Did you mean training\?"),
+        ("optimizer: {lr: 3}", r"Did you mean optimizer.learning_rate\?"),
+        ("training: {batch_size: 3}", r"Did you mean data.global_batch_size\?"),
+        ("model: {hidden_size: 3}", r"Did you mean model.embedding_dim\?"),
+        ("training:\n\tsteps: 3", "between values YAML has blanks, not tabs"),
     ],
 )
 def test_a_mistake_in_a_recipe_names_file_key_and_mend(tmp_path, text, message):
@@ -175,7 +212,9 @@ DEEPSPEED_MISTAKES = [
     ("{zero_optimization: {stage: true}}", "stage = true: must be one of 0, 1, 2, 3"),
     ("{zero_optimization: {overlap_comm: 'true'}}", "overlap_comm = 'true': must be true or false"),
     ("{zero_optimization: {overlap_com: true}}", "Did you mean deepspeed.zero_optimization.overlap_comm"),
-    ("{zero_optimization: {reduce_bucket_size: auto}}", "reduce_bucket_size = 'auto': must be a whole number"),
+    ("{zero_optimization: {reduce_bucket_size: auto}}", "reduce_bucket_size = 'auto': give a value"),
+    ("{zero_optimization: {reduce_bucket_size: large}}", "reduce_bucket_size = 'large': must be a whole number"),
+    ("{fp16: {enabled: auto}}", "deepspeed.fp16 is not set there: use training.precision"),
     ("{zero_optimization: {reduce_bucket_size: .inf}}", "reduce_bucket_size = inf: must be a whole number"),
     ("{zero_optimization: {offload_optimizer: {devise: cpu}}}", "Did you mean .*offload_optimizer.device"),
     ("{zero_optimization: {offload_optimizer: {device: nvme}}}", "device = 'nvme': must be one of none, cpu"),
@@ -194,9 +233,22 @@ DEEPSPEED_MISTAKES = [
 
 @pytest.mark.parametrize(("section", "message"), DEEPSPEED_MISTAKES)
 def test_a_mistake_in_the_deepspeed_section_is_named(section, message):
-    with pytest.raises(ValueError, match=f"flag --deepspeed.*{message}") as refused:
+    with pytest.raises(ValueError, match=f"^flag --deepspeed: .*{message}") as refused:
         load_run_config([DEMO], {"deepspeed": parse_yaml(section)})
     assert "\n" not in str(refused.value)
+
+
+def test_a_section_as_for_other_programs_is_refused_all_at_once():
+    section = {
+        "fp16": {"enabled": "auto"},
+        "optimizer": {},
+        "zero_optimization": {"stage": 1, "sub_group_size": "auto"},
+    }
+    with pytest.raises(ValueError) as refused:
+        load_run_config([DEMO], {"deepspeed": section})
+    lines = str(refused.value).splitlines()
+    assert lines[0].startswith("flag --deepspeed: deepspeed.") and len(lines) == 3
+    assert "deepspeed.zero_optimization.sub_group_size = 'auto': give a value, or remove it" in str(refused.value)
 
 
 def test_the_deepspeed_section_is_handed_on_as_it_is():
@@ -262,6 +314,30 @@ def test_a_flag_that_cannot_be_read_is_named(name, texts, message, capsys):
     with pytest.raises(SystemExit) as ended:
         flag(name, *texts)
     assert ended.value.code == 2 and message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--deepspeed.zero_optimization.stage", "2"], "--deepspeed has all below it, as YAML: --deepspeed '...'."),
+        (["--data.sources.0.kind", "text"], "--data.sources has all below it, as YAML"),
+        (["--model", "x"], "model is a section, with the flags --model.family, --model.vocab_size"),
+        (["--optimizer.betas", "0.9", "0.95"], "quote one with blanks, and lists: '[1, 2]'"),
+        (["--model.forget_bias", "-1e2"], "--flag=VALUE where the value begins with a dash"),
+        (["training.steps=5"], "Did you mean --training.steps?"),
+        (["--lr", "5"], "Did you mean --optimizer.learning_rate?"),
+    ],
+)
+def test_a_flag_that_is_none_is_answered_by_the_one_meant(given, message, capsys):
+    with pytest.raises(SystemExit):
+        _make_parser(True).parse_args(["train", "--config", "x.yaml", *given])
+    assert message in capsys.readouterr().err
+
+
+def test_a_list_with_a_wrong_item_is_named_once():
+    with pytest.raises(ValueError) as refused:
+        load_run_config([DEMO], {"model.pattern": [1], "optimizer.betas": [7]})
+    assert len(str(refused.value).splitlines()) == 2
 
 
 def test_all_mistakes_are_named_at_once(tmp_path):

@@ -10,6 +10,7 @@ import pytest
 
 from eval.compare.config import CompareConfig
 from eval.gradient_reach_runs import StudyConfig as ReachConfig
+from eval.tasks.registry import TASKS
 from eval.tasks.study import StudyConfig
 from xlstm_lm.base.fields import Count, NonNegative, Positive, Range, Share, Size, argument, check_fields
 from xlstm_lm.config import RunConfig, load_run_config
@@ -54,7 +55,9 @@ def numbers_without_range(hint: Any, path: str = "") -> list[str]:
     return [found for part in parts for found in numbers_without_range(part, path)]
 
 
-@pytest.mark.parametrize("config_class", [RunConfig, SamplingConfig, CompareConfig, StudyConfig, ReachConfig])
+@pytest.mark.parametrize(
+    "config_class", [RunConfig, SamplingConfig, CompareConfig, StudyConfig, ReachConfig, *set(TASKS.values())]
+)
 def test_no_number_of_any_configuration_is_without_a_range(config_class):
     assert not numbers_without_range(config_class)
 

@@ -117,6 +117,14 @@ def test_what_is_no_recipe_file_is_said_so(make, message, tmp_path):
         read_recipe(tmp_path / "x.yaml")
 
 
+def test_an_include_may_be_in_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "mine.yaml").write_text("training: {steps: 3}\r\n")
+    (tmp_path / "x.yaml").write_bytes(b"\xef\xbb\xbfinclude: [~/mine.yaml]\r\n")
+    assert read_recipe(tmp_path / "x.yaml")[0] == {"training": {"steps": 3}}
+
+
 def test_includes_that_multiply_are_bounded(tmp_path):
     for level in range(9):
         (tmp_path / f"{level}.yaml").write_text(f"include: [{', '.join([f'{level + 1}.yaml'] * 9)}]\n")

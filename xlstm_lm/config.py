@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import reduce
 from operator import or_
@@ -15,7 +15,7 @@ from typing import Annotated, Any, ClassVar
 import yaml
 from pydantic import Discriminator, Tag, TypeAdapter, ValidationError
 
-from xlstm_lm.base.mistakes import explain, shown
+from xlstm_lm.base.mistakes import explain, origin_of, shown
 from xlstm_lm.data import DataConfig
 from xlstm_lm.models import FAMILIES
 from xlstm_lm.recipe import (
@@ -263,10 +263,24 @@ def check_run_config(values: dict[str, Any], origins: dict[str, str]) -> RunConf
         ValueError: a key or a value is not allowed, as in `load_run_config`.
     """
     values = with_current_names(values)
+    for name, value in dotted_items(values).items():
+        for text in _texts(value):
+            if "\0" in text or text.encode(errors="replace").decode() != text:
+                raise ValueError(f"{origin_of(name, origins)}{name} = {text!a}: must be UTF-8 text without null bytes.")
     try:
         return _RUN.validate_python(values)
     except ValidationError as error:
         raise ValueError(explain(error, RunConfig, values, origins)) from None
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Every text in a value, keys included."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, (dict, list, tuple)):
+        inner = [*value, *value.values()] if isinstance(value, dict) else value
+        for each in inner:
+            yield from _texts(each)
 
 
 def as_recipe(run: RunConfig) -> str:

@@ -149,7 +149,8 @@ def parse_yaml(text: str) -> Any:
         mark = error.problem_mark or error.context_mark
         where = f" in line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         context = f" ({error.context})" if error.context else ""
-        raise ValueError(f"{error.problem}{where}{context}") from None
+        hint = "; between values YAML has blanks, not tabs" if "'\\t'" in error.problem else ""
+        raise ValueError(f"{error.problem}{where}{context}{hint}") from None
     except yaml.YAMLError as error:
         raise ValueError(str(error)) from None
 
@@ -236,7 +237,9 @@ def _read(path: Path, above: tuple[Path, ...], files: list[Path]) -> tuple[dict[
         raise ValueError(f"{path} {holds}, but a recipe is a mapping such as 'model: {{num_blocks: 4}}'.")
     includes = own.pop("include", [])
     if not isinstance(includes, list) or not all(isinstance(include, str) for include in includes):
-        raise ValueError(f"{path}: include is {includes!r}, but must be a list of files relative to this one.")
+        raise ValueError(
+            f"{path}: include is {includes!r}, but must be a list of files relative to this one, such as [model.yaml]."
+        )
     try:
         own = with_current_names(own)
     except ValueError as error:
@@ -244,7 +247,7 @@ def _read(path: Path, above: tuple[Path, ...], files: list[Path]) -> tuple[dict[
     values: dict[str, Any] = {}
     origins: dict[str, str] = {}
     for include in includes:
-        included, included_origins = _read(path.parent / include, (*above, path.resolve()), files)
+        included, included_origins = _read(path.parent / user_path(include), (*above, path.resolve()), files)
         values, origins = merge(values, included), merge_origins(origins, included_origins)
     return merge(values, own), merge_origins(origins, dict.fromkeys(dotted_items(own), str(path)))
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 import statistics
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +20,7 @@ from eval.perplexity import PerplexityConfig
 from eval.speed_models import PRESETS
 from eval.study_file import check_section
 from xlstm_lm.base.fields import Count, Positive, Seed, Size, check_fields
-from xlstm_lm.base.mistakes import nearest
+from xlstm_lm.base.mistakes import nearest, shown
 from xlstm_lm.config import RunConfig, check_run_config
 from xlstm_lm.data import open_source
 from xlstm_lm.data.tokenizer import build_tokenizer
@@ -48,7 +49,7 @@ class SizeConfig:
 
     learning_rates: list[Positive] = field(default_factory=list)
     """The grid at this size, where it is not the common one."""
-    recipe: dict[str, Any] = field(default_factory=dict)
+    recipe: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Sections of a run that win over the common recipe."""
 
 
@@ -154,8 +155,11 @@ class CompareConfig:
         for grid in grids + [grid for _, model in self._models for grid in model.learning_rates.values()]:
             if len(set(grid)) < len(grid):
                 raise ValueError(f"learning_rates is {grid}; each may be there once.")
-        if not self.name or Path(self.name).name != self.name:
-            raise ValueError(f"name is {self.name!r}; it must be a name that a folder can have.")
+        for key, model in self._models:
+            if not model.sizes:
+                raise ValueError(f"models.{key}.sizes is empty; give at least one.")
+        if not re.fullmatch(r"[\w.+-]*\w[\w.+-]*", self.name):
+            raise ValueError(f"name is {self.name!r}; give a name for a folder: letters, digits, dots, dashes.")
 
     @property
     def _models(self) -> list[tuple[str, ArchitectureConfig]]:
@@ -231,6 +235,9 @@ def load_comparison(path: Path, data_root: str | None = None) -> Comparison:
     section = recipe.pop("compare", None)
     if not isinstance(section, dict):
         raise ValueError(f"{path} has no section 'compare' with models, learning_rates and so on.")
+    for name, value in recipe.items():
+        if not isinstance(value, dict):
+            raise ValueError(f"{origins[name]}: {name} = {shown(value)}: must be a section with fields.")
     if data_root is not None:
         section = section | {"data_root": data_root}
     config = check_section(CompareConfig, section, name="compare", origins=origins, path=path)

@@ -14,6 +14,7 @@ from typing import ClassVar, Literal
 import numpy as np
 
 from eval.tasks.task import Case, Example
+from xlstm_lm.base.fields import Size, check_fields
 from xlstm_lm.data import IGNORED_TARGET
 
 MODULUS = 5
@@ -112,12 +113,13 @@ class FormalLanguage:
 
     name: Literal["parity", "even_pairs", "cycle_navigation", "modular_arithmetic", "modular_arithmetic_brackets"]
     """The language."""
-    lengths: tuple[int, int] = (3, 40)
+    lengths: tuple[Size, Size] = (3, 40)
     """Shortest and longest string of training; each length between them is equally likely."""
     ask: Literal["last", "every"] = "last"
     """last: the string's answer is the only target of training, as published; every: so are those of its beginnings."""
 
     def __post_init__(self) -> None:
+        check_fields(self, "task.")
         language = LANGUAGES[self.name]
         self.symbols = tuple(dict.fromkeys((*language.symbols, *language.answers, "PAD")))
         self.chance = 1 / len(language.answers)
@@ -127,7 +129,7 @@ class FormalLanguage:
         self._targets = np.array([*map(self.symbols.index, language.answers), IGNORED_TARGET])
         shortest, longest = self.lengths
         self._lengths = [length for length in range(shortest, longest + 1) if length % 2 or not language.odd]
-        if shortest < 1 or not self._lengths:
+        if not self._lengths:
             odd = " of an odd length" if language.odd else ""
             raise ValueError(f"task.lengths is {list(self.lengths)}; give a shortest and a longest string{odd}.")
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 
 from eval.tasks.task import Case, Example
+from xlstm_lm.base.fields import Positive, Range, Size, check_fields
 from xlstm_lm.data import IGNORED_TARGET
 
 
@@ -24,18 +25,19 @@ class AssociativeRecall:
 
     name: Literal["associative_recall"] = "associative_recall"
     """The task."""
-    vocab_size: int = 8192
+    vocab_size: Annotated[int, Range(4, 2**20)] = 8192
     """Keys and values together."""
-    cases: list[tuple[int, int]] = field(default_factory=lambda: [(64, 4), (128, 8), (256, 16), (256, 32), (256, 64)])
+    cases: list[tuple[Size, Size]] = field(default_factory=lambda: [(64, 4), (128, 8), (256, 16), (256, 32), (256, 64)])
     """Contexts and pairs of training; each is equally likely."""
-    power: float = 0.01
+    power: Positive = 0.01
     """The chance of a gap g is as g ** (power - 1)."""
 
     def __post_init__(self) -> None:
+        check_fields(self, "task.")
         if not self.cases:
             raise ValueError("task.cases is empty; give contexts and pairs, such as [[64, 4]].")
-        if self.vocab_size < 4 or self.vocab_size % 2:
-            raise ValueError(f"task.vocab_size is {self.vocab_size}; it must be even, and at least 4.")
+        if self.vocab_size % 2:
+            raise ValueError(f"task.vocab_size is {self.vocab_size}; it must be even.")
         for case in self.cases:
             self.check(tuple(case))
         half = self.vocab_size // 2

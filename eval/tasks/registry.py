@@ -20,7 +20,7 @@ def build_task(values: dict[str, Any]) -> Task:
         ValueError: there is no such task or setting, or a value is not allowed.
     """
     name = values.get("name")
-    if name not in TASKS:
+    if not isinstance(name, str) or name not in TASKS:
         hint = nearest(str(name), TASKS, otherwise="There are {known}.")
         raise ValueError(f"task.name is {name!r}: there is no such task. {hint}")
     return check_section(TASKS[name], values, name="task")

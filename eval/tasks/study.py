@@ -46,7 +46,7 @@ class StudyConfig:
     """Cases to test: lengths of a formal language, [context, pairs] of recall."""
     test_sequences: Count = 512
     """Sequences of each case."""
-    run: dict[str, Any] = field(default_factory=dict)
+    run: dict[str, dict[str, Any]] = field(default_factory=dict)
     """What all runs share: sections of a training recipe, `data.task` and what follows from it left out."""
     models: dict[str, dict[str, Any]]
     """The model section of each, on top of what `run` says of it."""
@@ -149,8 +149,8 @@ def load_study(path: Path, folder: Path, only: Iterable[str] = ()) -> Study:
             task.check(case)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    if not config.models or not cases:
-        raise ValueError(f"{path}: models and test must not be empty.")
+    if not config.models or not cases or not all(config.grid.values()):
+        raise ValueError(f"{path}: models, test and each list of grid must not be empty.")
     for name in only:
         if name not in config.models:
             hint = nearest(name, config.models, otherwise="There are {known}.")
@@ -160,6 +160,9 @@ def load_study(path: Path, folder: Path, only: Iterable[str] = ()) -> Study:
         for combination in itertools.product(*config.grid.values())  # all models of a seed before the next seed
         for model in (only or config.models)
     ]
+    names = [run.name for run in planned]
+    if alike := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"{path}: several runs are called {alike[0]}; give each value of grid once, and models apart.")
     return Study(config, task, cases, planned)
 
 

@@ -260,6 +260,8 @@ def test_a_comparison_keeps_others_out_and_its_jobs_do_not_outlive_it(write, tra
         ({"seeds": [True]}, r"compare.seeds.0 = true"),
         ({"models": {}}, "models is empty"),
         ({"models": {"x": {"label": "x"}}}, r"compare.models.x.sizes is missing"),
+        ({"models": {"x": {"label": "x", "sizes": {}}}}, r"models.x.sizes is empty"),
+        ({"name": ".."}, "name is '..'; give a name for a folder"),
         ({"models": {"x": {"label": "x", "sizes": {"s": "xlstm-cpu-1n"}}}}, "Did you mean xlstm-cpu-"),
         ({"models": {"x": {"label": "x", "sizes": {"s": {"num_blokcs": 2}}}}}, "compare.models.x.sizes.s.*num_blocks"),
         ({"sizes": {"huge": {}}}, "names the size huge, which no model has; there are tiny"),
@@ -286,6 +288,11 @@ def test_mistakes_in_a_comparison_are_named(write, changes, message):
     with pytest.raises(ValueError, match=message) as caught:
         load_comparison(path)
     assert str(path) in str(caught.value) or "configs" in str(caught.value) or changes.get("sizes")
+
+
+def test_a_section_that_holds_no_fields_is_not_dropped(write):
+    with pytest.raises(ValueError, match=r"try.yaml: training = 3: must be a section with fields"):
+        load_comparison(write({"training": 3}))
 
 
 def test_data_that_are_not_there_are_named_with_the_way_out(write):

@@ -311,7 +311,12 @@ def test_every_study_is_valid_and_short(path, tmp_path):
         ({"modells": {}}, r"modells = {}: there is no such field. Did you mean models\?"),
         ({"grid": {"training.sed": [0]}}, r"run .*sed-0: training.sed = 0: .* Did you mean training.seed\?"),
         ({"models": {"a": {"family": "lstm", "cell": "lstn"}}}, r"run a-.*model.cell = 'lstn'"),
-        ({"test": []}, r"models and test must not be empty"),
+        ({"test": []}, r"models, test and each list of grid must not be empty"),
+        ({"grid": {"training.seed": []}}, "each list of grid must not be empty"),
+        ({"grid": {"training.seed": [0, 0]}}, "several runs are called lstm-.*seed-0; give each value of grid once"),
+        ({"run": {"model": "xlstm-cpu-1m"}}, "run.model = 'xlstm-cpu-1m': must be a section with fields"),
+        ({"task": {"name": []}}, r"task.name is \[\]: there is no such task"),
+        ({"task": {"name": "parity", "lengths": [3, 10**25]}}, "task.lengths.1 = .*: must be a whole number from 1"),
     ],
 )
 def test_a_wrong_study_is_refused_by_name_before_anything_runs(changes, message, tmp_path):

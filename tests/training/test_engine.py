@@ -12,7 +12,8 @@ from tiny import VOCABULARY, TinyModel
 
 from xlstm_lm.parallel.process_group import join_world
 from xlstm_lm.training.deepspeed_config import choose_precision
-from xlstm_lm.training.engine import TrainingModule
+from xlstm_lm.training.engine import TrainingEngine, TrainingModule
+from xlstm_lm.training.optimizer import OptimizerConfig
 
 TOLERANCE = 2e-6
 
@@ -49,6 +50,23 @@ def test_weights_that_are_not_finite_are_found(stage, precision):
     engine.load(iter(weights.items()), iter(()), 1)
     assert not engine.weights_are_finite()
     engine.close()
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ({"zero_optimization": {"stage": 1, "prefetch_bucket_size": 6, "stage3_prefetch_bucket_size": 5}}, "prefetch"),
+        (
+            {"zero_optimization": {"stage": 2}, "gradient_predivide_factor": 3.0, "prescale_gradients": True},
+            "predivide",
+        ),
+    ],
+)
+def test_what_deepspeed_refuses_is_one_message(section, message):
+    arguments = {"world": join_world(), "precision": "fp32", "micro_batch_size": 2, "accumulation_steps": 1}
+    with pytest.raises(ValueError, match=f"^DeepSpeed refuses the section deepspeed: .*{message}.* remove") as refused:
+        TrainingEngine(TinyModel(), OptimizerConfig(), section, **arguments)
+    assert "\n" not in str(refused.value)
 
 
 def test_two_processes_equal_a_plain_loop(tmp_path):

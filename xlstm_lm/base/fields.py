@@ -85,6 +85,11 @@ Ratio = Annotated[float, Range(0, 1)]
 """Part of a whole."""
 
 
+def in_steps(length: float, steps: int) -> int:
+    """Steps that a length stands for: an int is their number, a float its share of `steps`, rounded."""
+    return round(length * steps) if isinstance(length, float) else length
+
+
 def words(hint: Any) -> str:
     """The values that a type allows, in words: 'a whole number from 1 to 10 or null'."""
     if get_origin(hint) is Annotated:
@@ -135,7 +140,7 @@ def _allows(hint: Any, value: Any) -> bool:
     if is_union(hint):
         return any(_allows(part, value) for part in parts)
     if get_origin(hint) is Literal:
-        return value in parts
+        return any(value == part and type(value) is type(part) for part in parts)
     if get_origin(hint) is list:
         return isinstance(value, list) and all(_allows(parts[0], each) for each in value)
     if get_origin(hint) is tuple:

@@ -13,6 +13,18 @@ from pydantic import Tag, ValidationError
 from xlstm_lm.base.fields import NO_NUMBER, is_section, is_union, words
 
 MOST_MISTAKES = 20
+ELSEWHERE = {
+    "lr": "learning_rate",
+    **dict.fromkeys(("d_model", "dim", "hidden_size", "n_embd"), "embedding_dim"),
+    **dict.fromkeys(("n_layer", "n_layers", "num_layers", "num_hidden_layers"), "num_blocks"),
+    **dict.fromkeys(("n_head", "n_heads", "num_attention_heads"), "num_heads"),
+    **dict.fromkeys(("block_size", "max_seq_len", "seq_len", "seq_length", "sequence_length"), "context_length"),
+    **dict.fromkeys(("epochs", "max_steps", "num_epochs"), "steps"),
+    **dict.fromkeys(("grad_clip", "max_grad_norm"), "gradient_clip"),
+    **dict.fromkeys(("batch_size", "train_batch_size"), "global_batch_size"),
+    "output_dir": "run_dir",
+}
+"""Names that other programs have for fields."""
 _SHORT = reprlib.Repr()
 _SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother = 3, 100, 60
 
@@ -27,17 +39,18 @@ def shown(value: Any) -> str:
 def nearest(name: str, known: Iterable[str], otherwise: str = "See 'xlstm-lm train --help' for all fields.") -> str:
     """'Did you mean ...?' for a dotted name that is none of the known ones.
 
-    Its last part is compared with names in the same section, then in all; then the whole name. Where nothing is near,
-    `otherwise`, in which {known} becomes the list of all.
+    Its last part, or what that is called here, is compared with names in the same section, then in all; the whole name
+    where there is no such section. Where nothing is near, `otherwise`, in which {known} becomes the list of all.
     """
     known = list(known)
+    name = name.lower()
     section, _, last = name.rpartition(".")
     siblings = {each.rpartition(".")[2]: each for each in known if each.rpartition(".")[0] == section}
     everywhere = {each.rpartition(".")[2]: each for each in known}
-    whole = {each: each for each in known}
-    # Names in one section are alike by that alone.
-    strict = 0.8 if siblings else 0.6
-    for wanted, pool, cutoff in ((last, siblings, 0.6), (last, everywhere, 0.6), (name, whole, strict)):
+    whole = {} if siblings else {each: each for each in known}  # names in one section are alike by that alone
+    here = ELSEWHERE.get(last, last)
+    wanted_in = ((here, siblings, 1.0), (here, everywhere, 1.0), (last, siblings, 0.6), (last, everywhere, 0.75))
+    for wanted, pool, cutoff in (*wanted_in, (name, whole, 0.6)):
         if close := difflib.get_close_matches(wanted, list(pool), n=1, cutoff=cutoff):
             return f"Did you mean {pool[close[0]]}?"
     return otherwise.format(known=", ".join(known))
@@ -56,7 +69,9 @@ def origin_of(name: str, origins: dict[str, str], message: str = "") -> str:
         return f"{origins[max(above, key=len)]}: "
     below = [key for key in origins if key.startswith(f"{name}.")]
     mentioned = set(re.findall(r"\w+", message))
-    sources = [origins[key] for key in below if key.rpartition(".")[2] in mentioned] or [origins[key] for key in below]
+    fields = [key for key in below if key.rpartition(".")[2] in mentioned]
+    sections = [key for key in below if mentioned.intersection(key[len(name) :].split("."))]
+    sources = [origins[key] for key in fields or sections or below]
     return f"{', '.join(dict.fromkeys(sources))}: " if sources else ""
 
 
@@ -79,10 +94,10 @@ def explain(
     """
     lines = []
     errors = error.errors(include_url=False)
-    for each in errors[:MOST_MISTAKES]:
-        place = _Place(config_class, values)
-        for part in each["loc"]:
-            place.enter(part)
+    places = [_Place(config_class, values, each["loc"]) for each in errors]
+    for each, place in list(zip(errors, places))[:MOST_MISTAKES]:
+        if any(place.is_below(other) for other in places):
+            continue  # another alternative of a union, or a list that is as wrong as its item
         name = ".".join([*([section] if section else []), *place.keys])
         message = _message(each, name, place)
         lines.append(f"{origin_of(name, origins, message)}{message}")
@@ -96,6 +111,9 @@ def _message(error: dict[str, Any], name: str, place: _Place) -> str:
         problem = f"{name} = {shown(error['input'])}: there is no such field"
         if place.tags and place.is_of_another_tag():
             return f"{problem} in the family {', '.join(place.tags)}: remove it."
+        if "." in place.keys[-1]:
+            inner = place.keys[-1].replace(".", ": {") + ": ..." + "}" * place.keys[-1].count(".")
+            return f"{problem}. Only flags join names by dots; write '{inner}'."
         return f"{problem}. {place.nearest_field(name.removesuffix('.'.join(place.keys)))}"
     if kind in ("missing", "missing_argument") and not isinstance(error["loc"][-1], int):
         return f"{name} is missing; add it."
@@ -116,7 +134,7 @@ def _message(error: dict[str, Any], name: str, place: _Place) -> str:
 class _Place:
     """A place in a configuration, found by walking along one of pydantic's locations."""
 
-    def __init__(self, config_class: Any, values: Any) -> None:
+    def __init__(self, config_class: Any, values: Any, location: Iterable[str | int] = ()) -> None:
         self.keys: list[str] = []
         """The keys that lead there."""
         self.hint: Any = config_class
@@ -124,6 +142,12 @@ class _Place:
         self.tags: list[str] = []
         """The alternatives that were chosen on the way."""
         self._top, self._values, self._wildcards = config_class, values, []
+        for part in location:
+            self.enter(part)
+
+    def is_below(self, other: _Place) -> bool:
+        """Whether the other place holds this one."""
+        return len(other.keys) < len(self.keys) and self.keys[: len(other.keys)] == other.keys
 
     def enter(self, part: str | int) -> None:
         """Go on by a part of the location: a key, an index, or the name that a union gives an alternative."""

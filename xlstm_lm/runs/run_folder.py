@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from xlstm_lm.base.durable_files import replace_durably
+from xlstm_lm.base.fields import in_steps
 from xlstm_lm.base.machine import cpu_name, git_commit
 from xlstm_lm.base.outputs import contents
 from xlstm_lm.base.paths import user_path
@@ -61,16 +62,32 @@ reported, not what is computed."""
 FREE_WHEN_BRANCHING = (*FREE_TO_CHANGE, "optimizer.", "schedule.", "data.validation")
 """Fields that may differ when a run starts from another run's checkpoint."""
 
+LENGTHS = ("schedule.warmup", "schedule.cooldown")
+"""Fields in steps or, below 1, in shares of training.steps."""
+_NUMBER = re.compile(r"\[[0-9]+\]")
+
 
 def differing_fields(before: dict[str, Any], now: dict[str, Any], free: tuple[str, ...] = FREE_TO_CHANGE) -> list[str]:
-    """One line for each field of the two configurations that differs and is not in `free`."""
+    """One line for each field of the two configurations that differs and is not in `free`.
+
+    Lengths of the schedule are equal also where they stand for equally many steps, each in its own run.
+    """
     old, new = _fields(with_current_names(before)), _fields(now)
-    different = [name for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)]
+    different = [
+        name
+        for name in sorted(old.keys() | new.keys())
+        if old.get(name) != new.get(name) and not (name in LENGTHS and _steps(old, name) == _steps(new, name))
+    ]
     return [
         f"  {name}: {old.get(name, 'not set')!r} there, {new.get(name, 'not set')!r} now"
         for name in different
-        if not f"{re.sub(r'[[][0-9]+[]]', '', name)}.".startswith(free)
+        if not f"{_NUMBER.sub('', name)}.".startswith(free)
     ]
+
+
+def _steps(items: dict[str, Any], name: str) -> Any:
+    length, steps = items.get(name), items.get("training.steps")
+    return in_steps(length, steps) if isinstance(steps, int) else length
 
 
 def _fields(values: dict[str, Any]) -> dict[str, Any]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
@@ -53,3 +55,14 @@ def deepspeed_json(
     if precision == "bf16":
         config.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
     return config
+
+
+@contextlib.contextmanager
+def refusals_explained() -> Iterator[None]:
+    """Turn what DeepSpeed raises for values that it does not take together, or for a package it lacks, into a
+    ValueError in one line."""
+    try:
+        yield
+    except (AssertionError, ImportError, NotImplementedError, ValueError) as error:
+        reason = " ".join(str(error).split("For further information")[0].split()) or type(error).__name__
+        raise ValueError(f"DeepSpeed refuses the section deepspeed: {reason}. Change or remove that key.") from error

@@ -16,6 +16,7 @@ _FORBID = {"extra": "forbid", "use_attribute_docstrings": True}
 _ANOTHER_LAYOUT = (
     "checkpoints here know weights and moments that are whole or divided by all processes, no other layout"
 )
+_NO_NVME = "checkpoints here are read from and written to device cpu only"
 _OTHER_NUMBERS = "it changes what is computed"
 
 REFUSED = {
@@ -33,6 +34,7 @@ REFUSED = {
     "scheduler": "use the section schedule",
     "activation_checkpointing": "use training.activation_checkpointing",
     "wandb": "use the section wandb",
+    "comet": "metrics are in metrics.jsonl, and in W&B by the section wandb",
     "checkpoint": "use training.checkpoint_every",
     "load_universal_checkpoint": "use training.resume, which reads checkpoints of any ZeRO stage",
     "steps_per_print": "use training.log_every",
@@ -41,6 +43,8 @@ REFUSED = {
     "elasticity": "use data.global_batch_size: a run goes on with any number of processes that divides it",
     "sequence_parallel_size": "rows are not divided over processes, and gradients would be scaled wrongly",
     "seq_parallel_communication_data_type": "rows are not divided over processes",
+    "autotuning": "it is a program that starts runs, no part of one",
+    "aio": _NO_NVME,
     "tensor_parallel": _ANOTHER_LAYOUT,
     "autotp": _ANOTHER_LAYOUT,
     "pipeline": _ANOTHER_LAYOUT,
@@ -68,19 +72,31 @@ REFUSED = {
     "zero_optimization.cpu_offload": "use zero_optimization.offload_optimizer",
     "zero_optimization.cpu_offload_params": "use zero_optimization.offload_param",
     "zero_optimization.cpu_offload_use_pin_memory": "use pin_memory of offload_optimizer and offload_param",
-    "zero_optimization.offload_optimizer.nvme_path": "checkpoints here are read from and written to device cpu only",
+    "zero_optimization.offload_optimizer.nvme_path": _NO_NVME,
     "zero_optimization.offload_optimizer.super_offload": "checkpoints here cannot reach moments that it holds",
-    "zero_optimization.offload_param.nvme_path": "checkpoints here are read from and written to device cpu only",
+    "zero_optimization.offload_param.nvme_path": _NO_NVME,
 }
 """DeepSpeed's keys that a recipe must not hold, and why, or the field that is for it."""
 
 
-def _refuse(section: Any, prefix: str = "") -> Any:
-    for key, value in section.items() if isinstance(section, dict) else ():
-        if f"{prefix}{key}" in REFUSED:
-            raise ValueError(f"deepspeed.{prefix}{key} is not set there: {REFUSED[f'{prefix}{key}']}; remove it.")
-        _refuse(value, f"{prefix}{key}.")
+def _refuse(section: Any) -> Any:
+    if problems := _problems(section, ""):
+        raise ValueError("\n".join(problems))
     return section
+
+
+def _problems(section: Any, prefix: str) -> list[str]:
+    """One line for each key of `REFUSED`, and for each value that only the Hugging Face Trainer fills in."""
+    problems = []
+    for key, value in section.items() if isinstance(section, dict) else ():
+        name = f"{prefix}{key}"
+        if name in REFUSED:
+            problems.append(f"deepspeed.{name} is not set there: {REFUSED[name]}; remove it.")
+        elif value == "auto":
+            problems.append(f"deepspeed.{name} = 'auto': give a value, or remove it for DeepSpeed's default.")
+        else:
+            problems += _problems(value, f"{name}.")
+    return problems
 
 
 class OffloadOptimizer(TypedDict, total=False):
@@ -283,7 +299,7 @@ class DeepSpeedSection(TypedDict, total=False):
     """Whether DeepSpeed prints memory."""
     dump_state: StrictBool
     """Whether DeepSpeed prints its configuration."""
-    log_level: str
+    log_level: Literal["debug", "info", "warning", "error", "critical"]
     """DeepSpeed's log level."""
     flops_profiler: FlopsProfiler
     """DeepSpeed's profile of one step."""

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from xlstm_lm.parallel.process_group import World
 from xlstm_lm.runs.checkpoint import MOMENTS
-from xlstm_lm.training.deepspeed_config import Precision, deepspeed_json
+from xlstm_lm.training.deepspeed_config import Precision, deepspeed_json, refusals_explained
 from xlstm_lm.training.optimizer import OptimizerConfig, build_optimizer
 
 # Calls inside DeepSpeed that newer versions of torch have other names for.
@@ -95,7 +95,8 @@ class TrainingEngine:
         # Moved first, so that torch sees parameters on the device they will stay on when it picks its fused kernel.
         module = TrainingModule(model, z_loss).to(world.device)
         self._adamw = build_optimizer(optimizer_config, model.named_parameters(), model.no_decay_parameter_names())
-        self._engine, *_ = deepspeed.initialize(model=module, optimizer=self._adamw, config=config)
+        with refusals_explained():
+            self._engine, *_ = deepspeed.initialize(model=module, optimizer=self._adamw, config=config)
         self._create_optimizer_state()
 
     def train_step(self, micro_batches: list[MicroBatch], scale: Tensor | float, learning_rate: float) -> StepResult:

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator
 
-from xlstm_lm.base.fields import CountOrZero, Ratio, Share, check_fields
+from xlstm_lm.base.fields import CountOrZero, Ratio, Share, check_fields, in_steps
 
 
 def _not_one(length: Any) -> Any:
@@ -50,9 +50,7 @@ class ScheduleConfig:
 
         A share is rounded to whole steps. When a run goes on with another number of steps, shares follow it.
         """
-        warmup, cooldown = (
-            length if isinstance(length, int) else round(length * steps) for length in (self.warmup, self.cooldown)
-        )
+        warmup, cooldown = in_steps(self.warmup, steps), in_steps(self.cooldown, steps)
         if isinstance(self.warmup, float) and isinstance(self.cooldown, float) and self.warmup + self.cooldown <= 1:
             cooldown = min(cooldown, steps - warmup)  # where both were rounded up
         return warmup, cooldown

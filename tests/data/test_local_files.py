@@ -98,10 +98,17 @@ def test_json_read_as_plain_text_is_pointed_out(tmp_path, caplog):
     (tmp_path / "a.txt").write_bytes(LINES)
     (tmp_path / "b.json.gz").write_bytes(gzip.compress(b'{\n"text": "one"}'))
     (tmp_path / "c.txt").write_text("plain")
-    for kind, name in (("text", "a.txt"), ("text_lines", "a.txt"), ("text", "b.json.gz"), ("text", "c.txt")):
+    (tmp_path / "d.JSONL").write_text('"only by name"')
+    (tmp_path / "e.txt").write_bytes(MARK + json.dumps([{"text": "pretty"}], indent=1).encode())
+    (tmp_path / "f.txt").write_text(json.dumps({"text": "x" * 2**21}))
+    (tmp_path / "g.txt").write_text("[1] a footnote {of} 'text': \"so\"")
+    named = ("a.txt", "b.json.gz", "d.JSONL", "e.txt", "f.txt")
+    for kind, name in (("text_lines", "a.txt"), *(("text", name) for name in (*named, "c.txt", "g.txt"))):
         caplog.clear()
-        open_source(SourceConfig(kind=kind, paths=[str(tmp_path / name)]))
-        assert ("holds JSON and is read as plain text" in caplog.text) == (name != "c.txt")
+        for _ in range(2):
+            open_source(SourceConfig(kind=kind, paths=[str(tmp_path / name)]))
+        assert caplog.text.count("holds JSON and is read as plain text") == (name in named)
+    caplog.clear()
     open_source(SourceConfig(kind="jsonl", paths=[str(tmp_path / "a.txt")]))
     assert not caplog.text
 
@@ -182,7 +189,42 @@ def test_one_file_by_several_names_is_one(tmp_path, monkeypatch, caplog):
     Path("link.txt").symlink_to("a.txt")
     Path("hard.txt").hardlink_to("a.txt")
     assert texts("text", "*.txt") == ["a"]
-    assert "link.txt is the same file as a.txt and is read once" in caplog.text and "./a.txt is" not in caplog.text
+    assert (
+        "hard.txt is the same file as a.txt and is read once; 1 more" in caplog.text and "./a.txt is" not in caplog.text
+    )
+
+
+def test_a_link_to_a_folder_above_gives_each_file_once_by_its_shortest_name(tmp_path, caplog):
+    (tmp_path / "a.txt").write_text("a")
+    (tmp_path / "A").symlink_to(tmp_path)
+    (record,) = records("text", tmp_path / "**/*.txt")
+    assert record.id == str(tmp_path / "a.txt")
+    assert len(caplog.records) == 1 and "more such names" in caplog.text
+
+
+def test_what_is_no_regular_file_is_told_from_a_missing_one(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ValueError, match="pipe is no regular file .* write its content to a file"):
+        records("text", tmp_path / "pipe")
+
+
+def test_a_parquet_column_that_is_no_text_is_refused_with_those_that_are(tmp_path):
+    columns = {"text": [["a"]], "raw": [b"a"], "body": ["a"], "long": pa.array(["a"], pa.large_string())}
+    columns |= {"kind": pa.array(["a"]).dictionary_encode(), "view": pa.array(["a"], pa.string_view())}
+    pq.write_table(pa.table(columns), tmp_path / "a.parquet")
+    for name, found in (("text", "list<element: string>"), ("raw", "binary")):
+        with pytest.raises(
+            ValueError, match=f"holds {found}, not text, in column '{name}': .* one of body, long, kind, v"
+        ):
+            records("parquet", tmp_path / "a.parquet", text_field=name)
+    for name in ("body", "long", "kind", "view"):
+        assert texts("parquet", tmp_path / "a.parquet", text_field=name) == ["a"]
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+def test_json_that_is_no_json_lines_is_named_with_the_remedy(indent, tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps([{"text": "a"}], indent=indent))
+    assert "jq -c '.[]' FILE" in records("jsonl", tmp_path / "a.json")[0].problem
 
 
 def test_a_link_to_nothing_is_not_passed_over_in_silence(tmp_path, caplog):

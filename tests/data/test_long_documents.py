@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import runpy
+import sys
 from itertools import islice
 from pathlib import Path
 
@@ -15,7 +17,10 @@ from xlstm_lm.data import (
     SourceConfig,
     TrainingStream,
     build_tokenizer,
+    cuts,
     huggingface_tokenizer,
+    match_boundaries,
+    train_bpe,
     validation_batches,
 )
 from xlstm_lm.data.match_boundaries import Pattern, UnknownBoundariesError
@@ -83,6 +88,28 @@ def test_patterns_know_what_they_may_join(pattern, position, safe):
 def test_patterns_that_look_back_or_are_not_understood_rule_cutting_out(pattern):
     with pytest.raises(UnknownBoundariesError):
         Pattern(pattern)
+
+
+@pytest.mark.parametrize("change", ["no parser", "other constants", "other trees"])
+def test_a_python_that_parses_patterns_differently_costs_the_cuts_only(change, tmp_path, monkeypatch, caplog):
+    tokenizer = build_tokenizer(save(TOKENIZERS["gpt2"](), tmp_path / "tokenizer"))
+    whole = tokenizer.encode(ORDINARY)
+    with monkeypatch.context() as patch:  # nothing else may be imported meanwhile
+        if change == "no parser":
+            patch.setitem(sys.modules, "re._parser", None)
+            patch.delattr("re._parser")
+        elif change == "other constants":
+            patch.delattr("re._constants.POSSESSIVE_REPEAT")
+        changed = runpy.run_path(match_boundaries.__file__)
+    if change == "other trees":
+        monkeypatch.setattr(changed["Pattern"], "_parse", lambda self, source: ["tree"])
+    changed["Pattern"].__init__.__globals__["UnknownBoundariesError"] = UnknownBoundariesError  # one class for both
+    monkeypatch.setattr(cuts, "Pattern", changed["Pattern"])
+    monkeypatch.setattr(huggingface_tokenizer, "PIECE_CHARACTERS", 20)
+    assert list(tokenizer._pieces(ORDINARY)) == [ORDINARY] and tokenizer.encode(ORDINARY) == whole
+    assert "as a whole: regular expressions of Python" in caplog.text
+    (tmp_path / "a.txt").write_text(ORDINARY)
+    train_bpe([str(tmp_path / "a.txt")], vocab_size=300, out=tmp_path / "out")
 
 
 def streams(folder: Path, **changes):

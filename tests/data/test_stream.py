@@ -194,7 +194,7 @@ def documents_of_epoch(config: DataConfig, epoch: int, seed: int = 3) -> list[li
     lanes = []
     for lane in range(config.global_batch_size):
         documents = []
-        for record, state in dealt.documents(lane, dealt.initial_state()):
+        for record, state in dealt.documents(lane, dealt.initial_state(), build_tokenizer(config.tokenizer)):
             if state["epoch"] > epoch:
                 break
             if state["epoch"] == epoch:

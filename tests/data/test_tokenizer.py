@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from many_tokenizers import TOKENIZERS, byte_level, save
-from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from xlstm_lm.data import (
     DataConfig,
@@ -23,6 +23,7 @@ from xlstm_lm.data import (
     build_tokenizer,
     load_tokenizer,
     train_bpe,
+    validation_batches,
 )
 from xlstm_lm.data.tokenizer_files import CONFIG_FILE
 
@@ -117,7 +118,7 @@ def test_a_tokenizer_that_is_not_byte_level(tmp_path):
     assert tokenizer.end_of_document == 2
     ids = tokenizer.encode("helloing world")
     assert ids == [3, 4, 5]
-    assert tokenizer.bytes_per_token.tolist() == [5, 5, 0, 5, 3, 5]
+    assert tokenizer.bytes_per_token.tolist() == [5, 0, 0, 5, 3, 5]
     decoder = tokenizer.decoder()
     assert "".join(map(decoder.push, ids)) + decoder.finish() == tokenizer.decode(ids) == "helloing world"
 
@@ -166,8 +167,34 @@ def test_a_text_that_cannot_be_encoded_is_named(tmp_path):
     source = SourceConfig(kind="text", paths=[str(tmp_path / "data.txt")])
     settings = {"context_length": 8, "global_batch_size": 1, "num_workers": 0, "tokenizer": config}
     stream = TrainingStream(DataConfig(sources=[source], **settings), build_tokenizer(config), lanes=range(1), seed=0)
-    with pytest.raises(ValueError, match=r"data\.txt: tokenizer .* cannot encode a text .*unknown token"):
+    with pytest.raises(ValueError, match=r"data\.txt: tokenizer .* cannot encode a text .*unknown token.* skip"):
         stream.next_batch()
+
+
+def test_a_text_that_cannot_be_encoded_is_skipped_where_asked(tmp_path, caplog):
+    words = Tokenizer(models.WordLevel({"<|e|>": 0, "a": 1, "b": 2}, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = build_tokenizer(config := save(words, tmp_path / "words"))
+    (tmp_path / "data.txt").write_text("a b\na c\nb\n\nd\na\n")
+    source = SourceConfig(kind="text_lines", paths=[str(tmp_path / "data.txt")], on_bad_document="skip")
+    settings = {"context_length": 4, "num_workers": 0, "tokenizer": config, "shuffle": False}
+    data = DataConfig(sources=[source], validation=[source], global_batch_size=1, **settings)
+    stream = TrainingStream(data, tokenizer, lanes=range(1), seed=0)
+    assert stream.next_batch().tokens_BT.tolist() == [[0, 1, 2, 0]]
+    states = stream.state_dict()
+    second = stream.next_batch()
+    assert second.tokens_BT.tolist() == [[2, 0, 1, 0]]
+    stream.next_batch()  # begins with the second epoch
+    assert stream.skipped_documents == 2
+    assert caplog.text.count("are skipped; the first: document") == 1 and "data.txt:2: tokenizer" in caplog.text
+    again = TrainingStream(data, tokenizer, lanes=range(1), seed=0)
+    again.load_state_dict(states)
+    assert again.next_batch().tokens_BT.tolist() == second.tokens_BT.tolist()
+    (held_out,) = validation_batches(data, tokenizer, rows=2, rank=0, world_size=1)
+    assert held_out.tokens_BT.tolist() == [[0, 1, 2, 0], [2, 0, 1, 0]]
+    (tmp_path / "data.txt").write_text("c\nd\n")
+    with pytest.raises(ValueError, match=r"no document for lane 0.*2 bad ones skipped"):
+        TrainingStream(data, tokenizer, lanes=range(1), seed=0).next_batch()
 
 
 def words_with_end() -> Tokenizer:
@@ -265,8 +292,6 @@ def test_characters_left_out_are_announced_and_not_counted(kind, tmp_path, caplo
     backend = Tokenizer(models.BPE({word: index for index, word in enumerate(words)}, []))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     if kind == "bytes":
-        from tokenizers import decoders
-
         backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         backend.decoder = decoders.ByteLevel()
     tokenizer = build_tokenizer(save(backend, tmp_path))
@@ -275,6 +300,27 @@ def test_characters_left_out_are_announced_and_not_counted(kind, tmp_path, caplo
     tokenizer.encode("aé b日")
     tokenizer.encode("日")
     assert [record.message.count("neither a token nor an unknown token") for record in caplog.records] == [1]
+
+
+@pytest.mark.parametrize("name", ["words", "bert", "t5", "unknown bytes", "llama2", "gpt2"])
+def test_an_unknown_token_stands_for_no_bytes(name, tmp_path):
+    if name == "unknown bytes":
+        words = {"<|e|>": 0, "[UNK]": 1, "a": 2, "Ġ": 3}
+        backend = Tokenizer(models.BPE(words, [], unk_token="[UNK]"))
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        backend.decoder = decoders.ByteLevel()
+    else:
+        backend = TOKENIZERS[name]()
+    tokenizer = build_tokenizer(save(backend, tmp_path))
+    text = "a é a"
+    counted = int(tokenizer.bytes_per_token[tokenizer.encode(text)].sum())
+    if name in ("llama2", "gpt2"):  # every character has a token or bytes
+        assert tokenizer.missing_bytes(text) == 0 and counted >= len(text.encode())
+    else:
+        unknown = {"[UNK]", "<unk>"} & {tokenizer._backend.id_to_token(token) for token in tokenizer.encode(text)}
+        assert unknown and tokenizer.missing_bytes(text) == 2
+        assert counted == {"t5": 5, "unknown bytes": 4}.get(name, 2)
+    assert tokenizer.missing_bytes("a a") == 0
 
 
 def test_a_vocabulary_that_is_not_reached_is_announced(tmp_path, caplog):

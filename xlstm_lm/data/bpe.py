@@ -10,6 +10,7 @@ from pathlib import Path
 from xlstm_lm.base.outputs import check_new_folder, whole_or_not_at_all
 from xlstm_lm.base.paths import user_path
 from xlstm_lm.data.cuts import Cuts
+from xlstm_lm.data.match_boundaries import UnknownBoundariesError
 from xlstm_lm.data.sources import FileSource, Piece, SourceConfig, refuse
 from xlstm_lm.data.tokenizer_files import END_OF_DOCUMENT, TokenizerConfig, save_tokenizer
 from xlstm_lm.ops.announce import announce_once
@@ -49,7 +50,10 @@ def train_bpe(files: Sequence[str], *, vocab_size: int, out: str | Path) -> Path
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=sys.stderr.isatty(),
     )
-    cuts = Cuts(json.loads(backend.to_str()), str)
+    try:
+        cuts = Cuts(json.loads(backend.to_str()), str)
+    except UnknownBoundariesError:
+        cuts = None
     size = sum(source.shard_sizes)
     announce_once(f"training a tokenizer on {size / 1e6:,.1f} MB of files ({source.num_shards}) ...")
     backend.train_from_iterator(_texts(source, cuts), trainer, length=size // PIECE_CHARACTERS + source.num_shards)
@@ -64,13 +68,13 @@ def train_bpe(files: Sequence[str], *, vocab_size: int, out: str | Path) -> Path
     return folder
 
 
-def _texts(source: FileSource, cuts: Cuts) -> Iterator[str]:
-    """The files in pieces with the same words, which the library works on in less memory."""
+def _texts(source: FileSource, cuts: Cuts | None) -> Iterator[str]:
+    """The files, in pieces with the same words where `cuts` are known: the library needs less memory for them."""
     for record in source.read([Piece(shard) for shard in range(source.num_shards)]):
         if record.problem is not None:
             refuse(source, record)
         begin = 0
         while begin < len(record.text):
-            end = cuts.after(record.text, begin + PIECE_CHARACTERS)
+            end = cuts.after(record.text, begin + PIECE_CHARACTERS) if cuts else len(record.text)
             yield record.text[begin:end]
             begin = end

@@ -51,6 +51,9 @@ class ByteTokenizer:
     def missing_bytes(self, text: str) -> int:
         return 0
 
+    def problem(self, text: str) -> str | None:
+        return None
+
     def decode(self, ids: Iterable[int]) -> str:
         """As `Tokenizer.decode`; an end of document is shown as its token."""
         return b"".join(self._token_bytes()[token] for token in ids).decode(errors="replace")

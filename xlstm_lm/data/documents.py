@@ -1,8 +1,8 @@
-"""From a record of a source to a document whose tokens are made as they are needed."""
+"""From records of a source to documents whose tokens are made as they are needed."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,13 @@ from xlstm_lm.data.tokenizer import Tokenizer
 from xlstm_lm.ops.announce import announce_once
 
 LONG_DOCUMENT = 1 << 24  # characters
+
+
+def checked(records: Iterable[Record], tokenizer: Tokenizer) -> Iterator[Record]:
+    """The records, those whose text the tokenizer cannot encode marked as bad."""
+    for record in records:
+        problem = tokenizer.problem(record.text) if record.text else None
+        yield record if problem is None else record._replace(text="", problem=f"document {record.id}: {problem}")
 
 
 def tokenized(record: Record, tokenizer: Tokenizer, state: dict[str, Any] | None = None) -> Document:

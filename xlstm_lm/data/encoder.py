@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from typing import Any
+from typing import Any, Literal
 
 from xlstm_lm.data.byte_tokenizer import byte_characters
 
@@ -38,9 +38,9 @@ def encoder_without(parts: dict[str, Any], token: str, name: str) -> Any:
     parts = copy.deepcopy(parts)
     parts["post_processor"] = None  # it may name the token, and is not used
     model = parts["model"]
-    if _unknown(model) == token:
+    if unknown_token(model) == token:
         model["unk_token"] = None
-        if model["type"] != "BPE" or may_leave_out(parts):
+        if model["type"] != "BPE" or fallback(parts) != "bytes":
             raise ValueError(
                 f"the end-of-document token {token!r} of tokenizer {name!r} is its unknown token as well, so documents "
                 "could hold it: set tokenizer.end_of_document to another token"
@@ -62,23 +62,28 @@ def encoder_without(parts: dict[str, Any], token: str, name: str) -> Any:
     return Tokenizer.from_str(json.dumps(parts))
 
 
-def may_leave_out(parts: dict[str, Any]) -> bool:
-    """Whether some text has neither a token nor an unknown token, and the library passes over it without an error."""
-    model = parts["model"]
-    if model["type"] != "BPE" or model["unk_token"] is not None:
-        return False
+def fallback(parts: dict[str, Any]) -> Literal["bytes", "unknown", "nothing", "error"]:
+    """The result for characters without a token: tokens of their bytes, an unknown token, no token, or an error."""
+    model, tokens = parts["model"], _tokens(parts["model"])
+    unknown = unknown_token(model)
     by_byte = {f"<0x{byte:02X}>" for byte in range(256)}
-    if model["byte_fallback"] and by_byte <= model["vocab"].keys():
-        return False
     steps = json.dumps([parts["normalizer"], parts["pre_tokenizer"]])
-    return '"type": "ByteLevel"' not in steps or not set(byte_characters().values()) <= model["vocab"].keys()
+    byte_level = '"type": "ByteLevel"' in steps and set(byte_characters().values()) <= tokens
+    from_characters = model["type"] in ("BPE", "Unigram")
+    byte_fallback = model.get("byte_fallback") and by_byte <= tokens
+    if (from_characters and byte_level) or (byte_fallback and (model["type"] == "BPE" or unknown is not None)):
+        return "bytes"
+    if unknown is None and model["type"] == "BPE":
+        return "nothing"
+    return "unknown" if unknown in tokens else "error"
 
 
 def _tokens(model: dict[str, Any]) -> set[str]:
     return {piece for piece, _ in model["vocab"]} if model["type"] == "Unigram" else set(model["vocab"])
 
 
-def _unknown(model: dict[str, Any]) -> str | None:
+def unknown_token(model: dict[str, Any]) -> str | None:
+    """The token that a model puts in the place of text without a token; it may be missing from the vocabulary."""
     if model["type"] == "Unigram":
         return None if model["unk_id"] is None else model["vocab"][model["unk_id"]][0]
     return model["unk_token"]

@@ -15,7 +15,7 @@ import torch
 from xlstm_lm.base.paths import user_path
 from xlstm_lm.data.byte_tokenizer import ByteDecoder, byte_characters
 from xlstm_lm.data.cuts import Cuts
-from xlstm_lm.data.encoder import encoder_without, may_leave_out, never_writes
+from xlstm_lm.data.encoder import encoder_without, fallback, never_writes, unknown_token
 from xlstm_lm.data.match_boundaries import UnknownBoundariesError
 from xlstm_lm.data.tokenizer_files import TokenizerConfig, is_fault_of_library, save_tokenizer, unreadable
 from xlstm_lm.ops.announce import announce_once
@@ -32,6 +32,7 @@ class HuggingFaceTokenizer:
     Text that looks like a special token is encoded as plain text: a document cannot contain an end of document.
     `bytes_per_token` is exact for byte-level BPE. For other kinds (SentencePiece, WordPiece) it counts the bytes of the
     token's written form, with the word mark counted as one space; normalisation may make the text's own count differ.
+    An unknown token stands for no bytes.
     """
 
     def __init__(self, config: TokenizerConfig) -> None:
@@ -75,13 +76,18 @@ class HuggingFaceTokenizer:
         self._settings = _settings(loaded)
         self._encoder = backend if never_writes(parts, end) else encoder_without(parts, end, str(config.name))
         self._backend.encode_special_tokens = self._encoder.encode_special_tokens = True
-        self._leaves_out = self._may_leave_out = may_leave_out(parts)
+        self._fallback = fallback(parts)
+        self._leaves_out = self._fallback == "nothing"
         self._config = TokenizerConfig(kind="huggingface", name=str(config.name), end_of_document=end)
         self.end_of_document: int = end_id
         self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
         self._token_bytes, self._byte_level = _bytes_of_tokens(backend, parts["decoder"], self.vocab_size)
         self.bytes_per_token = torch.tensor([len(token) for token in self._token_bytes], dtype=torch.int64)
         self.bytes_per_token[end_id] = 0
+        self._unknown_id: int | None = None
+        if self._fallback == "unknown":
+            self._unknown_id = backend.token_to_id(unknown_token(parts["model"]))
+            self.bytes_per_token[self._unknown_id] = 0
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_cuts"}
@@ -117,9 +123,20 @@ class HuggingFaceTokenizer:
 
     def missing_bytes(self, text: str) -> int:
         """As `Tokenizer.missing_bytes`; white space is never counted. Raises what `encode` does."""
-        if not self._may_leave_out:
+        if self._fallback == "bytes":
             return 0
         return sum(self._missing_bytes(piece, self._encode(piece)) for piece in self._pieces(text))
+
+    def problem(self, text: str) -> str | None:
+        """As `Tokenizer.problem`."""
+        if self._fallback != "error":
+            return None  # without the cost of encoding
+        try:
+            for piece in self._pieces(text):
+                self._encode(piece)
+        except ValueError as error:
+            return str(error)
+        return None
 
     def _encode(self, piece: str) -> Any:
         try:
@@ -163,9 +180,11 @@ class HuggingFaceTokenizer:
         if self._byte_level:
             return max(0, len(piece.encode()) - int(self.bytes_per_token[encoding.ids].sum()))
         changes = np.zeros(len(piece) + 1, dtype=np.int64)
-        for end, change in enumerate((1, -1)):
-            np.add.at(changes, [offsets[end] for offsets in encoding.offsets], change)
-        uncovered = np.flatnonzero(changes.cumsum()[:-1] == 0)
+        # An unknown token outweighs others at a character: a word mark has the offsets of the character after it.
+        weights = [-len(encoding.ids) if token == self._unknown_id else 1 for token in encoding.ids]
+        for end, sign in enumerate((1, -1)):
+            np.add.at(changes, [offsets[end] for offsets in encoding.offsets], np.multiply(sign, weights))
+        uncovered = np.flatnonzero(changes.cumsum()[:-1] <= 0)
         return sum(len(piece[index].encode()) for index in uncovered if not piece[index].isspace())
 
     def decode(self, ids: Iterable[int]) -> str:

@@ -14,7 +14,7 @@ from itertools import islice
 from typing import Any
 
 from xlstm_lm.data.config import DataConfig
-from xlstm_lm.data.documents import tokenized
+from xlstm_lm.data.documents import checked, tokenized
 from xlstm_lm.data.packing import Document, Row, pack
 from xlstm_lm.data.sources import ONE_DOCUMENT_A_FILE, START, Piece, Position, Record, Source, refuse
 from xlstm_lm.data.tokenizer import Tokenizer
@@ -95,8 +95,10 @@ class DealtSource:
         documents were read (epoch, piece, document and checksum; None where an older checkpoint lacks it)."""
         return {"epoch": 0, **START._asdict(), "index": 0, "skipped": 0, "read": [0, 0, 0, 0]}
 
-    def documents(self, lane: int, state: dict[str, Any]) -> Iterator[tuple[Record, dict[str, Any]]]:
-        """Documents of `lane` without end, each with the state after it.
+    def documents(
+        self, lane: int, state: dict[str, Any], tokenizer: Tokenizer
+    ) -> Iterator[tuple[Record, dict[str, Any]]]:
+        """Documents of `lane` without end, each with the state after it; all can be encoded by `tokenizer`.
 
         Raises:
             ValueError: a bad document, or no document for this lane.
@@ -104,7 +106,8 @@ class DealtSource:
         state = {**UNKNOWN, **state}
         while True:
             pieces = self.deal(state["epoch"])[lane]
-            records = self.source.read(pieces, Position(*(state[name] for name in Position._fields)))
+            begin = Position(*(state[name] for name in Position._fields))
+            records = checked(self.source.read(pieces, begin), tokenizer)
             given = state["piece"] > 0 or state["document"] > 0
             while True:
                 block, end, skipped = self._read_block(records)
@@ -121,9 +124,12 @@ class DealtSource:
                 state |= end._asdict()
             if not given:
                 bad = f" ({state['skipped']} bad ones skipped)" if state["skipped"] else ""
+                names = ", ".join(self.source.name_of(piece.shard) for piece in pieces[:3])
+                more = f" and {len(pieces) - 3} more" if len(pieces) > 3 else ""
                 raise ValueError(
-                    f"{self.source.config.description} has no document for lane {lane}: it holds fewer documents{bad} "
-                    f"than the {self._lanes} lanes of global_batch_size; use a smaller global_batch_size or more text"
+                    f"{self.source.config.description} has no document for lane {lane}, one of the {self._lanes} of "
+                    f"global_batch_size: its share of {names}{more} is empty{bad}; use a smaller global_batch_size or "
+                    "more text, and remove files without documents"
                 )
             state = {**state, "epoch": state["epoch"] + 1, **START._asdict()}
 
@@ -193,7 +199,7 @@ class Lane:
     def _documents(self, state: dict[str, Any]) -> Iterator[Document]:
         weights = [source.source.config.weight for source in self._sources]
         states, tokens = state["sources"], state["tokens"]
-        streams = [source.documents(self._lane, begin) for source, begin in zip(self._sources, states)]
+        streams = [source.documents(self._lane, begin, self._tokenizer) for source, begin in zip(self._sources, states)]
         while True:
             chosen = min(range(len(streams)), key=lambda index: tokens[index] / weights[index])
             record, after = next(streams[chosen])

@@ -8,17 +8,24 @@ matches before the position and those after it are the same whether the text is 
 from __future__ import annotations
 
 import itertools
+import platform
 import re
 import unicodedata
 import warnings
-from re import _constants, _parser  # type: ignore[attr-defined]
 from typing import Any, NamedTuple
 
+try:  # private to Python: a version that changes them costs the cuts, never their exactness
+    from re import _constants, _parser  # type: ignore[attr-defined]
+
+    ASSERTIONS = (_constants.ASSERT, _constants.ASSERT_NOT)
+    REPEATS = (_constants.MAX_REPEAT, _constants.MIN_REPEAT, _constants.POSSESSIVE_REPEAT)
+except (ImportError, AttributeError):
+    _constants = _parser = None
+
+UNKNOWN_PYTHON = f"regular expressions of Python {platform.python_version()} are not understood"
 FIRST_PLACEHOLDER = 0xF0000  # private characters that stand for \p{...}, which Python's parser does not have
 PROPERTY = re.compile(r"\\(p|P)\{(\^?)(\w+)\}")
 CATEGORY = re.compile("[LMNPSZC]|L[ultmo]|M[nce]|N[dlo]|P[cdseifo]|S[mcko]|Z[slp]|C[cf]")
-ASSERTIONS = (_constants.ASSERT, _constants.ASSERT_NOT)
-REPEATS = (_constants.MAX_REPEAT, _constants.MIN_REPEAT, _constants.POSSESSIVE_REPEAT)
 
 
 class UnknownBoundariesError(Exception):
@@ -56,12 +63,18 @@ class Pattern:
         """Read the pattern.
 
         Raises:
-            UnknownBoundariesError: it has parts that look at what is before a match, or that are not understood.
+            UnknownBoundariesError: it has parts that look at what is before a match, or that are not understood; or
+                this version of Python parses patterns differently.
         """
+        if _parser is None:
+            raise UnknownBoundariesError(UNKNOWN_PYTHON)
         self._atoms: list[tuple[Any, Any, bool]] = []
         self._follow: set[tuple[int, int]] = set()
         self._properties: list[tuple[str, bool]] = []
-        whole = self._sequence(self._parse(source) if is_regex else [(_constants.LITERAL, ord(c)) for c in source])
+        try:
+            whole = self._sequence(self._parse(source) if is_regex else [(_constants.LITERAL, ord(c)) for c in source])
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
+            raise UnknownBoundariesError(f"{UNKNOWN_PYTHON} ({error})") from None
         if whole.nullable:
             raise UnknownBoundariesError(f"the pattern {source!r} matches an empty text")
         self._alone = whole.alone

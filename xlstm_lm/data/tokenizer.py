@@ -33,7 +33,7 @@ class Tokenizer(Protocol):
     end_of_document: int
     """Id of the token between documents."""
     bytes_per_token: torch.Tensor
-    """Bytes of text each id stands for, int64 (V,); 0 for the end of a document."""
+    """Bytes of text each id stands for, int64 (V,); 0 for the end of a document and an unknown token."""
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`, without an end of document."""
@@ -45,7 +45,10 @@ class Tokenizer(Protocol):
         """`encode_array` in pieces, each encoded on demand, which bounds the memory that a long text needs."""
 
     def missing_bytes(self, text: str) -> int:
-        """UTF-8 bytes of the characters of `text` that its ids leave out, for lack of an unknown token."""
+        """UTF-8 bytes of the characters of `text` that its ids leave out or write as an unknown token."""
+
+    def problem(self, text: str) -> str | None:
+        """The reason why `text` cannot be encoded; None if it can."""
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`; bytes that are not UTF-8 become U+FFFD."""

@@ -8,7 +8,7 @@ import numpy as np
 
 from xlstm_lm.data.batch import Batch, stack_rows
 from xlstm_lm.data.config import DataConfig
-from xlstm_lm.data.documents import tokenized
+from xlstm_lm.data.documents import checked, tokenized
 from xlstm_lm.data.packing import Document, Row, pack
 from xlstm_lm.data.sources import Piece, Source, open_source, refuse
 from xlstm_lm.data.tokenizer import Tokenizer
@@ -51,7 +51,7 @@ def _batches(
 def _documents(sources: list[Source], config: DataConfig, tokenizer: Tokenizer) -> Iterator[Document]:
     for source in sources:
         left = config.validation_tokens
-        for record in source.read([Piece(shard) for shard in range(source.num_shards)]):
+        for record in checked(source.read([Piece(shard) for shard in range(source.num_shards)]), tokenizer):
             if record.problem is not None:
                 refuse(source, record)
             elif record.text:

@@ -130,6 +130,7 @@ def serve() -> None:
         summary = f"{type(error).__name__}: {error}{kept if isinstance(error, MemoryError) else ''}"
         ready.put(_WorkerError(summary, traceback.format_exc()))
     sender.join()
+    os._exit(0)  # the interpreter's own end would wait for standard input, which the other thread is reading
 
 
 def _leave_with_parent() -> None:

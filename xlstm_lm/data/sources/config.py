@@ -35,7 +35,8 @@ class SourceConfig:
     weight: Annotated[float, Range(0, 1e15, open_below=True)] = 1.0
     """Share of the training tokens, relative to the other sources' weights."""
     on_bad_document: Literal["error", "skip"] = "error"
-    """Whether a document that is not UTF-8, not JSON or without text stops the run, or is skipped and counted."""
+    """Whether a document that is not UTF-8, not JSON, without text or not encodable stops the run, or is skipped and
+    counted."""
     retry_seconds: NonNegative = 600.0
     """How long to go on asking when the hub does not answer (kind hub)."""
 

@@ -10,9 +10,9 @@ import lzma
 import os
 import re
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import pyarrow
 
@@ -43,19 +43,32 @@ HASHED_BYTES = 512 * 2**20
 SAMPLE_BYTES = 64 * 2**10
 
 
+def _open_zstandard(path: str) -> IO[bytes]:
+    return io.BufferedReader(pyarrow.input_stream(path, compression="zstd"))  # type: ignore[arg-type]
+
+
+COMPRESSIONS: dict[bytes, Callable[[str], Any]] = {
+    rb"\x1f\x8b": gzip.open,
+    rb"BZh[1-9](1AY&SY|\x17rE8P\x90)": bz2.open,
+    rb"\xfd7zXZ\x00": lzma.open,
+    rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18": _open_zstandard,  # the second: a frame that readers skip
+}
+"""First bytes of compressed files, and their readers."""
+
+
 def open_file(path: str | Path) -> IO[bytes]:
     """Open a local file to read its bytes, decompressed if its content is compressed."""
-    with Path(path).open("rb") as file:
-        magic = file.read(10)
-    if magic.startswith(b"\x1f\x8b"):
-        return gzip.open(path, "rb")  # type: ignore[return-value]
-    if re.match(rb"BZh[1-9](1AY&SY|\x17rE8P\x90)", magic):
-        return bz2.open(path, "rb")
-    if magic.startswith(b"\xfd7zXZ\x00"):
-        return lzma.open(path, "rb")
-    if re.match(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18", magic):  # the second: a frame that readers skip
-        return io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd"))  # type: ignore[arg-type]
-    return Path(path).open("rb")
+    plain = Path(path).open("rb")  # noqa: SIM115
+    try:
+        magic = plain.peek(10)[:10]
+        opener = next((opener for pattern, opener in COMPRESSIONS.items() if re.match(pattern, magic)), None)
+    except BaseException:
+        plain.close()
+        raise
+    if opener is None:
+        return plain
+    plain.close()
+    return opener(str(path))
 
 
 def open_text(path: str | Path) -> IO[bytes]:

@@ -46,6 +46,8 @@ def _list_files(config: SourceConfig, order: int) -> list[str]:
             announce_once(f"{config.description}: {len(broken)} links to nothing are skipped; the first: {broken[0]}")
         elif not files and Path(pattern).is_dir():
             raise ValueError(f"{pattern} is a folder: name the files in it, such as {pattern.rstrip('/')}/*.txt")
+        elif not files and matches and not all(Path(path).is_dir() for path in matches):
+            raise ValueError(f"{matches[0]} is no regular file (a pipe or device): write its content to a file")
         elif not files:
             raise ValueError(f"data file {pattern} is missing: no file matches it (in {Path.cwd()})")
         found.update(files)
@@ -64,10 +66,7 @@ def _at_home(pattern: str) -> str:
         raise ValueError("paths of a source hold an empty name: name files or patterns such as data/*.txt")
     if not pattern.startswith("~") or os.path.lexists(pattern):
         return pattern
-    try:
-        return str(user_path(pattern))
-    except RuntimeError:
-        raise ValueError(f"data file {pattern} is missing: no home folder {pattern.split('/')[0]} is known") from None
+    return str(user_path(pattern))
 
 
 def _matches(pattern: str, order: int) -> list[str]:
@@ -86,14 +85,18 @@ def _matches(pattern: str, order: int) -> list[str]:
 
 
 def _distinct(paths: list[str], config: SourceConfig) -> list[str]:
-    """One name for each file, the first: a link is no second file."""
+    """One name for each file, of the fewest folders the first: a link is no second file."""
     names: dict[tuple[int, int], str] = {}
-    for path in paths:
+    others = []
+    for path in sorted(paths, key=lambda path: len(Path(path).parts)):  # a link to a folder above gives endless names
         status = Path(path).stat()
         first = names.setdefault((status.st_dev, status.st_ino), path)
         if os.path.abspath(first) != os.path.abspath(path):  # noqa: PTH100
-            announce_once(f"{config.description}: {path} is the same file as {first} and is read once")
-    return list(names.values())
+            others.append(f"{path} is the same file as {first} and is read once")
+    if others:
+        more = f"; {len(others) - 1} more such names" if len(others) > 1 else ""
+        announce_once(f"{config.description}: {others[0]}{more}")
+    return sorted(names.values())
 
 
 def stdlib_files(split: str) -> tuple[list[str], list[str]]:

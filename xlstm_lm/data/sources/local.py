@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
@@ -13,13 +14,15 @@ import pyarrow
 import pyarrow.parquet
 
 from xlstm_lm.data.sources.config import ONE_DOCUMENT_A_FILE, SourceConfig
-from xlstm_lm.data.sources.contents import READ_ERRORS, Contents, hash_files, open_text
+from xlstm_lm.data.sources.contents import BYTE_ORDER_MARK, HEAD_BYTES, READ_ERRORS, Contents, hash_files, open_text
 from xlstm_lm.data.sources.listing import list_files, stdlib_files
 from xlstm_lm.data.sources.readers import Shard, read_lines, read_rows, read_whole_files
 from xlstm_lm.data.sources.record import ORDER, START, Piece, Position, Record
 from xlstm_lm.ops.announce import announce_once
 
 JSON_NAMES = {".json", ".jsonl", ".ndjson"}
+JSON_BEGINNING = re.compile(rb'\s*(\[\s*)?\{\s*"[^"\n]*"\s*:')
+"""First bytes of a JSON object, or an array of objects, on one line or several."""
 READERS = {
     "text": read_whole_files,
     "python_stdlib": read_whole_files,
@@ -59,27 +62,30 @@ class FileSource:
         """Look into the first file for the column with the text, unless what is bad is skipped.
 
         Raises:
-            ValueError: the file is no parquet, or has no such column.
+            ValueError: the file is no parquet, or has no such column of text.
         """
         if self.config.on_bad_document == "skip":
             return
         try:
             with pyarrow.OSFile(self._paths[0]) as opened, pyarrow.parquet.ParquetFile(opened) as file:
-                names = file.schema_arrow.names if file.metadata.num_rows else [self.config.text_field]
+                types = dict(zip(file.schema_arrow.names, file.schema_arrow.types)) if file.metadata.num_rows else None
         except READ_ERRORS as error:
             raise ValueError(
                 f"parquet {self._paths[0]} cannot be read ({error}): repair the file, or set "
                 "on_bad_document: skip for this source"
             ) from error
-        if self.config.text_field not in names:
-            raise ValueError(
-                f"parquet {self._paths[0]} has no column {self.config.text_field!r}: set text_field to one of "
-                f"{', '.join(names)}"
-            )
+        if types is None or _is_text(types.get(self.config.text_field)):
+            return
+        kind = types.get(self.config.text_field)
+        found = "has no column" if kind is None else f"holds {kind}, not text, in column"
+        raise ValueError(
+            f"parquet {self._paths[0]} {found} {self.config.text_field!r}: set text_field to one of "
+            f"{', '.join(name for name in types if _is_text(types[name])) or '(it has no column of text)'}"
+        )
 
     def _point_out_json(self) -> None:
-        """Say so if files of JSON are read as plain text: by their names, or by the first line of the first one."""
-        found = next((path for path in self._paths if JSON_NAMES & set(Path(path).suffixes)), None)
+        """Say so if files of JSON are read as plain text: by their names, or by what the first one begins with."""
+        found = next((path for path in self._paths if JSON_NAMES & set(Path(path.lower()).suffixes)), None)
         if found is None and _begins_with_json(self._paths[0]):
             found = self._paths[0]
         if found is not None:
@@ -132,12 +138,18 @@ class FileSource:
         return identity | ({"text_field": self.config.text_field} if self.config.kind in ("jsonl", "parquet") else {})
 
 
+def _is_text(kind: pyarrow.DataType | None) -> bool:
+    if isinstance(kind, pyarrow.DictionaryType):
+        kind = kind.value_type
+    return kind in (pyarrow.string(), pyarrow.large_string(), pyarrow.string_view())
+
+
 def _begins_with_json(path: str) -> bool:
-    """Whether the first line of a file is a JSON object."""
+    """Whether a file begins with a JSON object or an array of objects."""
     try:
         with open_text(path) as file:
-            return isinstance(json.loads(file.readline(2**20)), dict)
-    except (*READ_ERRORS, ValueError, RecursionError):
+            return JSON_BEGINNING.match(file.read(HEAD_BYTES).removeprefix(BYTE_ORDER_MARK)) is not None
+    except READ_ERRORS:
         return False  # or a damaged file: reading it says why
 
 

@@ -17,6 +17,7 @@ from xlstm_lm.data.sources.record import Piece, Position, Record
 ROWS_AT_ONCE = 512
 ALL = 2**62
 """Number of the document behind the last one of a file that breaks off: nothing more is to be had of it."""
+ONE_A_LINE = "jq -c . FILE writes an object a line, jq -c '.[]' FILE those of an array"
 KeyedRecord = tuple[str, dict[str, Any]]
 """An example of `datasets`: a key, and the record as its fields."""
 
@@ -191,13 +192,16 @@ def parse_json(line: bytes, text_field: str) -> tuple[str, str | None]:
     except UnicodeDecodeError as error:
         return "", _not_utf8(error)
     except json.JSONDecodeError as error:
+        if line.strip() in (b"[", b"{"):
+            return "", f"JSON over several lines: {ONE_A_LINE}"
         return "", f"not JSON ({error.msg} at column {error.colno})"
     except RecursionError:
         return "", "JSON that is nested too deep to be read"
     except ValueError as error:  # a number with more digits than Python reads
         return "", f"JSON that cannot be read ({error})"
     if not isinstance(value, dict):
-        return "", f"a JSON object with a field {text_field!r} is wanted, not {type(value).__name__}"
+        remedy = f": {ONE_A_LINE}" if isinstance(value, list) else ""
+        return "", f"a JSON object with a field {text_field!r} is wanted, not {type(value).__name__}{remedy}"
     return text_of(value, text_field)
 
 

@@ -151,6 +151,6 @@ def test_the_report_on_the_terminal():
         "ssd, float32: mlstm",
         "causal convolution, float32: compiled",
         "ok  slstm / compiled",
-        "nothing to mend.",
+        "nothing to fix.",
     ):
         assert expected in run.stdout

@@ -268,7 +268,7 @@ def examine(say: Callable[[str], None], dtypes: list[torch.dtype] | None = None)
         kernel = f"{check.operation} / {check.backend}, {check.device}, {check.dtype}, {check.sizes}"
         say(f"  {mark}{kernel}: {check.verdict}")
     say("\nAdvice")
-    for line in _advice(checks) or ["nothing to mend."]:
+    for line in _advice(checks) or ["nothing to fix."]:
         say(f"  {line}")
     return not any(check.wrong for check in checks)
 

@@ -1,6 +1,6 @@
 """The section `deepspeed` of a recipe: the keys of DeepSpeed's JSON that runs here may set, with their types.
 
-DeepSpeed ignores most keys that it does not know, so a misspelt one would be lost in silence.
+DeepSpeed ignores most unknown keys, so a misspelt one would be lost in silence.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from xlstm_lm.base.fields import Count, CountOrZero, Positive, Range, refuse_boo
 
 _FORBID = {"extra": "forbid", "use_attribute_docstrings": True}
 _ANOTHER_LAYOUT = (
-    "checkpoints here know weights and moments that are whole or divided by all processes, no other layout"
+    "checkpoints here hold weights and moments that are whole or divided by all processes, in no other layout"
 )
 _NO_NVME = "checkpoints here are read from and written to device cpu only"
 _OTHER_NUMBERS = "it changes what is computed"
@@ -288,7 +288,7 @@ class DeepSpeedSection(TypedDict, total=False):
     gradient_predivide_factor: Positive
     """By which gradients are divided before they are summed."""
     zero_allow_untested_optimizer: StrictBool
-    """Whether DeepSpeed accepts optimizers that it does not know."""
+    """Whether DeepSpeed accepts optimizers other than its own."""
     disable_allgather: StrictBool
     """Whether weights are collected by broadcasts."""
     disable_python_gc: StrictBool
@@ -312,4 +312,4 @@ class DeepSpeedSection(TypedDict, total=False):
 
 
 CheckedSection = Annotated[DeepSpeedSection, BeforeValidator(_refuse)]
-"""The section, refusing by name what is not for it to say."""
+"""The section, with keys of `REFUSED` rejected by name."""

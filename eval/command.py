@@ -1,4 +1,4 @@
-"""What the studies' command lines share: the flags that name a model, and what a figure was measured with."""
+"""Flags and records that the studies' command lines share: those that name a model, and the conditions of a figure."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What OpenMP's way of waiting costs on an idle and on a busy machine: `python -m eval.spinning`.
+"""Measure the cost of OpenMP's ways of waiting on an idle and on a busy machine: `python -m eval.spinning`.
 
 A process for each way trains the demo's model on two threads. They take turns, alone, beside busy loops and beside
 other OpenMP processes.

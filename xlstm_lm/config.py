@@ -243,7 +243,7 @@ def load_run_config(paths: list[str | Path], overrides: dict[str, Any] | None = 
 
 
 def _with_the_run_of_its_recipe(values: dict[str, Any], origins: dict[str, str]) -> dict[str, Any]:
-    """Where training.run_dir comes from a run's own config.yaml, the folder in which that lies now."""
+    """Replace a training.run_dir that comes from a run's own config.yaml by the folder that holds that file now."""
     origin, training = origins.get("training.run_dir"), values.get("training")
     run_dir = training.get("run_dir") if isinstance(training, dict) else None
     folder = run_of_recipe(run_dir, origin) if origin and isinstance(run_dir, str) and run_dir else None

@@ -170,7 +170,7 @@ def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 
 
 def merge_origins(before: dict[str, str], over: dict[str, str]) -> dict[str, str]:
-    """Where the dotted keys of `merge`d mappings come from. A key of `over` replaces all above and below it."""
+    """Origins of the dotted keys of `merge`d mappings. A key of `over` replaces all above and below it."""
 
     def is_replaced(key: str) -> bool:
         above = {key[:index] for index, character in enumerate(key) if character == "."}

@@ -1,4 +1,4 @@
-"""What the person at the terminal sees: the stage a program is in, our own messages, and nothing of other libraries.
+"""Terminal output: the current stage of a program and its own messages, without those of other libraries.
 
 Nothing is shown before `open_console`, so that code which is called from somebody's own program stays silent.
 """
@@ -187,7 +187,7 @@ class LibraryLog:
         return False
 
     def fileno(self) -> int:
-        """Where a library gives a child its output: the real standard error."""
+        """The descriptor of the real standard error, for the output of a library's child process."""
         return console().fileno()
 
     def __getattr__(self, name: str) -> Any:

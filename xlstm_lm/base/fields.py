@@ -52,7 +52,7 @@ NO_NUMBER = "true and false are no numbers"
 
 
 def refuse_bool(value: Any) -> Any:
-    """For pydantic, which takes true for 1."""
+    """Refuse booleans, which pydantic accepts as 0 and 1."""
     if isinstance(value, bool):
         raise ValueError(NO_NUMBER)
     return value

@@ -50,13 +50,13 @@ class Holder:
     process_table: str
     """Names the boot and PID namespace in which `pid` means something."""
     pid: int
-    """Its number there."""
+    """Process number in that table."""
     started: str
-    """Its start in that table's own unit; tells processes of one number apart."""
+    """Start time in the unit of that table; distinguishes processes of the same number."""
     since: str
     """When it took the folder, in ISO format."""
     command: str
-    """Its command line."""
+    """Command line of the process."""
 
     @classmethod
     def this_process(cls) -> Holder:
@@ -148,7 +148,7 @@ class FolderLease:
             return True
 
     def place(self) -> Path:
-        """Where the folder lies now: it may have been moved on its disk, where the system can tell (Linux).
+        """The folder's current path: on Linux it is also found after a move on the same disk.
 
         Raises:
             RunError: it was deleted or replaced, or another process has taken it over.

@@ -57,7 +57,7 @@ def nearest(name: str, known: Iterable[str], otherwise: str = "See 'xlstm-lm tra
 
 
 def origin_of(name: str, origins: dict[str, str], message: str = "") -> str:
-    """Where a field was set, as 'FILE: '; empty where that is not known.
+    """The file or flag that set a field, as 'FILE: '; empty where that is unknown.
 
     Args:
         name: The dotted name of a field or section.
@@ -203,7 +203,7 @@ def _bare(hint: Any) -> Any:
 
 
 def _tags(hint: Any) -> list[str]:
-    """What pydantic calls an alternative of a union with a discriminator."""
+    """The name that pydantic gives an alternative of a discriminated union."""
     return [each.tag for each in get_args(hint)[1:] if isinstance(each, Tag)] if get_origin(hint) is Annotated else []
 
 

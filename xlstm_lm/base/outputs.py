@@ -1,4 +1,4 @@
-"""Where a command may write: never over or into what is there. Every command that writes checks its place here first.
+"""Rules for output places, checked by every command before it writes: never over or into existing results.
 
 A folder is known by what is in it, not by its name:
 

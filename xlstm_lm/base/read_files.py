@@ -26,7 +26,7 @@ class Line:
     value: dict[str, Any]
     """Empty where there is a problem."""
     problem: str
-    """What is wrong with it; empty if nothing is."""
+    """The problem with it; empty if there is none."""
 
 
 def read_json(
@@ -119,7 +119,7 @@ def _parse(content: bytes, fields: Fields, repeated_keys: bool = False) -> dict[
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """What `json` makes of an object, but of one that has each key once."""
+    """Build an object as `json` does, but refuse a repeated key."""
     made = dict(pairs)
     if len(made) < len(pairs):
         names = [name for name, _ in pairs]

@@ -1,4 +1,4 @@
-"""Where the matches of a regular expression must end or begin, decided from the two characters at a position.
+"""Positions at which matches of a regular expression must end or begin, decided from the two characters around them.
 
 A pattern is read as an automaton: its atoms (tests of one character) and which atom may follow which. If no pair of
 atoms in succession accepts `left` and then `right`, no match contains both and no attempt at one looks past `left`: the

@@ -36,7 +36,7 @@ class ExportFormat:
     leaves_out_padding: bool
     """Whether padding on the left changes nothing."""
     obstacle: Callable[[], str | None] = lambda: None
-    """What keeps transformers from loading it in this environment, and the way out; None where nothing does."""
+    """Obstacle to loading it with transformers in this environment, with the remedy; None if there is none."""
 
 
 def expected_shapes(export_format: ExportFormat, config: Any) -> dict[str, torch.Size]:

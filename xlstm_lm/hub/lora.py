@@ -1,4 +1,4 @@
-"""Where low-rank adapters (PEFT's LoRA) go in an xLSTM: its own table, because PEFT knows no xLSTM."""
+"""Targets of low-rank adapters (PEFT's LoRA) in an xLSTM. PEFT has no table for these models."""
 
 from __future__ import annotations
 

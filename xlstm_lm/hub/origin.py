@@ -45,12 +45,12 @@ def hub_id(source: str) -> str | None:
 
 
 def _base_model_of_run(folder: Path) -> str | None:
-    """For a checkpoint of a run that was itself imported."""
+    """The base model of a checkpoint whose run was itself imported."""
     return base_model(folder.parent.parent) if folder.parent.name == "checkpoints" else None
 
 
 def _base_model_of_export(folder: Path) -> str | None:
-    """For an export of such a run, whose model card names it."""
+    """The base model that the model card of an export of such a run names."""
     from huggingface_hub import metadata_load
 
     card = folder / "README.md"

@@ -42,7 +42,7 @@ logger = logging.getLogger("xlstm_lm")
 
 FORMAT = 1
 MOMENTS = ("exp_avg", "exp_avg_sq")
-"""Of AdamW, as torch calls them."""
+"""Keys of AdamW's state, as torch names them."""
 LEFTOVER = ".tmp-"
 WRITTEN_ALWAYS = ("state.json", "config.yaml")
 TAKE_AWAY = "Restore {folder} from a copy, or move it away to continue from the checkpoint before it."
@@ -128,7 +128,7 @@ def damage(folder: Path) -> str:
 
 
 def misnamed(checkpoint: Checkpoint) -> str:
-    """Whose checkpoint one is that lies in a run's folder under the number of another step; empty if it does not."""
+    """Problem of a checkpoint stored under the number of another step; empty if the numbers agree."""
     name, step = checkpoint.folder.name, checkpoint.state["step"]
     if not STEP_FOLDER.fullmatch(name) or name == f"step_{step:08}":
         return ""

@@ -105,7 +105,7 @@ class OffloadOptimizer(TypedDict, total=False):
     __pydantic_config__ = _FORBID
 
     device: Literal["none", "cpu"]
-    """Where they are. Checkpoints can be read from and written to device cpu only."""
+    """Device that holds them. Checkpoints can be read from and written to device cpu only."""
     pin_memory: StrictBool
     """Whether the memory is page-locked."""
     ratio: Literal[1]
@@ -126,7 +126,7 @@ class OffloadParam(TypedDict, total=False):
     __pydantic_config__ = _FORBID
 
     device: Literal["none", "cpu"]
-    """Where they are. Checkpoints can be read from and written to device cpu only."""
+    """Device that holds them. Checkpoints can be read from and written to device cpu only."""
     pin_memory: StrictBool
     """Whether the memory is page-locked."""
     buffer_count: Count
@@ -195,9 +195,9 @@ class ZeroOptimization(TypedDict, total=False):
     stage3_module_granularity_threshold: CountOrZero
     """Modules with fewer elements are fetched whole, at stage 3."""
     gather_16bit_weights_on_model_save: StrictBool
-    """For checkpoints of DeepSpeed's own; no effect here."""
+    """Setting of DeepSpeed's own checkpoints; no effect here."""
     stage3_gather_16bit_weights_on_model_save: StrictBool
-    """For checkpoints of DeepSpeed's own; no effect here."""
+    """Setting of DeepSpeed's own checkpoints; no effect here."""
     use_all_reduce_for_fetch_params: StrictBool
     """Whether weights are fetched by all-reduce, at stage 3."""
     stage3_use_all_reduce_for_fetch_params: StrictBool
@@ -218,7 +218,7 @@ class DataTypes(TypedDict, total=False):
     __pydantic_config__ = _FORBID
 
     grad_accum_dtype: Literal["fp32", "bf16"]
-    """Of the gradients that are summed over micro batches."""
+    """Type of the gradients that are summed over micro batches."""
 
 
 class FlopsProfiler(TypedDict, total=False):

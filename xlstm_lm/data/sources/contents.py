@@ -17,7 +17,7 @@ from typing import IO, Any, NamedTuple
 import pyarrow
 
 READ_ERRORS = (OSError, EOFError, zlib.error, lzma.LZMAError, pyarrow.ArrowException)
-"""What a damaged or missing file raises while it is read."""
+"""Errors raised while a damaged or missing file is read."""
 
 HEAD_BYTES = 1024
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
@@ -39,7 +39,7 @@ NO_TEXT = {
 """First bytes of files that are no text, and what they are and want."""
 
 HASHED_BYTES = 512 * 2**20
-"""Of a source's files at most about so many bytes are hashed: all of them, or as much of each in samples."""
+"""Approximate limit of the bytes hashed for one source: all of its files, or samples of equal size from each."""
 SAMPLE_BYTES = 64 * 2**10
 
 
@@ -96,10 +96,10 @@ def open_text(path: str | Path) -> IO[bytes]:
 
 
 class Contents(NamedTuple):
-    """What the files of a source hold."""
+    """Sizes and content hashes of a source's files."""
 
     digests: list[str]
-    """For each file, 8 hexadecimal digits that change with its size and content."""
+    """Hash of each file's size and content, 8 hexadecimal digits."""
     newest: int | None
     """Latest change (nanoseconds since 1970) of a file that was too large to be hashed whole; None if none was."""
 

@@ -31,7 +31,7 @@ class Shard(NamedTuple):
     name: str
     piece: Piece
     first: Position
-    """Where to begin in it."""
+    """Position to begin at."""
 
 
 def read_whole_files(shards: list[Shard], order: int) -> Iterator[KeyedRecord]:

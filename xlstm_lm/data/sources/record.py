@@ -76,7 +76,7 @@ class Source(Protocol):
         documents; a bad one comes to the lane whose turn it is, and to all where bad documents are errors."""
 
     def identity(self) -> dict[str, Any]:
-        """What it reads, in JSON: differs where the documents or their order would. See `xlstm_lm.data.fingerprint`."""
+        """Identity of the documents and their order, as JSON; see `xlstm_lm.data.fingerprint`."""
 
     def name_of(self, shard: int) -> str:
         """How messages call a shard."""

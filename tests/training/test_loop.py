@@ -256,10 +256,11 @@ def test_too_many_skipped_steps_stop_the_run_with_step_and_documents(folder, mon
 
 
 def test_a_run_that_diverges_says_so_keeps_its_checkpoints_and_is_pointed_out_later(folder, caplog, capsys):
-    settings = {"optimizer__learning_rate": 1e38, "optimizer__weight_decay": 0.0, "schedule__warmup_steps": 0}
+    settings = {"optimizer__weight_decay": 0.0, "schedule__warmup_steps": 0}
     diverging = configure(
         folder, training__steps=5, training__checkpoint_every=1, training__keep_checkpoints=1, **settings
     )
+    diverging.optimizer.learning_rate = 1e38  # more than a recipe may have
     run_dir = train(diverging)
     assert "unchanged" not in caplog.text and "Step 2 skipped" in caplog.text
     assert "Step 2: Weights are not finite" in caplog.text or "Step 1: Weights are not finite" in caplog.text
@@ -269,7 +270,9 @@ def test_a_run_that_diverges_says_so_keeps_its_checkpoints_and_is_pointed_out_la
     assert "Final validation: not finite" in capsys.readouterr().out
     caplog.clear()
     with pytest.raises(RunError, match=r"Step \d+: .* Weights are not finite"):
-        train(configure(folder, training__steps=20, safeguards__max_skipped_steps=4, **settings))
+        again = configure(folder, training__steps=20, safeguards__max_skipped_steps=4, **settings)
+        again.optimizer.learning_rate = 1e38
+        train(again)
     assert "step_00000005 holds numbers that are not finite, in " in caplog.text
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from xlstm_lm import cli
+from xlstm_lm.parallel.launcher import _short
 
 DEMO = str(Path(__file__).parents[1] / "configs" / "train" / "demo.yaml")
 TINY = """
@@ -96,7 +97,10 @@ def test_torchrun_with_two_processes(tmp_path):
     )
     assert finished.returncode == 0, finished.stderr
     assert finished.stdout.count("Final validation: ") == 1
-    assert "Resume, longer:   " + shlex.join([sys.executable, *launcher, "train", "--config", DEMO]) in finished.stdout
+    assert (
+        "Resume, longer:   " + shlex.join([_short(sys.executable), *launcher, "train", "--config", DEMO])
+        in finished.stdout
+    )
 
 
 def test_the_deepspeed_launcher(tmp_path):
@@ -114,7 +118,10 @@ def test_the_deepspeed_launcher(tmp_path):
     )
     assert finished.returncode == 0, finished.stderr
     assert "Final validation: " in finished.stdout
-    assert "Resume, longer:   " + shlex.join([*launcher, "train", "--config", DEMO]) in finished.stdout
+    assert (
+        "Resume, longer:   " + shlex.join([_short(launcher[0]), *launcher[1:], "train", "--config", DEMO])
+        in finished.stdout
+    )
 
 
 @pytest.mark.parametrize(

@@ -43,6 +43,9 @@ def test_json_as_editors_save_it_is_read(tmp_path):
     assert read_json(tmp_path / "file.json") == {"id": "a"}
     with pytest.raises(ValueError, match=r"nothing.json is missing"):
         read_json(tmp_path / "nothing.json")
+    for read in (read_json, read_json_lines):
+        with pytest.raises(ValueError, match=f"{tmp_path} cannot be read: Is a directory. Restore it from a copy"):
+            read(tmp_path)
 
 
 def metric(step: int, **changes) -> str:

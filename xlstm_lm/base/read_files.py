@@ -47,6 +47,8 @@ def read_json(
         value = _parse(path.read_bytes(), fields or {}, repeated_keys)
     except FileNotFoundError:
         raise ValueError(f"{path} is missing. {remedy}") from None
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}. {remedy}") from None
     except ValueError as error:
         raise ValueError(f"{path} is damaged: {error}. {remedy}") from None
     return value
@@ -77,6 +79,8 @@ def json_lines(path: Path, fields: Fields, remedy: str = RESTORE) -> list[Line]:
         contents = path.read_bytes().split(b"\n")
     except FileNotFoundError:
         raise ValueError(f"{path} is missing. {remedy}") from None
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}. {remedy}") from None
     lines = []
     for number, content in enumerate(contents, start=1):
         if not content.strip():

@@ -5,8 +5,8 @@
 Some imports come before any code of this package and cannot be prevented here. `python -m xlstm_lm` finds a folder
 called xlstm_lm and the modules that Python's own start needs (collections, contextlib, functools, keyword, operator,
 reprlib, types, warnings). `python -m torch.distributed.run` and DeepSpeed's launcher, which puts the current folder on
-PYTHONPATH itself, import as they like. With the current folder on PYTHONPATH so do sitecustomize.py and the first
-lines of any script. The command `xlstm-lm` has no such gap without such a PYTHONPATH.
+PYTHONPATH itself, import as they like. With the current folder on PYTHONPATH so do sitecustomize.py, the start of an
+editable install and the first lines of any script. The command `xlstm-lm` has no such gap without such a PYTHONPATH.
 """
 
 import os

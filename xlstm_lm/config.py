@@ -238,22 +238,24 @@ def load_run_config(paths: list[str | Path], overrides: dict[str, Any] | None = 
         value = with_current_names(value)
         values = merge(values, value)
         origins = merge_origins(origins, dict.fromkeys(dotted_items(value), f"flag --{name}"))
-    values = _with_the_run_of_its_recipe(values, origins)
-    return check_run_config(values, origins)
+    run = check_run_config(values, origins)
+    _point_at_the_run_of_its_recipe(run, origins.get("training.run_dir"))
+    return run
 
 
-def _with_the_run_of_its_recipe(values: dict[str, Any], origins: dict[str, str]) -> dict[str, Any]:
+def _point_at_the_run_of_its_recipe(run: RunConfig, origin: str | None) -> None:
     """Replace a training.run_dir that comes from a run's own config.yaml by the folder that holds that file now."""
-    origin, training = origins.get("training.run_dir"), values.get("training")
-    run_dir = training.get("run_dir") if isinstance(training, dict) else None
-    folder = run_of_recipe(run_dir, origin) if origin and isinstance(run_dir, str) and run_dir else None
+    folder = run_of_recipe(run.training.run_dir, origin) if origin else None
     if folder is None:
-        return values
+        return
     if os.environ.get("RANK", "0") == "0":
         logger.warning(
-            "%s belongs to the run in %s, which is continued; training.run_dir says %s", origin, folder, run_dir
+            "%s belongs to the run in %s, which is continued; its training.run_dir is %s",
+            origin,
+            folder,
+            run.training.run_dir,
         )
-    return merge(values, {"training": {"run_dir": str(folder)}})
+    run.training.run_dir = str(folder)
 
 
 def check_run_config(values: dict[str, Any], origins: dict[str, str]) -> RunConfig:

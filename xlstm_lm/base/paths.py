@@ -11,7 +11,7 @@ def user_path(text: str | Path) -> Path:
     Raises:
         ValueError: it is empty, begins with ~NAME where there is no such user, or holds a character that no path has.
     """
-    if not str(text).strip():
+    if not str(text).strip(" "):
         raise ValueError(f"{str(text)!r} is no path; give the name of a file or folder.")
     if "\0" in str(text):
         raise ValueError(f"{str(text)!r} is no path: it holds a NUL character.")

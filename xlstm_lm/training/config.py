@@ -44,7 +44,7 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         check_fields(self, "training.")
-        if not self.run_dir.strip():
+        if not self.run_dir.strip(" "):
             raise ValueError("training.run_dir is empty; give the folder that the run shall write to.")
 
     @property

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from xlstm_lm import cli
-from xlstm_lm.parallel.launcher import _short
+from xlstm_lm.parallel.launcher import short_name
 
 DEMO = str(Path(__file__).parents[1] / "configs" / "train" / "demo.yaml")
 TINY = """
@@ -98,28 +99,24 @@ def test_torchrun_with_two_processes(tmp_path):
     assert finished.returncode == 0, finished.stderr
     assert finished.stdout.count("Final validation: ") == 1
     assert (
-        "Resume, longer:   " + shlex.join([_short(sys.executable), *launcher, "train", "--config", DEMO])
+        "Resume, longer:   " + shlex.join([short_name(sys.executable), *launcher, "train", "--config", DEMO])
         in finished.stdout
     )
 
 
 def test_the_deepspeed_launcher(tmp_path):
-    launcher = (
-        str(Path(sys.executable).with_name("deepspeed")),
-        "--num_gpus",
-        "1",
-        "--master_port",
-        "29611",
-        "--module",
-        "xlstm_lm",
-    )
+    with socket.socket() as free:  # another suite may run at the same time
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    deepspeed = str(Path(sys.executable).with_name("deepspeed"))
+    launcher = (deepspeed, "--num_gpus", "1", "--master_port", port, "--module", "xlstm_lm")
     finished = run_command(
         "train", "--config", DEMO, "--training.run_dir", str(tmp_path / "run"), *TINY, launcher=launcher
     )
     assert finished.returncode == 0, finished.stderr
     assert "Final validation: " in finished.stdout
     assert (
-        "Resume, longer:   " + shlex.join([_short(launcher[0]), *launcher[1:], "train", "--config", DEMO])
+        "Resume, longer:   " + shlex.join([short_name(launcher[0]), *launcher[1:], "train", "--config", DEMO])
         in finished.stdout
     )
 

@@ -21,9 +21,9 @@ def program_command(launched: bool = False) -> list[str]:
     if by_launcher:
         return by_launcher
     if Path(sys.argv[0]).name == "xlstm-lm":
-        return [_short(sys.argv[0])]
+        return [short_name(sys.argv[0])]
     by_module = Path(sys.argv[0]).parts[-2:] == (MODULE, "__main__.py")
-    return [_short(sys.executable), "-m", MODULE] if by_module else ["xlstm-lm"]
+    return [short_name(sys.executable), "-m", MODULE] if by_module else ["xlstm-lm"]
 
 
 def _launcher_command() -> list[str] | None:
@@ -36,7 +36,7 @@ def _launcher_command() -> list[str] | None:
         # The program's own arguments are behind it, and may hold any word.
         ours = next((index for index, word in enumerate(words) if Path(word).name in (MODULE, "xlstm-lm")), None)
         if launcher is not None and ours is not None:
-            return [_short(words[launcher]), *words[launcher + 1 : ours + 1]]
+            return [short_name(words[launcher]), *words[launcher + 1 : ours + 1]]
     return None
 
 
@@ -64,7 +64,7 @@ def _ancestors() -> list[list[str]]:
     return lines
 
 
-def _short(path: str) -> str:
+def short_name(path: str) -> str:
     """A program's name, where that is enough to find it."""
     there = shutil.which(Path(path).name)
     # Not the files that links lead to: an environment's python may be a link to the system's.

@@ -28,6 +28,13 @@ def test_greedy_is_our_own_generation(pattern):
     assert generated(wrapped, prompt, use_cache=False)[0, 13:].tolist() == expected
 
 
+def test_a_tokenizer_for_stop_strings_is_not_an_argument_of_the_model():
+    """`transformers serve` always gives one."""
+    wrapped, _ = make_pair()
+    prompt = random_tokens(1, 5)
+    assert torch.equal(generated(wrapped, prompt, tokenizer=object()), generated(wrapped, prompt))
+
+
 @pytest.mark.parametrize("pattern", PATTERNS)
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"num_beams": 2, "num_return_sequences": 2}])
 def test_a_padded_batch_gives_what_single_prompts_give(pattern, options):

@@ -30,9 +30,10 @@ def _environment(version: str) -> Path:
     python, complete = folder / "bin" / "python", folder / "complete"
     if not complete.exists():
         subprocess.run([sys.executable, "-m", "venv", "--clear", "--without-pip", folder], check=True)
-        packages = next(folder.glob("lib/python*/site-packages"))
-        others = [str(PROJECT), *(place for place in sys.path if place.endswith("site-packages"))]
-        (packages / "zz_others.pth").write_text("\n".join(others) + "\n")
+    packages = next(folder.glob("lib/python*/site-packages"))
+    others = [str(PROJECT), *(place for place in sys.path if place.endswith("site-packages"))]
+    (packages / "zz_others.pth").write_text("\n".join(others) + "\n")
+    if not complete.exists():
         subprocess.run([python, "-m", "pip", "install", "--quiet", f"transformers=={version}"], check=True)
         complete.touch()
     return python

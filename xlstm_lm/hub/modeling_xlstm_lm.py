@@ -328,6 +328,8 @@ class XLSTMLMForCausalLM(XLSTMLMPreTrainedModel, GenerationMixin):
         Raises:
             ValueError: the cache holds all of `input_ids`, or more.
         """
+        for name in ("tokenizer", "assistant_tokenizer"):  # for stop strings; `generate` hands them on to the model
+            kwargs.pop(name, None)
         cache = _given_cache(cache, cache_params, past_key_values)
         if is_first_iteration and cache is not None and inputs_embeds is None:
             held = cache.get_seq_length()

@@ -56,7 +56,7 @@ def numbers_without_range(hint: Any, path: str = "") -> list[str]:
 
 
 @pytest.mark.parametrize(
-    "config_class", [RunConfig, SamplingConfig, CompareConfig, StudyConfig, ReachConfig, *set(TASKS.values())]
+    "config_class", [RunConfig, SamplingConfig, CompareConfig, StudyConfig, ReachConfig, *dict.fromkeys(TASKS.values())]
 )
 def test_no_number_of_any_configuration_is_without_a_range(config_class):
     assert not numbers_without_range(config_class)

@@ -74,6 +74,15 @@ def archive(kind: str) -> bytes:
         ("hello".encode("utf-32"), "UTF-32, not UTF-8"),
         (bytes(3000), "zeros: it was not written to its end"),
     ],
+    ids=[
+        "zip",
+        "tar",
+        "parquet",
+        "utf-16",
+        "utf-16-be",
+        "utf-32",
+        "zeros",
+    ],  # an archive holds the time: no name for a test
 )
 def test_what_is_no_text_is_named_with_the_remedy(kind, content, found, tmp_path):
     (tmp_path / "a.txt").write_bytes(content)

@@ -54,19 +54,6 @@ def read_json(
     return value
 
 
-def read_json_lines(path: Path, fields: Fields | None = None, remedy: str = RESTORE) -> list[dict[str, Any]]:
-    """The objects in a file of JSON lines; see `json_lines` for a last line that was never finished.
-
-    Raises:
-        ValueError: the file is missing, or a line is damaged or has no such object; names file and line.
-    """
-    lines = json_lines(path, fields or {}, remedy)
-    for line in lines:
-        if line.problem:
-            raise ValueError(f"{path}, line {line.number}, is damaged: {line.problem}. {remedy}")
-    return [line.value for line in lines]
-
-
 def json_lines(path: Path, fields: Fields, remedy: str = RESTORE) -> list[Line]:
     """The lines of a file of JSON lines, each with what is wrong with it, blank ones left out.
 

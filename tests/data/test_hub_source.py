@@ -14,9 +14,9 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import make_documents
-from loopback_hub import COMMIT, LoopbackHub
 
+from tests.data.conftest import make_documents
+from tests.data.loopback_hub import COMMIT, LoopbackHub
 from xlstm_lm.data import SourceConfig, open_source
 from xlstm_lm.data.sources.hub import Patience
 

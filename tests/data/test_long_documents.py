@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from many_tokenizers import TOKENIZERS, save, texts
 
+from tests.data.many_tokenizers import TOKENIZERS, save, texts
 from xlstm_lm.data import (
     DataConfig,
     SourceConfig,

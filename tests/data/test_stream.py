@@ -135,8 +135,7 @@ def test_order_does_not_depend_on_workers_and_the_state_is_of_what_was_consumed(
 CONSUMER = """
 import json, sys
 from pathlib import Path
-sys.path.insert(0, {tests!r})
-from test_stream import config_of, stream_of
+from tests.data.test_stream import config_of, stream_of
 folder, count = Path(sys.argv[1]), int(sys.argv[2])
 stream = stream_of(config_of("mixture", folder, num_workers=1))
 log = folder / "log.jsonl"
@@ -146,7 +145,7 @@ if lines:
 with log.open("a") as file:
     for _ in range(count - len(lines)):
         batch = stream.next_batch()
-        file.write(json.dumps({{"tokens": batch.tokens_BT.tolist(), "state": stream.state_dict()}}) + "\\n")
+        file.write(json.dumps({"tokens": batch.tokens_BT.tolist(), "state": stream.state_dict()}) + "\\n")
         file.flush()
         if len(sys.argv) > 3:
             print(stream._producers[0][1]._process.pid, flush=True)
@@ -162,7 +161,7 @@ def is_running(pid: int) -> bool:
 
 
 def test_a_killed_process_goes_on_where_it_was_and_leaves_no_worker(folder):
-    program = [sys.executable, "-c", CONSUMER.format(tests=str(Path(__file__).parent)), str(folder), "40"]
+    program = [sys.executable, "-c", CONSUMER, str(folder), "40"]
     repository = str(Path(__file__).parents[2])
     environment = {**os.environ, "PYTHONPATH": repository}
     process = subprocess.Popen(

@@ -12,9 +12,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from many_tokenizers import TOKENIZERS, byte_level, save
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
+from tests.data.many_tokenizers import TOKENIZERS, byte_level, save
 from xlstm_lm.data import (
     DataConfig,
     SourceConfig,

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import transformers
-from small_models import TEXT, save_own, save_stock
 
+from tests.eval.small_models import TEXT, save_own, save_stock
 from xlstm_lm.data import train_bpe
 from xlstm_lm.data.tokenizer import CONFIG_FILE
 

@@ -5,14 +5,10 @@ from __future__ import annotations
 import html.parser
 import math
 import re
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
-from invented_results import full_results, make_model, make_results, make_run, sparse_results
 
 from eval.compare.config import load_comparison
 from eval.compare.pictures import Frame, Line, draw_lines, spread_out
@@ -21,6 +17,7 @@ from eval.compare.report_answer import checks, further_findings, show_spread, si
 from eval.compare.report_pictures import scale_pictures
 from eval.compare.results import Published, Results, load_results, save_results
 from eval.compare.spread import T_975, deciding_quantity, difference, spread, values_by_seed
+from tests.eval.invented_results import full_results, make_model, make_results, make_run, sparse_results
 
 
 class Page(html.parser.HTMLParser):

@@ -13,12 +13,12 @@ import yaml
 from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
-from small_models import TEXT, save_own
 
 from eval import downstream
 from eval.downstream import TASK_GROUPS, evaluate, find_tasks
 from eval.harness import HarnessModel
 from eval.models import load_model
+from tests.eval.small_models import TEXT, save_own
 from xlstm_lm import hub
 
 LOCAL = ["local_last_word", "local_choice", "local_text", "local_repeat"]

@@ -11,7 +11,6 @@ import pytest
 import safetensors.torch
 import torch
 import torch.nn.functional as F
-from small_models import TEXT
 from transformers import AutoModelForCausalLM
 
 from eval import perplexity
@@ -20,6 +19,7 @@ from eval.extrapolation import extrapolate
 from eval.models import load_model, state_bytes
 from eval.perplexity import PerplexityConfig, measure
 from eval.scoring import score_sequences
+from tests.eval.small_models import TEXT
 from xlstm_lm import hub
 
 

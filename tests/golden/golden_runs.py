@@ -1,6 +1,6 @@
 """Small runs whose numbers may not change, one for each family and kind of block.
 
-`python tests/golden/golden_runs.py` writes the files beside this one from the code as it is. They were written before
+`python -m tests.golden.golden_runs` writes the files beside this one from the code as it is. They were written before
 the redesign of the operations and models; write them again only where a number is meant to change, and say why.
 """
 
@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import sys
 import tarfile
 import tempfile
 from pathlib import Path
@@ -118,5 +117,4 @@ def _write_numbers(path: Path, numbers: list[tuple[int, float, float]]) -> None:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(HERE.parents[1]))
     _write()

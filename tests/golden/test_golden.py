@@ -7,7 +7,8 @@ import tarfile
 
 import pytest
 import torch
-from golden_runs import HERE, MIXED, MODELS, SAVED_STEP, STEPS, prompt_logits, settings, train_in
+
+from tests.golden.golden_runs import HERE, MIXED, MODELS, SAVED_STEP, STEPS, prompt_logits, settings, train_in
 
 TOLERANCE = 2e-5
 """Relative. Another processor's float32 rounding after 20 steps stays well below it, another formula does not."""

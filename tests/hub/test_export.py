@@ -14,8 +14,8 @@ import torch
 import transformers
 import transformers.utils
 import yaml
-from lively import STOCK, logits, make_trained, random_tokens
 
+from tests.hub.lively import STOCK, logits, make_trained, random_tokens
 from xlstm_lm import hub
 from xlstm_lm.data import TokenizerConfig, build_tokenizer, train_bpe
 from xlstm_lm.hub import bundle, model_card, own_format

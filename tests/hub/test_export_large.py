@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from lively import make_trained, random_tokens
 
+from tests.hub.lively import make_trained, random_tokens
 from xlstm_lm import hub
 
 ROOT = Path(__file__).parents[2]

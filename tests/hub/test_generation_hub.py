@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers
-from lively import make_pair, make_trained, random_tokens
 
+from tests.hub.lively import make_pair, make_trained, random_tokens
 from xlstm_lm import hub
 from xlstm_lm.generation import SamplingConfig, generate
 

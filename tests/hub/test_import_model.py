@@ -17,6 +17,7 @@ import safetensors.torch
 import torch
 import yaml
 
+from tests.data.loopback_hub import LoopbackHub
 from xlstm_lm import cli, hub
 from xlstm_lm.base import durable_files
 from xlstm_lm.base.durable_files import RunError
@@ -24,9 +25,6 @@ from xlstm_lm.base.tensor_files import read_tensors, tensor_files
 from xlstm_lm.config import load_run_config
 from xlstm_lm.data import TokenizerConfig, build_tokenizer, load_tokenizer, train_bpe
 from xlstm_lm.models import XLSTMConfig, build_model
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "data"))
-from loopback_hub import LoopbackHub
 
 PATTERN = ["mlstm", "slstm", "mlstm_paper"]
 TOKENS_BT = torch.arange(60).view(2, 30) % 257

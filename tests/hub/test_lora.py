@@ -9,8 +9,8 @@ import pytest
 import torch
 import transformers
 import transformers.utils
-from lively import MIXED, STOCK, make_pair, make_trained, random_tokens
 
+from tests.hub.lively import MIXED, STOCK, make_pair, make_trained, random_tokens
 from xlstm_lm import hub
 from xlstm_lm.hub.export import choose_format
 from xlstm_lm.hub.lora import lora_targets

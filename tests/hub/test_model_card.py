@@ -11,9 +11,9 @@ import zlib
 import pytest
 import yaml
 from huggingface_hub import ModelCard
-from lively import STOCK, make_trained
-from test_export import make_run
 
+from tests.hub.lively import STOCK, make_trained
+from tests.hub.test_export import make_run
 from xlstm_lm import hub
 from xlstm_lm.cli import main
 from xlstm_lm.hub.card_metadata import LICENSES, CardOptions, papers

@@ -10,8 +10,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from lively import SMALL, logits, make_pair, random_tokens
 
+from tests.hub.lively import SMALL, logits, make_pair, random_tokens
 from xlstm_lm.hub import modeling_xlstm_lm
 from xlstm_lm.hub.configuration_xlstm_lm import XLSTMLMConfig
 from xlstm_lm.hub.modeling_xlstm_lm import XLSTMLMCache, XLSTMLMForCausalLM, XLSTMLMModel

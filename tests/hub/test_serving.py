@@ -13,9 +13,9 @@ import time
 import pytest
 import transformers
 import transformers.utils
-from fetched import installed
-from lively import STOCK, make_trained
 
+from tests.hub.fetched import installed
+from tests.hub.lively import STOCK, make_trained
 from xlstm_lm import hub
 
 transformers.utils.is_xlstm_available = lambda: False

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 import transformers
-from fetched import installed, source_of
+
+from tests.hub.fetched import installed, source_of
 
 EXCEPTIONS: dict[str, str] = {}
 """Tests that fail, and why they may."""

@@ -13,7 +13,8 @@ from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
 import pytest
-from interpreter import switch_on
+
+from tests.ops.interpreter import switch_on
 
 
 def _new_process() -> ProcessPoolExecutor:

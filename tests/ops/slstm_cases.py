@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
-from mlstm_cases import in_nan
 from torch import Tensor
 
+from tests.ops.mlstm_cases import in_nan
 from xlstm_lm.ops.slstm import slstm
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.float16: 2e-3}

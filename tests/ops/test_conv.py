@@ -7,10 +7,10 @@ import itertools
 
 import pytest
 import torch
-from mlstm_cases import in_nan
 from torch.nn.functional import conv1d, pad
 from torch.utils.checkpoint import checkpoint
 
+from tests.ops.mlstm_cases import in_nan
 from xlstm_lm.ops import conv
 from xlstm_lm.ops.announce import announce_once
 from xlstm_lm.ops.conv import dispatch, shifts

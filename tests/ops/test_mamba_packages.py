@@ -6,10 +6,10 @@ import functools
 import sys
 from types import SimpleNamespace
 
-import mamba_packages
 import pytest
 import torch
 
+from tests.ops import mamba_packages
 from xlstm_lm.models import MambaConfig, build_model
 from xlstm_lm.ops import selfcheck, ssd
 from xlstm_lm.ops.conv import causal_conv

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from mlstm_cases import (
+
+from tests.ops.mlstm_cases import (
     FAST,
     assert_equal_to_definition,
     assert_equal_under_autocast,
@@ -13,7 +14,6 @@ from mlstm_cases import (
     make_resets,
     run,
 )
-
 from xlstm_lm.ops.mlstm import block, gates, mlstm
 
 EACH_FAST_BACKEND = pytest.mark.parametrize("backend", FAST)

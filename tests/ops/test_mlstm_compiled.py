@@ -7,8 +7,8 @@ from unittest import mock
 
 import pytest
 import torch
-from mlstm_cases import assert_equal_to_definition, gradients, make_inputs, make_resets, run
 
+from tests.ops.mlstm_cases import assert_equal_to_definition, gradients, make_inputs, make_resets, run
 from xlstm_lm.ops import native
 from xlstm_lm.ops.mlstm import choose_backend, dispatch, mlstm
 

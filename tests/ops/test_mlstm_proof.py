@@ -10,7 +10,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from mlstm_cases import FAST, check_case
+
+from tests.ops.mlstm_cases import FAST, check_case
 
 SIZES = (8, 16, 24, 48, 64, 80, 96, 128, 256)
 LENGTHS = (1, 300, 2, 257, 15, 129, 16, 255, 17, 128, 63, 256, 64, 127, 65, 200, 100)

@@ -9,11 +9,11 @@ from unittest import mock
 
 import pytest
 import torch
-from mlstm_cases import FAST, assert_halves_equal_the_whole, gradients, make_inputs, make_resets, run
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
+from tests.ops.mlstm_cases import FAST, assert_halves_equal_the_whole, gradients, make_inputs, make_resets, run
 from xlstm_lm.ops.mlstm import choose_backend, dispatch, mlstm
 
 

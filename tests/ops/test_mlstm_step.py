@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from mlstm_cases import in_nan, make_inputs, make_resets, run
 from torch import Tensor
 
+from tests.ops.mlstm_cases import in_nan, make_inputs, make_resets, run
 from xlstm_lm.ops.mlstm import mlstm
 
 CASES = {

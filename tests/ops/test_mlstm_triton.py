@@ -8,10 +8,10 @@ from unittest import mock
 
 import pytest
 import torch
-from mlstm_cases import assert_equal_under_autocast, check_case, gradients, make_inputs, make_resets, run
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests.ops.mlstm_cases import assert_equal_under_autocast, check_case, gradients, make_inputs, make_resets, run
 from xlstm_lm.ops.mlstm.triton_launch import super_chunks_of
 from xlstm_lm.ops.selfcheck import mlstm_inputs_and_state
 

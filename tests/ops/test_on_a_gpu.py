@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from mlstm_cases import check_case
-from slstm_cases import assert_right, errors
-from test_mlstm_proof import GRID, grid
-from test_mlstm_step import CASES as STEP_CASES
-from test_mlstm_step import check, split, step_by_step
-from test_mlstm_triton import CASES as MLSTM_CASES
-from test_mlstm_triton import SLOW_CASES as LARGER_MLSTM_CASES
 
+from tests.ops.mlstm_cases import check_case
+from tests.ops.slstm_cases import assert_right, errors
+from tests.ops.test_mlstm_proof import GRID, grid
+from tests.ops.test_mlstm_step import CASES as STEP_CASES
+from tests.ops.test_mlstm_step import check, split, step_by_step
+from tests.ops.test_mlstm_triton import CASES as MLSTM_CASES
+from tests.ops.test_mlstm_triton import SLOW_CASES as LARGER_MLSTM_CASES
 from xlstm_lm.ops.slstm.dispatch import why_not
 
 if not torch.cuda.is_available():

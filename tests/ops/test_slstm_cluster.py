@@ -6,9 +6,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from cluster_emulation import BARRIERS, EmulationError, emulated_launch
 
 from eval.compile_calls import CudaCall
+from tests.ops.cluster_emulation import BARRIERS, EmulationError, emulated_launch
 from xlstm_lm.ops import nvrtc
 from xlstm_lm.ops.slstm import cluster
 from xlstm_lm.ops.slstm.fused import slstm_fused

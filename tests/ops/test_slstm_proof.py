@@ -11,7 +11,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from slstm_cases import TOLERANCE, assert_right, errors
+
+from tests.ops.slstm_cases import TOLERANCE, assert_right, errors
 
 SIZES = (8, 16, 24, 48, 64, 80, 96, 128)
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from slstm_cases import TOLERANCE, assert_right, errors, small_kernels
+
+from tests.ops.slstm_cases import TOLERANCE, assert_right, errors, small_kernels
 
 BASE = {"B": 2, "T": 6, "H": 1, "D": 8}
 CASES = {

@@ -11,8 +11,8 @@ import sys
 from pathlib import Path
 
 import torch
-from tiny import VOCABULARY, TinyModel
 
+from tests.training.tiny import VOCABULARY, TinyModel
 from xlstm_lm.parallel.process_group import World, join_world
 from xlstm_lm.training.engine import MOMENTS, TrainingEngine
 from xlstm_lm.training.optimizer import OptimizerConfig

@@ -6,8 +6,7 @@ import json
 import sys
 from pathlib import Path
 
-from equivalence import batches, build_engine, engine_step
-
+from tests.training.equivalence import batches, build_engine, engine_step
 from xlstm_lm.parallel.process_group import World, join_world
 from xlstm_lm.runs.checkpoint import Checkpoint, newest_checkpoint, write_checkpoint
 from xlstm_lm.training.engine import TrainingEngine

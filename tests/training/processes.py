@@ -7,26 +7,25 @@ import subprocess
 import sys
 from pathlib import Path
 
-HERE = Path(__file__).parent
-REPOSITORY = HERE.parents[1]
+REPOSITORY = Path(__file__).parents[2]
 
 
 def environment() -> dict[str, str]:
     """One thread, no launcher's variables of whoever runs the tests, and the package of this checkout."""
     kept = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    path = os.pathsep.join([str(REPOSITORY), str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])])
+    path = os.pathsep.join([str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])])
     return kept | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
 
 
 def run_ranks(count: int, program: str, *arguments: object) -> str:
     """Run a program of this folder on `count` gloo processes; gives what it printed."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
-    return _run([sys.executable, *launcher, str(HERE / program), *map(str, arguments)])
+    return _run([sys.executable, *launcher, "-m", f"{__package__}.{program}", *map(str, arguments)])
 
 
 def run_alone(program: str, *arguments: object) -> str:
     """Run a program of this folder in one process; gives what it printed."""
-    return _run([sys.executable, str(HERE / program), *map(str, arguments)])
+    return _run([sys.executable, "-m", f"{__package__}.{program}", *map(str, arguments)])
 
 
 def _run(command: list[str]) -> str:

@@ -10,10 +10,10 @@ import shutil
 import pytest
 import safetensors.torch
 import torch
-from equivalence import build_engine
-from layouts import continued_run, save, whole_run
-from processes import run_ranks
 
+from tests.training.equivalence import build_engine
+from tests.training.layouts import continued_run, save, whole_run
+from tests.training.processes import run_ranks
 from xlstm_lm.base import tensor_files
 from xlstm_lm.base.durable_files import RunError
 from xlstm_lm.base.run_layout import checkpoint_folders
@@ -51,7 +51,7 @@ def any_layout(tmp_path_factory):
     folder = tmp_path_factory.mktemp("layouts")
     world = join_world()
     report = {f"single whole {stage}": whole_run(world, stage, folder / f"single{stage}") for stage in (0, 3)}
-    run_ranks(2, "layouts.py", folder)
+    run_ranks(2, "layouts", folder)
     return folder, report | json.loads((folder / "report.json").read_text())
 
 

@@ -6,10 +6,10 @@ import json
 
 import pytest
 import torch
-from equivalence import batches, build_engine, compare, compare_with_faults, engine_step
-from processes import run_ranks
-from tiny import VOCABULARY, TinyModel
 
+from tests.training.equivalence import batches, build_engine, compare, compare_with_faults, engine_step
+from tests.training.processes import run_ranks
+from tests.training.tiny import VOCABULARY, TinyModel
 from xlstm_lm.parallel.process_group import join_world
 from xlstm_lm.training.deepspeed_config import choose_precision
 from xlstm_lm.training.engine import TrainingEngine, TrainingModule
@@ -70,7 +70,7 @@ def test_what_deepspeed_refuses_is_one_message(section, message):
 
 
 def test_two_processes_equal_a_plain_loop(tmp_path):
-    run_ranks(2, "equivalence.py", tmp_path / "report.json")
+    run_ranks(2, "equivalence", tmp_path / "report.json")
     report = json.loads((tmp_path / "report.json").read_text())
     assert len(report) == 14
     for case, differences in report.items():

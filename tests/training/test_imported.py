@@ -8,9 +8,9 @@ import json
 import pytest
 import torch
 import yaml
-from processes import run_ranks
-from runs import configure, records, write_text
 
+from tests.training.processes import run_ranks
+from tests.training.runs import configure, records, write_text
 from xlstm_lm.base.run_layout import checkpoint_folders
 from xlstm_lm.data import train_bpe
 from xlstm_lm.hub import import_run, load
@@ -64,7 +64,7 @@ def test_two_processes_train_on_as_one_does(folder, imported, tmp_path):
         "training__seed": 5,
         "deepspeed": {"zero_optimization": {"stage": 3}},
     }
-    run_ranks(2, "runs.py", "train", folder, json.dumps(overrides))
+    run_ranks(2, "runs", "train", folder, json.dumps(overrides))
     ours, theirs = records(imported), records(pair)
     assert [each["step"] for each in theirs] == [each["step"] for each in ours]
     for one, two in zip(ours, theirs, strict=True):

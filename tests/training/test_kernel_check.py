@@ -8,8 +8,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from runs import configure, records, write_text
 
+from tests.training.runs import configure, records, write_text
 from xlstm_lm.models import LSTMConfig, MambaConfig, build_model
 from xlstm_lm.models.xlstm_config import XLSTMConfig
 from xlstm_lm.ops import mlstm as mlstm_ops

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from processes import run_alone, run_ranks
-from runs import configure, records, write_text
 
+from tests.training.processes import run_alone, run_ranks
+from tests.training.runs import configure, records, write_text
 from xlstm_lm import cli
 from xlstm_lm.base.durable_files import RunError
 from xlstm_lm.base.lease import FolderLease
@@ -194,7 +194,7 @@ def test_accumulation_gives_the_same_run(folder, reference):
 def test_two_processes_give_the_same_run_and_one_goes_on_with_it(folder, reference):
     """ZeRO 2 in two processes to step 6, then, reading the same lanes, one process at stage 0 to the end."""
     overrides = {"training__steps": 10, "deepspeed": {"zero_optimization": {"stage": 2}}}
-    run_ranks(2, "runs.py", "train", folder, json.dumps(overrides))
+    run_ranks(2, "runs", "train", folder, json.dumps(overrides))
     run_dir = folder / "run"
     for step in (9, 10):
         (run_dir / "checkpoints" / f"step_{step:08}" / "manifest.json").unlink()
@@ -377,7 +377,7 @@ def test_what_cannot_be_trained_is_refused_before_anything_is_written(overrides,
 
 def kill_again_and_again(folder: Path, seed: int, kills: int, overrides: dict) -> None:
     """A run that is killed at random points ends with the records of one that is not."""
-    output = run_alone("runs.py", "kill", folder, seed, kills, json.dumps(overrides))
+    output = run_alone("runs", "kill", folder, seed, kills, json.dumps(overrides))
     *killed, last = json.loads(output.splitlines()[-1])
     assert last == 0 and killed.count(-signal.SIGKILL) >= kills // 2, killed
     # One that comes to the end before its point of death was complete already.

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from tiny import TinyModel
 
+from tests.training.tiny import TinyModel
 from xlstm_lm.training.config import TrainingConfig, split_batch
 from xlstm_lm.training.optimizer import OptimizerConfig, build_optimizer
 

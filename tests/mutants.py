@@ -1,0 +1,130 @@
+"""Measure the share of small faults in the code that the tests catch.
+
+    python -m pip install cosmic-ray
+    python -m tests.mutants --count 200 --seed 0 --out mutants.jsonl
+
+A seeded sample of the faults that cosmic-ray can put into `xlstm_lm` and `eval` is tried, each in a copy of the
+tree, each against the quick tests of its folder. A fault is caught where they fail or run out of time. Giving the
+command again goes on after the last line of the results.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+COPIED = ("xlstm_lm", "eval", "tests", "configs", "docs", "pyproject.toml", "README.md", "CONTRIBUTING.md", "Makefile")
+OPERATORS = frozenset(
+    f"core/{name}"
+    for name in (
+        *("AddNot", "ReplaceAndWithOr", "ReplaceOrWithAnd", "ReplaceUnaryOperator_Delete_Not"),
+        *("ReplaceUnaryOperator_USub_UAdd", "ReplaceTrueWithFalse", "ReplaceFalseWithTrue", "NumberReplacer"),
+        *(f"ReplaceComparisonOperator_{pair}" for pair in ("Lt_LtE", "LtE_Lt", "Gt_GtE", "GtE_Gt", "Eq_NotEq")),
+        *(f"ReplaceComparisonOperator_{pair}" for pair in ("NotEq_Eq", "Is_IsNot", "IsNot_Is", "Lt_Gt", "Gt_Lt")),
+        *(f"ReplaceBinaryOperator_{pair}" for pair in ("Add_Sub", "Sub_Add", "Mul_Div", "Div_Mul", "FloorDiv_Mul")),
+        *(f"ReplaceBinaryOperator_{pair}" for pair in ("Mod_FloorDiv", "Pow_Mul", "Mul_FloorDiv", "BitAnd_BitOr")),
+        *("ZeroIterationForLoop", "ReplaceBreakWithContinue", "ReplaceContinueWithBreak", "ExceptionReplacer"),
+    )
+)
+"""Faults that people make. Those left out raise at once (a sum as a bitwise or) or change nothing (== as is)."""
+
+
+def faults(path: Path) -> Iterator[tuple[str, str, int]]:
+    """File relative to the root, operator, and occurrence of every fault that a file can be given."""
+    from cosmic_ray.ast import ast_nodes, get_ast_from_path
+    from cosmic_ray.plugins import get_operator, operator_names
+
+    nodes = list(ast_nodes(get_ast_from_path(path)))
+    for name in sorted(OPERATORS.intersection(operator_names())):
+        operator = get_operator(name)
+        places = sum(1 for node in nodes for _ in operator().mutation_positions(node))
+        for occurrence in range(places):
+            yield str(path.relative_to(ROOT)), name, occurrence
+
+
+def tests_of(file: str) -> list[str]:
+    """Paths that pytest is given for a file: the folder of the tests that mirrors its own, or the tests beside them."""
+    package, *parts = Path(file).parts
+    folder = "eval" if package == "eval" else parts[0]
+    if (ROOT / "tests" / folder).is_dir():
+        return [f"tests/{folder}"]
+    return sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tests").glob("test_*.py"))
+
+
+def try_fault(tree: Path, fault: tuple[str, str, int], seconds: int) -> dict[str, object]:
+    """Put one fault into the copy, run the tests, and take it out again."""
+    from cosmic_ray.mutating import mutate_code
+    from cosmic_ray.plugins import get_operator
+
+    file, operator, occurrence = fault
+    path = tree / file
+    right = path.read_text(encoding="utf-8")
+    wrong = mutate_code(right, get_operator(operator)(), occurrence)
+    assert wrong is not None and wrong != right, fault
+    lines = zip(right.splitlines(), wrong.splitlines())
+    line, changed = next(((n, new) for n, (old, new) in enumerate(lines, 1) if old != new), (0, ""))
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests_of(file)]
+    path.write_text(wrong, encoding="utf-8")
+    try:
+        done = subprocess.run(command, cwd=tree, capture_output=True, text=True, timeout=seconds, check=False)
+        caught, by = done.returncode != 0, done.stdout.strip().splitlines()[-3:]
+    except subprocess.TimeoutExpired:
+        caught, by = True, ["out of time"]
+    finally:
+        path.write_text(right, encoding="utf-8")
+    return {
+        "file": file,
+        "line": line,
+        "changed": changed.strip(),
+        "operator": operator,
+        "occurrence": occurrence,
+        "caught": caught,
+        "by": by,
+    }
+
+
+def main() -> None:
+    """Sample, try and report."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--count", type=int, default=200, help="faults to try")
+    parser.add_argument("--seed", type=int, default=0, help="of the sample")
+    parser.add_argument(
+        "--part", default="0/1", help="share of the sample to try here, for several processes: 0/2, 1/2"
+    )
+    parser.add_argument("--seconds", type=int, default=900, help="time for the tests of one fault")
+    parser.add_argument("--out", type=Path, default=Path("mutants.jsonl"), help="results, a line each; appended to")
+    arguments = parser.parse_args()
+    files = sorted(path for package in ("xlstm_lm", "eval") for path in (ROOT / package).rglob("*.py"))
+    sample = random.Random(arguments.seed).sample([fault for path in files for fault in faults(path)], arguments.count)
+    part, parts = map(int, arguments.part.split("/"))
+    done = arguments.out.read_text(encoding="utf-8").splitlines() if arguments.out.exists() else []
+    tried = [json.loads(line) for line in done]
+    seen = {(each["file"], each["operator"], each["occurrence"]) for each in tried}
+    with tempfile.TemporaryDirectory(prefix="mutants_") as scratch:
+        tree = Path(scratch)
+        for name in filter(lambda name: (ROOT / name).exists(), COPIED):
+            copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+            copy(ROOT / name, tree / name)
+        for fault in sample[part::parts]:
+            if fault not in seen:
+                tried.append(try_fault(tree, fault, arguments.seconds))
+                with arguments.out.open("a", encoding="utf-8") as out:
+                    out.write(json.dumps(tried[-1]) + "\n")
+    counts = Counter(each["caught"] for each in tried)
+    print(f"{counts[True]} of {len(tried)} faults caught ({counts[True] / len(tried):.1%})")
+    for each in tried:
+        if not each["caught"]:
+            print(f"  {each['file']}:{each['line']}: {each['changed']}")
+
+
+if __name__ == "__main__":
+    main()

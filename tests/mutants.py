@@ -3,8 +3,8 @@
     python -m pip install cosmic-ray
     python -m tests.mutants --count 200 --seed 0 --out mutants.jsonl
 
-A seeded sample of the faults that cosmic-ray can put into `xlstm_lm` and `eval` is tried, each in a copy of the
-tree, each against the quick tests of its folder. A fault is caught where they fail or run out of time. Giving the
+A seeded sample of the faults that cosmic-ray can put into `xlstm_lm` and `eval` is tried, each in a clone of the
+last commit, against the quick tests of its folder. A fault is caught where they fail or run out of time. Giving the
 command again goes on after the last line of the results.
 """
 
@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -22,7 +21,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-COPIED = ("xlstm_lm", "eval", "tests", "configs", "docs", "pyproject.toml", "README.md", "CONTRIBUTING.md", "Makefile")
 OPERATORS = frozenset(
     f"core/{name}"
     for name in (
@@ -110,10 +108,8 @@ def main() -> None:
     tried = [json.loads(line) for line in done]
     seen = {(each["file"], each["operator"], each["occurrence"]) for each in tried}
     with tempfile.TemporaryDirectory(prefix="mutants_") as scratch:
-        tree = Path(scratch)
-        for name in filter(lambda name: (ROOT / name).exists(), COPIED):
-            copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
-            copy(ROOT / name, tree / name)
+        tree = Path(scratch) / "tree"
+        subprocess.run(["git", "clone", "--quiet", str(ROOT), str(tree)], check=True)
         for fault in sample[part::parts]:
             if fault not in seen:
                 tried.append(try_fault(tree, fault, arguments.seconds))

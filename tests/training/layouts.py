@@ -21,6 +21,7 @@ def save(world: World, engine: TrainingEngine, run_dir: Path, step: int = SAVED_
         state={"step": step, "optimizer_steps": engine.optimizer_steps},
         sizes={name: shape.numel() for name, shape in engine.shapes.items()},
         weights=engine.weights(),
+        moment_sizes={name: shape.numel() for name, shape in engine.moment_shapes.items()},
         moments=engine.moments(),
         config_yaml="{}\n",
         save_tokenizer=lambda folder: folder.mkdir(exist_ok=True),
@@ -32,7 +33,7 @@ def load(engine: TrainingEngine, folder: Path) -> None:
     checkpoint = Checkpoint(folder)
     engine.load(
         checkpoint.weights(list(engine.shapes)),
-        checkpoint.moments(engine.moment_names),
+        checkpoint.moments(list(engine.moment_shapes)),
         checkpoint.state["optimizer_steps"],
     )
 

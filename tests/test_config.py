@@ -183,6 +183,11 @@ def test_numbers_as_people_write_them():
         ("Training: {steps: 3}", r"Did you mean training\?"),
         ("optimizer: {kind: sgd}", r"{file}: optimizer.kind = 'sgd': must be one of adamw"),
         ("optimizer: {kind: [adamw]}", r"{file}: optimizer.kind = .*: must be one of adamw"),
+        (
+            "optimizer: {momentum: 0.9}",
+            r"optimizer.momentum = 0.9: there is no such field in the kind adamw: remove it",
+        ),
+        ("optimizer: {kind: muon, momentun: 0}", r"Did you mean optimizer.momentum\?"),
         ("optimizer: {lr: 3}", r"Did you mean optimizer.learning_rate\?"),
         ("training: {batch_size: 3}", r"Did you mean data.global_batch_size\?"),
         ("model: {hidden_size: 3}", r"Did you mean model.embedding_dim\?"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 from tests.training.equivalence import batches, build_engine, engine_step
 from xlstm_lm.parallel.process_group import World, join_world
@@ -47,9 +48,9 @@ def losses(world: World, engine: TrainingEngine, first: int, last: int) -> list[
     return found
 
 
-def whole_run(world: World, stage: int, run_dir: Path, precision: str = "fp32") -> list[float]:
-    """Steps to the end, saved on the way; gives what came after the save."""
-    _, engine = build_engine(world, stage, precision=precision)
+def whole_run(world: World, stage: int, run_dir: Path, precision: str = "fp32", **options: Any) -> list[float]:
+    """Steps to the end, saved on the way; gives what came after the save. `options` are those of `build_engine`."""
+    _, engine = build_engine(world, stage, precision=precision, **options)
     losses(world, engine, 0, SAVED_STEP)
     save(world, engine, run_dir)
     after = losses(world, engine, SAVED_STEP, len(batches()))
@@ -57,9 +58,9 @@ def whole_run(world: World, stage: int, run_dir: Path, precision: str = "fp32") 
     return after
 
 
-def continued_run(world: World, stage: int, run_dir: Path, precision: str = "fp32") -> list[float]:
+def continued_run(world: World, stage: int, run_dir: Path, precision: str = "fp32", **options: Any) -> list[float]:
     """From the newest checkpoint to the end, with other weights to begin with."""
-    _, engine = build_engine(world, stage, precision=precision, seed=5)
+    _, engine = build_engine(world, stage, precision=precision, seed=5, **options)
     load(engine, newest_checkpoint(run_dir))
     assert engine.optimizer_steps == SAVED_STEP
     after = losses(world, engine, SAVED_STEP, len(batches()))

@@ -75,7 +75,7 @@ def train(run: RunConfig, data: TrainingData | None = None) -> Path:
     world = join_world()
     # Gates let moments and states fade through numbers that a CPU computes with a hundred times more slowly.
     torch.set_flush_denormal(True)
-    micro_rows, _ = split_batch(run.data.global_batch_size, world.size, run.training.micro_batch_size)
+    micro_rows, _ = split_batch(run.data.global_batch_size, world.data.size, run.training.micro_batch_size)
     precision = choose_precision(run.training.precision, world.device)
     run.optimizer.check_layout(zero_stage(run.deepspeed, precision), run.deepspeed.get("zero_optimization", {}))
     check_memory(run, world, precision, micro_rows)
@@ -123,14 +123,14 @@ class Trainer:
             )
         self.bytes_per_token = torch.as_tensor(self.tokenizer.bytes_per_token)
         self.micro_rows, micro_batches = split_batch(
-            run.data.global_batch_size, world.size, run.training.micro_batch_size
+            run.data.global_batch_size, world.data.size, run.training.micro_batch_size
         )
         start = world.on_first(lambda: self.open_folder(config))
         console.keep_library_output(self.run_dir / "libraries.log")
         checkpoint = Checkpoint(start) if start else None
 
         rows = self.micro_rows * micro_batches
-        lanes = range(world.rank * rows, (world.rank + 1) * rows)
+        lanes = range(world.data.rank * rows, (world.data.rank + 1) * rows)
         self.stream = self.data.stream(lanes, run.training.seed)
         resources.callback(self.stream.close)
         if checkpoint:
@@ -273,7 +273,8 @@ class Trainer:
 
     def validate(self) -> None:
         """Measure the held-out documents, if there are any."""
-        batches = self.data.validation_batches(rows=self.micro_rows, rank=self.world.rank, world_size=self.world.size)
+        data = self.world.data
+        batches = self.data.validation_batches(rows=self.micro_rows, rank=data.rank, world_size=data.size)
         if batches is None:
             return
         totals = evaluate(self.engine, batches, world=self.world, bytes_per_token=self.bytes_per_token)

@@ -37,9 +37,9 @@ def check_memory(run: RunConfig, world: World, precision: Precision, micro_batch
     parameters = count_parameters(run.model)
     # Without building the model, because one that is far too large takes long to build even on the meta device.
     state = run.optimizer.fewest_state_tensors * parameters
-    _check(run, world, _needed_bytes(run, world.size, precision, micro_batch_size, parameters, state), parameters)
+    _check(run, world, _needed_bytes(run, world, precision, micro_batch_size, parameters, state), parameters)
     state = sum(shape.numel() for shape in planned_shapes(run)[1].values())
-    _check(run, world, _needed_bytes(run, world.size, precision, micro_batch_size, parameters, state), parameters)
+    _check(run, world, _needed_bytes(run, world, precision, micro_batch_size, parameters, state), parameters)
 
 
 def planned_shapes(run: RunConfig) -> tuple[dict[str, torch.Size], dict[str, torch.Size]]:
@@ -65,14 +65,15 @@ def _check(run: RunConfig, world: World, needed: tuple[dict[str, int], dict[str,
 
 
 def _needed_bytes(
-    run: RunConfig, processes: int, precision: Precision, micro_batch_size: int, parameters: int, state: int
+    run: RunConfig, world: World, precision: Precision, micro_batch_size: int, parameters: int, state: int
 ) -> tuple[dict[str, int], dict[str, int]]:
     """Bytes for one process, by purpose, on its device and, where something is offloaded, in the host's memory."""
     zero, stage = run.deepspeed.get("zero_optimization", {}), zero_stage(run.deepspeed, precision)
     width = 2 if precision == "bf16" else 4
     tokens = micro_batch_size * run.data.context_length
     activation = tokens * run.model.embedding_dim * width
-    rows = run.data.global_batch_size // processes * run.data.context_length
+    processes = world.size
+    rows = run.data.global_batch_size // world.data.size * run.data.context_length
     needed = {
         "weights": parameters * width // (processes if stage == 3 else 1),
         "gradients": parameters * width // (processes if stage >= 2 else 1),

@@ -38,12 +38,12 @@ def run_of(**overrides):
 )
 def test_absurd_sizes_are_refused_at_once_and_before_anything_is_written(overrides, tmp_path):
     run = run_of(**overrides, training__run_dir=str(tmp_path / "run"))
-    began = time.monotonic()
+    began = time.process_time()
     with pytest.raises(
         ValueError, match=r"The model has [\d,]+ parameters; .* needs at least [\d,.]+ GiB \(.*machine has"
     ):
         loop.train(run)
-    assert time.monotonic() - began < 5
+    assert time.process_time() - began < 5
     assert not (tmp_path / "run").exists()
 
 

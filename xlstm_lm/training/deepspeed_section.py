@@ -99,38 +99,37 @@ def _problems(section: Any, prefix: str) -> list[str]:
     return problems
 
 
-class OffloadOptimizer(TypedDict, total=False):
-    """Master weights and moments in the host's memory."""
-
-    __pydantic_config__ = _FORBID
+class Offload(TypedDict, total=False):
+    """Tensors in the host's memory."""
 
     device: Literal["none", "cpu"]
     """Device that holds them. Checkpoints can be read from and written to device cpu only."""
     pin_memory: StrictBool
     """Whether the memory is page-locked."""
+    buffer_count: Count
+    """Buffers of offloading."""
+
+
+class OffloadOptimizer(Offload, total=False):
+    """Master weights and moments in the host's memory."""
+
+    __pydantic_config__ = _FORBID
+
     ratio: Literal[1]
     """Part of them that is offloaded."""
     fast_init: StrictBool
     """Whether they are set up faster."""
-    buffer_count: Count
-    """Buffers of offloading."""
     pipeline_read: StrictBool
     """Whether reads overlap with computation."""
     pipeline_write: StrictBool
     """Whether writes overlap with computation."""
 
 
-class OffloadParam(TypedDict, total=False):
+class OffloadParam(Offload, total=False):
     """Weights in the host's memory, at stage 3."""
 
     __pydantic_config__ = _FORBID
 
-    device: Literal["none", "cpu"]
-    """Device that holds them. Checkpoints can be read from and written to device cpu only."""
-    pin_memory: StrictBool
-    """Whether the memory is page-locked."""
-    buffer_count: Count
-    """Buffers of offloading."""
     buffer_size: Count
     """Elements of a buffer."""
     max_in_cpu: CountOrZero

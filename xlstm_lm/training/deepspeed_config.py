@@ -1,4 +1,4 @@
-"""The JSON that DeepSpeed is given: the user's `deepspeed` section and our fields for the rest."""
+"""DeepSpeed's configuration: the recipe's section `deepspeed`, completed by settings from the other sections."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Precision = Literal["bf16", "fp32"]
 
 
 def choose_precision(choice: str, device: torch.device) -> Precision:
-    """What `training.precision` means on `device`: auto is bf16 where the device multiplies it natively."""
+    """Resolve `training.precision` for a device: auto means bf16 if the device multiplies it natively."""
     if choice != "auto":
         return choice
     if device.type == "cuda":
@@ -39,7 +39,16 @@ def deepspeed_json(
     world_size: int,
     gradient_clip: float,
 ) -> dict[str, Any]:
-    """The configuration for `deepspeed.initialize`. `section` has been checked with the recipe."""
+    """Build the configuration for `deepspeed.initialize`.
+
+    Args:
+        section: Section deepspeed of the recipe, checked.
+        precision: Type of weights and activations.
+        micro_batch_size: Rows of one forward and backward pass on one rank.
+        accumulation_steps: Micro batches of a step on one rank.
+        world_size: Number of processes, all of which DeepSpeed regards as data-parallel.
+        gradient_clip: Largest norm of the whole gradient; 0 for no limit.
+    """
     config = copy.deepcopy(section)
     zero, stage = config.setdefault("zero_optimization", {}), zero_stage(section, precision)
     if zero.get("stage", 0) != stage:
@@ -66,8 +75,7 @@ def deepspeed_json(
 
 @contextlib.contextmanager
 def refusals_explained() -> Iterator[None]:
-    """Turn what DeepSpeed raises for values that it does not take together, or for a package it lacks, into a
-    ValueError in one line."""
+    """Turn DeepSpeed's errors for incompatible values or missing packages into a ValueError of one line."""
     try:
         yield
     except (AssertionError, ImportError, NotImplementedError, ValueError) as error:

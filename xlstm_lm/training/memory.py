@@ -1,4 +1,4 @@
-"""Counts the memory that a run needs at least, before anything is built, and explains errors of allocation."""
+"""A lower bound on the memory of a run, checked before anything is built, and messages for failed allocations."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ REMEDIES = (
 
 
 def check_memory(run: RunConfig, world: World, precision: Precision, micro_batch_size: int) -> None:
-    """Refuse a run that cannot fit, whatever its kernels need beyond what is counted here.
+    """Refuse a run that cannot fit, whatever its kernels need in addition.
 
-    Counted are weights, gradients, master weights and moments, as ZeRO shares them out; one activation of the model's
-    width for each block and token of a micro batch, which any backward pass keeps; and the rows themselves. Every
-    process builds the whole model in float32 first.
+    The bound counts weights, gradients, master weights and optimizer state as ZeRO divides them; one activation of the
+    model's width for each block and token of a micro batch, which every backward pass keeps; and the rows of data. The
+    host must also hold the whole float32 model once for each of its processes, because each builds it.
 
     Raises:
-        ValueError: the device's or the host's memory is smaller; gives the numbers.
+        ValueError: the device or the host has less memory; names the amounts and the remedies.
     """
     parameters = count_parameters(run.model)
     # Without building the model, because one that is far too large takes long to build even on the meta device.
@@ -67,7 +67,10 @@ def _check(run: RunConfig, world: World, needed: tuple[dict[str, int], dict[str,
 def _needed_bytes(
     run: RunConfig, world: World, precision: Precision, micro_batch_size: int, parameters: int, state: int
 ) -> tuple[dict[str, int], dict[str, int]]:
-    """Bytes for one process, by purpose, on its device and, where something is offloaded, in the host's memory."""
+    """Bytes that one process needs on its device and in the host's memory, by purpose.
+
+    `parameters` and `state` are the numbers of elements of the model and of its optimizer's state.
+    """
     zero, stage = run.deepspeed.get("zero_optimization", {}), zero_stage(run.deepspeed, precision)
     width = 2 if precision == "bf16" else 4
     tokens = micro_batch_size * run.data.context_length
@@ -106,7 +109,7 @@ def _gib(count: int) -> str:
 
 @contextlib.contextmanager
 def memory_errors_explained(run: RunConfig) -> Iterator[None]:
-    """Turn an error of allocation into a RunError that says what needs less memory."""
+    """Turn an allocation error into a RunError that names the settings to change."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from xlstm_lm.base.fields import Count, check_fields
+from xlstm_lm.base.recipe import read_recipe
 from xlstm_lm.data import SourceConfig, open_source
 from xlstm_lm.data.sources import Piece, Source, refuse
-from xlstm_lm.recipe import read_recipe
 
 COMPRESSED = {".gz", ".bz2", ".xz", ".zst", ".zstd"}
 KINDS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from eval.models import CausalModel
 from eval.scoring import check_window, score_sequences
-from xlstm_lm.generation import SamplingConfig, sample
+from xlstm_lm.models.generation import SamplingConfig, sample
 
 BATCHES_AT_ONCE = 64  # requests are sorted by length among so many batches, and progress is shown after them
 SAMPLING_ARGUMENTS = {"do_sample", "temperature", "top_p", "until", "max_gen_toks"}

@@ -10,31 +10,44 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-MAY_IMPORT = {
-    "base": set(),
-    "ops": {"base"},
-    "parallel": {"base", "ops"},
-    "data": {"base", "ops"},
-    "models": {"base", "ops", "recipe"},
-    "runs": {"base", "ops", "parallel", "recipe"},
-    "training": {"base", "ops", "models", "data", "parallel", "runs", "config", "recipe"},
-    "hub": {"base", "ops", "models", "data", "runs", "training", "parallel", "recipe"},
-}
+FLOORS = (
+    {"base"},
+    {"ops"},
+    {"parallel"},
+    {"models", "data"},
+    {"runs"},
+    {"training"},
+    {"hub"},
+    {"doctor"},
+    {"cli"},
+    {"__main__"},
+)
+"""Packages and modules of xlstm_lm, lowest first. Each imports itself and lower floors only: there is no cycle."""
 
 
 def own_imports(file: Path) -> set[str]:
-    """Modules of the package that a file imports, anywhere in it."""
+    """Modules of the package and of the studies that a file imports, anywhere in it."""
     nodes = list(ast.walk(ast.parse(file.read_text())))
-    names = {node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module}
-    names |= {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
-    return {name for name in names if name.split(".")[0] in ("xlstm_lm", "eval")}
+    names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    for node in (node for node in nodes if isinstance(node, ast.ImportFrom) and node.module):
+        # "from xlstm_lm import hub" names the module among what it imports.
+        names |= {f"xlstm_lm.{each.name}" for each in node.names} if node.module == "xlstm_lm" else {node.module}
+    return {name for name in names if name.split(".")[0] in ("xlstm_lm", "eval")} - {"xlstm_lm.__version__"}
 
 
-@pytest.mark.parametrize("part", MAY_IMPORT)
-def test_imports_go_one_way(part):
-    for file in (ROOT / "xlstm_lm" / part).rglob("*.py"):
-        parts = {name.split(".")[1] for name in own_imports(file) if name.startswith("xlstm_lm.")}
-        assert parts <= MAY_IMPORT[part] | {part}, file
+def test_every_package_has_its_floor():
+    there = {path.stem for path in (ROOT / "xlstm_lm").iterdir() if path.suffix == ".py" or any(path.glob("*.py"))}
+    assert sorted(name for floor in FLOORS for name in floor) == sorted(there - {"__init__"})
+
+
+@pytest.mark.parametrize("number", range(len(FLOORS)), ids=["-".join(sorted(floor)) for floor in FLOORS])
+def test_lower_floors_never_import_higher_ones(number):
+    below = set().union(*FLOORS[:number])
+    for part in FLOORS[number]:
+        folder = ROOT / "xlstm_lm" / part
+        for file in folder.rglob("*.py") if folder.is_dir() else [folder.with_suffix(".py")]:
+            parts = {name.split(".")[1] for name in own_imports(file) if name.startswith("xlstm_lm.")}
+            assert parts <= below | {part}, file
 
 
 def test_the_package_never_imports_its_studies():

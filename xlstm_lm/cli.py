@@ -97,7 +97,7 @@ def _make_parser(with_fields: bool) -> _Parser:
         "--config", action="append", required=True, metavar="RECIPE", help="YAML recipe; given again, later ones win."
     )
     if with_fields:
-        from xlstm_lm.config import add_field_flags
+        from xlstm_lm.training.run_config import add_field_flags
 
         add_field_flags(train)
 
@@ -188,7 +188,7 @@ def _make_parser(with_fields: bool) -> _Parser:
 
 
 def _train(options: argparse.Namespace) -> None:
-    from xlstm_lm.config import load_run_config
+    from xlstm_lm.training.run_config import load_run_config
 
     overrides = {name: value for name, value in vars(options).items() if "." in name or name == "deepspeed"}
     try:
@@ -212,8 +212,8 @@ def _conclude(run_dir: Path, recipes: list[str], overrides: dict[str, Any]) -> N
     """
     from xlstm_lm.base.durable_files import RunError, disk_errors_explained
     from xlstm_lm.base.finite import NotFiniteError
-    from xlstm_lm.generation import SamplingConfig, continue_text
     from xlstm_lm.hub import load
+    from xlstm_lm.models.generation import SamplingConfig, continue_text
     from xlstm_lm.parallel.launcher import program_command
     from xlstm_lm.runs.folder import RunFolder
 
@@ -256,7 +256,7 @@ def _as_flag(value: Any) -> str:
 def _generate(options: argparse.Namespace) -> None:
     import torch
 
-    from xlstm_lm.generation import SamplingConfig, continue_text
+    from xlstm_lm.models.generation import SamplingConfig, continue_text
 
     sampling = SamplingConfig(
         max_new_tokens=options.max_new_tokens,

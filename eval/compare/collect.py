@@ -18,10 +18,10 @@ from eval.measure import environment
 from eval.models import pick_device
 from xlstm_lm.base.read_files import read_json
 from xlstm_lm.base.run_layout import checkpoint_folders
-from xlstm_lm.config import as_dict
 from xlstm_lm.data.fingerprint import fingerprint_differences
 from xlstm_lm.models.accounting import count_parameters, state_bytes, training_flops_per_token
 from xlstm_lm.runs.folder import RunFolder
+from xlstm_lm.training.run_config import as_dict
 
 STATE_DOUBLINGS = 5
 """States are counted at 1, 2, 4, ... times the training context, this many times."""

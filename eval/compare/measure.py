@@ -17,7 +17,7 @@ from eval.compare.tested import as_json
 from eval.compare.train import is_chosen
 from eval.jobs import Job, Outcome, run_jobs
 from xlstm_lm.base.durable_files import replace_durably
-from xlstm_lm.recipe import to_yaml
+from xlstm_lm.base.recipe import to_yaml
 
 SPEEDS = ("training", "generation")
 

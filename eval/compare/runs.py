@@ -9,9 +9,9 @@ from typing import Any
 
 from eval.compare.config import Comparison, Model
 from xlstm_lm.base.run_layout import checkpoint_folders
-from xlstm_lm.config import RunConfig, as_dict
 from xlstm_lm.runs.folder import RunFolder
 from xlstm_lm.runs.run_folder import differing_fields
+from xlstm_lm.training.run_config import RunConfig, as_dict
 
 FREE = (
     "training.run_dir",

@@ -10,7 +10,7 @@ from eval.compare.config import Model
 from eval.compare.runs import FAILURE_FILE, PlannedRun, Runs, examine
 from eval.jobs import Job, Outcome, run_jobs
 from xlstm_lm.base.durable_files import replace_durably
-from xlstm_lm.config import as_recipe
+from xlstm_lm.training.run_config import as_recipe
 
 
 def to_train(runs: Runs, only: Sequence[str]) -> list[PlannedRun]:

@@ -24,8 +24,8 @@ from eval.tasks.summary import as_markdown, draw, summarize
 from xlstm_lm.base.fields import NonNegative, argument
 from xlstm_lm.base.paths import user_path
 from xlstm_lm.base.program import program
-from xlstm_lm.config import load_run_config
 from xlstm_lm.training.loop import train
+from xlstm_lm.training.run_config import load_run_config
 
 COMMAND = "python -m eval.tasks"
 PACKAGES = ("xlstm-lm", "deepspeed", "numpy")

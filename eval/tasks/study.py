@@ -21,12 +21,12 @@ from xlstm_lm import hub
 from xlstm_lm.base.fields import Count
 from xlstm_lm.base.mistakes import nearest
 from xlstm_lm.base.read_files import read_json
-from xlstm_lm.config import RunConfig, as_dict, as_recipe, load_run_config
+from xlstm_lm.base.recipe import merge, read_recipe
 from xlstm_lm.models.accounting import count_parameters
-from xlstm_lm.recipe import merge, read_recipe
 from xlstm_lm.runs.checkpoint import find_checkpoint
 from xlstm_lm.runs.folder import RunFolder
 from xlstm_lm.runs.run_folder import is_finished
+from xlstm_lm.training.run_config import RunConfig, as_dict, as_recipe, load_run_config
 
 MEASURE_AGAIN = "Delete it to have it measured again."
 SEED, LEARNING_RATE = "training.seed", "optimizer.learning_rate"

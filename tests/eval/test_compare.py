@@ -22,9 +22,9 @@ from eval.compare.measure import to_test
 from eval.compare.results import load_results, save_results
 from eval.compare.runs import Runs, examine
 from eval.compare.train import to_train, train_all
-from xlstm_lm.config import as_recipe
 from xlstm_lm.models.accounting import training_flops_per_token
 from xlstm_lm.training.loop import train
+from xlstm_lm.training.run_config import as_recipe
 
 ROOT = Path(__file__).parents[2]
 TINY = {"vocab_size": 257, "embedding_dim": 16, "num_blocks": 1, "num_heads": 2}

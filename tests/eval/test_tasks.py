@@ -22,9 +22,9 @@ from eval.tasks.study import load_study
 from eval.tasks.summary import as_markdown, summarize
 from eval.tasks.task import scaled_accuracy
 from xlstm_lm import hub
-from xlstm_lm.config import load_run_config
 from xlstm_lm.data import DataConfig
 from xlstm_lm.training.loop import train
+from xlstm_lm.training.run_config import load_run_config
 
 STUDIES = sorted((Path(__file__).parents[2] / "configs" / "tasks").glob("*.yaml"))
 STEPS = {"STAY": 0, "+1": 1, "-1": -1}

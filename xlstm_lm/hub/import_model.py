@@ -18,12 +18,12 @@ import torch
 from xlstm_lm.base.durable_files import write_durably
 from xlstm_lm.base.outputs import check_new_folder, whole_or_not_at_all
 from xlstm_lm.base.paths import user_path
+from xlstm_lm.base.recipe import to_yaml
 from xlstm_lm.data import Tokenizer, TokenizerConfig, build_tokenizer, load_tokenizer
 from xlstm_lm.data.tokenizer import CONFIG_FILE
 from xlstm_lm.hub.load import TrainedModel, check_vocabulary, load
 from xlstm_lm.hub.origin import write_origin
 from xlstm_lm.parallel.process_group import World
-from xlstm_lm.recipe import to_yaml
 from xlstm_lm.runs.checkpoint import write_checkpoint
 
 RECIPE = "model.yaml"

@@ -22,7 +22,7 @@ def model_config(yaml_path_or_config: str | Path | ModelConfig) -> ModelConfig:
     """
     if not isinstance(yaml_path_or_config, (str, Path)):
         return yaml_path_or_config
-    from xlstm_lm.recipe import read_recipe  # here, for the models need torch alone
+    from xlstm_lm.base.recipe import read_recipe  # here, for the models need torch alone
 
     values, _ = read_recipe(yaml_path_or_config)
     if "model" not in values:

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from xlstm_lm.base.read_files import NUMBER_OR_NULL, Fields, Line, json_lines, read_json
+from xlstm_lm.base.recipe import read_recipe
 from xlstm_lm.base.run_layout import checkpoint_folders
 from xlstm_lm.ops.announce import announce_once
-from xlstm_lm.recipe import read_recipe
 
 COMMON: Fields = {"split": str, "step": int}
 MEASURED: Fields = {"tokens": int}

@@ -21,9 +21,9 @@ from xlstm_lm.base.fields import in_steps
 from xlstm_lm.base.machine import cpu_name, git_commit
 from xlstm_lm.base.outputs import contents
 from xlstm_lm.base.paths import user_path
+from xlstm_lm.base.recipe import dotted_items, with_current_names
 from xlstm_lm.base.run_layout import checkpoint_folders, has_metrics, has_trained
 from xlstm_lm.parallel.process_group import World
-from xlstm_lm.recipe import dotted_items, with_current_names
 from xlstm_lm.runs.folder import RunFolder
 
 logger = logging.getLogger("xlstm_lm")

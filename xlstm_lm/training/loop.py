@@ -19,7 +19,6 @@ from xlstm_lm.base.lease import FolderLease
 from xlstm_lm.base.outputs import check_run_folder
 from xlstm_lm.base.paths import user_path
 from xlstm_lm.base.run_layout import checkpoint_folders
-from xlstm_lm.config import RunConfig, as_dict, as_recipe
 from xlstm_lm.data import Batch, DocumentData, TrainingData
 from xlstm_lm.models import build_model
 from xlstm_lm.models.accounting import parameter_shapes, training_flops_per_token
@@ -50,6 +49,7 @@ from xlstm_lm.training.engine import TrainingEngine
 from xlstm_lm.training.kernel_check import with_kernels_that_are_right
 from xlstm_lm.training.memory import check_memory, memory_errors_explained
 from xlstm_lm.training.report import Report
+from xlstm_lm.training.run_config import RunConfig, as_dict, as_recipe
 from xlstm_lm.training.safeguards import NOT_FINITE, SkipCounter, StopRequest
 from xlstm_lm.training.schedule import learning_rate_ratio
 from xlstm_lm.training.validation import count_targets, evaluate, split_rows

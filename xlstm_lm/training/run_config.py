@@ -16,9 +16,7 @@ import yaml
 from pydantic import Discriminator, Tag, TypeAdapter, ValidationError
 
 from xlstm_lm.base.mistakes import explain, origin_of, shown
-from xlstm_lm.data import DataConfig
-from xlstm_lm.models import FAMILIES
-from xlstm_lm.recipe import (
+from xlstm_lm.base.recipe import (
     RENAMED,
     dotted_items,
     merge,
@@ -28,6 +26,8 @@ from xlstm_lm.recipe import (
     to_yaml,
     with_current_names,
 )
+from xlstm_lm.data import DataConfig
+from xlstm_lm.models import FAMILIES
 from xlstm_lm.runs.run_folder import run_of_recipe
 from xlstm_lm.training.config import TrainingConfig
 from xlstm_lm.training.deepspeed_section import CheckedSection

@@ -8,11 +8,10 @@ import dataclasses
 import pytest
 import torch
 
-from xlstm_lm import generation
 from xlstm_lm.base.finite import NotFiniteError
 from xlstm_lm.data import TokenizerConfig, build_tokenizer
-from xlstm_lm.generation import SamplingConfig, continue_text, generate, sample
-from xlstm_lm.models import XLSTMConfig, build_model
+from xlstm_lm.models import XLSTMConfig, build_model, generation
+from xlstm_lm.models.generation import SamplingConfig, continue_text, generate, sample
 
 
 @pytest.fixture(scope="module")

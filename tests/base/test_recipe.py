@@ -7,7 +7,7 @@ import os
 import pytest
 import yaml
 
-from xlstm_lm.recipe import merge_origins, parse_yaml, read_recipe, to_yaml, with_current_names
+from xlstm_lm.base.recipe import merge_origins, parse_yaml, read_recipe, to_yaml, with_current_names
 
 
 @pytest.mark.parametrize(

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 
 from eval.compare.config import load_comparison
-from eval.compare.pictures import Frame, Line, draw_lines, spread_out
-from eval.compare.report import write_report
-from eval.compare.report_answer import checks, further_findings, show_spread, sides, verdict
-from eval.compare.report_pictures import scale_pictures
+from eval.compare.report.answer import checks, further_findings, show_spread, sides, verdict
+from eval.compare.report.drawing import Frame, Line, draw_lines, spread_out
+from eval.compare.report.pictures import scale_pictures
+from eval.compare.report.spread import T_975, deciding_quantity, difference, spread, values_by_seed
+from eval.compare.report.write import write_report
 from eval.compare.results import Published, Results, load_results, save_results
-from eval.compare.spread import T_975, deciding_quantity, difference, spread, values_by_seed
 from tests.eval.invented_results import full_results, make_model, make_results, make_run, sparse_results
 
 

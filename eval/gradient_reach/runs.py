@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-from eval.jobs import Job, alone_in, run_jobs
-from eval.study_file import check_section
+from eval.study.jobs import Job, alone_in, run_jobs
+from eval.study.study_file import check_section
 from xlstm_lm.base.fields import Count, Positive, Size, check_fields
 from xlstm_lm.config import RunConfig, as_dict, load_run_config
 from xlstm_lm.recipe import read_recipe

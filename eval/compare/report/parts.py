@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from eval.compare.pictures import Picture
+from eval.compare.report.drawing import Picture
 from eval.compare.results import ModelResult
 
 NOTHING = "–"

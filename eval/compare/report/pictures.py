@@ -9,8 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from eval.compare.pictures import COLOURS, Frame, Line, Picture, draw_dots, draw_lines
-from eval.compare.report_answer import (
+from eval.compare.report.answer import (
     batch_sizes,
     fastest_training,
     generation_rows,
@@ -20,8 +19,9 @@ from eval.compare.report_answer import (
     sizes_of,
     unit_of_tests,
 )
+from eval.compare.report.drawing import COLOURS, Frame, Line, Picture, draw_dots, draw_lines
+from eval.compare.report.spread import VALIDATION_BITS, VALIDATION_LOSS, Quantity, deciding_quantity, values_by_seed
 from eval.compare.results import CurvePoint, ModelResult, Results, Run
-from eval.compare.spread import VALIDATION_BITS, VALIDATION_LOSS, Quantity, deciding_quantity, values_by_seed
 
 Points = dict[int, float]
 

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Callable
 from typing import Any
 
-from eval.compare.report_answer import (
+from eval.compare.report.answer import (
     fastest_training,
     is_at_edge,
     mean_extrapolation,
@@ -18,10 +18,10 @@ from eval.compare.report_answer import (
     signed,
     unit_of_tests,
 )
-from eval.compare.report_parts import NOTHING, Cell, Table, cells, duration, large, name_cell, number
-from eval.compare.report_pictures import mean_by_position, tuning_quantity, tuning_value
+from eval.compare.report.parts import NOTHING, Cell, Table, cells, duration, large, name_cell, number
+from eval.compare.report.pictures import mean_by_position, tuning_quantity, tuning_value
+from eval.compare.report.spread import deciding_quantity, difference, spread, values_by_seed
 from eval.compare.results import ModelResult, Published, Results, Run
-from eval.compare.spread import deciding_quantity, difference, spread, values_by_seed
 
 
 def final_table(results: Results, size: str) -> list[Table]:

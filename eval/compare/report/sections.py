@@ -6,11 +6,10 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-from eval.compare import report_pictures as pictures
-from eval.compare import report_tables as tables
-from eval.compare.pictures import Picture
-from eval.compare.report_answer import sizes_of
-from eval.compare.report_parts import Part, Section, Table
+from eval.compare.report import pictures, tables
+from eval.compare.report.answer import sizes_of
+from eval.compare.report.drawing import Picture
+from eval.compare.report.parts import Part, Section, Table
 from eval.compare.results import Results
 
 TERMS = [

@@ -9,8 +9,8 @@ from typing import Any
 
 import yaml
 
+from eval.compare.report.spread import Quantity, Spread, deciding_quantity, difference, spread, values_by_seed
 from eval.compare.results import ModelResult, Results
-from eval.compare.spread import Quantity, Spread, deciding_quantity, difference, spread, values_by_seed
 
 MATCHED = 0.01
 """How far parameters may lie from the median of their size, as a share."""

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import jinja2
 
-from eval.compare.pictures import COLOURS
-from eval.compare.report_answer import checks, further_findings, sizes_of, verdict
-from eval.compare.report_parts import Cell, Section, Table
-from eval.compare.report_pictures import colours_of
-from eval.compare.report_sections import sections
+from eval.compare.report.answer import checks, further_findings, sizes_of, verdict
+from eval.compare.report.drawing import COLOURS
+from eval.compare.report.parts import Cell, Section, Table
+from eval.compare.report.pictures import colours_of
+from eval.compare.report.sections import sections
 from eval.compare.results import Results, save_results
 
 PICTURES = "pictures"

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from eval import measure
-from eval.models import DTYPES
+from eval.bench import measure
+from eval.scoring.models import DTYPES
 from xlstm_lm.base.fields import Count, argument
 
 

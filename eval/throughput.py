@@ -18,13 +18,13 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from eval.generation_speed import GenerationRow, as_markdown_generation, draw_generation, measure_generation
-from eval.journal import Journal, run_in_children
-from eval.measure import DTYPES, Ceilings, Step, Timing, take_turns
-from eval.picture import draw_over_length
-from eval.results_file import results_file
-from eval.speed_models import Model, describe_kernels, parse_model, record_kernels
-from eval.tables import ceilings_of_study, go_through
+from eval.bench.generation_speed import GenerationRow, as_markdown_generation, draw_generation, measure_generation
+from eval.bench.measure import DTYPES, Ceilings, Step, Timing, take_turns
+from eval.bench.speed_models import Model, describe_kernels, parse_model, record_kernels
+from eval.bench.tables import ceilings_of_study, go_through
+from eval.study.journal import Journal, run_in_children
+from eval.study.picture import draw_over_length
+from eval.study.results_file import results_file
 from xlstm_lm.base.fields import Count, NonNegative, Positive, Size, argument
 from xlstm_lm.base.program import program
 from xlstm_lm.models.accounting import count_parameters, training_flops_per_token

@@ -9,7 +9,7 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 import pytest
 
 from eval.compare.config import CompareConfig
-from eval.gradient_reach_runs import StudyConfig as ReachConfig
+from eval.gradient_reach.runs import StudyConfig as ReachConfig
 from eval.tasks.registry import TASKS
 from eval.tasks.study import StudyConfig
 from xlstm_lm.base.fields import Count, NonNegative, Positive, Range, Share, Size, argument, check_fields

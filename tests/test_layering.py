@@ -25,6 +25,10 @@ FLOORS = (
 """Packages and modules of xlstm_lm, lowest first. Each imports itself and lower floors only: there is no cycle."""
 
 
+EVAL_ORDER = ["study", "bench", "scoring", "command", "compare", "tasks", "gradient_reach"]
+"""Rooms of eval, the lowest first: each imports itself and those before it. Files beside them are commands, on top."""
+
+
 def own_imports(file: Path) -> set[str]:
     """Modules of the package and of the studies that a file imports, anywhere in it."""
     nodes = list(ast.walk(ast.parse(file.read_text())))
@@ -52,6 +56,22 @@ def test_lower_floors_never_import_higher_ones(number):
 
 def test_the_package_never_imports_its_studies():
     assert not [file for file in (ROOT / "xlstm_lm").rglob("*.py") if "eval" in str(own_imports(file))]
+
+
+def test_rooms_of_eval_import_only_lower_ones():
+    for file in (ROOT / "eval").rglob("*.py"):
+        place = file.relative_to(ROOT / "eval").with_suffix("").parts[0]
+        if place not in EVAL_ORDER:
+            assert file.parent in (ROOT / "eval", ROOT / "eval" / "tasks_local"), f"{file} is in no room of EVAL_ORDER"
+            continue
+        rooms = {name.split(".")[1] for name in own_imports(file) if name.startswith("eval.")}
+        assert rooms <= set(EVAL_ORDER[: EVAL_ORDER.index(place) + 1]), file
+
+
+def test_no_command_imports_another():
+    commands = {file.stem for file in (ROOT / "eval").glob("*.py")} - {"__init__", *EVAL_ORDER}
+    for file in (ROOT / "eval").glob("*.py"):
+        assert not {name.split(".")[1] for name in own_imports(file) if name.startswith("eval.")} & commands, file
 
 
 def test_no_two_files_import_each_other():

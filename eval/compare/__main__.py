@@ -18,10 +18,10 @@ from eval.command import positive
 from eval.compare.collect import collect, command
 from eval.compare.config import Model, check_data, load_comparison
 from eval.compare.measure import measure_all, speeds_left, to_test
-from eval.compare.report import write_report
+from eval.compare.report.write import write_report
 from eval.compare.runs import Runs, examine
 from eval.compare.train import is_chosen, to_train, train_all
-from eval.jobs import Outcome, alone_in
+from eval.study.jobs import Outcome, alone_in
 from xlstm_lm.base.fields import NonNegative, argument
 from xlstm_lm.base.outputs import check_folder_of_runs
 from xlstm_lm.base.paths import user_path

@@ -9,13 +9,13 @@ from typing import Any
 
 import yaml
 
+from eval.bench.measure import environment
 from eval.compare.config import Comparison, Model
 from eval.compare.measure import SPEEDS, speed_file, speeds_left, test_file
 from eval.compare.results import CurvePoint, ModelResult, Results, Run
 from eval.compare.runs import PlannedRun, Runs, examine
 from eval.compare.tested import MEASURE_AGAIN, read_tested
-from eval.measure import environment
-from eval.models import pick_device
+from eval.scoring.models import pick_device
 from xlstm_lm.base.read_files import read_json
 from xlstm_lm.base.run_layout import checkpoint_folders
 from xlstm_lm.data.fingerprint import fingerprint_differences

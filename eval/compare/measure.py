@@ -15,7 +15,7 @@ from typing import Any
 from eval.compare.runs import PlannedRun, Runs, examine
 from eval.compare.tested import as_json
 from eval.compare.train import is_chosen
-from eval.jobs import Job, Outcome, run_jobs
+from eval.study.jobs import Job, Outcome, run_jobs
 from xlstm_lm.base.durable_files import replace_durably
 from xlstm_lm.base.recipe import to_yaml
 

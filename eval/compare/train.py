@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from eval.compare.config import Model
 from eval.compare.runs import FAILURE_FILE, PlannedRun, Runs, examine
-from eval.jobs import Job, Outcome, run_jobs
+from eval.study.jobs import Job, Outcome, run_jobs
 from xlstm_lm.base.durable_files import replace_durably
 from xlstm_lm.training.run_config import as_recipe
 

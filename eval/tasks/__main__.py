@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 
 from eval.command import environment, positive
-from eval.jobs import Outcome, alone_in
-from eval.results_file import results_file, write_results
+from eval.study.jobs import Outcome, alone_in
+from eval.study.results_file import results_file, write_results
 from eval.tasks.rows import TaskData
 from eval.tasks.study import Study, collect, load_study, train_runs
 from eval.tasks.summary import as_markdown, draw, summarize

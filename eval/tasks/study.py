@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-from eval.jobs import Job, Outcome, run_jobs
-from eval.study_file import check_section
+from eval.study.jobs import Job, Outcome, run_jobs
+from eval.study.study_file import check_section
 from eval.tasks.accuracy import answer_cases
 from eval.tasks.registry import build_task
 from eval.tasks.task import Case, Task

@@ -12,12 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from eval import gradient_reach
-from eval.documents import Text
-from eval.gradient_reach import input_gradients, make_bins, make_windows, summarize
-from eval.gradient_reach_picture import draw_reach
-from eval.gradient_reach_runs import load_study, train_runs
-from eval.speed_models import Own
+from eval.bench.speed_models import Own
+from eval.gradient_reach import __main__ as gradient_reach
+from eval.gradient_reach.picture import draw_reach
+from eval.gradient_reach.reach import input_gradients, make_bins, make_windows, summarize
+from eval.gradient_reach.runs import load_study, train_runs
+from eval.scoring.documents import Text
 from xlstm_lm.data.tokenizer import ByteTokenizer
 from xlstm_lm.models import LSTMConfig, MambaConfig, TransformerConfig, XLSTMConfig, build_model
 from xlstm_lm.models.accounting import count_parameters

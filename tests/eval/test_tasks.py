@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 
-from eval.jobs import Outcome
+from eval.study.jobs import Outcome
 from eval.tasks import study as study_module
 from eval.tasks.__main__ import main
 from eval.tasks.accuracy import answer_cases

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from eval import throughput
-from eval.generation_speed import run_stock, write
-from eval.measure import Ceilings
-from eval.speed_models import describe_kernels, parse_model, record_kernels
+from eval.bench.generation_speed import run_stock, write
+from eval.bench.measure import Ceilings
+from eval.bench.speed_models import describe_kernels, parse_model, record_kernels
 from xlstm_lm.models import XLSTMConfig, build_model
 from xlstm_lm.models.accounting import count_parameters, training_flops_per_token
 

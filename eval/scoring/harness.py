@@ -16,8 +16,8 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_text
 from tqdm import tqdm
 
-from eval.models import CausalModel
-from eval.scoring import check_window, score_sequences
+from eval.scoring.models import CausalModel
+from eval.scoring.sequences import check_window, score_sequences
 from xlstm_lm.models.generation import SamplingConfig, sample
 
 BATCHES_AT_ONCE = 64  # requests are sorted by length among so many batches, and progress is shown after them
@@ -31,7 +31,7 @@ class HarnessModel(TemplateLM):
         """Wrap a model.
 
         Args:
-            model: from `eval.models.load_model`.
+            model: from `eval.scoring.models.load_model`.
             batch_size: rows in a batch; changes no score.
             window: None carries the state through contexts and documents of any length; a number cuts contexts to their
                 last so many tokens, and documents into windows of so many, as lm_eval's own backend does.

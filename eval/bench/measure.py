@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from eval.journal import Journal
+from eval.study.journal import Journal
 from xlstm_lm.base.machine import cpu_name, git_commit
 
 Step = Callable[[], object]

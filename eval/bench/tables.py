@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-from eval.journal import Journal
-from eval.measure import DTYPES, Ceilings, clock, environment, measure_ceilings, one_line
-from eval.results_file import write_results
+from eval.bench.measure import DTYPES, Ceilings, clock, environment, measure_ceilings, one_line
+from eval.study.journal import Journal
+from eval.study.results_file import write_results
 
 
 def ceilings_of_study(options: argparse.Namespace, journal: Journal) -> Ceilings:

@@ -22,7 +22,7 @@ from xlstm_lm.models import FAMILIES, build_model
 from xlstm_lm.models.accounting import model_config
 from xlstm_lm.ops.loss import linear_cross_entropy
 
-PRESETS = Path(__file__).parents[1] / "configs" / "model"
+PRESETS = Path(__file__).parents[2] / "configs" / "model"
 STOCK = "transformers:"
 DISPATCHERS = {
     "mlstm": "xlstm_lm.ops.mlstm.dispatch",

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import yaml
-
+from eval.compare.report import select
+from eval.compare.report.parts import show_bytes, show_spread, signed
+from eval.compare.report.select import Quantity
 from eval.compare.results import ModelResult, Results
-from eval.compare.spread import Quantity, Spread, deciding_quantity, difference, spread, values_by_seed
 
 MATCHED = 0.01
 """How far parameters may lie from the median of their size, as a share."""
-
-
 STEADY = 0.2
 """How far the speeds of one model's runs may lie apart, as a share."""
 
@@ -30,54 +27,10 @@ class Verdict:
     sentence: str
 
 
-def sizes_of(results: Results) -> list[str]:
-    """In the order of the configuration."""
-    return list(dict.fromkeys(model.size for model in results.models))
-
-
-def of_size(results: Results, size: str) -> list[ModelResult]:
-    """The models of a size."""
-    return [model for model in results.models if model.size == size]
-
-
-def is_xlstm(model: ModelResult) -> bool:
-    """Whether a model is of the family that the project is about."""
-    recipe = yaml.safe_load(model.recipe) or {}
-    return recipe.get("model", recipe).get("family", "xlstm") == "xlstm"
-
-
-def ranked(models: list[ModelResult], quantity: Quantity) -> list[tuple[ModelResult, Spread]]:
-    """Those with finished runs, the best mean first."""
-    found = [(model, spread([*values_by_seed(model, quantity.of).values()])) for model in models]
-    return sorted(((model, each) for model, each in found if each), key=lambda pair: pair[1].mean)
-
-
-def sides(models: list[ModelResult], quantity: Quantity) -> tuple[ModelResult, ModelResult] | None:
-    """The best xLSTM and the best other model; the best two, where there is no other or no xLSTM; None of fewer."""
-    order = [model for model, _ in ranked(models, quantity)]
-    own = next((model for model in order if is_xlstm(model)), None)
-    other = next((model for model in order if not is_xlstm(model)), None)
-    if own and other:
-        return own, other
-    return (order[0], order[1]) if len(order) > 1 else None
-
-
-def show_spread(found: Spread, decimals: int) -> str:
-    """1.2345 ± 0.0021, or the value alone; without decimals from a thousand on."""
-    decimals = decimals if found.mean < 1000 else 0
-    shown = f"{found.mean:,.{decimals}f}"
-    return shown if found.deviation is None else f"{shown} ± {found.deviation:,.{decimals}f}"
-
-
-def signed(value: float, decimals: int) -> str:
-    """With its sign, a minus as long as the plus."""
-    return f"{value:+,.{decimals}f}".replace("-", "−")
-
-
 def verdict(results: Results, size: str) -> Verdict:
     """Who is best at a size, by how much, and whether that is beyond the spread over seeds."""
-    quantity, models = deciding_quantity(results), of_size(results, size)
-    order, pair = ranked(models, quantity), sides(models, quantity)
+    quantity, models = select.deciding_quantity(results), select.of_size(results, size)
+    order, pair = select.ranked(models, quantity), select.sides(models, quantity)
     if not order:
         return Verdict(size, "no result", "No run at a chosen learning rate has finished.")
     shown = {model.label: show_spread(found, quantity.decimals) for model, found in order}
@@ -90,7 +43,7 @@ def verdict(results: Results, size: str) -> Verdict:
     rest = _standing(pair[0], [model for model, _ in order if model not in pair], quantity)
     if places[worse.label] > 2:
         rest = f" {worse.label} is number {places[worse.label]} of {len(order)}.{rest}"
-    gap = difference(values_by_seed(worse, quantity.of), values_by_seed(best, quantity.of))
+    gap = select.gap(worse, best, quantity)
     if gap is None:
         sentence = f"{two}. They share no seed, so the difference is not judged.{rest}"
         return Verdict(size, f"no seed in common of {best.label} and {worse.label}", sentence)
@@ -103,7 +56,7 @@ def verdict(results: Results, size: str) -> Verdict:
     interval = f"{signed(gap.low, quantity.decimals)} to {signed(gap.high, quantity.decimals)} over {gap.count} seeds"
     if gap.mean > 0 and gap.is_beyond_spread:
         sentence = f"{apart}, which is beyond the spread over seeds (95 % interval {interval}).{rest}"
-        lost = is_xlstm(worse) and not is_xlstm(best)
+        lost = select.is_xlstm(worse) and not select.is_xlstm(best)
         return Verdict(size, f"{'xLSTM loses: ' if lost else ''}{best.label} beats {worse.label}", sentence)
     sentence = f"{apart}, which is within the spread over seeds (95 % interval {interval}).{rest}"
     return Verdict(size, f"no winner between {best.label} and {worse.label}", sentence)
@@ -111,13 +64,18 @@ def verdict(results: Results, size: str) -> Verdict:
 
 def _standing(reference: ModelResult, others: list[ModelResult], quantity: Quantity) -> str:
     """How the reference stands to each of the others."""
-    groups: dict[str, list[str]] = {"better than": [], "worse than": [], "not told apart from": []}
+    labels: dict[str, list[str]] = {}
     for model in others:
-        gap = difference(values_by_seed(model, quantity.of), values_by_seed(reference, quantity.of))
-        if gap is not None and gap.half_width is not None:
-            sign = "better than" if gap.mean > 0 else "worse than"
-            groups[sign if gap.is_beyond_spread else "not told apart from"].append(model.label)
-    words = [f"{group} {', '.join(labels)}" for group, labels in groups.items() if labels]
+        labels.setdefault(select.standing(select.gap(reference, model, quantity)), []).append(model.label)
+    words = [
+        f"{word} {', '.join(labels[standing])}"
+        for standing, word in (
+            ("better", "better than"),
+            ("worse", "worse than"),
+            ("not told apart", "not told apart from"),
+        )
+        if standing in labels
+    ]
     return f" Of the rest, seed by seed, {reference.label} is {'; '.join(words)}." if words else ""
 
 
@@ -131,97 +89,52 @@ def further_findings(results: Results) -> list[tuple[str, list[str]]]:
         ("Decoding speed", _decoding_finding),
         ("Memory while writing", _state_finding),
     ):
-        sentences = [f"{size}: {words}." for size, pair in _pairs(results) if (words := describe(results, *pair))]
+        sentences = [f"{size}: {words}." for size, pair in select.pairs(results) if (words := describe(results, *pair))]
         if sentences:
             found.append((title, sentences))
     return found
 
 
-def _pairs(results: Results) -> Iterator[tuple[str, tuple[ModelResult, ModelResult]]]:
-    for size in sizes_of(results):
-        pair = sides(of_size(results, size), deciding_quantity(results))
-        if pair:
-            yield size, pair
-
-
-def mean_extrapolation(model: ModelResult) -> dict[int, float]:
-    """Bits a byte (a token's nats where there are none) by context length, the mean over finished runs."""
-    curves = [
-        {each.context_length: each.loss if each.bits_per_byte is None else each.bits_per_byte for each in points}
-        for run in model.runs
-        if run.status == "finished" and run.tested and (points := run.tested.extrapolation)
-    ]
-    shared = set.intersection(*(set(curve) for curve in curves)) if curves else set()
-    return {length: sum(curve[length] for curve in curves) / len(curves) for length in sorted(shared)}
-
-
-def unit_of_tests(results: Results) -> str:
-    """Of the losses on test documents."""
-    tested = [run.tested for model in results.models for run in model.runs if run.tested]
-    return "nats per token" if any(each.bits_per_byte is None for each in tested) else "bits per byte"
-
-
 def _equal_context_finding(results: Results, first: ModelResult, second: ModelResult) -> str:
     trained = results.context_length
-    values = {model.label: mean_extrapolation(model).get(trained) for model in (first, second)}
+    values = {model.label: select.mean_extrapolation(model).get(trained) for model in (first, second)}
     if None in values.values():
         return ""
     words = " and ".join(f"{label} reaches {value:.4f}" for label, value in values.items())
-    return f"reading {trained:,} tokens from an empty state, {words} {unit_of_tests(results)}"
+    return f"reading {trained:,} tokens from an empty state, {words} {select.unit_of_tests(results)}"
 
 
 def _extrapolation_finding(results: Results, first: ModelResult, second: ModelResult) -> str:
     words = []
     for model in (first, second):
-        curve = mean_extrapolation(model)
+        curve = select.mean_extrapolation(model)
         trained, longest = results.context_length, max(curve, default=0)
         if trained not in curve or longest <= trained:
             return ""
         change = signed(curve[longest] - curve[trained], 3)
         words.append(f"{model.label} changes by {change} to {curve[longest]:.3f}")
-    return f"from {trained:,} to {longest:,} tokens of context {words[0]} and {words[1]} {unit_of_tests(results)}"
-
-
-def fastest_training(results: Results, model: ModelResult) -> dict[int, dict[str, Any]]:
-    """The row of the faster mode at each context length."""
-    found: dict[int, dict[str, Any]] = {}
-    for row in results.training_speed:
-        length, speed = row["length"], row.get("tokens_per_second")
-        of_model = model.speed_name and row["name"] == model.speed_name
-        if of_model and speed and speed > found.get(length, {}).get("tokens_per_second", 0):
-            found[length] = row
-    return dict(sorted(found.items()))
-
-
-def generation_rows(results: Results, model: ModelResult, batch_size: int) -> dict[int, dict[str, Any]]:
-    """The row at each prompt length."""
-    rows = (row for row in results.generation_speed if model.speed_name and row["name"] == model.speed_name)
-    found = {row["length"]: row for row in rows if row["batch_size"] == batch_size and row.get("tokens_per_second")}
-    return dict(sorted(found.items()))
-
-
-def batch_sizes(results: Results) -> list[int]:
-    """Of the measurements of generation, the smallest first."""
-    return sorted({row["batch_size"] for row in results.generation_speed})
+    return (
+        f"from {trained:,} to {longest:,} tokens of context {words[0]} and {words[1]} {select.unit_of_tests(results)}"
+    )
 
 
 def _training_finding(results: Results, first: ModelResult, second: ModelResult) -> str:
     del second
-    return _ratio(results, first, lambda model: fastest_training(results, model), "tokens of context")
+    return _ratio(results, first, lambda model: select.fastest_training(results, model), "tokens of context")
 
 
 def _decoding_finding(results: Results, first: ModelResult, second: ModelResult) -> str:
     del second
-    batch = min(batch_sizes(results), default=1)
-    return _ratio(results, first, lambda model: generation_rows(results, model, batch), "tokens of prompt")
+    batch = min(select.batch_sizes(results), default=1)
+    return _ratio(results, first, lambda model: select.generation_rows(results, model, batch), "tokens of prompt")
 
 
 def _ratio(results: Results, own: ModelResult, rows_of: Callable[[ModelResult], dict[int, Any]], unit: str) -> str:
     """Tokens/s over the fastest other's (no xLSTM, if it is one itself), at the shortest and the longest length."""
     speeds = {
         model.label: {length: row["tokens_per_second"] for length, row in rows_of(model).items()}
-        for model in of_size(results, own.size)
-        if model is own or not (is_xlstm(own) and is_xlstm(model))
+        for model in select.of_size(results, own.size)
+        if model is own or not (select.is_xlstm(own) and select.is_xlstm(model))
     }
     lengths = speeds.pop(own.label)
     words = []
@@ -245,30 +158,20 @@ def _state_finding(results: Results, first: ModelResult, second: ModelResult) ->
     )
 
 
-def show_bytes(count: float) -> str:
-    """With a binary unit."""
-    for unit in ("bytes", "KiB", "MiB"):
-        if count < 1024:
-            return f"{count:,.3g} {unit}"
-        count /= 1024
-    return f"{count:,.4g} GiB"
-
-
 def checks(results: Results) -> list[tuple[bool, str]]:
     """Whether the comparison is fair, point by point: (holds, sentence)."""
-    runs = [run for model in results.models for run in model.runs if run.status == "finished"]
+    runs = [run for model in results.models for run in select.finished(model)]
     found = []
-    for size in sizes_of(results):
-        models = of_size(results, size)
-        counts = [model.parameters for model in models]
-        off = max(abs(count / statistics.median(counts) - 1) for count in counts)
+    for size in select.sizes_of(results):
+        models = select.of_size(results, size)
+        off = select.parameters_apart(models)
         found.append((off <= MATCHED, f"Parameters at {size} lie within {off:.1%} of their median."))
-        tokens = sorted({run.tokens for model in models for run in model.runs if run.status == "finished"})
+        tokens = sorted({run.tokens for model in models for run in select.finished(model)})
         if tokens:
             same = f"All finished runs at {size} saw {tokens[0]:,} tokens."
             other = f"Finished runs at {size} saw between {tokens[0]:,} and {tokens[-1]:,} tokens."
             found.append((len(tokens) == 1, same if len(tokens) == 1 else other))
-        short = [m.label for m in models if not m.runs or any(run.status != "finished" for run in m.runs)]
+        short = [m.label for m in models if not m.runs or len(select.finished(m)) < len(m.runs)]
         lacking = f"Not every seed finished at {size}, which may flatter or harm {', '.join(short)}."
         found.append((not short, lacking if short else f"Every seed finished for all models at {size}."))
     open_rates = [f"{model.label} at {model.size}" for model in results.models if model.learning_rate is None]
@@ -277,14 +180,14 @@ def checks(results: Results) -> list[tuple[bool, str]]:
         found.append((False, f"The learning rate was not tuned here for {', '.join(untuned)}."))
     if open_rates:
         found.append((False, f"The best learning rate is not known yet of {', '.join(open_rates)}."))
-    if not untuned and not open_rates and not any(map(is_at_edge, results.models)):
+    if not untuned and not open_rates and not any(map(select.is_at_edge, results.models)):
         found.append((True, "The best learning rate of every model lies inside the grid that was tried."))
     ways = {run.tested.how for run in runs if run.tested}
     if len(ways) > 1:
         found.append(
             (False, "The models read the test documents in different ways; at equal contexts they stand further down.")
         )
-    unsteady = [f"{model.label} at {model.size}" for model in results.models if _speed_range(model) > STEADY]
+    unsteady = [f"{model.label} at {model.size}" for model in results.models if select.speeds_apart(model) > STEADY]
     if unsteady:
         found.append(
             (
@@ -299,15 +202,3 @@ def checks(results: Results) -> list[tuple[bool, str]]:
             same = f"One {what} for all finished runs: {names[0]}."
             found.append((len(names) == 1, same if len(names) == 1 else f"More than one {what}: {', '.join(names)}."))
     return found
-
-
-def _speed_range(model: ModelResult) -> float:
-    """How much faster the fastest run is than the slowest, as a share."""
-    speeds = [run.tokens_per_second for run in model.runs if run.status == "finished" and run.tokens_per_second]
-    return max(speeds) / min(speeds) - 1 if speeds else 0.0
-
-
-def is_at_edge(model: ModelResult) -> bool:
-    """Whether the best learning rate is the lowest or highest of those tried."""
-    rates = [run.learning_rate for run in model.tried]
-    return len(rates) > 1 and model.learning_rate in (min(rates), max(rates))

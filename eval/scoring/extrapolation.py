@@ -10,10 +10,10 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from eval.documents import Text
-from eval.figures import Totals, as_sequence
-from eval.models import CausalModel
-from eval.scoring import check_window, score_sequences
+from eval.scoring.documents import Text
+from eval.scoring.figures import Totals, as_sequence
+from eval.scoring.models import CausalModel
+from eval.scoring.sequences import check_window, score_sequences
 
 
 def extrapolate(

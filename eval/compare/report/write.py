@@ -6,11 +6,12 @@ from pathlib import Path
 
 import jinja2
 
-from eval.compare.pictures import COLOURS
-from eval.compare.report_answer import checks, further_findings, sizes_of, verdict
-from eval.compare.report_parts import Cell, Section, Table
-from eval.compare.report_pictures import colours_of
-from eval.compare.report_sections import sections
+from eval.compare.report import select
+from eval.compare.report.answer import checks, further_findings, verdict
+from eval.compare.report.drawing import COLOURS
+from eval.compare.report.parts import Cell, Section, Table
+from eval.compare.report.pictures import colours_of
+from eval.compare.report.sections import sections
 from eval.compare.results import Results, save_results
 
 PICTURES = "pictures"
@@ -22,7 +23,7 @@ def write_report(results: Results, folder: Path) -> list[Path]:
     What the results lack is said in the report.
     """
     shown = sections(results)
-    verdicts = [verdict(results, size) for size in sizes_of(results)]
+    verdicts = [verdict(results, size) for size in select.sizes_of(results)]
     words = {
         "results": results,
         "verdicts": verdicts,

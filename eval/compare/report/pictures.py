@@ -9,21 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from eval.compare.pictures import COLOURS, Frame, Line, Picture, draw_dots, draw_lines
-from eval.compare.report_answer import (
-    batch_sizes,
-    fastest_training,
-    generation_rows,
-    mean_extrapolation,
-    of_size,
-    ranked,
-    sizes_of,
-    unit_of_tests,
-)
+from eval.compare.report import select
+from eval.compare.report.drawing import COLOURS, Frame, Line, Picture, draw_dots, draw_lines
+from eval.compare.report.select import VALIDATION_BITS, VALIDATION_LOSS, Points
 from eval.compare.results import CurvePoint, ModelResult, Results, Run
-from eval.compare.spread import VALIDATION_BITS, VALIDATION_LOSS, Quantity, deciding_quantity, values_by_seed
-
-Points = dict[int, float]
+from eval.study.spread import spread
 
 
 def colours_of(results: Results) -> dict[str, int]:
@@ -52,10 +42,10 @@ def line_pictures(
 
 def final_pictures(results: Results, size: str) -> list[Picture]:
     """Every finished run as a dot."""
-    quantity = deciding_quantity(results)
+    quantity = select.deciding_quantity(results)
     rows = [
-        (model.architecture, model.label, [*values_by_seed(model, quantity.of).values()])
-        for model, _ in ranked(of_size(results, size), quantity)
+        (model.architecture, model.label, [*select.values_by_seed(model, quantity.of).values()])
+        for model, _ in select.ranked(select.of_size(results, size), quantity)
     ]
     title = f"Final result, {size}, each mark a seed"
     return [draw_dots(f"{size}-final", title, quantity.short, rows, colours_of(results))] if rows else []
@@ -63,18 +53,18 @@ def final_pictures(results: Results, size: str) -> list[Picture]:
 
 def scale_pictures(results: Results) -> list[Picture]:
     """The deciding number over parameters, where it is there for several sizes."""
-    quantity = deciding_quantity(results)
+    quantity = select.deciding_quantity(results)
     lines: dict[str, Line] = {}
     for model in results.models:
-        for _, found in ranked([model], quantity):
+        for _, found in select.ranked([model], quantity):
             line = lines.setdefault(model.architecture, Line(model.architecture, model.label, []))
             line.points.append((model.parameters / 1e6, found.mean))
-            line.band.append((found.mean - (found.deviation or 0), found.mean + (found.deviation or 0)))
+            line.band.append(found.band)
     if all(len(line.points) < 2 for line in lines.values()):
         return []
     for line in lines.values():
         line.points, line.band = map(list, zip(*sorted(zip(line.points, line.band))))
-    ticks = [(of_size(results, size)[0].parameters / 1e6, size) for size in sizes_of(results)]
+    ticks = [(select.of_size(results, size)[0].parameters / 1e6, size) for size in select.sizes_of(results)]
     frame = Frame(
         title="Final result against size", x_label="parameters", y_label=quantity.short, log_x=True, ticks=ticks
     )
@@ -83,8 +73,8 @@ def scale_pictures(results: Results) -> list[Picture]:
 
 def curve_pictures(results: Results, size: str) -> list[Picture]:
     """Validation against tokens, operations and wall time: the mean over seeds and a band of a standard deviation."""
-    models = of_size(results, size)
-    shown = {model.architecture: _shown_runs(model) for model in models}
+    models = select.of_size(results, size)
+    shown = {model.architecture: select.shown_runs(model) for model in models}
     points = [point for runs, _ in shown.values() for run in runs for point in run.curve]
     if not points:
         return []
@@ -119,14 +109,6 @@ def curve_pictures(results: Results, size: str) -> list[Picture]:
     return found
 
 
-def _shown_runs(model: ModelResult) -> tuple[list[Run], bool]:
-    """Finished runs and True or, while there are none, the best that there is so far and False: unfinished runs, or the
-    best of those that tune the learning rate."""
-    finished, unfinished = ([run for run in model.runs if run.status == each] for each in ("finished", "unfinished"))
-    tried = [run for run in model.tried if run.status == "finished" and tuning_value(run) is not None]
-    return finished or unfinished or sorted(tried, key=tuning_value)[:1], bool(finished)
-
-
 def _mean_line(
     model: ModelResult,
     runs: list[Run],
@@ -141,10 +123,9 @@ def _mean_line(
     line = Line(model.architecture, model.label, [], dashed=not is_final)
     for step in steps:
         at = [points[step] for points in by_step]
-        values = [y_of(point) for point in at]
-        mean, deviation = statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
-        line.points.append((statistics.fmean(map(x_of, at)) / divisor, mean))
-        line.band.append((mean - deviation, mean + deviation))
+        found = spread([*map(y_of, at)])
+        line.points.append((statistics.fmean(map(x_of, at)) / divisor, found.mean))
+        line.band.append(found.band)
     return line
 
 
@@ -170,36 +151,12 @@ def tuning_pictures(results: Results, size: str) -> list[Picture]:
     """The end of each run of the grid over its learning rate."""
 
     def points(model: ModelResult) -> Points:
-        found = {run.learning_rate: tuning_value(run) for run in model.tried if run.status == "finished"}
-        found = {rate: value for rate, value in found.items() if value is not None and math.isfinite(value)}
+        found = select.tuning_points(model)
         return found if len(found) > 1 else {}
 
-    quantity = tuning_quantity(results)
+    quantity = select.tuning_quantity(results)
     frame = Frame(title=f"Learning rates, {size}", x_label="learning rate", y_label=quantity.short, log_x=True)
-    return line_pictures(results, f"{size}-learning-rates", of_size(results, size), points, frame)
-
-
-def tuning_quantity(results: Results) -> Quantity:
-    """What the learning rate is chosen by."""
-    finished = [run for model in results.models for run in model.tried if run.status == "finished"]
-    has_bits = any(VALIDATION_BITS.of(run) is not None for run in finished)
-    return VALIDATION_BITS if has_bits or not finished else VALIDATION_LOSS
-
-
-def tuning_value(run: Run) -> float | None:
-    """What a learning rate is chosen by: bits a byte on the validation documents, or nats where there are no bytes."""
-    bits = VALIDATION_BITS.of(run)
-    return VALIDATION_LOSS.of(run) if bits is None else bits
-
-
-def mean_by_position(model: ModelResult) -> Points:
-    """Bits a byte (nats a token without bytes) by the end of the bucket, the mean over finished runs."""
-    by_end: dict[int, list[float]] = {}
-    for run in model.runs:
-        for bucket in run.tested.by_position if run.status == "finished" and run.tested else ():
-            value = bucket.loss if bucket.bits_per_byte is None else bucket.bits_per_byte
-            by_end.setdefault(bucket.last, []).append(value)
-    return {last: statistics.fmean(values) for last, values in by_end.items()}
+    return line_pictures(results, f"{size}-learning-rates", select.of_size(results, size), points, frame)
 
 
 def position_pictures(results: Results, size: str) -> list[Picture]:
@@ -207,11 +164,11 @@ def position_pictures(results: Results, size: str) -> list[Picture]:
     frame = Frame(
         title=f"Loss by position, {size}",
         x_label="position in the document, up to",
-        y_label=f"{unit_of_tests(results)}, test",
+        y_label=f"{select.unit_of_tests(results)}, test",
         lengths=True,
         mark=(results.context_length, "training context"),
     )
-    return line_pictures(results, f"{size}-position", of_size(results, size), mean_by_position, frame)
+    return line_pictures(results, f"{size}-position", select.of_size(results, size), select.mean_by_position, frame)
 
 
 def extrapolation_pictures(results: Results, size: str) -> list[Picture]:
@@ -219,11 +176,13 @@ def extrapolation_pictures(results: Results, size: str) -> list[Picture]:
     frame = Frame(
         title=f"Beyond the training context, {size}",
         x_label="context length",
-        y_label=f"{unit_of_tests(results)}, test",
+        y_label=f"{select.unit_of_tests(results)}, test",
         lengths=True,
         mark=(results.context_length, "training context"),
     )
-    return line_pictures(results, f"{size}-extrapolation", of_size(results, size), mean_extrapolation, frame)
+    return line_pictures(
+        results, f"{size}-extrapolation", select.of_size(results, size), select.mean_extrapolation, frame
+    )
 
 
 def training_speed_pictures(results: Results, size: str) -> list[Picture]:
@@ -231,12 +190,12 @@ def training_speed_pictures(results: Results, size: str) -> list[Picture]:
 
     def points(key: str, scale: float = 1.0) -> Callable[[ModelResult], Points]:
         def of(model: ModelResult) -> Points:
-            rows = fastest_training(results, model)
+            rows = select.fastest_training(results, model)
             return {length: row[key] * scale for length, row in rows.items() if row.get(key)}
 
         return of
 
-    models = of_size(results, size)
+    models = select.of_size(results, size)
     speed = Frame(
         title=f"Training speed, {size}", x_label="context length", y_label="tokens/s", lengths=True, log_y=True
     )
@@ -249,7 +208,7 @@ def training_speed_pictures(results: Results, size: str) -> list[Picture]:
 def generation_pictures(results: Results, size: str) -> list[Picture]:
     """First token, tokens/s after it and memory over the prompt length, for the smallest and the largest batch."""
     found: list[Picture] = []
-    sizes = batch_sizes(results)
+    sizes = select.batch_sizes(results)
     memory = "peak_bytes" if any(row.get("peak_bytes") for row in results.generation_speed) else "state_bytes"
     for batch in dict.fromkeys(sizes[:1] + sizes[-1:]):
         for name, title, y_label, key, scale in (
@@ -261,7 +220,7 @@ def generation_pictures(results: Results, size: str) -> list[Picture]:
             def points(
                 model: ModelResult, batch: int = batch, key: str = key, scale: float = scale, **_: Any
             ) -> Points:
-                rows = generation_rows(results, model, batch)
+                rows = select.generation_rows(results, model, batch)
                 return {length: row[key] * scale for length, row in rows.items() if row.get(key)}
 
             frame = Frame(
@@ -271,7 +230,7 @@ def generation_pictures(results: Results, size: str) -> list[Picture]:
                 lengths=True,
                 log_y=True,
             )
-            found += line_pictures(results, f"{size}-{name}-batch{batch}", of_size(results, size), points, frame)
+            found += line_pictures(results, f"{size}-{name}-batch{batch}", select.of_size(results, size), points, frame)
     return found
 
 
@@ -288,4 +247,4 @@ def state_pictures(results: Results, size: str) -> list[Picture]:
         lengths=True,
         log_y=True,
     )
-    return line_pictures(results, f"{size}-state", of_size(results, size), points, frame)
+    return line_pictures(results, f"{size}-state", select.of_size(results, size), points, frame)

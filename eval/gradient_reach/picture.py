@@ -24,7 +24,7 @@ OUTLINE = [withStroke(linewidth=3, foreground="white")]
 
 
 def draw_reach(reaches: list[dict[str, Any]], path: Path) -> None:
-    """Median of g(k) / g(0) over k, of `eval.gradient_reach.Reach` as mappings."""
+    """Median of g(k) / g(0) over k, of `eval.gradient_reach.reach.Reach` as mappings."""
     stages = list(dict.fromkeys(reach["stage"] for reach in reaches))
     names = list(dict.fromkeys(reach["name"] for reach in reaches))
     figure = Figure(figsize=(1 + 6.4 * len(stages), 5.4), layout="constrained")

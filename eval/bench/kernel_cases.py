@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from eval.measure import dtype_name
+from eval.bench.measure import dtype_name
 from xlstm_lm.doctor import RUNS_ON
 from xlstm_lm.ops import mlstm as mlstm_ops
 from xlstm_lm.ops import slstm as slstm_ops

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from eval.compare.pictures import Picture
+from eval.compare.report.drawing import Picture
 from eval.compare.results import ModelResult
+from eval.study.spread import Spread
 
 NOTHING = "–"
 
@@ -101,3 +102,24 @@ def large(count: float) -> str:
         if count >= divisor:
             return f"{count / divisor:.3g}{unit}"
     return f"{count:g}"
+
+
+def show_spread(found: Spread, decimals: int) -> str:
+    """1.2345 ± 0.0021, or the value alone; without decimals from a thousand on."""
+    decimals = decimals if found.mean < 1000 else 0
+    shown = f"{found.mean:,.{decimals}f}"
+    return shown if found.deviation is None else f"{shown} ± {found.deviation:,.{decimals}f}"
+
+
+def signed(value: float, decimals: int) -> str:
+    """With its sign, a minus as long as the plus."""
+    return f"{value:+,.{decimals}f}".replace("-", "−")
+
+
+def show_bytes(count: float) -> str:
+    """With a binary unit."""
+    for unit in ("bytes", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:,.3g} {unit}"
+        count /= 1024
+    return f"{count:,.4g} GiB"

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from eval.kernel_cases import CHECKED_TOKENS, MLSTM, SLSTM, Case, Check, Contender, Function
-from eval.measure import dtype_name
+from eval.bench.kernel_cases import CHECKED_TOKENS, MLSTM, SLSTM, Case, Check, Contender, Function
+from eval.bench.measure import dtype_name
 from xlstm_lm.ops.slstm import slstm
 
 Builder = Callable[..., Contender]

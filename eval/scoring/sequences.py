@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from eval.models import CausalModel
+from eval.scoring.models import CausalModel
 from xlstm_lm.data import IGNORED_TARGET
 
 PIECE_LENGTH = 2048  # a longer sequence goes through a model that carries its state in pieces of so many tokens

@@ -6,30 +6,30 @@ import statistics
 from collections.abc import Callable
 from typing import Any
 
-from eval.compare.report_answer import (
-    fastest_training,
-    is_at_edge,
-    mean_extrapolation,
-    of_size,
-    ranked,
+from eval.compare.report import select
+from eval.compare.report.parts import (
+    NOTHING,
+    Cell,
+    Table,
+    cells,
+    duration,
+    large,
+    name_cell,
+    number,
     show_bytes,
     show_spread,
-    sides,
     signed,
-    unit_of_tests,
 )
-from eval.compare.report_parts import NOTHING, Cell, Table, cells, duration, large, name_cell, number
-from eval.compare.report_pictures import mean_by_position, tuning_quantity, tuning_value
-from eval.compare.results import ModelResult, Published, Results, Run
-from eval.compare.spread import deciding_quantity, difference, spread, values_by_seed
+from eval.compare.report.select import TEST_BITS, VALIDATION_BITS, Value, tested, validated
+from eval.compare.results import ModelResult, Results
 
 
 def final_table(results: Results, size: str) -> list[Table]:
     """All models at a size, the best first, with what separates them from the reference."""
-    quantity, models = deciding_quantity(results), of_size(results, size)
+    quantity, models = select.deciding_quantity(results), select.of_size(results, size)
     trained = results.context_length
-    order = ranked(models, quantity)
-    pair = sides(models, quantity)
+    order = select.ranked(models, quantity)
+    pair = select.sides(models, quantity)
     reference = pair[0] if pair else None
     rows = []
     for place, (model, found) in enumerate(order, 1):
@@ -38,20 +38,20 @@ def final_table(results: Results, size: str) -> list[Table]:
             apart, judged = _against(model, reference, results)
         elif reference:
             judged = "(reference)"
-        finished = [run for run in model.runs if run.status == "finished"]
+        finished = select.finished(model)
         rows.append(
             [
                 Cell(str(place)),
                 name_cell(model),
                 Cell(f"{len(finished)} of {len(model.runs)}"),
                 Cell(show_spread(found, quantity.decimals), strong=place == 1),
-                Cell(number(mean_extrapolation(model).get(trained), f".{quantity.decimals}f")),
-                Cell(_over_seeds(model, lambda run: run.tested and run.tested.perplexity, 2)),
-                Cell(_over_seeds(model, lambda run: run.tested and run.tested.word_perplexity, 1)),
-                Cell(_over_seeds(model, lambda run: run.curve[-1].perplexity if run.curve else None, 2)),
+                Cell(number(select.mean_extrapolation(model).get(trained), f".{quantity.decimals}f")),
+                Cell(_over_seeds(model, tested("perplexity"), 2)),
+                Cell(_over_seeds(model, tested("word_perplexity"), 1)),
+                Cell(_over_seeds(model, validated("perplexity"), 2)),
                 Cell(apart),
                 Cell(judged),
-                Cell(number(_median(run.tokens_per_second for run in finished), ",.0f")),
+                Cell(number(select.median_speed(model), ",.0f")),
                 Cell(duration(statistics.fmean(run.seconds for run in finished))),
             ]
         )
@@ -77,32 +77,22 @@ def final_table(results: Results, size: str) -> list[Table]:
 
 
 def _against(model: ModelResult, reference: ModelResult, results: Results) -> tuple[str, str]:
-    quantity = deciding_quantity(results)
-    gap = difference(values_by_seed(model, quantity.of), values_by_seed(reference, quantity.of))
-    if gap is None:
-        return NOTHING, "no seed in common"
-    shown = signed(gap.mean, quantity.decimals)
-    if gap.half_width is None:
-        return shown, "one seed, not judged"
-    shown += f" [{signed(gap.low, quantity.decimals)}, {signed(gap.high, quantity.decimals)}]"
-    if not gap.is_beyond_spread:
-        return shown, "not told apart"
-    return shown, "worse" if gap.mean > 0 else "better"
+    quantity = select.deciding_quantity(results)
+    gap = select.gap(model, reference, quantity)
+    shown = NOTHING if gap is None else signed(gap.mean, quantity.decimals)
+    if gap and gap.half_width is not None:
+        shown += f" [{signed(gap.low, quantity.decimals)}, {signed(gap.high, quantity.decimals)}]"
+    return shown, select.standing(gap)
 
 
-def _over_seeds(model: ModelResult, of: Callable[[Run], float | None], decimals: int) -> str:
-    found = spread([*values_by_seed(model, of).values()])
+def _over_seeds(model: ModelResult, of: Value, decimals: int) -> str:
+    found = select.over_seeds(model, of)
     return show_spread(found, decimals) if found else NOTHING
-
-
-def _median(values: Any) -> float | None:
-    known = [value for value in values if value is not None]
-    return statistics.median(known) if known else None
 
 
 def tuning_table(results: Results, size: str) -> list[Table]:
     """The end of each run of the grid; the best at its edge is marked."""
-    models = [model for model in of_size(results, size) if model.tried]
+    models = [model for model in select.of_size(results, size) if model.tried]
     rates = sorted({run.learning_rate for model in models for run in model.tried})
     if not rates:
         return []
@@ -112,14 +102,14 @@ def tuning_table(results: Results, size: str) -> list[Table]:
         row = [name_cell(model)]
         for rate in rates:
             run = by_rate.get(rate)
-            value = tuning_value(run) if run and run.status == "finished" else None
+            value = select.tuning_value(run) if run and run.status == "finished" else None
             failed = run.status if run and run.status != "finished" else NOTHING
             row.append(Cell(failed if value is None else f"{value:.4f}", strong=rate == model.learning_rate))
         chosen = "not yet" if model.learning_rate is None else f"{model.learning_rate:g}"
-        note = "at the edge of the grid" if is_at_edge(model) else ""
+        note = "at the edge of the grid" if select.is_at_edge(model) else ""
         rows.append([*row, Cell(chosen, strong=True), Cell(note, strong=True)])
     columns = ["model", *(f"lr {rate:g}" for rate in rates), "chosen", "remark"]
-    title = f"{tuning_quantity(results).name[:1].upper()}{tuning_quantity(results).name[1:]}"
+    title = f"{select.tuning_quantity(results).name[:1].upper()}{select.tuning_quantity(results).name[1:]}"
     return [Table(columns=columns, rows=rows, words=frozenset({0, len(columns) - 1}), title=title)]
 
 
@@ -127,7 +117,7 @@ def length_table(
     results: Results, size: str, points_of: Callable[[ModelResult], dict[int, float]], prefix: str, title: str
 ) -> list[Table]:
     """A column for each length, a row for each model that has any."""
-    found = [(model, points_of(model)) for model in of_size(results, size)]
+    found = [(model, points_of(model)) for model in select.of_size(results, size)]
     found = [(model, points) for model, points in found if points]
     lengths = sorted({length for _, points in found for length in points})
     best = {length: min(points[length] for _, points in found if length in points) for length in lengths}
@@ -143,21 +133,21 @@ def length_table(
 
 def position_table(results: Results, size: str) -> list[Table]:
     """The loss by position."""
-    unit = unit_of_tests(results)
+    unit = select.unit_of_tests(results)
     title = f"{unit[:1].upper()}{unit[1:]} of the test targets up to a position (from the end of the column before)"
-    return length_table(results, size, mean_by_position, "to ", title)
+    return length_table(results, size, select.mean_by_position, "to ", title)
 
 
 def extrapolation_table(results: Results, size: str) -> list[Table]:
     """The loss by the length of the context."""
-    unit = unit_of_tests(results)
+    unit = select.unit_of_tests(results)
     title = f"{unit[:1].upper()}{unit[1:]} of the same test tokens, by the length of the context"
-    return length_table(results, size, mean_extrapolation, "", title)
+    return length_table(results, size, select.mean_extrapolation, "", title)
 
 
 def training_speed_tables(results: Results, size: str) -> list[Table]:
     """The fastest of each model by length; then, folded, every row as measured."""
-    found = [(model, fastest_training(results, model)) for model in of_size(results, size)]
+    found = [(model, select.fastest_training(results, model)) for model in select.of_size(results, size)]
     found = [(model, rows) for model, rows in found if rows]
     lengths = sorted({length for _, rows in found for length in rows})
     best = {at: max(rows[at]["tokens_per_second"] for _, rows in found if at in rows) for at in lengths}
@@ -175,7 +165,7 @@ def training_speed_tables(results: Results, size: str) -> list[Table]:
     if not table:
         return []
     short = Table(columns=["model", *(f"T {at:,}" for at in lengths)], rows=table, title="Tokens/s (MFU)")
-    names = {model.speed_name: model for model in of_size(results, size) if model.speed_name}
+    names = {model.speed_name: model for model in select.of_size(results, size) if model.speed_name}
     rows = [row for row in results.training_speed if row["name"] in names]
     return [short, _training_rows(rows, lambda row: name_cell(names[row["name"]]), "Every measurement")]
 
@@ -200,7 +190,7 @@ def _bytes(row: dict[str, Any]) -> str:
 
 def generation_table(results: Results, size: str) -> list[Table]:
     """Every row, as measured."""
-    names = {model.speed_name: model for model in of_size(results, size) if model.speed_name}
+    names = {model.speed_name: model for model in select.of_size(results, size) if model.speed_name}
     rows = [row for row in results.generation_speed if row["name"] in names]
     title = "Every measurement"
     return [_generation_rows(rows, lambda row: name_cell(names[row["name"]]), title)] if rows else []
@@ -223,9 +213,8 @@ def _generation_rows(rows: list[dict[str, Any]], name: Callable[[dict[str, Any]]
 
 def other_speed_tables(results: Results) -> list[Table]:
     """Rows of speed that belong to no model of the comparison."""
-    known = {model.speed_name for model in results.models if model.speed_name}
-    training = [row for row in results.training_speed if row["name"] not in known]
-    generation = [row for row in results.generation_speed if row["name"] not in known]
+    training = select.further_rows(results, results.training_speed)
+    generation = select.further_rows(results, results.generation_speed)
     found = []
     if training:
         found.append(_training_rows(training, lambda row: Cell(row["name"]), "Training speed of further models"))
@@ -236,7 +225,7 @@ def other_speed_tables(results: Results) -> list[Table]:
 
 def size_table(results: Results, size: str) -> list[Table]:
     """Parameters, operations and state."""
-    models = of_size(results, size)
+    models = select.of_size(results, size)
     lengths = sorted({length for model in models for length, _ in model.state_bytes})
     smallest = min(model.parameters for model in models)
     rows = []
@@ -253,45 +242,19 @@ def published_table(results: Results) -> list[Table]:
     """Numbers from elsewhere, and ours where the model and the size are the same."""
     rows = []
     for entry in results.published:
-        ours, tokens = _beside(results, entry)
-        values = [entry.size, entry.quantity, entry.tokens, f"{entry.value:g}", ours, tokens, entry.source]
+        ours, tokens = select.beside_published(results, entry) or (None, 0)
+        values = [entry.size, entry.quantity, entry.tokens, f"{entry.value:g}"]
+        values += [show_spread(ours, 2) if ours else NOTHING, large(tokens) if tokens else NOTHING, entry.source]
         rows.append(cells([entry.model, *values]))
     columns = ["model", "size", "quantity", "trained on", "published", "ours", "our tokens", "source"]
     return [Table(columns=columns, rows=rows, words=frozenset({0, 1, 2, 3, 7}))] if rows else []
-
-
-def _beside(results: Results, entry: Published) -> tuple[str, str]:
-    for model in of_size(results, entry.size):
-        if entry.model.lower() not in (model.label.lower(), model.architecture.lower()):
-            continue
-        shown = _over_seeds(model, _published_quantity(entry.quantity), 2)
-        tokens = {run.tokens for run in model.runs if run.status == "finished"}
-        return shown, large(max(tokens)) if tokens else NOTHING
-    return NOTHING, NOTHING
-
-
-def _published_quantity(name: str) -> Callable[[Run], float | None]:
-    """The number of ours that a published one of this name stands beside."""
-    if "bits per byte" in name:
-        return lambda run: run.tested and run.tested.bits_per_byte
-    if "validation" in name and "word" not in name:
-        return lambda run: run.curve[-1].perplexity if run.curve else None
-    if "word" in name:
-        return lambda run: run.tested and run.tested.word_perplexity
-    return lambda run: run.tested and run.tested.perplexity
-
-
-def _all_runs(results: Results) -> list[tuple[ModelResult, Run]]:
-    """Each once: the first seed's is also one of those that tuned the learning rate."""
-    by_name = {run.name: (model, run) for model in results.models for run in [*model.tried, *model.runs]}
-    return [*by_name.values()]
 
 
 def problem_table(results: Results) -> list[Table]:
     """The runs that did not finish, and why."""
     rows = [
         [name_cell(model), *cells([model.size, run.name, run.status, f"{run.steps:,}", run.problem])]
-        for model, run in _all_runs(results)
+        for model, run in select.all_runs(results)
         if run.status != "finished"
     ]
     columns = ["model", "size", "run", "status", "steps", "why"]
@@ -301,12 +264,12 @@ def problem_table(results: Results) -> list[Table]:
 def run_table(results: Results) -> list[Table]:
     """Every run, with where it comes from."""
     rows = []
-    for model, run in _all_runs(results):
+    for model, run in select.all_runs(results):
         versions = run.environment.get("versions") or {}
         values = [run.name, model.size, str(run.seed), f"{run.learning_rate:g}", run.status, f"{run.steps:,}"]
         values += [f"{run.tokens:,}", duration(run.seconds), number(run.tokens_per_second, ",.0f")]
-        values += [number(run.curve[-1].bits_per_byte if run.curve else None, ".4f")]
-        values += [number(run.tested and run.tested.bits_per_byte, ".4f")]
+        values += [number(VALIDATION_BITS.of(run), ".4f")]
+        values += [number(TEST_BITS.of(run), ".4f")]
         values += [str(run.environment.get("git_commit") or NOTHING)[:12]]
         values += [versions.get("torch") or NOTHING, str(run.environment.get("device") or NOTHING)]
         rows.append([name_cell(model), *cells(values)])

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from eval.documents import Text
-from eval.models import CausalModel
+from eval.scoring.documents import Text
+from eval.scoring.models import CausalModel
 
 
 @dataclass

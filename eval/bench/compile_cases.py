@@ -18,7 +18,7 @@ from unittest import mock
 
 import torch
 
-from eval.compile_calls import CudaCall, TritonCall, recorded
+from eval.bench.compile_calls import CudaCall, TritonCall, recorded
 
 Calls = Callable[[str], Sequence[TritonCall | CudaCall]]
 

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from eval.journal import Journal
-from eval.measure import DTYPES, Step, Timing, clock, summarize, synchronize, take_turns
-from eval.picture import draw_over_length
-from eval.speed_models import Model, describe_kernels, record_kernels
+from eval.bench.measure import DTYPES, Step, Timing, clock, summarize, synchronize, take_turns
+from eval.bench.speed_models import Model, describe_kernels, record_kernels
+from eval.study.journal import Journal
+from eval.study.picture import draw_over_length
 from xlstm_lm.models.accounting import count_parameters
 
 Timed = tuple[float, float]

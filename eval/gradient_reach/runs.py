@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-from eval.jobs import Job, alone_in, run_jobs
-from eval.study_file import check_section
+from eval.study.jobs import Job, alone_in, run_jobs
+from eval.study.study_file import check_section
 from xlstm_lm.base.fields import Count, Positive, Size, check_fields
 from xlstm_lm.base.recipe import read_recipe
 from xlstm_lm.runs.run_folder import is_finished

@@ -6,11 +6,9 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-from eval.compare import report_pictures as pictures
-from eval.compare import report_tables as tables
-from eval.compare.pictures import Picture
-from eval.compare.report_answer import sizes_of
-from eval.compare.report_parts import Part, Section, Table
+from eval.compare.report import pictures, select, tables
+from eval.compare.report.drawing import Picture
+from eval.compare.report.parts import Part, Section, Table
 from eval.compare.results import Results
 
 TERMS = [
@@ -138,7 +136,7 @@ def sections(results: Results) -> list[Section]:
 def _by_size(results: Results, *makers: Callable[[Results, str], list[Any]]) -> list[Part]:
     """A part for each size of which there is anything."""
     parts = []
-    for size in sizes_of(results):
+    for size in select.sizes_of(results):
         made = [each for maker in makers for each in maker(results, size)]
         part = Part(
             heading=size,
@@ -151,7 +149,7 @@ def _by_size(results: Results, *makers: Callable[[Results, str], list[Any]]) -> 
 
 
 def _final_pictures(results: Results) -> list[Picture]:
-    by_size = [picture for size in sizes_of(results) for picture in pictures.final_pictures(results, size)]
+    by_size = [picture for size in select.sizes_of(results) for picture in pictures.final_pictures(results, size)]
     return by_size + pictures.scale_pictures(results)
 
 

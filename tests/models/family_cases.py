@@ -13,6 +13,7 @@ CONFIGS: dict[str, ModelConfig] = {
     "mlstm": XLSTMConfig(**SHAPE, num_heads=2, pattern="mlstm"),
     "mlstm_sigmoid_gate": XLSTMConfig(**SHAPE, num_heads=2, pattern="mlstm", input_gate="sigmoid"),
     "mlstm_paper": XLSTMConfig(**SHAPE, num_heads=2, pattern="mlstm_paper"),
+    "mlstm_chunkwise": XLSTMConfig(**SHAPE, num_heads=2, pattern="mlstm", mlstm_backend="chunkwise", chunk_length=1),
     "slstm": XLSTMConfig(**SHAPE, num_heads=2, pattern="slstm"),
     "slstm_batched": XLSTMConfig(**SHAPE, num_heads=2, pattern="slstm", slstm_backend="batched"),
     "mixed": XLSTMConfig(**SHAPE | {"num_blocks": 3}, num_heads=2, pattern=["mlstm", "slstm", "mlstm_paper"]),

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from xlstm_lm.ops import loss, native
+from xlstm_lm.ops.mlstm import chunkwise
 
 B, T, H, K, V = 2, 21, 2, 3, 5
 
@@ -36,6 +37,12 @@ def mlstm(dtype: torch.dtype, with_state: bool) -> tuple:
     state[2] = state[2].detach()
     resets, state = (make_resets(), state) if with_state else (None, [None] * 3)
     return *mlstm_inputs(dtype), resets, *state, with_state, True, not with_state, with_state, 1e-6, 4
+
+
+def mlstm_chunkwise(dtype: torch.dtype, with_state: bool) -> tuple:
+    """In chunks of one step, with which there are several blocks."""
+    *tensors, _, _, _, _, _, _ = mlstm(dtype, with_state)
+    return *tensors, True, 1, "exp" if with_state else "sigmoid", with_state, 1e-6, with_state
 
 
 def slstm(dtype: torch.dtype, with_state: bool) -> tuple:
@@ -74,6 +81,7 @@ HALF = (torch.float32, torch.float64, torch.bfloat16)
 WHOLE = (torch.float32, torch.float64)
 OPERATORS = {
     "mlstm": (lambda: torch.ops.xlstm_lm.mlstm_forward.default, mlstm, HALF),
+    "mlstm_chunkwise": (lambda: chunkwise.forward.operator, mlstm_chunkwise, HALF),
     "slstm": (lambda: torch.ops.xlstm_lm.slstm_forward.default, slstm, WHOLE),
     "conv": (lambda: torch.ops.xlstm_lm.conv_forward.default, conv, HALF),
     "scan": (lambda: torch.ops.xlstm_lm.scan_forward.default, scan, HALF),

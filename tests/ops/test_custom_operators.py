@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from xlstm_lm.ops import loss, native
+from xlstm_lm.ops.conv import shifts
 from xlstm_lm.ops.mlstm import chunkwise
 
 B, T, H, K, V = 2, 21, 2, 3, 5
@@ -58,6 +59,11 @@ def conv(dtype: torch.dtype, with_state: bool) -> tuple:
     return random(B, T, K, dtype=dtype), random(4, K, dtype=compute), bias, documents
 
 
+def conv_shifts(dtype: torch.dtype, with_state: bool) -> tuple:
+    x, taps, bias, documents = conv(dtype, with_state)
+    return x, taps.detach().t().requires_grad_(), bias, documents
+
+
 def scan(dtype: torch.dtype, with_state: bool) -> tuple:
     compute = torch.promote_types(dtype, torch.float32)
     decay = (-positive(K, V, dtype=compute)).detach().requires_grad_()
@@ -84,6 +90,7 @@ OPERATORS = {
     "mlstm_chunkwise": (lambda: chunkwise.forward.operator, mlstm_chunkwise, HALF),
     "slstm": (lambda: torch.ops.xlstm_lm.slstm_forward.default, slstm, WHOLE),
     "conv": (lambda: torch.ops.xlstm_lm.conv_forward.default, conv, HALF),
+    "conv_shifts": (lambda: shifts.forward.operator, conv_shifts, HALF),
     "scan": (lambda: torch.ops.xlstm_lm.scan_forward.default, scan, HALF),
     "total_loss": (lambda: loss._total_loss.operator, total_loss, HALF),
     "token_losses": (lambda: loss._token_losses.operator, token_losses, HALF),

@@ -28,6 +28,7 @@ from xlstm_lm.base.durable_files import crc32_of, replace_durably
 from xlstm_lm.base.read_files import read_json
 from xlstm_lm.ops.announce import announce_once
 from xlstm_lm.ops.compiling import constant_result
+from xlstm_lm.ops.native_operators import register_operators
 
 _OPS = Path(__file__).parent
 _SOURCES = [
@@ -74,6 +75,14 @@ def load_kernels() -> None:
 @functools.cache
 def _load_once() -> str | None:
     """None when the library is loaded, else what went wrong; cached, so that a failing build is not tried each call."""
+    problem = _load()
+    if problem is None:
+        register_operators()
+    return problem
+
+
+def _load() -> str | None:
+    """None when the library is loaded, after building it where it is missing or damaged; else what went wrong."""
     try:
         path = _library_path()
         problem = damage(path)

@@ -17,8 +17,10 @@ from xlstm_lm.config import RunConfig, load_run_config
 from xlstm_lm.config import fields as flags
 from xlstm_lm.generation import SamplingConfig
 from xlstm_lm.models import FAMILIES
-from xlstm_lm.models.mamba import SelectiveScanBackend, SSDBackend
-from xlstm_lm.models.xlstm_config import MLSTMBackend, SLSTMBackend
+from xlstm_lm.models.mixers.mamba1 import SelectiveScanBackend
+from xlstm_lm.models.mixers.mamba2 import SSDBackend
+from xlstm_lm.models.mixers.mlstm_cell import MLSTMBackend
+from xlstm_lm.models.mixers.slstm import SLSTMBackend
 from xlstm_lm.ops import mlstm, selective_scan, slstm, ssd
 
 ABSURD = (float("nan"), float("inf"), -float("inf"), 10**25, -(10**25), 1e300, True)

@@ -15,8 +15,10 @@ from eval.tasks.study import StudyConfig
 from xlstm_lm.base.fields import Count, NonNegative, Positive, Range, Share, Size, argument, check_fields
 from xlstm_lm.models import FAMILIES
 from xlstm_lm.models.generation import SamplingConfig
-from xlstm_lm.models.mamba import SelectiveScanBackend, SSDBackend
-from xlstm_lm.models.xlstm_config import MLSTMBackend, SLSTMBackend
+from xlstm_lm.models.mixers.mamba1 import SelectiveScanBackend
+from xlstm_lm.models.mixers.mamba2 import SSDBackend
+from xlstm_lm.models.mixers.mlstm_cell import MLSTMBackend
+from xlstm_lm.models.mixers.slstm import SLSTMBackend
 from xlstm_lm.ops import mlstm, selective_scan, slstm, ssd
 from xlstm_lm.training.run_config import RunConfig, load_run_config
 from xlstm_lm.training.run_config import fields as flags

@@ -7,6 +7,7 @@ an mLSTM with q = C, k = B, v = x, e^i = dt and sigmoid(f) = e^(dt A). Every spe
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
 from collections.abc import Callable
 
@@ -107,8 +108,7 @@ def _mlstm(x_BTHP, dt_BTH, a_H, b_BTGN, c_BTGN, resets_BT, state_BHNP, return_st
 
 @not_compiled("mamba_ssm")  # torch.compile cannot look into the package
 def _mamba_ssm(x_BTHP, dt_BTH, a_H, b_BTGN, c_BTGN, resets_BT, state_BHNP, return_state) -> Result:
-    from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
-
+    mamba_chunk_scan_combined = importlib.import_module("mamba_ssm.ops.triton.ssd_combined").mamba_chunk_scan_combined
     document_BT = None if resets_BT is None else resets_BT.cumsum(1).to(torch.int32)
     y_BTHP, state_BHPN = mamba_chunk_scan_combined(
         x_BTHP,

@@ -32,13 +32,14 @@ from eval.gradient_reach_runs import load_study, train_runs
 from eval.measure import environment
 from eval.models import DTYPES
 from eval.results_file import results_file, write_results
-from eval.speed_models import Model, Own, describe_kernels, parse_model, record_kernels
+from eval.speed_models import Model, Own, describe_kernels, parse_model
 from xlstm_lm import hub
 from xlstm_lm.base.fields import NonNegative, argument
 from xlstm_lm.base.finite import check_finite
 from xlstm_lm.base.program import program
 from xlstm_lm.data import Tokenizer, TokenizerConfig, build_tokenizer
 from xlstm_lm.models.accounting import count_parameters
+from xlstm_lm.ops.operation import recorded_choices
 
 DEFAULT_MODELS = [
     f"{name}-cpu-0.7m" for name in ("rnn", "lstm", "gru", "transformer", "mamba1", "mamba2", "slstm", "mlstm", "xlstm")
@@ -152,7 +153,7 @@ def make_windows(texts: Iterable[Text], tokenizer: Tokenizer, length: int, count
 def measure_reach(module: nn.Module, model: Model, windows_NT: Tensor, batch_size: int, **names: str) -> Reach:
     """The reach of one model over windows (N, T + 1); `names` are the fields stage and source."""
     embedding = module.model.get_input_embeddings() if model.is_stock else module.model.embedding
-    with record_kernels() as taken:
+    with recorded_choices() as taken:
         found = [
             input_gradients(module, embedding, windows.to(embedding.weight.device))
             for windows in windows_NT.split(batch_size)

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from eval.bench.measure import DTYPES, Step, Timing, clock, summarize, synchronize, take_turns
-from eval.bench.speed_models import Model, describe_kernels, record_kernels
+from eval.bench.speed_models import Model, describe_kernels
 from eval.study.journal import Journal
 from eval.study.picture import draw_over_length
 from xlstm_lm.models.accounting import count_parameters
+from xlstm_lm.ops.operation import recorded_choices
 
 Timed = tuple[float, float]
 """Seconds to the first token, and for all after it."""
@@ -118,7 +119,7 @@ def measure_generation(
         run: Callable[..., Timed] = run_stock if model.is_stock else run_own
         if device == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        with record_kernels() as taken:
+        with recorded_choices() as taken:
             run(module.model, prompts_BT, min(2, new_tokens), device)
         if not model.is_stock:
             row.state_bytes = _bytes_of(next(write(module.model, prompts_BT, 1)))

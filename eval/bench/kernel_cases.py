@@ -22,10 +22,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from eval.bench.measure import dtype_name
-from xlstm_lm.doctor import RUNS_ON
 from xlstm_lm.ops import mlstm as mlstm_ops
 from xlstm_lm.ops import slstm as slstm_ops
-from xlstm_lm.ops.selfcheck import mlstm_inputs, slstm_inputs
+from xlstm_lm.ops.mlstm.operation import mlstm_inputs
+from xlstm_lm.ops.operation import Backend, Operation
+from xlstm_lm.ops.slstm.operation import slstm_inputs
 
 Function = Callable[..., Tensor]
 CHECKED_TOKENS = 257  # several chunks and no multiple of any
@@ -89,9 +90,9 @@ class Case:
         """Bytes that have to be read and written, at least."""
         raise NotImplementedError
 
-    def backends(self, names: dict[str, Callable]) -> list[str]:
-        """The backends to measure here: what runs on this device and is faster than a definition."""
-        return [name for name in names if self.device in RUNS_ON.get(name, (self.device,)) and name != "recurrence"]
+    def backends(self, operation: Operation) -> list[Backend]:
+        """The backends to measure here: all that are for this device except the reference."""
+        return [each for each in operation.backends[:-1] if self.device in (each.devices or (self.device,))]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,10 +118,10 @@ class MLSTM(Case):
         return mlstm_inputs(self.device, self.dtype, B=self.B, T=self.T, H=self.H, K=self.K, V=self.V)
 
     def own(self, inputs: list[Tensor]) -> Iterator[tuple[str, Contender]]:
-        for backend in self.backends(mlstm_ops.BACKENDS):
-            if backend not in mlstm_ops.STEPS:
-                function = functools.partial(mlstm_ops.mlstm, backend=backend)
-                yield f"mlstm / {backend}", Contender(function, inputs, self.checks(inputs))
+        for backend in self.backends(mlstm_ops.MLSTM):
+            if not backend.one_step:
+                function = functools.partial(mlstm_ops.mlstm, backend=backend.name)
+                yield f"mlstm / {backend.name}", Contender(function, inputs, self.checks(inputs))
 
     def checks(self, inputs: list[Tensor]) -> list[Check]:
         """Against the definition on the first tokens, and on a GPU also a head over all tokens, against the chunkwise
@@ -133,8 +134,7 @@ class MLSTM(Case):
         return checks
 
     def operations(self) -> float:
-        K, V = self.K, self.V
-        return self.B * self.T * self.H * (4 * K * V + 64 * (K + V))
+        return mlstm_ops.MLSTM.cost(B=self.B, T=self.T, H=self.H, K=self.K, V=self.V).flops
 
     def moved_bytes(self) -> float:
         read, gates, written = 2 * self.K + self.V, 2 * 4, self.V
@@ -163,9 +163,9 @@ class SLSTM(Case):
         return slstm_inputs(self.device, self.dtype, B=self.B, T=self.T, H=self.H, D=self.D)
 
     def own(self, inputs: list[Tensor]) -> Iterator[tuple[str, Contender]]:
-        for backend in self.backends(slstm_ops.BACKENDS):
-            function = functools.partial(slstm_ops.slstm, backend=backend)
-            yield f"slstm / {backend}", Contender(function, inputs, self.checks(inputs))
+        for backend in self.backends(slstm_ops.SLSTM):
+            function = functools.partial(slstm_ops.slstm, backend=backend.name)
+            yield f"slstm / {backend.name}", Contender(function, inputs, self.checks(inputs))
         width = self.H * self.D
         x = torch.randn(self.B, self.T, width, device=self.device, dtype=self.dtype)
         weight = width**-0.5 * torch.randn(4 * width, width, device=self.device, dtype=self.dtype)
@@ -185,7 +185,7 @@ class SLSTM(Case):
         return [Check(definition, [inputs[0][:2, :CHECKED_TOKENS], *inputs[1:]])]
 
     def operations(self) -> float:
-        return self.B * self.T * self.H * 8 * self.D**2
+        return slstm_ops.SLSTM.cost(B=self.B, T=self.T, H=self.H, D=self.D).flops
 
     def moved_bytes(self) -> float:
         token, weights = 5 * self.H * self.D, 4 * self.H * (self.D**2 + self.D)
@@ -216,9 +216,10 @@ class MLSTMStep(Case):
         return [*mlstm_inputs(self.device, self.dtype, B=B, T=1, H=H, K=K, V=V), *state, stabilizer]
 
     def own(self, inputs: list[Tensor]) -> Iterator[tuple[str, Contender]]:
-        for backend in self.backends(mlstm_ops.BACKENDS):
-            if backend in mlstm_ops.STEPS:
-                yield f"mlstm / {backend}", Contender(functools.partial(_step, backend), inputs, self.checks(inputs))
+        for backend in self.backends(mlstm_ops.MLSTM):
+            if backend.one_step:
+                step = functools.partial(_step, backend.name)
+                yield f"mlstm / {backend.name}", Contender(step, inputs, self.checks(inputs))
 
     def checks(self, inputs: list[Tensor]) -> list[Check]:
         """Against the definition, on a copy because steps overwrite the state."""

@@ -6,14 +6,12 @@ Needs torch alone, unless a model is named by a recipe (PyYAML) or wanted as tra
 from __future__ import annotations
 
 import ast
-import contextlib
 import importlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -24,15 +22,6 @@ from xlstm_lm.ops.loss import linear_cross_entropy
 
 PRESETS = Path(__file__).parents[2] / "configs" / "model"
 STOCK = "transformers:"
-DISPATCHERS = {
-    "mlstm": "xlstm_lm.ops.mlstm.dispatch",
-    "slstm": "xlstm_lm.ops.slstm.dispatch",
-    "attention": "xlstm_lm.ops.attention",
-    "ssd": "xlstm_lm.ops.ssd",
-    "selective scan": "xlstm_lm.ops.selective_scan.dispatch",
-    "convolution": "xlstm_lm.ops.conv.dispatch",
-}
-"""Operations with a choice of kernels, and the module whose `choose_backend` makes it."""
 
 
 @dataclass(frozen=True)
@@ -183,29 +172,7 @@ def _import_transformers() -> Any:
     return transformers
 
 
-@contextlib.contextmanager
-def record_kernels() -> Iterator[dict[str, list[str]]]:
-    """Fills the mapping with the kernels that each operation takes while this is entered."""
-    taken: dict[str, list[str]] = {}
-
-    def recording(operation: str, choose: Any) -> Any:
-        def choose_and_record(*arguments: Any, **keywords: Any) -> str:
-            backend = choose(*arguments, **keywords)
-            if backend not in taken.setdefault(operation, []):
-                taken[operation].append(backend)
-            return backend
-
-        return choose_and_record
-
-    with contextlib.ExitStack() as stack:
-        for operation, name in DISPATCHERS.items():
-            module = importlib.import_module(name)
-            replacement = recording(operation, module.choose_backend)
-            stack.enter_context(mock.patch.object(module, "choose_backend", replacement))
-        yield taken
-
-
-def describe_kernels(model: Model, taken: dict[str, list[str]]) -> str:
+def describe_kernels(model: Model, taken: Mapping[str, Iterable[str]]) -> str:
     """The kernels taken, for a table's cell."""
     if model.is_stock:
         return "transformers"

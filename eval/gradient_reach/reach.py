@@ -23,11 +23,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from eval.bench.speed_models import Model, describe_kernels, record_kernels
+from eval.bench.speed_models import Model, describe_kernels
 from eval.scoring.documents import Text
 from xlstm_lm.base.finite import check_finite
 from xlstm_lm.data import Tokenizer
 from xlstm_lm.models.accounting import count_parameters
+from xlstm_lm.ops.operation import recorded_choices
 
 DEFINITION = __doc__.split("\n\n", 1)[1]
 PARTS = (0.5, 0.9, 0.99)
@@ -135,7 +136,7 @@ def make_windows(texts: Iterable[Text], tokenizer: Tokenizer, length: int, count
 def measure_reach(module: nn.Module, model: Model, windows_NT: Tensor, batch_size: int, **names: str) -> Reach:
     """The reach of one model over windows (N, T + 1); `names` are the fields stage and source."""
     embedding = module.model.get_input_embeddings() if model.is_stock else module.model.embedding
-    with record_kernels() as taken:
+    with recorded_choices() as taken:
         found = [
             input_gradients(module, embedding, windows.to(embedding.weight.device))
             for windows in windows_NT.split(batch_size)

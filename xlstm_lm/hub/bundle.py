@@ -20,6 +20,8 @@ REPLACED = {
     "xlstm_lm.ops.native": "xlstm_lm.hub.portable_native",
 }
 """What chooses among all kernels, some of which are no Python, or builds them, gives way to what needs none of them."""
+_BACKEND = re.compile(r"\"(xlstm_lm[\w.]+):\w+\"")
+"""A backend that is imported on first use."""
 _IMPORT = re.compile(r"^(\s*from )(xlstm_lm[\w.]*)( import )", re.MULTILINE)
 
 
@@ -46,7 +48,7 @@ def bundled_sources() -> dict[str, str]:
         path = PACKAGE.parent / module.replace(".", "/")
         path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
         text = path.read_text(encoding="utf-8")
-        imported = [REPLACED.get(name, name) for _, name, _ in _IMPORT.findall(text)]
+        imported = [REPLACED.get(name, name) for _, name, _ in _IMPORT.findall(text)] + _BACKEND.findall(text)
         sources[module] = _IMPORT.sub(_relative, text)
         waiting += imported
     return sources

@@ -46,18 +46,10 @@ class KernelsUnavailableError(RuntimeError):
     """The kernels can be neither built nor loaded on this machine."""
 
 
-@constant_result  # torch.compile would follow it into the hashing of sources
-def kernels_available(consequence: str) -> bool:
-    """Whether the compiled kernels can be used here; builds them if need be.
-
-    Where they cannot be used, says so once, with the `consequence` for the operation that asks.
-    """
-    try:
-        load_kernels()
-    except KernelsUnavailableError as error:
-        announce_once(f"no compiled CPU kernels, so {consequence}: {error}")
-        return False
-    return True
+def why_no_kernels() -> str | None:
+    """Why the compiled kernels cannot be used here; None if they can. Builds them if need be."""
+    problem = _load_once()
+    return None if problem is None else f"no compiled CPU kernels: {problem}"
 
 
 @constant_result

@@ -46,7 +46,7 @@ from xlstm_lm.runs.run_folder import (
 from xlstm_lm.training.config import split_batch
 from xlstm_lm.training.deepspeed_config import choose_precision
 from xlstm_lm.training.engine import TrainingEngine
-from xlstm_lm.training.kernel_check import with_kernels_that_are_right
+from xlstm_lm.training.kernel_check import check_kernels
 from xlstm_lm.training.memory import check_memory, memory_errors_explained
 from xlstm_lm.training.report import Report
 from xlstm_lm.training.run_config import RunConfig, as_dict, as_recipe
@@ -139,10 +139,10 @@ class Trainer:
         precision = choose_precision(run.training.precision, world.device)
         dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         console.stage("checking the kernels")
-        model_config, kernels = with_kernels_that_are_right(run.model, world, dtype, self.micro_rows)
+        kernels = check_kernels(run.model, world, dtype, self.micro_rows)
         console.stage("building the model")
         torch.manual_seed(run.training.seed)
-        model = build_model(model_config)
+        model = build_model(run.model)
         model.activation_checkpointing = run.training.activation_checkpointing
         self.engine = TrainingEngine(
             model,

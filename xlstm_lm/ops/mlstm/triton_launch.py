@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -97,24 +95,12 @@ def launches(K: int, V: int, dtype: torch.dtype, architecture: str) -> Launches:
     )
 
 
-def make_plan(chosen: Launches, B: int, T: int, H: int, K: int, V: int, device: torch.device) -> Plan:
-    """Super-chunks that are as many as keep all processors busy, but of SHORTEST chunks at least."""
+def make_plan(
+    chosen: Launches, B: int, T: int, H: int, K: int, V: int, device: torch.device, shortest: int = SHORTEST
+) -> Plan:
+    """Super-chunks that are as many as keep all processors busy, but of `shortest` chunks at least."""
     chunks = -(-T // chosen.L)
     blocks = min(-(-V // chosen.forward.block_v), -(-K // chosen.dq.block_v))
     wanted = max(1, PROGRAMS * processors(device) // (B * H * blocks))
     longest = -(-chunks // wanted)
-    return Plan(chosen.L, min(chunks, max(longest, SHORTEST)), chosen.precision)
-
-
-@contextlib.contextmanager
-def super_chunks_of(chunks: int) -> Iterator[None]:
-    """Have super-chunks of `chunks` chunks at least, so that in a check a few steps make several.
-
-    In the whole process: the backward pass of a GPU has a thread of its own.
-    """
-    global SHORTEST
-    before, SHORTEST = SHORTEST, chunks
-    try:
-        yield
-    finally:
-        SHORTEST = before
+    return Plan(chosen.L, min(chunks, max(longest, shortest)), chosen.precision)

@@ -132,7 +132,7 @@ def _check_cell(name: str, module: ModuleType, function: Checked, inputs: list[T
 def _check_attention(device: str, dtype: torch.dtype) -> Iterator[Check]:
     inputs = [torch.randn(2, 100, heads, 16, device=device, dtype=dtype) for heads in (4, 2, 2)]
     resets_BT = some_resets(inputs)
-    packing = attention_ops.pack(2, 100, inputs[0].device, resets_BT)
+    packing = attention_ops.pack(2, 100, inputs[0].device, resets_BT.cpu())
     apart_BTS = resets_BT.cumsum(1)[:, :, None] != resets_BT.cumsum(1)[:, None]
     hidden_B1TS = (apart_BTS | ~torch.ones_like(apart_BTS[0]).tril())[:, None]
 

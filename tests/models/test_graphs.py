@@ -7,7 +7,7 @@ import torch
 
 from tests.models.family_cases import CONFIGS, make_model, make_rows
 
-SEVERAL_GRAPHS = ("transformer", "lstm", "lstm_peepholes", "gru", "rnn")
+SEVERAL_GRAPHS = ("lstm", "lstm_peepholes", "gru", "rnn")
 
 
 @pytest.mark.parametrize("with_resets", [False, True], ids=["whole_rows", "resets"])

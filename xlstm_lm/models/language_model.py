@@ -37,8 +37,8 @@ class LanguageModel(nn.Module):
 
     def make_context(self, tokens_BT: Tensor, resets_BT: Tensor | None, state: list[State] | None) -> Any:
         """What every block is told of the rows."""
-        del tokens_BT, state
-        return resets_BT
+        del state
+        return None if resets_BT is None else resets_BT.to(tokens_BT.device, non_blocking=True)
 
     def embed(self, tokens_BT: Tensor) -> Tensor:
         """What the first block sees: (B, T, D)."""
@@ -54,7 +54,8 @@ class LanguageModel(nn.Module):
     ) -> Tensor | tuple[Tensor, list[State]]:
         """Hidden states (B, T, D) behind the final norm and, on request, the state after the last token.
 
-        Where `resets_BT` is true a document starts: nothing before it, nor in `state`, reaches it. The state holds a
+        Where `resets_BT` is true a document starts: nothing before it, nor in `state`, reaches it. It may be on the
+        host, where attention and the LSTM can read it without waiting for a device. The state holds a
         tuple of tensors for each block; a recurrent block's has a size that does not depend on T.
         """
         context = self.make_context(tokens_BT, resets_BT, state)

@@ -182,21 +182,23 @@ class LSTM(LanguageModel):
         return self.dropout(super().embed(tokens_BT))
 
     def make_context(self, tokens_BT: Tensor, resets_BT: Tensor | None, state: list[State] | None) -> Context:
-        """The documents as sequences of their own, where there is more than one in a row."""
+        """The documents as sequences of their own, where there is more than one in a row. torch's kernels need their
+        lengths on the host: resets on a device are waited for."""
         del state
         if resets_BT is None:
             return Context(None)
-        B, T = tokens_BT.shape
-        starts_BT = resets_BT.clone()
+        (B, T), device = tokens_BT.shape, tokens_BT.device
+        starts_BT = resets_BT.cpu().clone()
         starts_BT[:, 0] = True
         start_M = starts_BT.flatten().nonzero().flatten()
         length_M = torch.cat((start_M[1:], start_M.new_tensor([B * T]))) - start_M
-        documents = torch.arange(B * T, device=tokens_BT.device).split(length_M.tolist())
+        documents = torch.arange(B * T).split(length_M.tolist())
         documents_B = starts_BT.sum(1)
         last_B = documents_B.cumsum(0) - 1
-        context = Context(resets_BT, pack_sequence(documents, enforce_sorted=False), last_B + 1 - documents_B, last_B)
+        parts = (resets_BT, pack_sequence(documents, enforce_sorted=False), last_B + 1 - documents_B, last_B)
+        context = Context(*(part.to(device, non_blocking=True) for part in parts))
         longest = int(length_M.max())
-        if tokens_BT.device.type == "cpu" and longest * len(documents) <= PADDING * B * T:
+        if device.type == "cpu" and longest * len(documents) <= PADDING * B * T:
             row_M = longest * torch.arange(len(documents)) - start_M  # of a document, less where it starts
             back_P = torch.arange(B * T) + row_M.repeat_interleave(length_M)
             context = context._replace(padded_MS=pad_sequence(documents, batch_first=True), back_P=back_P)

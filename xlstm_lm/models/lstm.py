@@ -18,11 +18,11 @@ from xlstm_lm.base.fields import Epsilon, Range, Share, Size, VocabSize, check_f
 from xlstm_lm.models.language_model import LanguageModel, State
 from xlstm_lm.models.layers import NumBlocks, SoftCap
 from xlstm_lm.ops.announce import announce_once
+from xlstm_lm.ops.document_rnn import KERNELS, document_rnn
 
 GATES = {"lstm": 4, "gru": 3, "rnn": 1}
 PADDING = 2
 """How many times longer a padded batch may be: on a CPU torch takes several times as long for a packed one."""
-_KERNELS = {"lstm": torch.lstm, "gru": torch.gru, "rnn": torch.rnn_tanh}
 
 
 @dataclass(kw_only=True)
@@ -77,8 +77,8 @@ class Context(NamedTuple):
 
     resets_BT: Tensor | None
     places: PackedSequence | None = None
-    """The documents as packed sequences of places in the rows laid end to end; None where each row is one that may go
-    on an earlier one."""
+    """The documents as packed sequences of places in the rows laid end to end; None without resets, and in a graph of
+    torch.compile, where an operator finds them."""
     first_B: Tensor | None = None
     """The number of each row's first document, which goes on the state unless it starts there."""
     last_B: Tensor | None = None
@@ -114,8 +114,13 @@ class Layer(nn.Module):
             state = (x_BTD.new_zeros(x_BTD.shape[0], self.config.width),) * (2 if self.config.cell == "lstm" else 1)
         if self.config.peepholes:
             y_BTH, state = self._with_peepholes(x_BTD, context.resets_BT, state)
-        elif context.places is None:
+        elif context.resets_BT is None:
             y_BTH, state = self._kernel((x_BTD,), state)
+        elif context.places is None:
+            weights = (self.input_weight, self.recurrent_weight, self.bias)
+            first = state if len(state) == 2 else (*state, None)
+            y_BTH, *last = document_rnn(x_BTD, context.resets_BT, *first, *weights, self.config.cell)
+            state = tuple(last[: len(state)])
         elif context.padded_MS is not None and not return_state:
             y_BTH = self._padded(x_BTD, context, state)
         else:
@@ -130,7 +135,7 @@ class Layer(nn.Module):
         options = {"num_layers": 1, "dropout": 0.0, "train": self.training, "bidirectional": False}
         if len(x) == 1:
             options["batch_first"] = True
-        y, *last = _KERNELS[self.config.cell](
+        y, *last = KERNELS[self.config.cell](
             *x, first if self.config.cell == "lstm" else first[0], weights, has_biases=True, **options
         )
         return y, tuple(each[0] for each in last)
@@ -185,9 +190,9 @@ class LSTM(LanguageModel):
         """The documents as sequences of their own, where there is more than one in a row. torch's kernels need their
         lengths on the host: resets on a device are waited for."""
         del state
-        if resets_BT is None:
-            return Context(None)
         (B, T), device = tokens_BT.shape, tokens_BT.device
+        if resets_BT is None or torch.compiler.is_compiling():
+            return Context(None if resets_BT is None else resets_BT.to(device, non_blocking=True))
         starts_BT = resets_BT.cpu().clone()
         starts_BT[:, 0] = True
         start_M = starts_BT.flatten().nonzero().flatten()

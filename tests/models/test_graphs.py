@@ -7,11 +7,9 @@ import torch
 
 from tests.models.family_cases import CONFIGS, make_model, make_rows
 
-SEVERAL_GRAPHS = ("transformer", "lstm", "lstm_peepholes", "gru", "rnn")
-
 
 @pytest.mark.parametrize("with_resets", [False, True], ids=["whole_rows", "resets"])
-@pytest.mark.parametrize("name", [name for name in CONFIGS if name not in SEVERAL_GRAPHS])
+@pytest.mark.parametrize("name", CONFIGS)
 def test_one_graph_with_the_loss_and_the_gradients(name, with_resets):
     model = make_model(name)
     tokens_BT, resets_BT, targets_BT = make_rows()

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from xlstm_lm.ops import document_rnn as rnn
 from xlstm_lm.ops import loss, native
 from xlstm_lm.ops.conv import shifts
 from xlstm_lm.ops.mlstm import chunkwise
@@ -83,6 +84,13 @@ def token_losses(dtype: torch.dtype, with_state: bool) -> tuple:
     return random(T, K, dtype=dtype), random(V, K, dtype=dtype), targets_N, *options, -100, 8, dtype
 
 
+def document_rnn(dtype: torch.dtype, with_state: bool) -> tuple:
+    cell, gates = ("lstm", 4) if with_state else ("gru", 3)
+    state = random(B, K, dtype=dtype), random(B, K, dtype=dtype) if with_state else None
+    weights = (random(gates * K, width, dtype=dtype) for width in (V, K))
+    return random(B, T, V, dtype=dtype), make_resets(), *state, *weights, random(gates * K, dtype=dtype), cell
+
+
 HALF = (torch.float32, torch.float64, torch.bfloat16)
 WHOLE = (torch.float32, torch.float64)
 OPERATORS = {
@@ -92,6 +100,7 @@ OPERATORS = {
     "conv": (lambda: torch.ops.xlstm_lm.conv_forward.default, conv, HALF),
     "conv_shifts": (lambda: shifts.forward.operator, conv_shifts, HALF),
     "scan": (lambda: torch.ops.xlstm_lm.scan_forward.default, scan, HALF),
+    "document_rnn": (lambda: rnn.document_rnn.operator, document_rnn, WHOLE),
     "total_loss": (lambda: loss._total_loss.operator, total_loss, HALF),
     "token_losses": (lambda: loss._token_losses.operator, token_losses, HALF),
 }

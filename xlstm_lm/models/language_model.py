@@ -46,9 +46,9 @@ class LanguageModel(nn.Module):
     ) -> Tensor | tuple[Tensor, list[State]]:
         """Hidden states (B, T, D) behind the final norm and, on request, the state after the last token.
 
-        Where `resets_BT` is true a document starts: nothing before it, nor in `state`, reaches it. The state holds a
-        tuple of tensors for each block; a recurrent block's has a size that does not depend on T. The `extras` reach
-        every block.
+        Where `resets_BT` is true a document starts: nothing before it, nor in `state`, reaches it. It may be on the
+        host, where attention and the LSTM read it without waiting for a device. The state holds a tuple of tensors for
+        each block; a recurrent block's has a size that does not depend on T. The `extras` reach every block.
         """
         x_BTD = self.embed(tokens_BT)
         before = state or [None] * len(self.blocks)

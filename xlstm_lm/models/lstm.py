@@ -20,11 +20,11 @@ from xlstm_lm.models.language_model import LanguageModel
 from xlstm_lm.models.layers import NumBlocks, SoftCap
 from xlstm_lm.models.mixers.mixer import Mixer, OperationUse, State
 from xlstm_lm.ops.announce import announce_once
+from xlstm_lm.ops.document_rnn import KERNELS, document_rnn
 
 GATES = {"lstm": 4, "gru": 3, "rnn": 1}
 PADDING = 2
 """How many times longer a padded batch may be: on a CPU torch takes several times as long for a packed one."""
-_KERNELS = {"lstm": torch.lstm, "gru": torch.gru, "rnn": torch.rnn_tanh}
 
 
 @dataclass(kw_only=True)
@@ -110,8 +110,8 @@ class Context(NamedTuple):
 
     resets_BT: Tensor | None
     places: PackedSequence | None = None
-    """The documents as packed sequences of places in the rows laid end to end; None where each row is one that may go
-    on an earlier one."""
+    """The documents as packed sequences of places in the rows laid end to end; None without resets, and in a graph of
+    torch.compile, where an operator finds them."""
     first_B: Tensor | None = None
     """The number of each row's first document, which goes on the state unless it starts there."""
     last_B: Tensor | None = None
@@ -144,21 +144,25 @@ class Layer(Mixer):
         self.dropout = nn.Dropout(config.dropout)
 
     def make_context(self, x_BTD: Tensor, resets_BT: Tensor | None, state: State | None) -> Context:
-        """Documents as sequences of their own, where there is more than one in a row."""
+        """Documents as sequences of their own, where there is more than one in a row.
+
+        torch's kernels need their lengths on the host: resets on a device are waited for.
+        """
         del state
-        if resets_BT is None:
-            return Context(None)
-        B, T, _ = x_BTD.shape
-        starts_BT = resets_BT.clone()
+        (B, T), device = x_BTD.shape[:2], x_BTD.device
+        if resets_BT is None or torch.compiler.is_compiling():
+            return Context(None if resets_BT is None else resets_BT.to(device, non_blocking=True))
+        starts_BT = resets_BT.cpu().clone()
         starts_BT[:, 0] = True
         start_M = starts_BT.flatten().nonzero().flatten()
         length_M = torch.cat((start_M[1:], start_M.new_tensor([B * T]))) - start_M
-        documents = torch.arange(B * T, device=x_BTD.device).split(length_M.tolist())
+        documents = torch.arange(B * T).split(length_M.tolist())
         documents_B = starts_BT.sum(1)
         last_B = documents_B.cumsum(0) - 1
-        context = Context(resets_BT, pack_sequence(documents, enforce_sorted=False), last_B + 1 - documents_B, last_B)
+        parts = (resets_BT, pack_sequence(documents, enforce_sorted=False), last_B + 1 - documents_B, last_B)
+        context = Context(*(part.to(device, non_blocking=True) for part in parts))
         longest = int(length_M.max())
-        if x_BTD.device.type == "cpu" and longest * len(documents) <= PADDING * B * T:
+        if device.type == "cpu" and longest * len(documents) <= PADDING * B * T:
             row_M = longest * torch.arange(len(documents)) - start_M  # of a document, less where it starts
             back_P = torch.arange(B * T) + row_M.repeat_interleave(length_M)
             context = context._replace(padded_MS=pad_sequence(documents, batch_first=True), back_P=back_P)
@@ -171,8 +175,13 @@ class Layer(Mixer):
             state = (x_BTD.new_zeros(x_BTD.shape[0], self.config.width),) * (2 if self.config.cell == "lstm" else 1)
         if self.config.peepholes:
             y_BTH, state = self._with_peepholes(x_BTD, context.resets_BT, state)
-        elif context.places is None:
+        elif context.resets_BT is None:
             y_BTH, state = self._kernel((x_BTD,), state)
+        elif context.places is None:
+            weights = (self.input_weight, self.recurrent_weight, self.bias)
+            first = state if len(state) == 2 else (*state, None)
+            y_BTH, *last = document_rnn(x_BTD, context.resets_BT, *first, *weights, self.config.cell)
+            state = tuple(last[: len(state)])
         elif context.padded_MS is not None and not return_state:
             y_BTH = self._padded(x_BTD, context, state)
         else:
@@ -187,7 +196,7 @@ class Layer(Mixer):
         options = {"num_layers": 1, "dropout": 0.0, "train": self.training, "bidirectional": False}
         if len(x) == 1:
             options["batch_first"] = True
-        y, *last = _KERNELS[self.config.cell](
+        y, *last = KERNELS[self.config.cell](
             *x, first if self.config.cell == "lstm" else first[0], weights, has_biases=True, **options
         )
         return y, tuple(each[0] for each in last)

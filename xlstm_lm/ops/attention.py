@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from xlstm_lm.ops.announce import announce_once
 from xlstm_lm.ops.operation import Backend, Call, Cost, Operation, Sample
 from xlstm_lm.ops.selfcheck import Checked, some_resets
 
@@ -33,10 +34,20 @@ class Packing:
     """Which of the S keys of earlier calls belong to document 0."""
     offsets: Tensor | None = None
     """First positions of the documents in the rows laid end to end, and the end, where all keys are the rows' own."""
+    lengths: tuple[int, ...] | None = None
+    """Steps of each document; None where they are not known on the host."""
 
-    @functools.cached_property
+    @property
     def mask_B1TS(self) -> Tensor | None:
         """True where a query (T) sees a key (S); None: all that is not after it."""
+        # At the lock of a cached property torch.compile breaks the graph; a graph has no need of a cache.
+        return self._make_mask() if torch.compiler.is_compiling() else self._mask_B1TS
+
+    @functools.cached_property
+    def _mask_B1TS(self) -> Tensor | None:
+        return self._make_mask()
+
+    def _make_mask(self) -> Tensor | None:
         if self.document_BT is None:
             return None
         causal_TT = torch.ones(self.T, self.T, dtype=torch.bool, device=self.document_BT.device).tril()
@@ -49,23 +60,36 @@ class Packing:
 def pack(
     B: int, T: int, device: torch.device, resets_BT: Tensor | None = None, seen_BS: Tensor | None = None
 ) -> Packing:
-    """How rows of T tokens see each other, and the keys before them.
+    """Describe how rows of T tokens see each other, and the keys before them.
+
+    No value is read from a device, and none in a graph of torch.compile. The lengths of documents, which the faster
+    forms need, are known where the resets are given on the host.
 
     Args:
-        resets_BT: (B, T) bool, true where a document starts.
+        device: of the queries.
+        resets_BT: (B, T) bool, on `device` or, better, on the host: true where a document starts.
         seen_BS: (B, S) bool, which of the S keys of earlier calls belong to the document that goes on at the first
             token; None or S = 0 for none.
     """
     if seen_BS is not None and seen_BS.shape[1]:
         if resets_BT is None:
             return Packing(B, T, torch.zeros(B, T, dtype=torch.int64, device=device), seen_BS)
-        return Packing(B, T, resets_BT.cumsum(1), seen_BS)
-    if resets_BT is None or not bool(resets_BT[:, 1:].any()):
+        return Packing(B, T, resets_BT.to(device, non_blocking=True).cumsum(1), seen_BS)
+    if resets_BT is None:
+        return Packing(B, T)
+    document_BT = resets_BT.to(device, non_blocking=True).cumsum(1)
+    if torch.compiler.is_compiling():
+        return Packing(B, T, document_BT)
+    if resets_BT.device.type != "cpu":
+        announce_once("attention takes one mask for all pairs (`sdpa`), which is slower: give resets on the host")
+        return Packing(B, T, document_BT)
+    if not bool(resets_BT[:, 1:].any()):
         return Packing(B, T)
     starts_BT = resets_BT.clone()
     starts_BT[:, 0] = True
     offsets = F.pad(starts_BT.flatten().nonzero().flatten(), (0, 1), value=B * T)
-    return Packing(B, T, resets_BT.cumsum(1), offsets=offsets)
+    lengths = tuple(offsets.diff().tolist())
+    return Packing(B, T, document_BT, offsets=offsets.to(device, non_blocking=True), lengths=lengths)
 
 
 def attention(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, packing: Packing, *, backend: str = "auto") -> Tensor:
@@ -82,7 +106,7 @@ def attention(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, packing: Packing, 
     Raises:
         ValueError: an unknown backend.
     """
-    documents = 0 if packing.offsets is None else len(packing.offsets) - 1
+    documents = 0 if packing.lengths is None else len(packing.lengths)
     rows = "whole" if not documents else "short" if SHORT * documents > packing.B * packing.T else "long"
     chosen = ATTENTION.backend_for((q_BTHK, k_BSGK, v_BSGK), backend, options=rows)
     return chosen.loaded(q_BTHK, k_BSGK, v_BSGK, packing)
@@ -103,8 +127,7 @@ def _sdpa(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, packing: Packing) -> T
 
 
 def _by_document(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, packing: Packing) -> Tensor:
-    lengths = packing.offsets.diff().tolist()
-    documents = (x.flatten(0, 1).split(lengths) for x in (q_BTHK, k_BSGK, v_BSGK))
+    documents = (x.flatten(0, 1).split(packing.lengths) for x in (q_BTHK, k_BSGK, v_BSGK))
     out = [_causal(*(x[None] for x in document))[0] for document in zip(*documents, strict=True)]
     return torch.cat(out).unflatten(0, (packing.B, packing.T))
 
@@ -112,8 +135,9 @@ def _by_document(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, packing: Packin
 def _jagged(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, packing: Packing) -> Tensor:
     repeat = q_BTHK.shape[2] // k_BSGK.shape[2]
     k_BSHK, v_BSHK = (x if repeat == 1 else x.repeat_interleave(repeat, dim=2) for x in (k_BSGK, v_BSGK))
+    bounds = {"min_seqlen": min(packing.lengths), "max_seqlen": max(packing.lengths)}  # else read from the device
     q, k, v = (
-        torch.nested.nested_tensor_from_jagged(x.flatten(0, 1), packing.offsets).transpose(1, 2)
+        torch.nested.nested_tensor_from_jagged(x.flatten(0, 1), packing.offsets, **bounds).transpose(1, 2)
         for x in (q_BTHK, k_BSHK, v_BSHK)
     )
     out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
@@ -133,7 +157,7 @@ def samples(call: Call, backend: str) -> Iterator[Sample]:
     """Rows of several documents, twice as many heads of queries as of keys."""
     K = 16 if call.device.type == "cpu" else 64
     inputs = [torch.randn(2, 100, heads, K, device=call.device, dtype=call.dtype) for heads in (4, 2, 2)]
-    yield Sample(inputs, {"packing": pack(2, 100, inputs[0].device, some_resets(inputs))}, "definition")
+    yield Sample(inputs, {"packing": pack(2, 100, inputs[0].device, some_resets(inputs).cpu())}, "definition")
 
 
 def run(backend: Backend, sample: Sample) -> Checked:

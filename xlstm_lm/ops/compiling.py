@@ -32,12 +32,18 @@ def needs_gradient(*inputs: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
 
 
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The type of products on the device of `x` under torch.autocast; None where it is off."""
+    device = x.device.type
+    enabled = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if enabled else None
+
+
 def without_autocast(x: Tensor) -> contextlib.AbstractContextManager:
     """A context in which products have the type of their factors, on the device of `x`, also under torch.autocast."""
-    device = x.device.type
-    if not torch.is_autocast_enabled(device):  # entering one takes longer than a small product, and shows in exports
+    if autocast_dtype(x) is None:  # entering one takes longer than a small product, and shows in exports
         return contextlib.nullcontext()
-    return torch.autocast(device, enabled=False)
+    return torch.autocast(x.device.type, enabled=False)
 
 
 def custom_operator(

@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from xlstm_lm.ops.compiling import custom_operator, needs_gradient, without_autocast
+from xlstm_lm.ops.compiling import autocast_dtype, custom_operator, needs_gradient, without_autocast
 
 Reduction = Literal["mean", "sum", "none"]
 
@@ -71,7 +71,7 @@ def linear_cross_entropy(
     """
     _check(hidden_BTD, weight_VD, targets_BT, soft_cap, z_loss, chunk_tokens, reduction)
     device = hidden_BTD.device.type
-    matmul_dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_BTD.dtype
+    matmul_dtype = autocast_dtype(hidden_BTD) or hidden_BTD.dtype
     if chunk_tokens is None:
         budget = _CHUNK_LOGITS_CPU if device == "cpu" else _CHUNK_LOGITS_ACCELERATOR
         chunk_tokens = max(64, budget // weight_VD.shape[0])

@@ -120,6 +120,7 @@ class AttentionMixer(Mixer):
             _, _, seen_BS, before_B = state
         packing = pack(B, T, device, resets_BT, seen_BS)
         if resets_BT is not None:
+            resets_BT = resets_BT.to(device, non_blocking=True)
             start_BT = torch.where(resets_BT, position_BT, -1).cummax(dim=1).values
             position_BT = torch.where(start_BT >= 0, position_BT - start_BT, position_BT + before_B[:, None])
             own_BT = start_BT == start_BT[:, -1:]

@@ -83,8 +83,8 @@ class Mixer(nn.Module):
 
     def make_context(self, x_BTD: Tensor, resets_BT: Tensor | None, state: State | None) -> Any:
         """Everything that mixers with this key derive from the rows once a forward pass: by default, the resets."""
-        del x_BTD, state
-        return resets_BT
+        del state
+        return None if resets_BT is None else resets_BT.to(x_BTD.device, non_blocking=True)
 
     def forward(
         self,

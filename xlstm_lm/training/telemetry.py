@@ -18,30 +18,14 @@ from tqdm import tqdm
 
 from xlstm_lm.base import console
 from xlstm_lm.base.durable_files import disk_errors_explained, replace_durably
+from xlstm_lm.ops.gpu import gpu_of
 from xlstm_lm.runs.folder import RunFolder
-
-PEAK_BF16_FLOPS = {
-    # Dense, without sparsity, from the makers' data sheets.
-    "H100 PCIe": 756e12,
-    "H100 NVL": 835e12,
-    "H100": 989e12,
-    "H200": 989e12,
-    "B200": 2250e12,
-    "A100": 312e12,
-    "A10G": 70e12,
-    "L40S": 362e12,
-    "RTX 4090": 165e12,
-    "MI300X": 1307e12,
-}
-"""Peak of bf16 products by a part of the device's name; the first that fits counts."""
 
 
 def peak_flops(device: torch.device) -> float | None:
     """Operations a second that the device can do at most in bf16; None where it is not known."""
-    if device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for part, peak in PEAK_BF16_FLOPS.items() if part in name), None)
+    gpu = gpu_of(device)
+    return gpu.bf16_flops if gpu else None
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from xlstm_lm.ops.mlstm.triton_launch import why_not, why_not_step
 from xlstm_lm.ops.operation import Backend, Call, Cost, Operation, Sample
 from xlstm_lm.ops.selfcheck import TOLERANCE, Checked, some_resets
 
@@ -100,6 +101,18 @@ def cost(*, B: int, T: int, H: int, K: int, V: int, itemsize: int = 2) -> Cost:
     return Cost(B * T * H * (4 * K * V + 64 * (K + V)), B * T * H * (itemsize * (2 * K + 2 * V) + 2 * 4))
 
 
+def _walks(call: Call) -> str | None:
+    """Why the Triton kernels do not train a call's heads; None if they do."""
+    reason = why_not(call.size("K"), call.size("V"), call.dtype, call.device)
+    return None if reason is None else f"it {reason}"
+
+
+def _step(call: Call) -> str | None:
+    """Why the Triton kernel for a single step does not run; None if it does."""
+    reason = why_not_step(call.dtype, call.device)
+    return None if reason is None else f"it {reason}"
+
+
 def options_of(input_gate: str, normalize: bool, chunk_length: int | None, eps: float) -> tuple:
     """The options of a call, in the form that a `Call` holds."""
     return (("input_gate", input_gate), ("normalize", normalize), ("chunk_length", chunk_length), ("eps", eps))
@@ -122,6 +135,7 @@ MLSTM = Operation(
             one_step=True,
             exports=lambda call: False,
             checked_on=("cuda",),
+            limits=_step,
             # Its check has tokens with resets and tokens without.
             same_code=lambda call: call._replace(has_resets=True),
         ),
@@ -141,6 +155,7 @@ MLSTM = Operation(
             package="triton",
             exports=lambda call: False,
             checked_on=("cuda",),
+            limits=_walks,
             same_code=lambda call: call._replace(one_step=False),
         ),
         Backend(

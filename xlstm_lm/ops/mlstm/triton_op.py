@@ -11,20 +11,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from xlstm_lm.ops.gpu import architecture
 from xlstm_lm.ops.mlstm.recurrence import State, unit_stabilizer
 from xlstm_lm.ops.mlstm.triton_gates import LOG2E, Gates, count_resets, gate_gradients, make_gates
-from xlstm_lm.ops.mlstm.triton_launch import SHORTEST, launches, make_plan
+from xlstm_lm.ops.mlstm.triton_launch import SHORTEST, launches, make_plan, why_not
 from xlstm_lm.ops.mlstm.triton_scores import dscores, scores
 from xlstm_lm.ops.mlstm.triton_states import border_normalizers, border_states
 from xlstm_lm.ops.mlstm.triton_walk import walk
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-INTERPRETED = triton.knobs.runtime.interpret
-"""Whether Triton's interpreter stands in for a GPU, as TRITON_INTERPRET=1 makes it: slow, for tests."""
 
 
 def mlstm_triton(
@@ -49,14 +44,14 @@ def mlstm_triton(
     chunkwise backend's. `super_chunk` is the least number of chunks that run one after another; None picks one, and a
     check picks few, so that a few steps make several super-chunks. Not twice differentiable.
 
-    Raises: ValueError for a type other than float32, bfloat16 and float16, or a device without Triton.
+    Raises:
+        ValueError: `triton_launch.why_not` names a reason.
     """
     del chunk_length
     dtype = torch.promote_types(torch.promote_types(q_BTHK.dtype, k_BTHK.dtype), v_BTHV.dtype)
-    if dtype not in DTYPES:
-        raise ValueError(f"The triton backend takes float32, bfloat16 or float16, got {dtype}: use 'chunkwise'.")
-    if q_BTHK.device.type != "cuda" and not INTERPRETED:
-        raise ValueError(f"The triton backend takes tensors of a GPU, got {q_BTHK.device}: use 'chunkwise'.")
+    problem = why_not(q_BTHK.shape[-1], v_BTHV.shape[-1], dtype, q_BTHK.device)
+    if problem is not None:
+        raise ValueError(f"The triton backend {problem}: use 'chunkwise'.")
     C_BHKV = n_BHK = m_BH = None
     if initial_state is not None:
         state = unit_stabilizer(initial_state) if input_gate == "sigmoid" else initial_state

@@ -181,6 +181,13 @@ def test_numbers_as_people_write_them():
         ("training.steps: 3", r"{file}: training.steps = 3: .* Only flags join .* write 'training: {steps: ...}'"),
         ("deepspeed: {zero_optimization.stage: 1}", r"write 'zero_optimization: {stage: ...}'"),
         ("Training: {steps: 3}", r"Did you mean training\?"),
+        ("optimizer: {kind: sgd}", r"{file}: optimizer.kind = 'sgd': must be one of adamw"),
+        ("optimizer: {kind: [adamw]}", r"{file}: optimizer.kind = .*: must be one of adamw"),
+        (
+            "optimizer: {momentum: 0.9}",
+            r"optimizer.momentum = 0.9: there is no such field in the kind adamw: remove it",
+        ),
+        ("optimizer: {kind: muon, momentun: 0}", r"Did you mean optimizer.momentum\?"),
         ("optimizer: {lr: 3}", r"Did you mean optimizer.learning_rate\?"),
         ("training: {batch_size: 3}", r"Did you mean data.global_batch_size\?"),
         ("model: {hidden_size: 3}", r"Did you mean model.embedding_dim\?"),
@@ -379,6 +386,6 @@ def test_each_family_has_its_own_fields(tmp_path):
 
 def test_the_flags_say_which_family_has_them():
     by_name = {each.name: each for each in fields()}
-    assert by_name["model.rope_theta"].families == ("transformer",)
+    assert by_name["model.rope_theta"].alternatives == ("transformer",)
     assert by_name["model.rope_theta"].description.endswith("(transformer).")
     assert by_name["model.num_blocks"].default == "12 (xlstm, transformer); 24 (mamba); 2 (lstm)"

@@ -25,18 +25,19 @@ from xlstm_lm.training.run_config import fields as flags
 
 ABSURD = (float("nan"), float("inf"), -float("inf"), 10**25, -(10**25), 1e300, True)
 NUMBERS = [
-    (each, family)
+    (each, alternative)
     for each in flags()
     if {"INT", "NUMBER"} & set(each.type_name.split("|"))
-    for family in each.families or ("xlstm",)
+    for alternative in each.alternatives or ("",)
 ]
 
 
-@pytest.mark.parametrize(("field", "family"), NUMBERS, ids=lambda value: getattr(value, "name", value))
-def test_every_number_has_bounds(field, family):
+@pytest.mark.parametrize(("field", "alternative"), NUMBERS, ids=lambda value: getattr(value, "name", value))
+def test_every_number_has_bounds(field, alternative):
+    chosen = {field.tag: alternative} if field.tag else {}
     for value in ABSURD:
         with pytest.raises(ValueError) as refused:
-            load_run_config([], {"model.family": family, "data": {}, field.name: value})
+            load_run_config([], {"model": {}, "data": {}, **chosen, field.name: value})
         message = str(refused.value)
         assert message.startswith(f"flag --{field.name}: {field.name} = ") and "must be" in message, message
 

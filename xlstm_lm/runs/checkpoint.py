@@ -3,7 +3,7 @@
 checkpoints/latest                     the name of the newest
 checkpoints/step_00000100/
     model.safetensors                  float32 weights
-    optimizer.safetensors              NAME.exp_avg and NAME.exp_avg_sq of AdamW
+    optimizer.safetensors              the optimizer's state, NAME.KEY, such as NAME.exp_avg of AdamW
     state.json                         step, tokens, data state of every lane, counters
     random_rank0000.pt                 states of all random number generators, one file a process
     config.yaml, tokenizer/            what it takes to use the model
@@ -41,8 +41,6 @@ from xlstm_lm.runs.random_state import random_state_bytes
 logger = logging.getLogger("xlstm_lm")
 
 FORMAT = 1
-MOMENTS = ("exp_avg", "exp_avg_sq")
-"""Keys of AdamW's state, as torch names them."""
 LEFTOVER = ".tmp-"
 WRITTEN_ALWAYS = ("state.json", "config.yaml")
 TAKE_AWAY = "Restore {folder} from a copy, or move it away to continue from the checkpoint before it."
@@ -64,6 +62,11 @@ class Checkpoint:
         """Whether it holds weights from elsewhere and nothing of a run."""
         return "imported_from" in self.state
 
+    @property
+    def optimizer(self) -> str:
+        """Kind of the optimizer whose state it holds. Older checkpoints do not name theirs, AdamW."""
+        return self.state.get("optimizer", "adamw")
+
     def weights(self, names: list[str]) -> Iterator[tuple[str, Tensor]]:
         """Name and float32 weight of each named parameter, in order.
 
@@ -73,7 +76,7 @@ class Checkpoint:
         return self._read("model", names)
 
     def moments(self, names: list[str]) -> Iterator[tuple[str, Tensor]]:
-        """As `weights`, of AdamW's moments, which are named NAME.exp_avg and NAME.exp_avg_sq."""
+        """Name and value of each named tensor of the optimizer's state, in order; raises as `weights` does."""
         return self._read("optimizer", names)
 
     def random_state(self, rank: int) -> bytes | None:
@@ -192,15 +195,16 @@ def write_checkpoint(
     state: dict[str, Any],
     sizes: dict[str, int],
     weights: Iterator[tuple[str, Tensor]],
-    moments: Iterator[tuple[str, Tensor]] | None,
+    moment_sizes: dict[str, int] | None = None,
+    moments: Iterator[tuple[str, Tensor]] | None = None,
     config_yaml: str,
     save_tokenizer: Callable[[Path], None],
     keep: int,
 ) -> Path:
     """Save the run at `state["step"]`, then delete all but the newest `keep` checkpoints up to it. Collective.
 
-    `sizes` gives the number of elements of each weight, in the order that `weights` yields them; `moments` yields two
-    tensors for each, and is None for an imported model. Only rank 0 writes. Returns the checkpoint's folder.
+    `sizes` and `moment_sizes` give the number of elements of each tensor, in the order that `weights` and `moments`
+    yield them; the moments are None for an imported model. Only rank 0 writes. Returns the checkpoint's folder.
 
     Raises:
         RunError: on every rank, where rank 0 could not write; the unfinished folder is gone.
@@ -208,11 +212,10 @@ def write_checkpoint(
     random_states = world.gather(random_state_bytes()) if moments is not None else []
     writer = _Writer(run_dir, state["step"], config_yaml, save_tokenizer) if world.is_first else None
     message = writer.attempt(writer.begin) if writer else None
-    parts = [("model", weights, ("",))]
+    parts = [("model", weights, sizes)]
     if moments is not None:
-        parts.append(("optimizer", moments, tuple(f".{key}" for key in MOMENTS)))
-    for stem, tensors, moment_keys in parts:
-        stem_sizes = {name + key: size for name, size in sizes.items() for key in moment_keys}
+        parts.append(("optimizer", moments, moment_sizes))
+    for stem, tensors, stem_sizes in parts:
         if writer and not message:
             message = writer.attempt(lambda stem=stem, sizes=stem_sizes: writer.open(stem, sizes))
         for name, tensor in tensors:  # collective: goes on even where writing has failed

@@ -62,6 +62,9 @@ reported, not what is computed."""
 FREE_WHEN_BRANCHING = (*FREE_TO_CHANGE, "optimizer.", "schedule.", "data.validation")
 """Fields that may differ when a run starts from another run's checkpoint."""
 
+ADDED = {"optimizer.kind": "adamw"}
+"""Fields that older configurations lack, and the value that their runs had."""
+
 LENGTHS = ("schedule.warmup", "schedule.cooldown")
 """Fields in steps or, below 1, in shares of training.steps."""
 _NUMBER = re.compile(r"\[[0-9]+\]")
@@ -72,7 +75,8 @@ def differing_fields(before: dict[str, Any], now: dict[str, Any], free: tuple[st
 
     Lengths of the schedule are equal also where they stand for equally many steps, each in its own run.
     """
-    old, new = _fields(with_current_names(before)), _fields(now)
+    added = {name: value for name, value in ADDED.items() if name.split(".")[0] in before}
+    old, new = added | _fields(with_current_names(before)), _fields(now)
     different = [
         name
         for name in sorted(old.keys() | new.keys())

@@ -20,9 +20,8 @@ from deepspeed.utils import (
 from torch import Tensor, nn
 
 from xlstm_lm.parallel.process_group import World
-from xlstm_lm.runs.checkpoint import MOMENTS
 from xlstm_lm.training.deepspeed_config import Precision, deepspeed_json, refusals_explained
-from xlstm_lm.training.optimizer import OptimizerConfig, build_optimizer
+from xlstm_lm.training.optimizer import OptimizerConfig, build_optimizer, state_shapes
 
 # Calls inside DeepSpeed that newer versions of torch have other names for.
 warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed.c10d_logger")
@@ -57,7 +56,7 @@ class StepResult:
 
 
 class TrainingEngine:
-    """A DeepSpeed engine around a model, with AdamW of ours."""
+    """A DeepSpeed engine around a model and one of OPTIMIZERS."""
 
     def __init__(
         self,
@@ -76,6 +75,9 @@ class TrainingEngine:
         assert not persistent, f"checkpoints hold parameters only, but the model has persistent buffers {persistent}"
         self.world = world
         self.shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+        no_decay = model.no_decay_parameter_names()
+        self.moment_shapes = state_shapes(optimizer_config, self.shapes, no_decay)
+        """Shape of each tensor that `moments` yields, by name, in order."""
         self._parameters = dict(model.named_parameters())
         self._clip = optimizer_config.gradient_clip
         self._accumulation_steps = accumulation_steps
@@ -94,9 +96,9 @@ class TrainingEngine:
         deepspeed.init_distributed(dist_backend="nccl" if world.device.type == "cuda" else "gloo")
         # Moved first, so that torch sees parameters on the device they will stay on when it picks its fused kernel.
         module = TrainingModule(model, z_loss).to(world.device)
-        self._adamw = build_optimizer(optimizer_config, model.named_parameters(), model.no_decay_parameter_names())
+        self._optimizer = build_optimizer(optimizer_config, model.named_parameters(), no_decay)
         with refusals_explained():
-            self._engine, *_ = deepspeed.initialize(model=module, optimizer=self._adamw, config=config)
+            self._engine, *_ = deepspeed.initialize(model=module, optimizer=self._optimizer, config=config)
         self._create_optimizer_state()
 
     def train_step(self, micro_batches: list[MicroBatch], scale: Tensor | float, learning_rate: float) -> StepResult:
@@ -110,8 +112,8 @@ class TrainingEngine:
         """
         assert len(micro_batches) == self._accumulation_steps
         self._engine.train()
-        for group in self._adamw.param_groups:
-            group["lr"] = learning_rate
+        for group in self._optimizer.param_groups:
+            group["lr"] = learning_rate * group["lr_scale"]
         loss_sum = torch.zeros((), device=self.world.device)
         for index, micro_batch in enumerate(micro_batches):
             loss = self._engine(*micro_batch)
@@ -134,7 +136,7 @@ class TrainingEngine:
         applied = bool(torch.isfinite(norm))
         if not applied:
             for parameter in self._parameters.values():
-                parameter.grad = None  # AdamW passes over parameters without a gradient
+                parameter.grad = None  # optimizers leave parameters without a gradient unchanged
         elif self._clip:
             torch.nn.utils.clip_grads_with_norm_(self._parameters.values(), self._clip, norm)
         self._engine.step()
@@ -164,14 +166,15 @@ class TrainingEngine:
             yield name, value.detach().float().view(self.shapes[name])
 
     def moments(self) -> Iterator[tuple[str, Tensor]]:
-        """As `weights`, of both moments: NAME.exp_avg and NAME.exp_avg_sq. Before the first step they are zero."""
-        for name, parameter in self._parameters.items():
-            for key in MOMENTS:
-                if self.stage == 0:
-                    value = self._adamw.state[parameter][key]
-                else:
-                    value = safe_get_full_optimizer_state(parameter, key)
-                yield f"{name}.{key}", value.detach().float().view(self.shapes[name])
+        """As `weights`, for the optimizer's state: NAME.KEY. Before the first step it is zero."""
+        for name, shape in self.moment_shapes.items():
+            parameter_name, _, key = name.rpartition(".")
+            parameter = self._parameters[parameter_name]
+            if self.stage == 0:
+                value = self._optimizer.state[parameter][key]
+            else:
+                value = safe_get_full_optimizer_state(parameter, key)
+            yield name, value.detach().float().view(shape)
 
     def load(self, weights: Iterator[tuple[str, Tensor]], moments: Iterator[tuple[str, Tensor]], step: int) -> None:
         """Take full float32 weights and moments, as `weights` and `moments` give them, on every rank alike."""
@@ -182,7 +185,7 @@ class TrainingEngine:
             self._write(self._parameters[name], value, key)
         if self.stage in (1, 2):
             self._engine.optimizer.update_lp_params()
-        for state in self._adamw.state.values():
+        for state in self._optimizer.state.values():
             state["step"].fill_(step)
 
     def weights_are_finite(self) -> bool:
@@ -200,20 +203,15 @@ class TrainingEngine:
         return parameter.ds_tensor.detach().flatten()[:own]
 
     @property
-    def moment_names(self) -> list[str]:
-        """The names that `moments` yields, in order."""
-        return [f"{name}.{key}" for name in self.shapes for key in MOMENTS]
-
-    @property
     def optimizer_steps(self) -> int:
-        """Updates that AdamW has made: the run's steps but for the skipped ones."""
-        return max((int(state["step"]) for state in self._adamw.state.values()), default=0)
+        """Updates that the optimizer has made: the run's steps without the skipped ones."""
+        return max((int(state["step"]) for state in self._optimizer.state.values()), default=0)
 
     @torch.no_grad()
     def _write(self, parameter: nn.Parameter, value: Tensor, moment: str | None = None) -> None:
         value = value.to(self.world.device)
         if self.stage == 0:
-            (self._adamw.state[parameter][moment] if moment else parameter).copy_(value)
+            (self._optimizer.state[parameter][moment] if moment else parameter).copy_(value)
         elif self.stage < 3:
             if moment:
                 safe_set_full_optimizer_state(parameter, value, moment)
@@ -234,26 +232,24 @@ class TrainingEngine:
                 safe_set_local_fp32_param(parameter, own)
 
     def _create_optimizer_state(self) -> None:
-        """What AdamW would create in its first step.
+        """Create the state that the optimizer would create in its first step.
 
-        Left to itself, ZeRO 1 and 2 link the moments to the parameters after the first group's first step, when those
-        of the second group do not exist yet: they could never be read by name (DeepSpeed 0.19.8).
+        By default, ZeRO 1 and 2 link the state to the parameters after the first group's first step, when that of the
+        second group does not exist yet: it could never be read by name (DeepSpeed 0.19.8).
         """
-        zero_optimizer = self._engine.optimizer
-        if self.stage == 0:
-            partitions = list(self._parameters.values())
-        elif self.stage == 3:
-            partitions = zero_optimizer.fp32_partitioned_groups_flat
-        elif hasattr(zero_optimizer, "fp32_groups_flat_partition"):  # bf16 at stage 1
-            partitions = zero_optimizer.fp32_groups_flat_partition
-        else:
-            partitions = zero_optimizer.single_partition_of_fp32_groups
-        for partition in partitions:
-            if not self._adamw.state[partition]:
-                self._adamw.state[partition] = {
+        zero_optimizer, groups = self._engine.optimizer, self._optimizer.param_groups
+        if self.stage == 3:
+            partitions = [
+                (partition, groups[zero_optimizer.sub_group_to_group_id[index]])
+                for index, partition in enumerate(zero_optimizer.fp32_partitioned_groups_flat)
+            ]
+        else:  # at stages 1 and 2 each group holds this rank's flat float32 partition
+            partitions = [(partition, group) for group in groups for partition in group["params"]]
+        for partition, group in partitions:
+            if not self._optimizer.state[partition]:
+                self._optimizer.state[partition] = {
                     "step": torch.zeros((), device=partition.device),
-                    "exp_avg": torch.zeros_like(partition),
-                    "exp_avg_sq": torch.zeros_like(partition),
+                    **{key: torch.zeros_like(partition) for key in group["state_keys"]},
                 }
         if self.stage in (1, 2):
             zero_optimizer._lazy_init_hp_params_optimizer_state()

@@ -21,7 +21,7 @@ from xlstm_lm.base.paths import user_path
 from xlstm_lm.base.run_layout import checkpoint_folders
 from xlstm_lm.data import Batch, DocumentData, TrainingData
 from xlstm_lm.models import build_model
-from xlstm_lm.models.accounting import parameter_shapes, training_flops_per_token
+from xlstm_lm.models.accounting import training_flops_per_token
 from xlstm_lm.ops.announce import announce_once
 from xlstm_lm.parallel.launcher import program_command
 from xlstm_lm.parallel.process_group import World, join_world, lost_processes_explained
@@ -44,10 +44,10 @@ from xlstm_lm.runs.run_folder import (
     write_config,
 )
 from xlstm_lm.training.config import split_batch
-from xlstm_lm.training.deepspeed_config import choose_precision
+from xlstm_lm.training.deepspeed_config import choose_precision, zero_stage
 from xlstm_lm.training.engine import TrainingEngine
 from xlstm_lm.training.kernel_check import check_kernels
-from xlstm_lm.training.memory import check_memory, memory_errors_explained
+from xlstm_lm.training.memory import check_memory, memory_errors_explained, planned_shapes
 from xlstm_lm.training.report import Report
 from xlstm_lm.training.run_config import RunConfig, as_dict, as_recipe
 from xlstm_lm.training.safeguards import NOT_FINITE, SkipCounter, StopRequest
@@ -76,7 +76,9 @@ def train(run: RunConfig, data: TrainingData | None = None) -> Path:
     # Gates let moments and states fade through numbers that a CPU computes with a hundred times more slowly.
     torch.set_flush_denormal(True)
     micro_rows, _ = split_batch(run.data.global_batch_size, world.size, run.training.micro_batch_size)
-    check_memory(run, world, choose_precision(run.training.precision, world.device), micro_rows)
+    precision = choose_precision(run.training.precision, world.device)
+    run.optimizer.check_layout(zero_stage(run.deepspeed, precision), run.deepspeed.get("zero_optimization", {}))
+    check_memory(run, world, precision, micro_rows)
     stop_request = StopRequest()
     with memory_errors_explained(run), contextlib.ExitStack() as resources, lost_processes_explained(world):
         trainer = Trainer(run, world, stop_request, resources, data)
@@ -206,8 +208,9 @@ class Trainer:
         Raises:
             ValueError: names the folder or file, and what is wrong with it.
         """
-        shapes = {name: tuple(shape) for name, shape in parameter_shapes(self.run.model).items()}
-        check_fit(checkpoint, Wanted(config["model"], shapes, self.run.data.global_batch_size))
+        shapes, moments = planned_shapes(self.run)
+        kind, lanes = self.run.optimizer.kind, self.run.data.global_batch_size
+        check_fit(checkpoint, Wanted(config["model"], shapes, kind, moments, lanes))
         folder = RunFolder(self.run_dir)
         if not is_branch:
             folder.metric_lines(checkpoint.state["step"])
@@ -300,6 +303,7 @@ class Trainer:
             "data_fingerprint": self.data_fingerprint,
             "processes": self.world.size,
             "zero_stage": self.engine.stage,
+            "optimizer": self.run.optimizer.kind,
         }
         self.report.sync()
         write_checkpoint(
@@ -308,6 +312,7 @@ class Trainer:
             state=state,
             sizes={name: shape.numel() for name, shape in self.engine.shapes.items()},
             weights=self.engine.weights(),
+            moment_sizes={name: shape.numel() for name, shape in self.engine.moment_shapes.items()},
             moments=self.engine.moments(),
             config_yaml=self.config_yaml,
             save_tokenizer=self.tokenizer.save,
@@ -359,7 +364,7 @@ class Trainer:
 
         weights, moments, steps = watched(checkpoint.weights(list(self.engine.shapes))), iter(()), 0
         if not checkpoint.is_imported:
-            moments = watched(checkpoint.moments(self.engine.moment_names))
+            moments = watched(checkpoint.moments(list(self.engine.moment_shapes)))
             steps = checkpoint.state["optimizer_steps"]
         self.engine.load(weights, moments, steps)
         if broken and self.world.is_first:

@@ -10,9 +10,11 @@ import torch
 
 from xlstm_lm.base.durable_files import RunError
 from xlstm_lm.base.machine import first_line, is_out_of_memory, memory_bytes
+from xlstm_lm.models import build_model
 from xlstm_lm.models.accounting import count_parameters
 from xlstm_lm.parallel.process_group import World
-from xlstm_lm.training.deepspeed_config import Precision
+from xlstm_lm.training.deepspeed_config import Precision, zero_stage
+from xlstm_lm.training.optimizer import state_shapes
 from xlstm_lm.training.run_config import RunConfig
 
 REMEDIES = (
@@ -33,7 +35,23 @@ def check_memory(run: RunConfig, world: World, precision: Precision, micro_batch
         ValueError: the device's or the host's memory is smaller; gives the numbers.
     """
     parameters = count_parameters(run.model)
-    device, host = _needed_bytes(run, world.size, precision, micro_batch_size, parameters)
+    # Without building the model, because one that is far too large takes long to build even on the meta device.
+    state = run.optimizer.fewest_state_tensors * parameters
+    _check(run, world, _needed_bytes(run, world.size, precision, micro_batch_size, parameters, state), parameters)
+    state = sum(shape.numel() for shape in planned_shapes(run)[1].values())
+    _check(run, world, _needed_bytes(run, world.size, precision, micro_batch_size, parameters, state), parameters)
+
+
+def planned_shapes(run: RunConfig) -> tuple[dict[str, torch.Size], dict[str, torch.Size]]:
+    """Shapes of the run's parameters and of its optimizer's state, by name. Allocates no memory for them."""
+    with torch.device("meta"):
+        model = build_model(run.model)
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    return shapes, state_shapes(run.optimizer, shapes, model.no_decay_parameter_names())
+
+
+def _check(run: RunConfig, world: World, needed: tuple[dict[str, int], dict[str, int]], parameters: int) -> None:
+    device, host = needed
     if world.device.type == "cuda":
         _refuse_beyond(memory_bytes(world.device), device, run, parameters, f"{world.device} has")
     else:
@@ -47,13 +65,10 @@ def check_memory(run: RunConfig, world: World, precision: Precision, micro_batch
 
 
 def _needed_bytes(
-    run: RunConfig, processes: int, precision: Precision, micro_batch_size: int, parameters: int
+    run: RunConfig, processes: int, precision: Precision, micro_batch_size: int, parameters: int, state: int
 ) -> tuple[dict[str, int], dict[str, int]]:
     """Bytes for one process, by purpose, on its device and, where something is offloaded, in the host's memory."""
-    zero = run.deepspeed.get("zero_optimization", {})
-    stage = zero.get("stage", 0)
-    if precision == "bf16":
-        stage = max(stage, 1)
+    zero, stage = run.deepspeed.get("zero_optimization", {}), zero_stage(run.deepspeed, precision)
     width = 2 if precision == "bf16" else 4
     tokens = micro_batch_size * run.data.context_length
     activation = tokens * run.model.embedding_dim * width
@@ -61,7 +76,7 @@ def _needed_bytes(
     needed = {
         "weights": parameters * width // (processes if stage == 3 else 1),
         "gradients": parameters * width // (processes if stage >= 2 else 1),
-        "optimizer": parameters * (12 if precision == "bf16" else 8) // (processes if stage >= 1 else 1),
+        "optimizer": 4 * (state + (parameters if precision == "bf16" else 0)) // (processes if stage >= 1 else 1),
         "activations": activation * (run.model.num_blocks + 1),
     }
     offloaded = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import reduce
 from operator import or_
@@ -31,7 +31,7 @@ from xlstm_lm.models import FAMILIES
 from xlstm_lm.runs.run_folder import run_of_recipe
 from xlstm_lm.training.config import TrainingConfig
 from xlstm_lm.training.deepspeed_section import CheckedSection
-from xlstm_lm.training.optimizer import OptimizerConfig
+from xlstm_lm.training.optimizer import OPTIMIZERS, AdamWConfig
 from xlstm_lm.training.safeguards import SafeguardsConfig
 from xlstm_lm.training.schedule import ScheduleConfig
 from xlstm_lm.training.wandb_run import WandbConfig
@@ -39,15 +39,21 @@ from xlstm_lm.training.wandb_run import WandbConfig
 logger = logging.getLogger("xlstm_lm")
 
 
-def _family_of(model: Any) -> str | None:
-    """Which family's configuration a model section is; that of xLSTM where it does not say."""
-    if isinstance(model, dict):
-        family = model.get("family", "xlstm")
-        return family if isinstance(family, str) else shown(family)
-    return getattr(model, "family", None)
+def _one_of(classes: Mapping[str, type], tag: str, default: str) -> Any:
+    """Type of a section that is one of several classes: its field `tag`, or `default`, names which."""
+
+    def name_of(section: Any) -> str | None:
+        if isinstance(section, dict):
+            name = section.get(tag, default)
+            return name if isinstance(name, str) else shown(name)
+        return getattr(section, tag, None)
+
+    union = reduce(or_, (Annotated[each, Tag(name)] for name, each in classes.items()))
+    return Annotated[union, Discriminator(name_of)]
 
 
-_MODELS = reduce(or_, (Annotated[config, Tag(family)] for family, (config, _) in FAMILIES.items()))
+_MODEL = _one_of({family: config for family, (config, _) in FAMILIES.items()}, "family", "xlstm")
+_OPTIMIZER = _one_of(OPTIMIZERS, "kind", "adamw")
 
 
 @dataclass(kw_only=True)
@@ -57,14 +63,14 @@ class RunConfig:
     # Sections are plain dataclasses beside the code that uses them; pydantic checks them under this configuration.
     __pydantic_config__: ClassVar = {"extra": "forbid", "use_attribute_docstrings": True}
 
-    model: Annotated[_MODELS, Discriminator(_family_of)]
+    model: _MODEL
     """The model."""
     data: DataConfig
     """Where tokens come from."""
     training: TrainingConfig = field(default_factory=TrainingConfig)
     """The run: how long, where, what is saved and logged."""
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    """AdamW."""
+    optimizer: _OPTIMIZER = field(default_factory=AdamWConfig)
+    """Update rule of the weights."""
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     """Learning rate over the steps."""
     safeguards: SafeguardsConfig = field(default_factory=SafeguardsConfig)
@@ -90,8 +96,10 @@ class Field:
     """Whether its values are text."""
     takes_null: bool
     """Whether it may also be null."""
-    families: tuple[str, ...] = ()
-    """The model families that have it; empty outside the model section."""
+    tag: str = ""
+    """Field that names the section's class, such as model.family; empty in a section of one class."""
+    alternatives: tuple[str, ...] = ()
+    """Values of `tag` with which the section has this field, such as the model families."""
 
 
 def fields() -> list[Field]:
@@ -101,7 +109,7 @@ def fields() -> list[Field]:
     def definition(node: dict[str, Any]) -> dict[str, Any]:
         return schema["$defs"][node["$ref"].split("/")[-1]] if "$ref" in node else node
 
-    def walk(node: dict[str, Any], prefix: str, families: tuple[str, ...] = ()) -> list[Field]:
+    def walk(node: dict[str, Any], prefix: str, tag: str = "", alternatives: tuple[str, ...] = ()) -> list[Field]:
         found = []
         for key, value in node["properties"].items():
             target = definition(value)
@@ -109,8 +117,8 @@ def fields() -> list[Field]:
                 found += walk(target, f"{prefix}{key}.")
                 continue
             if "oneOf" in target:
-                alternatives = zip(FAMILIES, map(definition, target["oneOf"]), strict=True)
-                found += _join([walk(each, f"{prefix}{key}.", (family,)) for family, each in alternatives])
+                options = map(definition, target["oneOf"])
+                found += _join([walk(each, f"{prefix}{key}.", *_tag_of(each)) for each in options])
                 continue
             default = yaml.safe_dump(value["default"], default_flow_style=True) if "default" in value else "none"
             found.append(
@@ -121,7 +129,8 @@ def fields() -> list[Field]:
                     description=value.get("description", ""),
                     takes_text=_takes_text(target),
                     takes_null=any(each.get("type") == "null" for each in target.get("anyOf", ())),
-                    families=families,
+                    tag=f"{prefix}{tag}" if tag else "",
+                    alternatives=alternatives,
                 )
             )
         return found
@@ -129,35 +138,41 @@ def fields() -> list[Field]:
     return walk(schema, "")
 
 
+def _tag_of(node: dict[str, Any]) -> tuple[str, tuple[str, ...]]:
+    """Name and value of the field by which the schema of an alternative is chosen."""
+    return next((name, (value["const"],)) for name, value in node["properties"].items() if "const" in value)
+
+
 def _join(alternatives: list[list[Field]]) -> list[Field]:
-    """The fields of all model families, each once, with what it means and defaults to in which of them."""
+    """The fields of all alternatives of a section, each once; descriptions and defaults name those that differ."""
     by_name: dict[str, list[Field]] = {}
     for each in (each for alternative in alternatives for each in alternative):
         by_name.setdefault(each.name, []).append(each)
     joined = []
     for name, same in by_name.items():
-        families = tuple(family for each in same for family in each.families)
+        names = tuple(other for each in same for other in each.alternatives)
         type_names = dict.fromkeys(part for each in same for part in each.type_name.split("|"))
         defaults: dict[str, list[str]] = {}
         for each in same:
-            defaults.setdefault(each.default, []).extend(each.families)
+            defaults.setdefault(each.default, []).extend(each.alternatives)
         description = same[0].description
-        if len(families) < len(alternatives):
-            description = f"{description.removesuffix('.')} ({', '.join(families)})."
+        if len(names) < len(alternatives):
+            description = f"{description.removesuffix('.')} ({', '.join(names)})."
         joined.append(
             Field(
                 name=name,
                 type_name="|".join(type_names),
-                default="xlstm"
-                if name.endswith(".family")
+                default=same[0].default
+                if name == same[0].tag
                 else "; ".join(
-                    default if len(defaults) == 1 else f"{default} ({', '.join(names)})"
-                    for default, names in defaults.items()
+                    default if len(defaults) == 1 else f"{default} ({', '.join(having)})"
+                    for default, having in defaults.items()
                 ),
                 description=description,
                 takes_text=all(each.takes_text for each in same),
                 takes_null=any(each.takes_null for each in same),
-                families=families,
+                tag=same[0].tag,
+                alternatives=names,
             )
         )
     return joined

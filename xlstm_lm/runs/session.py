@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 import datetime
-import importlib.metadata
-import os
-import platform
 import sys
 from pathlib import Path
 
-import torch
-
-from xlstm_lm.base.machine import cpu_name, git_commit
+from xlstm_lm.base.machine import environment
 from xlstm_lm.parallel.process_group import World
 from xlstm_lm.runs.folder import RunFolder
 
@@ -30,17 +25,8 @@ def record_session(run_dir: Path, world: World, step: int, kernels: dict[str, st
             "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "from_step": step,
             "command": sys.argv,
-            "git_commit": git_commit(),
-            "python": platform.python_version(),
-            "versions": {
-                name: importlib.metadata.version(name)
-                for name in ("torch", "deepspeed", "datasets", "tokenizers", "numpy")
-            },
-            "platform": platform.platform(),
+            **environment(world.device),
             "processes": world.size,
-            "device": torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else cpu_name(),
-            "cpu_count": os.cpu_count(),
-            "torch_threads": torch.get_num_threads(),
             "kernels": kernels,
         }
     )

@@ -12,7 +12,7 @@ import yaml
 from xlstm_lm.base.recipe import parse_yaml, read_recipe
 from xlstm_lm.cli import _make_parser
 from xlstm_lm.models import build_model
-from xlstm_lm.runs.run_folder import differing_fields
+from xlstm_lm.runs.same_run import differing_fields
 from xlstm_lm.training.deepspeed_section import OffloadOptimizer, OffloadParam, ZeroOptimization
 from xlstm_lm.training.run_config import as_dict, as_recipe, fields, load_run_config
 from xlstm_lm.training.schedule import ScheduleConfig

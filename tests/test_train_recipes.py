@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from xlstm_lm.config import load_run_config
+from xlstm_lm.training.run_config import load_run_config
 from xlstm_lm.models import build_model
 from xlstm_lm.models.accounting import parameter_shapes
 from xlstm_lm.parallel.process_group import World

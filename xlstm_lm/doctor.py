@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import functools
-import importlib.metadata
 import os
-import platform
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from xlstm_lm.base.machine import cpu_name
+from xlstm_lm.base.machine import cpu_name, environment, version
 from xlstm_lm.ops.native import KernelsUnavailableError
 from xlstm_lm.ops.operation import (
     Call,
@@ -30,8 +28,6 @@ from xlstm_lm.ops.selfcheck import TOLERANCE, undisturbed
 from xlstm_lm.training.deepspeed_config import choose_precision
 
 TYPES = ("float32", "bfloat16", "float16")
-PACKAGES = ("xlstm-lm", "torch", "deepspeed", "datasets", "transformers", "tokenizers", "wandb", "triton")
-PACKAGES += ("mamba-ssm", "causal-conv1d")
 OTHERS = ("mamba_ssm", "causal_conv1d")
 """Packages of others, whose kernels are passed over where they are wrong: a wrong one is no reason not to train."""
 
@@ -108,13 +104,6 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
-
-
 def _devices() -> list[str]:
     capability = torch.backends.cpu.get_cpu_capability()
     lines = [f"CPU: {cpu_name()}, {torch.get_num_threads()} threads, {capability}"]
@@ -130,7 +119,7 @@ def _advice(checks: list[Check]) -> list[str]:
     advice = [f"{name} does not compute what it should: do not train with it." for name in wrong]
     if shutil.which(os.environ.get("CXX", "c++")) is None:
         advice.append("No C++ compiler: on the CPU the sLSTM takes its slow Python loop. Debian: apt-get install g++.")
-    if torch.cuda.is_available() and _version("triton") == "not installed":
+    if torch.cuda.is_available() and version("triton") is None:
         advice.append("A GPU but no Triton: pip install 'xlstm-lm[gpu]'.")
     return advice
 
@@ -146,9 +135,10 @@ def examine(say: Callable[[str], None], dtypes: list[torch.dtype] | None = None)
     training = torch.bfloat16 if precision == "bf16" else torch.float32
     others = [torch.bfloat16, torch.float16] if device == "cuda" else []
     dtypes = dtypes or list(dict.fromkeys([training, torch.float32, *others]))
-    say(f"Versions\n  Python {platform.python_version()} on {platform.platform()}")
-    for package in PACKAGES:
-        say(f"  {package} {_version(package)}")
+    here = environment(torch.device(device))
+    say(f"Versions\n  Python {here['python']} on {here['platform']}")
+    for name, number in (here["versions"] | {"assembler for GPUs (ptxas)": here["assembler"]}).items():
+        say(f"  {name} {number or 'not installed'}")
     say("\nDevices")
     for line in _devices():
         say(f"  {line}")

@@ -9,9 +9,6 @@ from __future__ import annotations
 
 import datetime
 import functools
-import importlib.metadata
-import os
-import platform
 import statistics
 import sys
 import time
@@ -23,7 +20,7 @@ from typing import Any
 import torch
 
 from eval.study.journal import Journal
-from xlstm_lm.base.machine import cpu_name, git_commit
+from xlstm_lm.base import machine
 
 Step = Callable[[], object]
 FLUSHED_BYTES = 2**30
@@ -177,31 +174,22 @@ def measure_ceilings(device: str, dtype: torch.dtype) -> Ceilings:
 
 
 def environment(device: str) -> dict[str, Any]:
-    """What a figure was measured with."""
+    """Machine, source and command that a figure was measured with."""
+    here = machine.environment(torch.device(device))
+    processor = f"{here['device']}, {here['cpu_count']} processors, {here['cpu_capability']}"
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": " ".join(["python -m", _module_name(), *sys.argv[1:]]),
-        "git_commit": git_commit(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "triton": version("triton"),
-        "cuda": torch.version.cuda,
+        "git_commit": here["git_commit"],
+        "python": here["python"],
+        "torch": here["versions"]["torch"],
+        "triton": here["versions"]["triton"],
+        "cuda": here["cuda"],
+        "assembler": here["assembler"],
         "device": device,
-        "device_name": torch.cuda.get_device_name() if device == "cuda" else _processor(),
-        "threads": torch.get_num_threads(),
+        "device_name": here["device"] if device == "cuda" else processor,
+        "threads": here["torch_threads"],
     }
-
-
-def version(package: str) -> str | None:
-    """The installed version of a package, or None."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _processor() -> str:
-    return f"{cpu_name()}, {os.cpu_count()} processors, {torch.backends.cpu.get_cpu_capability()}"
 
 
 def _module_name() -> str:

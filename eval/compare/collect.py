@@ -17,9 +17,9 @@ from eval.compare.runs import PlannedRun, Runs, examine
 from eval.compare.tested import MEASURE_AGAIN, read_tested
 from eval.scoring.models import pick_device
 from xlstm_lm.base.read_files import read_json
-from xlstm_lm.base.run_layout import checkpoint_folders
 from xlstm_lm.data.fingerprint import fingerprint_differences
 from xlstm_lm.models.accounting import count_parameters, state_bytes, training_flops_per_token
+from xlstm_lm.runs.checkpoint import data_fingerprint
 from xlstm_lm.runs.folder import RunFolder
 from xlstm_lm.training.run_config import as_dict
 
@@ -168,10 +168,10 @@ def _same_tokens(runs: Runs) -> str:
     count = 0
     for model in runs.models:
         for run in runs.needed(model):
-            folder = next(iter(checkpoint_folders(run.folder).values()), None)
+            folder = next(iter(RunFolder(run.folder).checkpoints().values()), None)
             if folder is None:
                 continue
-            fingerprint = read_json(folder / "state.json", {"data_fingerprint": dict})["data_fingerprint"]
+            fingerprint = data_fingerprint(folder)
             group = groups.setdefault((model.size, run.seed), [])
             same = next((names for other, names in group if not fingerprint_differences(other, fingerprint)), None)
             if same is None:

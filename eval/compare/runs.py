@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from eval.compare.config import Comparison, Model
-from xlstm_lm.base.run_layout import checkpoint_folders
 from xlstm_lm.runs.folder import RunFolder
-from xlstm_lm.runs.run_folder import differing_fields
+from xlstm_lm.runs.same_run import differing_fields
 from xlstm_lm.training.run_config import RunConfig, as_dict
 
 FREE = (
@@ -116,7 +115,7 @@ class Runs:
         """
         different = []
         for run in (run for model in self.models for run in self.needed(model)):
-            if (run.folder / "config.yaml").is_file():
+            if RunFolder(run.folder).config_path.is_file():
                 there = RunFolder(run.folder).config()
                 fields = differing_fields(_without_places(there), _without_places(as_dict(run.config)), FREE)
                 different += [f"{run.name}:", *fields] if fields else []
@@ -134,8 +133,9 @@ def examine(run: PlannedRun) -> RunState:
     Raises:
         ValueError: its metrics.jsonl is damaged.
     """
-    records = RunFolder(run.folder).metrics()
-    steps, done = run.config.training.steps, max(checkpoint_folders(run.folder), default=0)
+    folder = RunFolder(run.folder)
+    records = folder.metrics()
+    steps, done = run.config.training.steps, max(folder.checkpoints(), default=0)
     validated = [each["step"] for each in records if each["split"] == "validation"]
     if done >= steps and validated[-1:] == [steps]:
         last = next(each for each in reversed(records) if each["split"] == "validation")

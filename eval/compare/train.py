@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from eval.compare.config import Model
 from eval.compare.runs import FAILURE_FILE, PlannedRun, Runs, examine
 from eval.study.jobs import Job, Outcome, run_jobs
-from xlstm_lm.base.durable_files import replace_durably
+from xlstm_lm.runs.folder import RunFolder
 from xlstm_lm.training.run_config import as_recipe
 
 
@@ -63,8 +63,8 @@ def _left(runs: Runs, model: Model, only: Sequence[str]) -> list[PlannedRun]:
 
 def _job(run: PlannedRun, launch: Sequence[str]) -> Job:
     run.folder.mkdir(parents=True, exist_ok=True)
-    path = run.folder / "config.yaml"
-    replace_durably(path, as_recipe(run.config).encode())  # where there was one, it said the same of all that counts
+    folder = RunFolder(run.folder)
+    folder.write_config(as_recipe(run.config))  # where there was one, it said the same of all that counts
     (run.folder / FAILURE_FILE).unlink(missing_ok=True)
-    command = [*(launch or [sys.executable, "-m"]), "xlstm_lm", "train", "--config", str(path)]
+    command = [*(launch or [sys.executable, "-m"]), "xlstm_lm", "train", "--config", str(folder.config_path)]
     return Job(name=run.name, command=command, log=run.folder / "output.log")

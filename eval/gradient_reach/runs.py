@@ -16,7 +16,7 @@ from eval.study.jobs import Job, alone_in, run_jobs
 from eval.study.study_file import check_section
 from xlstm_lm.base.fields import Count, Positive, Size, check_fields
 from xlstm_lm.base.recipe import read_recipe
-from xlstm_lm.runs.run_folder import is_finished
+from xlstm_lm.runs.same_run import is_finished
 from xlstm_lm.training.run_config import RunConfig, as_dict, load_run_config
 
 

@@ -12,7 +12,8 @@ from typing import NamedTuple
 from xlstm_lm.base.fields import Count, check_fields
 from xlstm_lm.base.recipe import read_recipe
 from xlstm_lm.data import SourceConfig, open_source
-from xlstm_lm.data.sources import Piece, Source, refuse
+from xlstm_lm.data.documents import documents
+from xlstm_lm.data.sources import Source
 
 COMPRESSED = {".gz", ".bz2", ".xz", ".zst", ".zstd"}
 KINDS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
@@ -87,10 +88,7 @@ def document_sources(config: DocumentsConfig) -> list[SourceConfig]:
 def _read(sources: list[Source], config: DocumentsConfig) -> Iterator[Text]:
     count = 0
     for source in sources:
-        for record in source.read([Piece(shard) for shard in range(source.num_shards)]):
-            if record.problem is not None:
-                refuse(source, record)
-                continue
+        for record in documents(source):
             for text in _split(record.id, record.text, config.split_at):
                 if count == config.max_documents:
                     return

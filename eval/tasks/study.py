@@ -25,7 +25,7 @@ from xlstm_lm.base.recipe import merge, read_recipe
 from xlstm_lm.models.accounting import count_parameters
 from xlstm_lm.runs.checkpoint import find_checkpoint
 from xlstm_lm.runs.folder import RunFolder
-from xlstm_lm.runs.run_folder import is_finished
+from xlstm_lm.runs.same_run import is_finished
 from xlstm_lm.training.run_config import RunConfig, as_dict, as_recipe, load_run_config
 
 MEASURE_AGAIN = "Delete it to have it measured again."
@@ -90,9 +90,10 @@ class PlannedRun:
         Raises:
             ValueError: metrics.jsonl is damaged or has none.
         """
-        record = RunFolder(self.folder).last_validation()
+        folder = RunFolder(self.folder)
+        record = folder.last_validation()
         if record is None:
-            raise ValueError(f"{self.folder}/metrics.jsonl has no validation, though the run is finished: restore it.")
+            raise ValueError(f"{folder.metrics_path} has no validation, though the run is finished: restore it.")
         return record
 
     @property

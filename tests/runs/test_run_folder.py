@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from xlstm_lm.runs.run_folder import open_run_folder, run_of_recipe
+from xlstm_lm.runs.same_run import open_run_folder, run_of_recipe
 from xlstm_lm.training.run_config import load_run_config
 
 

@@ -12,7 +12,7 @@ from tests.training.equivalence import compare, compare_with_faults
 from tests.training.layouts import continued_run, whole_run
 from tests.training.muon_layouts import OPTIMIZER, STACKED
 from tests.training.processes import run_ranks
-from xlstm_lm.config import load_run_config
+from xlstm_lm.training.run_config import load_run_config
 from xlstm_lm.models import build_model
 from xlstm_lm.parallel.process_group import World, join_world
 from xlstm_lm.training import memory

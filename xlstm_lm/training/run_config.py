@@ -28,7 +28,7 @@ from xlstm_lm.base.recipe import (
 )
 from xlstm_lm.data import DataConfig
 from xlstm_lm.models import FAMILIES
-from xlstm_lm.runs.run_folder import run_of_recipe
+from xlstm_lm.runs.same_run import run_of_recipe
 from xlstm_lm.training.config import TrainingConfig
 from xlstm_lm.training.deepspeed_section import CheckedSection
 from xlstm_lm.training.optimizer import OPTIMIZERS, AdamWConfig

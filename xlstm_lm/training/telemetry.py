@@ -1,25 +1,18 @@
-"""What a run reports: metrics.jsonl and one line of progress. Numbers stay on the device until a step is logged."""
+"""Speed, memory, and the line of progress of a run at work."""
 
 from __future__ import annotations
 
 import contextlib
-import json
-import math
-import os
 import resource
 import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
 
 import torch
 from tqdm import tqdm
 
 from xlstm_lm.base import console
-from xlstm_lm.base.durable_files import disk_errors_explained, replace_durably
 from xlstm_lm.ops.gpu import gpu_of
-from xlstm_lm.runs.folder import RunFolder
 
 
 def peak_flops(device: torch.device) -> float | None:
@@ -33,57 +26,6 @@ def peak_memory_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-class MetricsFile:
-    """metrics.jsonl: one JSON object a line, each with split and step."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.superseded = path.with_name("superseded.jsonl")
-        self._file: Any = None
-
-    def cut_behind(self, step: int) -> int:
-        """Move what was written after the checkpoint of `step`, and damaged lines, to the end of superseded.jsonl.
-
-        A run that was killed trains those steps again; one that goes on from an older checkpoint may take another way.
-
-        Returns:
-            how many lines were moved.
-        """
-        lines = self.path.read_bytes().split(b"\n") if self.path.is_file() else []
-        kept = [line.encode() for line in RunFolder(self.path.parent).metric_lines(step)]
-        stays = set(kept)
-        cut = [line for line in lines if line.strip() and line not in stays]
-        with disk_errors_explained(self.path):
-            if cut:
-                before = self.superseded.read_bytes() if self.superseded.is_file() else b""
-                replace_durably(self.superseded, before + b"".join(line + b"\n" for line in cut))
-            replace_durably(self.path, b"".join(line + b"\n" for line in kept))
-            self.open()
-        return len(cut)
-
-    def open(self) -> None:
-        """Get ready to append. Unbuffered, so that no half of a line is left over to fail at the end."""
-        self._file = self.path.open("ab", buffering=0)
-
-    def append(self, record: dict[str, Any]) -> None:
-        """Add a line. A number that is not finite becomes null, which JSON has no other word for."""
-        finite = {
-            key: None if isinstance(value, float) and not math.isfinite(value) else value
-            for key, value in record.items()
-        }
-        with disk_errors_explained(self.path):
-            self._file.write(json.dumps(finite, allow_nan=False).encode() + b"\n")
-
-    def sync(self) -> None:
-        """Write all lines through to the disk, so that no checkpoint is newer than they are."""
-        with disk_errors_explained(self.path):
-            os.fsync(self._file.fileno())
-
-    def close(self) -> None:
-        if self._file:
-            self._file.close()
 
 
 class Clock:

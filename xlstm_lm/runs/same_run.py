@@ -1,32 +1,17 @@
-"""A run's folder: what is in it, and whether a run may go on in it."""
+"""Rules for going on with a run: which fields may differ, and which run a recipe belongs to."""
 
 from __future__ import annotations
 
-import datetime
-import importlib.metadata
-import itertools
-import json
-import logging
-import os
-import platform
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from xlstm_lm.base.durable_files import replace_durably
 from xlstm_lm.base.fields import in_steps
-from xlstm_lm.base.machine import cpu_name, git_commit
 from xlstm_lm.base.outputs import contents
 from xlstm_lm.base.paths import user_path
 from xlstm_lm.base.recipe import dotted_items, with_current_names
-from xlstm_lm.base.run_layout import checkpoint_folders, has_metrics, has_trained
-from xlstm_lm.parallel.process_group import World
+from xlstm_lm.base.run_layout import CHECKPOINTS, CONFIG, LATEST, has_metrics, has_trained, run_of_checkpoint
 from xlstm_lm.runs.folder import RunFolder
-
-logger = logging.getLogger("xlstm_lm")
 
 FREE_TO_CHANGE = (
     "training.steps",
@@ -139,7 +124,8 @@ def open_run_folder(run_dir: Path, config: dict[str, Any], resume: str) -> None:
         ValueError: the folder belongs to another configuration, or to any run where resume is never; or the run in it
             had checkpoints, which are gone.
     """
-    checkpoints = checkpoint_folders(run_dir)
+    folder = RunFolder(run_dir)
+    checkpoints = folder.checkpoints()
     has_run = any(checkpoints) or has_metrics(run_dir)
     if has_run and resume == "never":
         raise ValueError(
@@ -150,28 +136,21 @@ def open_run_folder(run_dir: Path, config: dict[str, Any], resume: str) -> None:
         check_same_run(run_dir, config)
     elif checkpoints:
         check_same_run(checkpoints[0], config)
-    if has_run and not checkpoints and _had_checkpoints(run_dir):
-        history = run_dir / "metrics.jsonl"
+    if has_run and not checkpoints and _had_checkpoints(folder):
         raise ValueError(
             f"{run_dir} holds a run whose checkpoints are gone. Put one back (a folder checkpoints/step_*) to go on "
-            f"from it. To train again from the beginning, choose another training.run_dir, or move {history} away, "
-            "which is the history of that run."
+            f"from it. To train again from the beginning, choose another training.run_dir, or move "
+            f"{folder.metrics_path} away, which is the history of that run."
         )
 
 
-def write_config(run_dir: Path, config_yaml: str) -> None:
-    """Write the config.yaml of the run in a folder. For rank 0."""
-    replace_durably(run_dir / "config.yaml", config_yaml.encode())
-
-
-def _had_checkpoints(run_dir: Path) -> bool:
+def _had_checkpoints(folder: RunFolder) -> bool:
     """Whether the run in a folder without checkpoints once had one: it stopped or ended well, or trained past one.
 
     A run that was killed before its first checkpoint had none.
     """
-    if (run_dir / "learning_curve.png").exists() or (run_dir / "checkpoints" / "latest").exists():
+    if folder.curve_path.exists() or (folder.path / CHECKPOINTS / LATEST).exists():
         return True
-    folder = RunFolder(run_dir)
     every = folder.config()["training"]["checkpoint_every"]
     steps = [record["step"] for record in folder.metrics()]
     # A run that branched off another begins behind that one's checkpoints.
@@ -195,9 +174,10 @@ def run_of_recipe(run_dir: str, origin: str) -> Path | None:
     recipe, named = user_path(origin), user_path(run_dir)
     folder = recipe.absolute().parent
     in_checkpoint = contents(folder) == "a checkpoint"
-    if in_checkpoint and has_trained(folder.parents[1]):
-        folder, in_checkpoint = folder.parents[1], False
-    if recipe.name != "config.yaml" or not (in_checkpoint or has_trained(folder)):
+    run_dir_above = run_of_checkpoint(folder)
+    if in_checkpoint and run_dir_above and has_trained(run_dir_above):
+        folder, in_checkpoint = run_dir_above, False
+    if recipe.name != CONFIG or not (in_checkpoint or has_trained(folder)):
         return None
     return None if named.exists() and named.samefile(folder) else folder
 
@@ -209,40 +189,7 @@ def is_finished(config: dict[str, Any]) -> bool:
         ValueError: the folder holds a run with another configuration.
     """
     run_dir = user_path(config["training"]["run_dir"])
-    steps = checkpoint_folders(run_dir)
+    steps = RunFolder(run_dir).checkpoints()
     if steps:
         check_same_run(run_dir, config)
     return max(steps, default=-1) >= config["training"]["steps"]
-
-
-def record_environment(run_dir: Path, world: World, step: int, kernels: dict[str, str]) -> None:
-    """Add what this session runs on to environment.json, which lists every session of the run."""
-    path = run_dir / "environment.json"
-    try:
-        sessions = RunFolder(run_dir).environment()
-    except ValueError as error:
-        names = (path.with_name(f"{path.name}.damaged-{number}") for number in itertools.count(1))
-        kept = next(name for name in names if not name.exists())
-        path.rename(kept)
-        logger.warning("%s It is kept as %s, and a new one begun.", error, kept.name)
-        sessions = []
-    sessions.append(
-        {
-            "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            "from_step": step,
-            "command": sys.argv,
-            "git_commit": git_commit(),
-            "python": platform.python_version(),
-            "versions": {
-                name: importlib.metadata.version(name)
-                for name in ("torch", "deepspeed", "datasets", "tokenizers", "numpy")
-            },
-            "platform": platform.platform(),
-            "processes": world.size,
-            "device": torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else cpu_name(),
-            "cpu_count": os.cpu_count(),
-            "torch_threads": torch.get_num_threads(),
-            "kernels": kernels,
-        }
-    )
-    replace_durably(path, json.dumps({"sessions": sessions}, indent=2).encode())

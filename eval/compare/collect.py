@@ -13,9 +13,10 @@ from eval.bench.measure import environment
 from eval.compare.config import Comparison, Model
 from eval.compare.measure import SPEEDS, speed_file, speeds_left, test_file
 from eval.compare.results import CurvePoint, ModelResult, Results, Run
-from eval.compare.runs import PlannedRun, Runs, examine
+from eval.compare.runs import Runs
 from eval.compare.tested import MEASURE_AGAIN, read_tested
 from eval.scoring.models import pick_device
+from eval.study.engine import PlannedRun, examine
 from xlstm_lm.base.read_files import read_json
 from xlstm_lm.data.fingerprint import fingerprint_differences
 from xlstm_lm.models.accounting import count_parameters, state_bytes, training_flops_per_token

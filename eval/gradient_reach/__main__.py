@@ -85,11 +85,11 @@ def _measure_all(options: argparse.Namespace) -> list[Reach]:
         study, runs = load_study(options.config)
         options.length, options.windows = runs[0].config.data.context_length, study.windows
         options.data = [str(options.config.parent / study.recipe)]
-        models = [Model(run.name, run.config.model, is_stock=False) for run in runs]
-        folders = {run.folder: run.name for run in runs}
+        models = [Model(run.model, run.config.model, is_stock=False) for run in runs]
+        folders = {run.folder: run.model for run in runs}
         trained_stage = f"after {runs[0].tokens:,} tokens of training"
         at_once = options.at_once or study.at_once
-        train_runs(runs, at_once, options.max_minutes and 60 * options.max_minutes)
+        train_runs(options.config, runs, at_once, options.max_minutes and 60 * options.max_minutes)
     texts = list(open_documents(DocumentsConfig(data=options.data)))
     windows: dict[str, Tensor] = {}  # by the tokenizer
 

@@ -1,8 +1,4 @@
-"""The trained models of the study of gradient reach: its configuration, and the runs that are trained or taken again.
-
-Every model is trained by `python -m xlstm_lm train` with the same recipe, in a folder of its own. A run that has got to
-its end is not begun again.
-"""
+"""The trained models of the study of gradient reach: its configuration, and its runs, all with the same recipe."""
 
 from __future__ import annotations
 
@@ -12,17 +8,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-from eval.study.jobs import Job, alone_in, run_jobs
+from eval.study import engine
+from eval.study.engine import PlannedRun, examine
+from eval.study.jobs import alone_in
 from eval.study.study_file import check_section
 from xlstm_lm.base.fields import Count, Positive, Size, check_fields
 from xlstm_lm.base.recipe import read_recipe
-from xlstm_lm.runs.same_run import is_finished
-from xlstm_lm.training.run_config import RunConfig, as_dict, load_run_config
+from xlstm_lm.training.run_config import load_run_config
 
 
 @dataclass(kw_only=True)
 class StudyConfig:
-    """What a study's file says; its paths of recipes are relative to it."""
+    """The file of a study; its paths of recipes are relative to it."""
 
     __pydantic_config__: ClassVar = {"extra": "forbid"}
 
@@ -52,37 +49,12 @@ class StudyConfig:
             raise ValueError(f"learning_rates names {', '.join(sorted(unknown))}; models has {', '.join(self.models)}.")
 
 
-@dataclass(frozen=True)
-class StudyRun:
-    """One model's training."""
-
-    name: str
-    config: RunConfig
-    command: list[str]
-
-    @property
-    def folder(self) -> Path:
-        """That it writes to."""
-        return self.config.training.folder
-
-    @property
-    def tokens(self) -> int:
-        """That it is trained on."""
-        data = self.config.data
-        return self.config.training.steps * data.global_batch_size * data.context_length
-
-    @property
-    def log(self) -> Path:
-        """What it prints."""
-        return self.folder.parent / f"{self.folder.name}.log"
-
-
 def folder_name(name: str) -> str:
     """A model's name as that of a folder: xLSTM[1:1] becomes xlstm-1-1."""
     return re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-.")
 
 
-def load_study(path: Path) -> tuple[StudyConfig, list[StudyRun]]:
+def load_study(path: Path) -> tuple[StudyConfig, list[PlannedRun]]:
     """Read a study's file, and check every run of it.
 
     Raises:
@@ -93,29 +65,22 @@ def load_study(path: Path) -> tuple[StudyConfig, list[StudyRun]]:
     return config, [_make_run(path, config, name) for name in config.models]
 
 
-def _make_run(path: Path, config: StudyConfig, name: str) -> StudyRun:
+def _make_run(path: Path, config: StudyConfig, name: str) -> PlannedRun:
     recipes = [str(path.parent / recipe) for recipe in (config.recipe, config.models[name])]
     overrides: dict[str, Any] = {"training.run_dir": str(Path(config.run_dir) / folder_name(name))}
     if name in config.learning_rates:
         overrides["optimizer.learning_rate"] = config.learning_rates[name]
-    run = StudyRun(name, load_run_config(recipes, overrides), [sys.executable, "-m", "xlstm_lm", "train"])
-    run.command.extend(flag for recipe in recipes for flag in ("--config", recipe))
-    run.command.extend(part for flag, value in overrides.items() for part in (f"--{flag}", str(value)))
-    return run
+    return PlannedRun(name, load_run_config(recipes, overrides))
 
 
-def train_runs(runs: list[StudyRun], at_once: int, max_seconds: float | None = None) -> None:
+def train_runs(path: Path, runs: list[PlannedRun], at_once: int, max_seconds: float | None = None) -> None:
     """Train what is not trained yet, so many at a time; what was stopped goes on.
 
     Raises:
         ValueError: a folder holds another run, or a run has not got to its end.
     """
-    jobs = [Job(name=run.name, command=run.command, log=run.log) for run in _unfinished(runs)]
+    engine.check_folders(runs, path, "run_dir")
     with alone_in(runs[0].folder.parent):
-        run_jobs(jobs, at_once, max_seconds=max_seconds)
-    if unfinished := [f"{run.name} ({run.log})" for run in _unfinished(runs)]:
+        engine.train(lambda: runs, [sys.executable, "-m", "xlstm_lm", "train", "--config"], at_once, max_seconds)
+    if unfinished := [f"{run.model} ({run.log})" for run in runs if examine(run).status != "finished"]:
         raise ValueError(f"Not trained to the end: {', '.join(unfinished)}. The same command goes on with them.")
-
-
-def _unfinished(runs: list[StudyRun]) -> list[StudyRun]:
-    return [run for run in runs if not is_finished(as_dict(run.config))]

@@ -11,8 +11,8 @@ import pytest
 import torch
 import yaml
 
+from eval.study import engine
 from eval.study.jobs import Outcome
-from eval.tasks import study as study_module
 from eval.tasks.__main__ import main
 from eval.tasks.accuracy import answer_cases
 from eval.tasks.formal import LANGUAGES
@@ -212,7 +212,7 @@ def train_here(jobs, at_once, then, max_seconds=None) -> dict[str, Outcome]:
 
 
 def test_a_study_trains_reuses_tests_and_reports(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(study_module, "run_jobs", train_here)
+    monkeypatch.setattr(engine, "run_jobs", train_here)
     path = write_study(tmp_path)
     flags = ["--config", str(path), "--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "out.json")]
     with pytest.raises(SystemExit) as ended:
@@ -260,7 +260,7 @@ def test_a_study_trains_reuses_tests_and_reports(tmp_path, monkeypatch, capsys):
 
 def test_a_run_that_was_cut_goes_on_to_the_same_end(tmp_path, monkeypatch):
     """Of a run that died behind step 4, the last steps come out to the digit."""
-    monkeypatch.setattr(study_module, "run_jobs", train_here)
+    monkeypatch.setattr(engine, "run_jobs", train_here)
     path = write_study(tmp_path, grid={}, models={"xlstm[0:1]": STUDY["models"]["xlstm[0:1]"]})
     flags = ["--config", str(path), "--runs", str(tmp_path / "runs")]
     with pytest.raises(SystemExit):

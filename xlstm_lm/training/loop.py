@@ -256,7 +256,10 @@ class Trainer:
     def measure(self, micro_batch: MicroBatch, gates_due: bool) -> dict[str, torch.Tensor]:
         """Metrics of a logged step that cost a computation of their own, by name, as scalars. Collective."""
         gates = self.engine.gate_statistics(micro_batch) if gates_due else {}
-        return {f"gates/{name}": value for name, value in gates.items()}
+        return {
+            "parameter_norm": self.engine.parameter_norm(),
+            **{f"gates/{name}": value for name, value in gates.items()},
+        }
 
     def count(self, batch: Batch) -> torch.Tensor:
         """Target tokens, their bytes, and ranks that want to stop, summed over the ranks: int64 (3,), on the device.

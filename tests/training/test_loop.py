@@ -64,6 +64,7 @@ def test_a_run_writes_what_it_promises(reference):
     assert validation[0]["bits_per_byte"] > validation[0]["loss"] / math.log(2)
     for each in train_records:
         assert each["tokens_per_second"] > 0 and each["memory_bytes"] > 1e6 and each["grad_norm"] > 0
+        assert each["parameter_norm"] > 0
         assert ("gates/forget_gate" in each) == (each["step"] % 5 == 0)
     assert train_records[0]["lr"] == 0.005 and train_records[1]["lr"] == 0.01
     for each in validation:

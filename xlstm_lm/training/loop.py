@@ -40,7 +40,7 @@ from xlstm_lm.runs.same_run import FREE_WHEN_BRANCHING, check_same_run, open_run
 from xlstm_lm.runs.session import record_session
 from xlstm_lm.training.config import split_batch
 from xlstm_lm.training.deepspeed_config import choose_precision, zero_stage
-from xlstm_lm.training.engine import TrainingEngine
+from xlstm_lm.training.engine import MicroBatch, TrainingEngine
 from xlstm_lm.training.kernel_check import check_kernels
 from xlstm_lm.training.memory import check_memory, memory_errors_explained, planned_shapes
 from xlstm_lm.training.report import Report
@@ -241,8 +241,8 @@ class Trainer:
             last = self.step == training.steps
             gates_due = training.gate_statistics_every and self.step % training.gate_statistics_every == 0
             if self.step % training.log_every == 0 or last or gates_due or not result.applied:
-                gates = self.engine.gate_statistics(micro_batches[0]) if gates_due else {}
-                self.report.train_step(self.step, result, counts, learning_rate, gates)
+                measured = self.measure(micro_batches[0], gates_due)
+                self.report.train_step(self.step, result, counts, learning_rate, measured)
             # The engine has waited for the device in this step already: reading the flag costs nothing.
             stop = bool(counts[2]) and not last
             with self.report.clock.paused():
@@ -253,6 +253,14 @@ class Trainer:
             if stop:
                 return True
         return False
+
+    def measure(self, micro_batch: MicroBatch, gates_due: bool) -> dict[str, torch.Tensor]:
+        """Metrics of a logged step that cost a computation of their own, by name, as scalars. Collective."""
+        gates = self.engine.gate_statistics(micro_batch) if gates_due else {}
+        return {
+            "parameter_norm": self.engine.parameter_norm(),
+            **{f"gates/{name}": value for name, value in gates.items()},
+        }
 
     def count(self, batch: Batch) -> torch.Tensor:
         """Target tokens, their bytes, and ranks that want to stop, summed over the ranks: int64 (3,), on the device.

@@ -73,9 +73,17 @@ class Report:
         result: StepResult,
         counts: torch.Tensor,
         learning_rate: float,
-        gates: dict[str, torch.Tensor],
+        measured: dict[str, torch.Tensor],
     ) -> None:
-        """Report a step. `counts` begins with its target tokens and their bytes. Collective; waits for the device."""
+        """Report a step. Collective; waits for the device.
+
+        Args:
+            step: number of steps made, this one included.
+            result: from the engine.
+            counts: begins with the step's target tokens and their bytes, over all ranks.
+            learning_rate: of the step.
+            measured: further metrics by name, as scalars.
+        """
         nats = float(self.world.sum_(result.loss_sum.double()))
         if not self.world.is_first:
             return
@@ -100,7 +108,7 @@ class Report:
         record |= {
             "memory_bytes": peak_memory_bytes(self.world.device),
             "elapsed_seconds": self.clock.elapsed,
-            **{f"gates/{name}": float(value) for name, value in gates.items()},
+            **{name: float(value) for name, value in measured.items()},
         }
         self._write(record)
         self.progress.show(record["loss"], record["bits_per_byte"], tokens_per_second)

@@ -25,7 +25,7 @@ KeyedRecord = tuple[str, dict[str, Any]]
 class Shard(NamedTuple):
     """A file to be read."""
 
-    index: int
+    index: int  # type: ignore[assignment]  # tuple.index is never called
     """Position in the list of pieces."""
     path: str
     name: str
@@ -157,7 +157,7 @@ def read_rows(shards: list[Shard], text_field: str, order: int, strict: bool) ->
 def _column(path: str, name: str, first_row: int) -> Iterator[Any]:
     """The values of a column from a row on; bytes where a text is not UTF-8."""
     with pyarrow.OSFile(path) as opened, pyarrow.parquet.ParquetFile(opened) as file:
-        groups = []
+        groups: list[int] = []
         for group in range(file.num_row_groups):
             rows = file.metadata.row_group(group).num_rows
             if not groups and first_row >= rows:

@@ -9,12 +9,12 @@ import pytest
 import torch
 import yaml
 
+from xlstm_lm.base.recipe import parse_yaml, read_recipe
 from xlstm_lm.cli import _make_parser
-from xlstm_lm.config import as_dict, as_recipe, fields, load_run_config
 from xlstm_lm.models import build_model
-from xlstm_lm.recipe import parse_yaml, read_recipe
-from xlstm_lm.runs.run_folder import differing_fields
+from xlstm_lm.runs.same_run import differing_fields
 from xlstm_lm.training.deepspeed_section import OffloadOptimizer, OffloadParam, ZeroOptimization
+from xlstm_lm.training.run_config import as_dict, as_recipe, fields, load_run_config
 from xlstm_lm.training.schedule import ScheduleConfig
 
 CONFIGS = Path(__file__).parents[1] / "configs"

@@ -9,17 +9,19 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 import pytest
 
 from eval.compare.config import CompareConfig
-from eval.gradient_reach_runs import StudyConfig as ReachConfig
+from eval.gradient_reach.runs import StudyConfig as ReachConfig
 from eval.tasks.registry import TASKS
 from eval.tasks.study import StudyConfig
 from xlstm_lm.base.fields import Count, NonNegative, Positive, Range, Share, Size, argument, check_fields
-from xlstm_lm.config import RunConfig, load_run_config
-from xlstm_lm.config import fields as flags
-from xlstm_lm.generation import SamplingConfig
 from xlstm_lm.models import FAMILIES
-from xlstm_lm.models.mamba import SelectiveScanBackend, SSDBackend
-from xlstm_lm.models.xlstm_config import MLSTMBackend, SLSTMBackend
+from xlstm_lm.models.generation import SamplingConfig
+from xlstm_lm.models.mixers.mamba1 import SelectiveScanBackend
+from xlstm_lm.models.mixers.mamba2 import SSDBackend
+from xlstm_lm.models.mixers.mlstm_cell import MLSTMBackend
+from xlstm_lm.models.mixers.slstm import SLSTMBackend
 from xlstm_lm.ops import mlstm, selective_scan, slstm, ssd
+from xlstm_lm.training.run_config import RunConfig, load_run_config
+from xlstm_lm.training.run_config import fields as flags
 
 ABSURD = (float("nan"), float("inf"), -float("inf"), 10**25, -(10**25), 1e300, True)
 NUMBERS = [

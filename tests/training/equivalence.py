@@ -145,6 +145,8 @@ def compare(
     worst["held-out loss"] = abs(held_out - expected).item()
     gates, expected_gates = engine.gate_statistics((tokens_BT, None, None)), plain.model.gate_statistics(tokens_BT)
     worst["gate statistics"] = abs(gates["mean"] - expected_gates["mean"]).item()
+    norm = torch.nn.utils.get_total_norm([parameter.detach() for parameter in plain.model.parameters()])
+    worst["parameter norm"] = abs(engine.parameter_norm() - norm).item()
     engine.close()
     return worst
 

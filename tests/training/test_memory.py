@@ -9,11 +9,11 @@ import torch
 
 from xlstm_lm.base import machine
 from xlstm_lm.base.durable_files import RunError
-from xlstm_lm.config import load_run_config
 from xlstm_lm.models.accounting import count_parameters
 from xlstm_lm.parallel.process_group import World
 from xlstm_lm.training import loop, memory
 from xlstm_lm.training.memory import check_memory, memory_errors_explained
+from xlstm_lm.training.run_config import load_run_config
 
 CPU = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
 

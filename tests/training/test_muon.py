@@ -12,7 +12,6 @@ from tests.training.equivalence import compare, compare_with_faults
 from tests.training.layouts import continued_run, whole_run
 from tests.training.muon_layouts import OPTIMIZER, STACKED
 from tests.training.processes import run_ranks
-from xlstm_lm.config import load_run_config
 from xlstm_lm.models import build_model
 from xlstm_lm.parallel.process_group import World, join_world
 from xlstm_lm.training import memory
@@ -20,6 +19,7 @@ from xlstm_lm.training.loop import train
 from xlstm_lm.training.memory import check_memory, planned_shapes
 from xlstm_lm.training.optimizer.config import build_optimizer, parameter_groups
 from xlstm_lm.training.optimizer.muon import COEFFICIENTS, Muon, MuonConfig, orthogonalized
+from xlstm_lm.training.run_config import load_run_config
 
 TOLERANCE = 2e-6
 

@@ -99,7 +99,7 @@ def explain(
         if any(place.is_below(other) for other in places):
             continue  # another alternative of a union, or a list that is as wrong as its item
         name = ".".join([*([section] if section else []), *place.keys])
-        message = _message(each, name, place)
+        message = _message(dict(each), name, place)
         lines.append(f"{origin_of(name, origins, message)}{message}")
     more = [f"... and {len(errors) - MOST_MISTAKES} more."] if len(errors) > MOST_MISTAKES else []
     return "\n".join(dict.fromkeys(lines + more))
@@ -144,7 +144,8 @@ class _Place:
         """The alternatives that were chosen on the way."""
         self.tag_field = ""
         """Field that names the last of them, such as family."""
-        self._top, self._values, self._wildcards = config_class, values, []
+        self._top, self._values = config_class, values
+        self._wildcards: list[bool] = []
         for part in location:
             self.enter(part)
 
@@ -225,7 +226,7 @@ def _inner(hint: Any, part: str | int) -> Any:
         return get_args(hint)[min(part, len(get_args(hint)) - 1)]
     if get_origin(hint) is dict:
         return get_args(hint)[1]
-    return get_type_hints(hint, include_extras=True).get(part) if is_section(hint) else None
+    return get_type_hints(hint, include_extras=True).get(str(part)) if is_section(hint) else None
 
 
 def _names(hint: Any, tags: tuple[str, ...], prefix: str = "") -> list[str]:

@@ -21,7 +21,7 @@ MISTAKE, FAILURE, INTERRUPTED, BROKEN_PIPE, TERMINATED = 2, 1, 128 + 2, 128 + 13
 
 def told_once(error: BaseException) -> BaseException:
     """Mark an error that every process of a run has: only the first one tells it."""
-    error.told_once = True
+    error.told_once = True  # type: ignore[attr-defined]
     return error
 
 
@@ -79,7 +79,7 @@ def _write_what_the_terminal_cannot() -> None:
     """A character that standard output has no bytes for becomes a question mark instead of an error."""
     # In the C locale Python writes back the bytes that it could not read, but no other character.
     if getattr(sys.stdout, "errors", None) in ("strict", "surrogateescape"):
-        sys.stdout.reconfigure(errors="replace")
+        sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
 
 
 @contextlib.contextmanager

@@ -43,7 +43,7 @@ class HuggingFaceTokenizer:
         """
         from transformers import AutoTokenizer
 
-        assert config.kind == "huggingface"
+        assert config.kind == "huggingface" and config.name is not None
         try:
             name = str(user_path(config.name)) if config.name.startswith("~") else config.name
             loaded = AutoTokenizer.from_pretrained(name, revision=config.revision or "main")
@@ -228,7 +228,9 @@ def _some_special_tokens(backend: Any) -> str:
 
 def _settings(loaded: Any) -> dict[str, Any]:
     """The entries of tokenizer_config.json that training does not need, but whoever uses the model later does."""
-    settings = {name: str(token) for name, token in loaded.special_tokens_map.items() if isinstance(token, str)}
+    settings: dict[str, Any] = {
+        name: str(token) for name, token in loaded.special_tokens_map.items() if isinstance(token, str)
+    }
     known = set(settings.values())
     more = [str(token) for token in loaded.all_special_tokens if str(token) not in known]
     if more:

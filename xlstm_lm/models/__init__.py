@@ -1,4 +1,4 @@
-"""The model families, and the one place that knows them all."""
+"""The model families."""
 
 from __future__ import annotations
 
@@ -8,17 +8,16 @@ from typing import Any
 
 from xlstm_lm.models.language_model import LanguageModel
 from xlstm_lm.models.lstm import LSTM, LSTMConfig
-from xlstm_lm.models.mamba import Mamba, MambaConfig
-from xlstm_lm.models.transformer import Transformer, TransformerConfig
-from xlstm_lm.models.xlstm import XLSTM
+from xlstm_lm.models.mamba import MambaConfig
+from xlstm_lm.models.transformer import TransformerConfig
 from xlstm_lm.models.xlstm_config import XLSTMConfig
 
 ModelConfig = XLSTMConfig | TransformerConfig | MambaConfig | LSTMConfig
 
 FAMILIES: dict[str, tuple[type[ModelConfig], type[LanguageModel]]] = {
-    "xlstm": (XLSTMConfig, XLSTM),
-    "transformer": (TransformerConfig, Transformer),
-    "mamba": (MambaConfig, Mamba),
+    "xlstm": (XLSTMConfig, LanguageModel),
+    "transformer": (TransformerConfig, LanguageModel),
+    "mamba": (MambaConfig, LanguageModel),
     "lstm": (LSTMConfig, LSTM),
 }
 
@@ -34,7 +33,7 @@ def for_any_device(config: ModelConfig) -> ModelConfig:
 
 
 def build_model(config: ModelConfig) -> LanguageModel:
-    """The model that `config` describes, initialised as its family's authors do, from torch's current random state."""
+    """Model that `config` describes, initialized as its authors do, from torch's current random state."""
     model = FAMILIES[config.family][1](config)
     model.init_weights()
     return model

@@ -1,4 +1,4 @@
-"""What an xLSTM language model is told: its sizes, and which block stands where."""
+"""The xLSTM language model: any stack of mLSTM and sLSTM blocks (arXiv 2405.04517, 2503.13427)."""
 
 from __future__ import annotations
 
@@ -7,16 +7,18 @@ from dataclasses import dataclass
 from typing import Literal
 
 from xlstm_lm.base.fields import CountOrZero, Epsilon, Factor, Size, VocabSize, check_fields
-from xlstm_lm.models.layers import NormKind, NumBlocks, SoftCap, round_up
+from xlstm_lm.models.block import BlockStack
+from xlstm_lm.models.layers import NormKind, NumBlocks, SoftCap
+from xlstm_lm.models.mixers import MIXERS
+from xlstm_lm.models.mixers.mixer import MixerConfig
+from xlstm_lm.models.mixers.mlstm_cell import MLSTMBackend
+from xlstm_lm.models.mixers.slstm import SLSTMBackend
 
 BLOCK_KINDS = ("mlstm", "mlstm_paper", "slstm")
-# All that there are on any machine: a run that names a GPU's kernel is also read where that cannot run.
-MLSTMBackend = Literal["auto", "recurrence", "chunkwise", "compiled", "step", "triton", "triton_step"]
-SLSTMBackend = Literal["auto", "recurrence", "compiled", "triton", "cluster", "batched"]
 
 
 @dataclass(kw_only=True)
-class XLSTMConfig:
+class XLSTMConfig(BlockStack):
     """An xLSTM language model."""
 
     family: Literal["xlstm"] = "xlstm"
@@ -76,51 +78,37 @@ class XLSTMConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        kinds = set(self.block_kinds())
-        widths = {}
-        if "mlstm" in kinds:
-            widths |= {"query and key width embedding_dim * qk_dim_factor": self.qk_dim}
-            widths |= {"value width embedding_dim * v_dim_factor": self.v_dim}
-        if "slstm" in kinds:
-            widths |= {"embedding_dim": self.embedding_dim}
-        if "mlstm_paper" in kinds:
-            widths |= {"inner width embedding_dim * paper_projection_factor": self.paper_inner_dim}
-            if self.paper_inner_dim % self.paper_qkv_block_size:
-                raise ValueError(
-                    f"paper_qkv_block_size {self.paper_qkv_block_size} does not divide the inner width "
-                    f"{self.paper_inner_dim} of mlstm_paper blocks; choose a divisor of it."
-                )
-        for name, width in widths.items():
-            if width < 1 or width % self.num_heads:
-                raise ValueError(
-                    f"num_heads {self.num_heads} does not divide the {name} = {width}; "
-                    f"choose a num_heads that does, for example {_largest_divisor(width, self.num_heads)}."
-                )
+        self.block_mixers()
+
+    def mixer(self, kind: str) -> MixerConfig:
+        """Mixer of the blocks of a kind."""
+        mixer = MIXERS[kind]
+        return mixer(**self.mixer_settings(mixer))
+
+    def block_mixers(self) -> list[MixerConfig]:
+        kinds = self.block_kinds()
+        mixers = {kind: self.mixer(kind) for kind in dict.fromkeys(kinds)}
+        return [mixers[kind] for kind in kinds]
 
     @property
     def qk_dim(self) -> int:
         """Width of all queries of an mlstm block together."""
-        return round(self.embedding_dim * self.qk_dim_factor)
+        return self.mixer("mlstm").qk_dim
 
     @property
     def v_dim(self) -> int:
         """Width of all values of an mlstm block together."""
-        return round(self.embedding_dim * self.v_dim_factor)
+        return self.mixer("mlstm").v_dim
 
     @property
     def mlstm_feedforward_dim(self) -> int:
         """Feed-forward width of an mlstm block."""
-        return self.feedforward_dim or round_up(self.embedding_dim * self.feedforward_factor, 64)
-
-    @property
-    def slstm_feedforward_dim(self) -> int:
-        """Feed-forward width of an slstm block."""
-        return round_up(self.embedding_dim * self.slstm_feedforward_factor, 64)
+        return self.mixer("mlstm").feedforward().hidden
 
     @property
     def paper_inner_dim(self) -> int:
         """Inner width of an mlstm_paper block."""
-        return round_up(self.embedding_dim * self.paper_projection_factor, 64)
+        return self.mixer("mlstm_paper").inner_dim
 
     def block_kinds(self) -> list[str]:
         """The kind of every block, first to last, that `pattern` and `slstm_positions` stand for."""
@@ -152,7 +140,3 @@ class XLSTMConfig:
                 f"slstm_positions {positions} must lie between 0 and num_blocks - 1 = {self.num_blocks - 1}."
             )
         return ["slstm" if index in positions else self.mlstm_block for index in range(self.num_blocks)]
-
-
-def _largest_divisor(number: int, limit: int) -> int:
-    return next(divisor for divisor in range(min(limit, max(number, 1)), 0, -1) if number % divisor == 0)

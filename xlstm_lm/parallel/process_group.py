@@ -176,7 +176,7 @@ def _gloo_runs() -> bool:
     """Whether a thread of Gloo is running or ready to; False where the system does not tell (it is not Linux)."""
     for thread in Path("/proc/self/task").glob("*"):
         try:
-            name, state = re.search(r"\((.*)\) (\w)", (thread / "stat").read_text()).groups()
+            name, state = re.search(r"\((.*)\) (\w)", (thread / "stat").read_text()).groups()  # type: ignore[union-attr]
         except (FileNotFoundError, ProcessLookupError):  # it has just ended
             continue
         if "gloo" in name and state != "S":

@@ -220,6 +220,12 @@ class TrainingEngine:
         broken = torch.stack([(~torch.isfinite(each).all()).to(self.world.device, torch.int64) for each in own]).sum()
         return not int(self.world.sum_(broken))
 
+    def parameter_norm(self) -> Tensor:
+        """Euclidean norm of all weights together, a float32 scalar on the device. Collective."""
+        own = [self._own_part(parameter) for parameter in self._parameters.values()]
+        square = torch.stack([torch.linalg.vector_norm(each, dtype=torch.float32) for each in own]).square().sum()
+        return (self.world.sum_(square) if self.stage == 3 else square).sqrt()
+
     def _own_part(self, parameter: nn.Parameter) -> Tensor:
         """Values of a parameter on this rank; under ZeRO-3 its share without padding."""
         if self.stage < 3:

@@ -18,8 +18,6 @@ from xlstm_lm.base.finite import listed
 from xlstm_lm.base.lease import FolderLease
 from xlstm_lm.base.outputs import check_run_folder
 from xlstm_lm.base.paths import user_path
-from xlstm_lm.base.run_layout import checkpoint_folders
-from xlstm_lm.config import RunConfig, as_dict, as_recipe
 from xlstm_lm.data import Batch, DocumentData, TrainingData
 from xlstm_lm.models import build_model
 from xlstm_lm.models.accounting import training_flops_per_token
@@ -30,26 +28,23 @@ from xlstm_lm.runs.checkpoint import (
     Checkpoint,
     find_checkpoint,
     newest_checkpoint,
+    read_checkpoint,
     remove_leftovers,
     write_checkpoint,
 )
 from xlstm_lm.runs.fit import Wanted, check_fit
-from xlstm_lm.runs.folder import RunFolder
+from xlstm_lm.runs.folder import MetricsSplit, RunFolder
 from xlstm_lm.runs.picture import draw_learning_curve
 from xlstm_lm.runs.random_state import restore_random_state
-from xlstm_lm.runs.run_folder import (
-    FREE_WHEN_BRANCHING,
-    check_same_run,
-    open_run_folder,
-    record_environment,
-    write_config,
-)
+from xlstm_lm.runs.same_run import FREE_WHEN_BRANCHING, check_same_run, open_run_folder
+from xlstm_lm.runs.session import record_session
 from xlstm_lm.training.config import split_batch
 from xlstm_lm.training.deepspeed_config import choose_precision, zero_stage
-from xlstm_lm.training.engine import TrainingEngine
-from xlstm_lm.training.kernel_check import with_kernels_that_are_right
+from xlstm_lm.training.engine import MicroBatch, TrainingEngine
+from xlstm_lm.training.kernel_check import check_kernels
 from xlstm_lm.training.memory import check_memory, memory_errors_explained, planned_shapes
 from xlstm_lm.training.report import Report
+from xlstm_lm.training.run_config import RunConfig, as_dict, as_recipe
 from xlstm_lm.training.safeguards import NOT_FINITE, SkipCounter, StopRequest
 from xlstm_lm.training.schedule import learning_rate_ratio
 from xlstm_lm.training.validation import count_targets, evaluate, split_rows
@@ -85,9 +80,10 @@ def train(run: RunConfig, data: TrainingData | None = None) -> Path:
         with stop_request:  # before the first step there is nothing to save: Ctrl-C and SIGTERM end the run at once
             stopped = trainer.run_steps()
     if world.is_first:
-        draw_learning_curve(trainer.run_dir)
+        folder = RunFolder(trainer.run_dir)
+        draw_learning_curve(folder.metrics(), folder.curve_path, trainer.run_dir.resolve().name)
         if stopped:
-            words = [*program_command(launched=True), "train", "--config", str(trainer.run_dir / "config.yaml")]
+            words = [*program_command(launched=True), "train", "--config", str(folder.config_path)]
             how = f" Continue with: {shlex.join(words)}" if data is None else ""
             console.say(f"Saved step {trainer.step} of {run.training.steps}.{how}")
     if stopped:
@@ -110,6 +106,7 @@ class Trainer:
         self.run, self.world, self.stop_request = run, world, stop_request
         self.run_dir = run.training.folder
         self.lease: FolderLease | None = None  # rank 0's
+        self.metrics: MetricsSplit | None = None  # rank 0's: the metrics that the folder has
         world.on_first(lambda: self.take_folder(resources))
         config = as_dict(run)
         self.config_yaml = as_recipe(run)
@@ -126,8 +123,8 @@ class Trainer:
             run.data.global_batch_size, world.data.size, run.training.micro_batch_size
         )
         start = world.on_first(lambda: self.open_folder(config))
-        console.keep_library_output(self.run_dir / "libraries.log")
-        checkpoint = Checkpoint(start) if start else None
+        console.keep_library_output(RunFolder(self.run_dir).library_log_path)
+        checkpoint = read_checkpoint(start) if start else None
 
         rows = self.micro_rows * micro_batches
         lanes = range(world.data.rank * rows, (world.data.rank + 1) * rows)
@@ -141,10 +138,10 @@ class Trainer:
         precision = choose_precision(run.training.precision, world.device)
         dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         console.stage("checking the kernels")
-        model_config, kernels = with_kernels_that_are_right(run.model, world, dtype, self.micro_rows)
+        kernels = check_kernels(run.model, world, dtype, self.micro_rows)
         console.stage("building the model")
         torch.manual_seed(run.training.seed)
-        model = build_model(model_config)
+        model = build_model(run.model)
         model.activation_checkpointing = run.training.activation_checkpointing
         self.engine = TrainingEngine(
             model,
@@ -172,10 +169,11 @@ class Trainer:
             steps=run.training.steps,
             flops_per_token=training_flops_per_token(run.model, run.data.context_length),
             state=state,
+            split=self.metrics,
         )
         resources.callback(self.report.close)
         if world.is_first:
-            record_environment(self.run_dir, world, self.step, kernels)
+            record_session(self.run_dir, world, self.step, kernels)
         if checkpoint and checkpoint.is_imported:
             self.report.progress.say(f"Starting from weights imported from {checkpoint.state['imported_from']}")
         elif checkpoint:
@@ -189,21 +187,25 @@ class Trainer:
 
     def open_folder(self, config: dict[str, Any]) -> Path | None:
         """On rank 0: make the run folder this run's, and find the checkpoint to start from, if any."""
-        resume = self.run.training.resume
+        resume, folder = self.run.training.resume, RunFolder(self.run_dir)
         branch = None
-        if resume not in ("auto", "never") and not checkpoint_folders(self.run_dir):
+        if resume not in ("auto", "never") and not folder.checkpoints():
             branch = find_checkpoint(user_path(resume))
             check_same_run(branch, config, FREE_WHEN_BRANCHING)
         open_run_folder(self.run_dir, config, resume)
-        start = newest_checkpoint(self.run_dir) if checkpoint_folders(self.run_dir) else branch
-        if start:
-            self.check_start(Checkpoint(start), config, is_branch=start == branch)
-        write_config(self.run_dir, self.config_yaml)
+        start = newest_checkpoint(self.run_dir) if folder.checkpoints() else branch
+        checkpoint = read_checkpoint(start) if start else None
+        if checkpoint:
+            self.check_start(checkpoint, config)
+        self.metrics = folder.split(0 if checkpoint is None or checkpoint.is_imported else checkpoint.state["step"])
+        if checkpoint and start != branch:
+            folder.point_out_lost_metrics(self.metrics, start)
+        folder.write_config(self.config_yaml)
         remove_leftovers(self.run_dir)
         return start
 
-    def check_start(self, checkpoint: Checkpoint, config: dict[str, Any], is_branch: bool) -> None:
-        """Refuse to start from a checkpoint that does not fit, or in a folder with damaged records.
+    def check_start(self, checkpoint: Checkpoint, config: dict[str, Any]) -> None:
+        """Refuse to start from a checkpoint that does not fit, or with a damaged id at Weights & Biases.
 
         Raises:
             ValueError: names the folder or file, and what is wrong with it.
@@ -211,12 +213,8 @@ class Trainer:
         shapes, moments = planned_shapes(self.run)
         kind, lanes = self.run.optimizer.kind, self.run.data.global_batch_size
         check_fit(checkpoint, Wanted(config["model"], shapes, kind, moments, lanes))
-        folder = RunFolder(self.run_dir)
-        if not is_branch:
-            folder.metric_lines(checkpoint.state["step"])
-            folder.point_out_lost_metrics(checkpoint.folder, checkpoint.state["step"])
         if self.run.wandb.mode != "disabled" and self.run.wandb.id is None:
-            folder.wandb_id()
+            RunFolder(self.run_dir).wandb_id()
 
     def run_steps(self) -> bool:
         """Train until the last step is done (False) or somebody asks to stop (True). Either way the run is saved."""
@@ -243,8 +241,8 @@ class Trainer:
             last = self.step == training.steps
             gates_due = training.gate_statistics_every and self.step % training.gate_statistics_every == 0
             if self.step % training.log_every == 0 or last or gates_due or not result.applied:
-                gates = self.engine.gate_statistics(micro_batches[0]) if gates_due else {}
-                self.report.train_step(self.step, result, counts, learning_rate, gates)
+                measured = self.measure(micro_batches[0], gates_due)
+                self.report.train_step(self.step, result, counts, learning_rate, measured)
             # The engine has waited for the device in this step already: reading the flag costs nothing.
             stop = bool(counts[2]) and not last
             with self.report.clock.paused():
@@ -255,6 +253,14 @@ class Trainer:
             if stop:
                 return True
         return False
+
+    def measure(self, micro_batch: MicroBatch, gates_due: bool) -> dict[str, torch.Tensor]:
+        """Metrics of a logged step that cost a computation of their own, by name, as scalars. Collective."""
+        gates = self.engine.gate_statistics(micro_batch) if gates_due else {}
+        return {
+            "parameter_norm": self.engine.parameter_norm(),
+            **{f"gates/{name}": value for name, value in gates.items()},
+        }
 
     def count(self, batch: Batch) -> torch.Tensor:
         """Target tokens, their bytes, and ranks that want to stop, summed over the ranks: int64 (3,), on the device.
@@ -322,7 +328,7 @@ class Trainer:
         if run_dir != self.run_dir:
             raise RunError(
                 f"The run's folder {self.run_dir} was moved to {run_dir} while the run was at work. Step {self.step} "
-                f"is saved there; continue with --config {shlex.quote(str(run_dir / 'config.yaml'))}"
+                f"is saved there; continue with --config {shlex.quote(str(RunFolder(run_dir).config_path))}"
             )
 
     def restore_data(self, checkpoint: Checkpoint) -> None:

@@ -10,12 +10,12 @@ import torch
 
 from xlstm_lm.base.durable_files import RunError
 from xlstm_lm.base.machine import first_line, is_out_of_memory, memory_bytes
-from xlstm_lm.config import RunConfig
 from xlstm_lm.models import build_model
 from xlstm_lm.models.accounting import count_parameters
 from xlstm_lm.parallel.process_group import World
 from xlstm_lm.training.deepspeed_config import Precision, zero_stage
 from xlstm_lm.training.optimizer import state_shapes
+from xlstm_lm.training.run_config import RunConfig
 
 REMEDIES = (
     "choose a smaller model, lower training.micro_batch_size or data.context_length, set "

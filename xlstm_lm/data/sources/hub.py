@@ -57,6 +57,7 @@ class HubSource:
         """The commit that the wanted revision stands for now, so that all processes read the same one."""
         from huggingface_hub import HfApi
 
+        assert self.config.dataset is not None
         return HfApi().dataset_info(self.config.dataset, revision=self.config.revision).sha
 
     def _open(self) -> Any:

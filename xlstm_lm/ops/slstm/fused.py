@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from xlstm_lm.ops.compiling import without_autocast
 from xlstm_lm.ops.slstm.recurrence import SLSTMState, compute_dtype, empty_state
 
 CHECKPOINT_STEPS = 64
@@ -123,7 +124,7 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """y of all steps, checkpoints, and y, c, n, m after the last step."""
     # Triton launches on the current device; products are taken in the types that they are given.
-    with torch.cuda.device_of(wx), torch.autocast(wx.device.type, enabled=False):
+    with torch.cuda.device_of(wx), without_autocast(wx):
         y_BTHD, checkpoints_NSBHD, last = loops_of(backend).forward_loop(
             _last_dense(wx),
             r.to(wx.dtype).contiguous(),
@@ -158,7 +159,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of wx, R, the bias, and of y, c, n before the first step."""
     # Triton launches on the current device; products are taken in the types that they are given.
-    with torch.cuda.device_of(wx), torch.autocast(wx.device.type, enabled=False):
+    with torch.cuda.device_of(wx), without_autocast(wx):
         B, T, G, H, D = wx.shape
         dtype = bias.dtype
         r_GHDE = r.to(wx.dtype).contiguous()

@@ -55,20 +55,24 @@ FRESH_STATE = {"step": 0, "tokens": 0, "elapsed_seconds": 0.0, "skipped_steps": 
 
 
 def train(run: RunConfig, data: TrainingData | None = None) -> Path:
-    """Train, or go on training, the run that `run` describes. Returns its folder.
+    """Start or continue a run and train it to its last step. Every process of the run calls this.
 
-    Every process of the run calls this; started without a launcher it is a run of one process. `data`, where given,
-    takes the place of the documents that `run.data` names.
+    Args:
+        run: Configuration of the run.
+        data: Data to train on; None for the documents that `run.data` names.
+
+    Returns:
+        The run's folder.
 
     Raises:
         ValueError: the configuration cannot be trained, the run folder or a checkpoint does not fit it, or another
-            process is at work in the folder.
-        RunError: the disk is full, too many steps in a row were not finite, or the run folder is no longer there.
-        SystemExit: with code 0, where SIGTERM or Ctrl-C asked to stop and the run has been saved.
+            process trains in the folder.
+        RunError: the disk is full, too many steps in a row were not finite, or the run folder has disappeared.
+        SystemExit: with code 0, after SIGTERM or Ctrl-C, once the run is saved.
     """
     run.schedule.check_steps(run.training.steps)
     world = join_world()
-    # Gates let moments and states fade through numbers that a CPU computes with a hundred times more slowly.
+    # Decaying states and moments pass through denormal numbers, which slow a CPU down a hundred times.
     torch.set_flush_denormal(True)
     micro_rows, _ = split_batch(run.data.global_batch_size, world.data.size, run.training.micro_batch_size)
     precision = choose_precision(run.training.precision, world.device)
@@ -77,7 +81,7 @@ def train(run: RunConfig, data: TrainingData | None = None) -> Path:
     stop_request = StopRequest()
     with memory_errors_explained(run), contextlib.ExitStack() as resources, lost_processes_explained(world):
         trainer = Trainer(run, world, stop_request, resources, data)
-        with stop_request:  # before the first step there is nothing to save: Ctrl-C and SIGTERM end the run at once
+        with stop_request:  # earlier there is nothing to save, and Ctrl-C and SIGTERM end the run at once
             stopped = trainer.run_steps()
     if world.is_first:
         folder = RunFolder(trainer.run_dir)
@@ -102,7 +106,15 @@ class Trainer:
         resources: contextlib.ExitStack,
         data: TrainingData | None = None,
     ) -> None:
-        """Set up everything, from the newest checkpoint if there is one; `resources` will close it."""
+        """Set up data, model and reports, from the newest checkpoint if there is one.
+
+        Args:
+            run: Configuration of the run.
+            world: All processes of the run.
+            stop_request: Signals received so far.
+            resources: Stack that closes what is opened here.
+            data: Data to train on; None for the documents that `run.data` names.
+        """
         self.run, self.world, self.stop_request = run, world, stop_request
         self.run_dir = run.training.folder
         self.lease: FolderLease | None = None  # rank 0's
@@ -180,13 +192,13 @@ class Trainer:
             self.report.progress.say(f"Continuing after step {self.step}, from {checkpoint.folder}")
 
     def take_folder(self, resources: contextlib.ExitStack) -> None:
-        """On rank 0: keep every other process out of the run's folder until `resources` are closed."""
+        """Lock the run's folder against other runs until `resources` are closed. For rank 0."""
         check_run_folder(self.run_dir)
         self.lease = FolderLease.take(self.run_dir)
         resources.callback(self.lease.release)
 
     def open_folder(self, config: dict[str, Any]) -> Path | None:
-        """On rank 0: make the run folder this run's, and find the checkpoint to start from, if any."""
+        """Prepare the run folder and return the checkpoint to start from, None for a fresh start. For rank 0."""
         resume, folder = self.run.training.resume, RunFolder(self.run_dir)
         branch = None
         if resume not in ("auto", "never") and not folder.checkpoints():
@@ -205,10 +217,10 @@ class Trainer:
         return start
 
     def check_start(self, checkpoint: Checkpoint, config: dict[str, Any]) -> None:
-        """Refuse to start from a checkpoint that does not fit, or with a damaged id at Weights & Biases.
+        """Check that the checkpoint fits the run, and that its id at Weights & Biases can be read.
 
         Raises:
-            ValueError: names the folder or file, and what is wrong with it.
+            ValueError: names the folder or file and the fault.
         """
         shapes, moments = planned_shapes(self.run)
         kind, lanes = self.run.optimizer.kind, self.run.data.global_batch_size
@@ -217,7 +229,7 @@ class Trainer:
             RunFolder(self.run_dir).wandb_id()
 
     def run_steps(self) -> bool:
-        """Train until the last step is done (False) or somebody asks to stop (True). Either way the run is saved."""
+        """Train and save. Returns True if a stop was requested before the last step, False after the last step."""
         training, optimizer = self.run.training, self.run.optimizer
         if self.step >= training.steps:
             self.report.progress.say(f"The run has its {training.steps} steps; raise training.steps to go on.")
@@ -227,7 +239,7 @@ class Trainer:
             counts = self.count(batch)
             learning_rate = optimizer.learning_rate * learning_rate_ratio(self.run.schedule, self.step, training.steps)
             micro_batches = split_rows(batch, self.micro_rows, self.world.device)
-            # The gradient of the mean loss of all target tokens of the step, on whichever rank they are.
+            # This scale makes the gradient that of the mean loss over the target tokens of all ranks.
             result = self.engine.train_step(micro_batches, self.world.size / counts[0].clamp(min=1), learning_rate)
             self.step += 1
             self.report.count(counts[0])
@@ -255,7 +267,7 @@ class Trainer:
         return False
 
     def measure(self, micro_batch: MicroBatch, gates_due: bool) -> dict[str, torch.Tensor]:
-        """Metrics of a logged step that cost a computation of their own, by name, as scalars. Collective."""
+        """Scalar metrics of a logged step, by name, that need a computation of their own. Collective."""
         gates = self.engine.gate_statistics(micro_batch) if gates_due else {}
         return {
             "parameter_norm": self.engine.parameter_norm(),
@@ -263,9 +275,9 @@ class Trainer:
         }
 
     def count(self, batch: Batch) -> torch.Tensor:
-        """Target tokens, their bytes, and ranks that want to stop, summed over the ranks: int64 (3,), on the device.
+        """Count target tokens, their bytes, and ranks that must stop, over all ranks: int64 (3,), on the device.
 
-        Rank 0 wants to where the run's folder is no longer in its place; `save` then says so.
+        Rank 0 must stop as well when the run's folder has been moved or removed, which `save` then reports.
         """
         folder_is_gone = self.lease is not None and not self.lease.is_in_place
         asked_to_stop = torch.tensor([int(self.stop_request.received > 0 or folder_is_gone)])
@@ -273,12 +285,12 @@ class Trainer:
         return self.world.sum_(counts.to(self.world.device, non_blocking=True))
 
     def document_ids(self, batch: Batch) -> list[str]:
-        """The documents in all rows of all ranks, on rank 0."""
+        """Ids of the documents in the rows of all ranks, on rank 0. Collective."""
         ids = self.world.gather([each for row in batch.document_ids for each in row])
         return list(dict.fromkeys(each for of_rank in ids for each in of_rank))
 
     def validate(self) -> None:
-        """Measure the held-out documents, if there are any."""
+        """Measure and report the loss of the held-out documents, if there are any. Collective."""
         data = self.world.data
         batches = self.data.validation_batches(rows=self.micro_rows, rank=data.rank, world_size=data.size)
         if batches is None:
@@ -287,10 +299,10 @@ class Trainer:
         self.report.validation(self.step, *totals)
 
     def save(self) -> None:
-        """Write a checkpoint of this step. Collective. Where its weights are not finite, no older one is deleted.
+        """Write a checkpoint of this step; older ones are kept if its weights are not finite. Collective.
 
         Raises:
-            RunError: the disk is full, or the run's folder is gone. Where it was moved, the step is saved there.
+            RunError: the disk is full, or the run's folder was removed or moved. If moved, the step is saved there.
         """
         run_dir = self.world.on_first(lambda: self.lease.place())
         keep = self.run.training.keep_checkpoints
@@ -332,10 +344,10 @@ class Trainer:
             )
 
     def restore_data(self, checkpoint: Checkpoint) -> None:
-        """Go on in the data where a checkpoint stands; from an imported model, at the beginning.
+        """Set the data stream to a checkpoint's position; an imported model starts at the beginning.
 
         Raises:
-            ValueError: its data came in another order, or the imported model has another tokenizer.
+            ValueError: the checkpoint's data had another order, or the imported model has another tokenizer.
         """
         if checkpoint.is_imported:
             if checkpoint.state["tokenizer_fingerprint"] != self.tokenizer.fingerprint():
@@ -356,10 +368,10 @@ class Trainer:
         self.stream.load_state_dict(lanes, saved)
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Weights, moments and random states of a checkpoint, which any number of processes may have written.
+        """Load weights, optimizer state and random states of a checkpoint written by any number of processes.
 
         Raises:
-            ValueError: its parameters are others.
+            ValueError: the checkpoint belongs to another model.
         """
         broken: list[str] = []
 

@@ -33,6 +33,8 @@ class Packing:
     """Which of the S keys of earlier calls belong to document 0."""
     offsets: Tensor | None = None
     """First positions of the documents in the rows laid end to end, and the end, where all keys are the rows' own."""
+    window: int | None = None
+    """Keys that a query sees back, itself included; None where that hides none."""
 
     @functools.cached_property
     def mask_B1TS(self) -> Tensor | None:
@@ -40,14 +42,24 @@ class Packing:
         if self.document_BT is None:
             return None
         causal_TT = torch.ones(self.T, self.T, dtype=torch.bool, device=self.document_BT.device).tril()
+        if self.window is not None:
+            causal_TT = causal_TT.triu(1 - self.window)
         mask_BTS = (self.document_BT[:, :, None] == self.document_BT[:, None]) & causal_TT
         if self.seen_BS is not None:
-            mask_BTS = torch.cat(((self.document_BT == 0)[:, :, None] & self.seen_BS[:, None], mask_BTS), dim=2)
+            seen_BTS = (self.document_BT == 0)[:, :, None] & self.seen_BS[:, None]
+            if self.window is not None:
+                seen_BTS = seen_BTS.triu(seen_BTS.shape[2] - self.window + 1)
+            mask_BTS = torch.cat((seen_BTS, mask_BTS), dim=2)
         return mask_BTS[:, None]
 
 
 def pack(
-    B: int, T: int, device: torch.device, resets_BT: Tensor | None = None, seen_BS: Tensor | None = None
+    B: int,
+    T: int,
+    device: torch.device,
+    resets_BT: Tensor | None = None,
+    seen_BS: Tensor | None = None,
+    window: int | None = None,
 ) -> Packing:
     """How rows of T tokens see each other, and the keys before them.
 
@@ -55,7 +67,12 @@ def pack(
         resets_BT: (B, T) bool, true where a document starts.
         seen_BS: (B, S) bool, which of the S keys of earlier calls belong to the document that goes on at the first
             token; None or S = 0 for none.
+        window: keys that a query sees back, itself included; None for all.
     """
+    earlier = 0 if seen_BS is None else seen_BS.shape[1]
+    if window is not None and window < earlier + T:
+        document_BT = torch.zeros(B, T, dtype=torch.int64, device=device) if resets_BT is None else resets_BT.cumsum(1)
+        return Packing(B, T, document_BT, seen_BS if earlier else None, window=window)
     if seen_BS is not None and seen_BS.shape[1]:
         if resets_BT is None:
             return Packing(B, T, torch.zeros(B, T, dtype=torch.int64, device=device), seen_BS)
@@ -93,7 +110,9 @@ def attention(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, packing: Packing, 
 
 def choose_backend(q_BTHK: Tensor, packing: Packing) -> str:
     """What "auto" means: "jagged" on a GPU for 16-bit types where it proves right, "by_document" on a CPU unless the
-    documents are short, else "sdpa"."""
+    documents are short, "banded" where a window leaves out half of the keys, else "sdpa"."""
+    if packing.window is not None:
+        return "banded" if 2 * packing.window <= packing.T else "sdpa"
     if packing.offsets is None:
         return "sdpa"
     if q_BTHK.device.type == "cuda" and q_BTHK.dtype in (torch.bfloat16, torch.float16):
@@ -134,12 +153,37 @@ def _jagged(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, packing: Packing) ->
     return out.transpose(1, 2).values().unflatten(0, (packing.B, packing.T))
 
 
+def _banded(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, packing: Packing) -> Tensor:
+    """Queries in blocks of a window W, each over the W keys before it and its own: 2 T W products instead of T S."""
+    W, T = packing.window, packing.T
+    earlier = min(k_BSGK.shape[1] - T, W)
+    end = -T % W
+    document_BS = packing.document_BT
+    if packing.seen_BS is not None:
+        document_BS = torch.cat((packing.seen_BS[:, -W:].to(document_BS.dtype) - 1, document_BS), dim=1)
+    document_BS = F.pad(document_BS, (W - earlier, end), value=-1)
+
+    def with_window_before(x_BS: Tensor) -> Tensor:
+        return x_BS.unfold(1, 2 * W, W).movedim(-1, 2).flatten(0, 1)
+
+    band_WS = torch.ones(W, 2 * W, dtype=torch.bool, device=q_BTHK.device).tril(W).triu(1)
+    mask_NWS = band_WS & (document_BS[:, W:].reshape(-1, W, 1) == with_window_before(document_BS)[:, None])
+    q_NWHK = F.pad(q_BTHK, (0, 0, 0, 0, 0, end)).reshape(-1, W, *q_BTHK.shape[2:])
+    k_NSGK, v_NSGK = (
+        with_window_before(F.pad(x[:, x.shape[1] - T - earlier :], (0, 0, 0, 0, W - earlier, end)))
+        for x in (k_BSGK, v_BSGK)
+    )
+    return _causal(q_NWHK, k_NSGK, v_NSGK, mask_NWS[:, None]).reshape(packing.B, -1, *q_BTHK.shape[2:])[:, :T]
+
+
 BACKENDS: dict[str, Callable[[Tensor, Tensor, Tensor, Packing], Tensor]] = {
     "sdpa": _sdpa,
     "by_document": _by_document,
     "jagged": _jagged,
+    "banded": _banded,
 }
-"""Every form by its name. "by_document" and "jagged" are for rows of several documents that see no earlier keys."""
+"""Every form by its name. "by_document" and "jagged" are for rows of several documents that see no earlier keys,
+"banded" is for packings with a window."""
 
 
 @asked_once

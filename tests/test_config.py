@@ -388,4 +388,4 @@ def test_the_flags_say_which_family_has_them():
     by_name = {each.name: each for each in fields()}
     assert by_name["model.rope_theta"].alternatives == ("transformer",)
     assert by_name["model.rope_theta"].description.endswith("(transformer).")
-    assert by_name["model.num_blocks"].default == "12 (xlstm, transformer); 24 (mamba); 2 (lstm)"
+    assert by_name["model.num_blocks"].default == "12 (xlstm, transformer, hybrid); 24 (mamba); 2 (lstm)"

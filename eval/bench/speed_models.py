@@ -130,11 +130,11 @@ def _stock_model(config: Any, generating: bool) -> Stock:
         ValueError: it has none.
     """
     transformers = _import_transformers()
-    if config.family in ("transformer", "mamba"):
+    if config.family in ("transformer", "mamba") and not getattr(config, "window", None):
         from xlstm_lm.hub.baseline_formats import BASELINE_FORMAT  # needs more than torch
 
         stock = BASELINE_FORMAT.make_config(config)
-    elif config.family == "xlstm" and set(config.block_kinds()) == {"mlstm"}:
+    elif config.family == "xlstm" and set(config.block_kinds()) == {"mlstm"} and not config.mixers:
         stock = transformers.xLSTMConfig(
             vocab_size=config.vocab_size,
             hidden_size=config.embedding_dim,

@@ -37,6 +37,7 @@ from xlstm_lm.runs.folder import RunFolder
 
 FORMATS: dict[str, tuple[ExportFormat, ...]] = {
     "xlstm": (TRANSFORMERS_FORMAT, OWN_FORMAT),
+    "hybrid": (OWN_FORMAT,),
     "transformer": (BASELINE_FORMAT,),
     "mamba": (BASELINE_FORMAT,),
 }

@@ -18,7 +18,7 @@ from xlstm_lm.hub.baseline_formats import BASELINE_READERS
 from xlstm_lm.hub.own_format import MODEL_TYPE, from_export
 from xlstm_lm.hub.package_layout import from_package
 from xlstm_lm.hub.transformers_layout import from_transformers
-from xlstm_lm.models import FAMILIES, pinned_backends
+from xlstm_lm.models import FAMILIES, pinned_backends, with_free_backends
 from xlstm_lm.ops.announce import announce_once
 from xlstm_lm.runs.checkpoint import find_checkpoint, looks_like_a_checkpoint, read_checkpoint
 from xlstm_lm.runs.folder import RunFolder
@@ -72,7 +72,7 @@ def model_config(values: Any, origin: Path) -> Any:
         fields = ", ".join(f"model.{name} {value}" for name, value in pinned.items())
         announce_once(f"{origin} pins {fields} for training; here the device decides (auto)")
     try:
-        return FAMILIES[family][0](**values | dict.fromkeys(pinned, "auto"))
+        return FAMILIES[family][0](**with_free_backends(values))
     except TypeError as error:
         raise ValueError(f"{origin} does not describe a model that this version of xlstm-lm knows: {error}.") from error
 

@@ -84,10 +84,12 @@ def _hub_datasets(recipe: dict[str, Any]) -> list[str]:
 
 def _summary(model_config: Any, recipe: dict[str, Any], step: int | None) -> str:
     text = f"A language model of {count_parameters(model_config):,} parameters (family `{model_config.family}`"
-    if model_config.family == "xlstm":
+    is_xlstm = model_config.family == "xlstm"
+    if is_xlstm or model_config.family == "hybrid":
         kinds = model_config.block_kinds()
         blocks = " and ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds))
-        text += f", [xLSTM](https://arxiv.org/abs/2405.04517): {blocks} blocks of width {model_config.embedding_dim}"
+        described = f"{blocks} blocks of width {model_config.embedding_dim}"
+        text += f", [xLSTM](https://arxiv.org/abs/2405.04517): {described}" if is_xlstm else f": {described}"
     text += "), trained with xlstm-lm"
     if step is not None:
         data = recipe.get("data", {})

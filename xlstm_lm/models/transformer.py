@@ -33,6 +33,8 @@ class TransformerConfig(BlockStack):
     """Feed-forward width where it does not follow from the factor."""
     rope_theta: Annotated[float, Range(0, 1e15, open_below=True)] = 10000.0
     """Base of the rotary positions' wavelengths."""
+    window: Size | None = None
+    """Tokens that each query sees back, itself included; null for all."""
     norm_eps: Epsilon = 1e-6
     """Epsilon of all norms."""
     logit_soft_cap: SoftCap | None = None

@@ -36,6 +36,8 @@ class Packing:
     """First positions of the documents in the rows laid end to end, and the end, where all keys are the rows' own."""
     lengths: tuple[int, ...] | None = None
     """Steps of each document; None where they are not known on the host."""
+    window: int | None = None
+    """Keys that a query sees back, itself included; None where that hides none."""
 
     @property
     def mask_B1TS(self) -> Tensor | None:
@@ -51,14 +53,24 @@ class Packing:
         if self.document_BT is None:
             return None
         causal_TT = torch.ones(self.T, self.T, dtype=torch.bool, device=self.document_BT.device).tril()
+        if self.window is not None:
+            causal_TT = causal_TT.triu(1 - self.window)
         mask_BTS = (self.document_BT[:, :, None] == self.document_BT[:, None]) & causal_TT
         if self.seen_BS is not None:
-            mask_BTS = torch.cat(((self.document_BT == 0)[:, :, None] & self.seen_BS[:, None], mask_BTS), dim=2)
+            seen_BTS = (self.document_BT == 0)[:, :, None] & self.seen_BS[:, None]
+            if self.window is not None:
+                seen_BTS = seen_BTS.triu(seen_BTS.shape[2] - self.window + 1)
+            mask_BTS = torch.cat((seen_BTS, mask_BTS), dim=2)
         return mask_BTS[:, None]
 
 
 def pack(
-    B: int, T: int, device: torch.device, resets_BT: Tensor | None = None, seen_BS: Tensor | None = None
+    B: int,
+    T: int,
+    device: torch.device,
+    resets_BT: Tensor | None = None,
+    seen_BS: Tensor | None = None,
+    window: int | None = None,
 ) -> Packing:
     """Describe how rows of T tokens see each other, and the keys before them.
 
@@ -70,14 +82,19 @@ def pack(
         resets_BT: (B, T) bool, on `device` or, better, on the host: true where a document starts.
         seen_BS: (B, S) bool, which of the S keys of earlier calls belong to the document that goes on at the first
             token; None or S = 0 for none.
+        window: keys that a query sees back, itself included; None for all.
     """
-    if seen_BS is not None and seen_BS.shape[1]:
-        if resets_BT is None:
-            return Packing(B, T, torch.zeros(B, T, dtype=torch.int64, device=device), seen_BS)
-        return Packing(B, T, resets_BT.to(device, non_blocking=True).cumsum(1), seen_BS)
+    earlier = 0 if seen_BS is None else seen_BS.shape[1]
+    if resets_BT is None:
+        document_BT = torch.zeros(B, T, dtype=torch.int64, device=device)
+    else:
+        document_BT = resets_BT.to(device, non_blocking=True).cumsum(1)
+    if window is not None and window < earlier + T:
+        return Packing(B, T, document_BT, seen_BS if earlier else None, window=window)
+    if earlier:
+        return Packing(B, T, document_BT, seen_BS)
     if resets_BT is None:
         return Packing(B, T)
-    document_BT = resets_BT.to(device, non_blocking=True).cumsum(1)
     if torch.compiler.is_compiling():
         return Packing(B, T, document_BT)
     if resets_BT.device.type != "cpu":
@@ -106,10 +123,17 @@ def attention(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, packing: Packing, 
     Raises:
         ValueError: an unknown backend.
     """
-    documents = 0 if packing.lengths is None else len(packing.lengths)
-    rows = "whole" if not documents else "short" if SHORT * documents > packing.B * packing.T else "long"
-    chosen = ATTENTION.backend_for((q_BTHK, k_BSGK, v_BSGK), backend, options=rows)
+    chosen = ATTENTION.backend_for((q_BTHK, k_BSGK, v_BSGK), backend, options=_kind_of_rows(packing))
     return chosen.loaded(q_BTHK, k_BSGK, v_BSGK, packing)
+
+
+def _kind_of_rows(packing: Packing) -> str:
+    """The property of packed rows that decides which backend is fastest."""
+    if packing.window is not None:
+        return "narrow" if 2 * packing.window <= packing.T else "whole"
+    if packing.lengths is None:
+        return "whole"
+    return "short" if SHORT * len(packing.lengths) > packing.B * packing.T else "long"
 
 
 def _causal(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, mask_B1TS: Tensor | None = None) -> Tensor:
@@ -144,6 +168,29 @@ def _jagged(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, packing: Packing) ->
     return out.transpose(1, 2).values().unflatten(0, (packing.B, packing.T))
 
 
+def _banded(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, packing: Packing) -> Tensor:
+    """Queries in blocks of a window W, each over the W keys before it and its own: 2 T W products instead of T S."""
+    W, T = packing.window, packing.T
+    earlier = min(k_BSGK.shape[1] - T, W)
+    end = -T % W
+    document_BS = packing.document_BT
+    if packing.seen_BS is not None:
+        document_BS = torch.cat((packing.seen_BS[:, -W:].to(document_BS.dtype) - 1, document_BS), dim=1)
+    document_BS = F.pad(document_BS, (W - earlier, end), value=-1)
+
+    def with_window_before(x_BS: Tensor) -> Tensor:
+        return x_BS.unfold(1, 2 * W, W).movedim(-1, 2).flatten(0, 1)
+
+    band_WS = torch.ones(W, 2 * W, dtype=torch.bool, device=q_BTHK.device).tril(W).triu(1)
+    mask_NWS = band_WS & (document_BS[:, W:].reshape(-1, W, 1) == with_window_before(document_BS)[:, None])
+    q_NWHK = F.pad(q_BTHK, (0, 0, 0, 0, 0, end)).reshape(-1, W, *q_BTHK.shape[2:])
+    k_NSGK, v_NSGK = (
+        with_window_before(F.pad(x[:, x.shape[1] - T - earlier :], (0, 0, 0, 0, W - earlier, end)))
+        for x in (k_BSGK, v_BSGK)
+    )
+    return _causal(q_NWHK, k_NSGK, v_NSGK, mask_NWS[:, None]).reshape(packing.B, -1, *q_BTHK.shape[2:])[:, :T]
+
+
 def _definition(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, packing: Packing) -> Tensor:
     """All scores at once, hidden by the mask."""
     k_BSHK, v_BSHK = (x.repeat_interleave(q_BTHK.shape[2] // x.shape[2], dim=2) for x in (k_BSGK, v_BSGK))
@@ -154,10 +201,12 @@ def _definition(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, packing: Packing
 
 
 def samples(call: Call, backend: str) -> Iterator[Sample]:
-    """Rows of several documents, twice as many heads of queries as of keys."""
+    """Rows of several documents, twice as many heads of queries as of keys; with a window for the backend of windows."""
     K = 16 if call.device.type == "cpu" else 64
     inputs = [torch.randn(2, 100, heads, K, device=call.device, dtype=call.dtype) for heads in (4, 2, 2)]
-    yield Sample(inputs, {"packing": pack(2, 100, inputs[0].device, some_resets(inputs).cpu())}, "definition")
+    window = 24 if backend == "banded" else None
+    packing = pack(2, 100, inputs[0].device, some_resets(inputs).cpu(), window=window)
+    yield Sample(inputs, {"packing": packing}, "definition")
 
 
 def run(backend: Backend, sample: Sample) -> Checked:
@@ -177,7 +226,7 @@ def cost(*, B: int, T: int, H: int, K: int, G: int | None = None, itemsize: int 
 def _not_jagged(call: Call) -> str | None:
     if call.dtype not in (torch.bfloat16, torch.float16):
         return "torch has flash attention over jagged rows on a GPU in 16-bit types only"
-    return "no row holds several documents" if call.options == "whole" else None
+    return None if call.options in ("short", "long") else "no row holds several documents whole"
 
 
 def _not_by_document(call: Call) -> str | None:
@@ -186,12 +235,17 @@ def _not_by_document(call: Call) -> str | None:
     return None if call.options == "long" else "no row holds several long documents"
 
 
+def _not_banded(call: Call) -> str | None:
+    return None if call.options == "narrow" else "no window leaves out half of the keys"
+
+
 ATTENTION = Operation(
     name="attention",
     title="attention",
     subject="q",
     backends=(
-        # "jagged" and "by_document" are for rows of several documents that see no earlier keys.
+        # "banded" is for a window, "jagged" and "by_document" for rows of several documents that see no earlier keys.
+        Backend(name="banded", function="xlstm_lm.ops.attention:_banded", unsuited=_not_banded),
         Backend(
             name="jagged",
             function="xlstm_lm.ops.attention:_jagged",

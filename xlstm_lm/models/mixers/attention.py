@@ -34,6 +34,8 @@ class AttentionConfig(MixerConfig):
     """Heads of keys and values, each shared by a group of queries; null for as many as num_heads."""
     rope_theta: Annotated[float, Range(0, 1e15, open_below=True)] = 10000.0
     """Base of the rotary positions' wavelengths."""
+    window: Size | None = None
+    """Tokens that each query sees back, itself included; null for all."""
     feedforward_factor: Factor
     """Feed-forward width over the model width, rounded down to a whole number, then up to a multiple of 64."""
     feedforward_dim: Size | None
@@ -68,17 +70,22 @@ class AttentionConfig(MixerConfig):
         return AttentionMixer(self)
 
     def flops_per_token(self, context_length: int) -> float:
-        """Projections, and 4 T K / 2 a head for the causal half of Q K^T and W V, whatever documents are in the row."""
+        """Projections, and 4 K for each key that a query of a head sees.
+
+        On average a query sees T / 2 of T keys, with a window W - W^2 / 2 T, whatever documents are in the row.
+        """
         projections = self.embedding_dim * (2 * self.embedding_dim + 2 * self.key_value_heads * self.head_dim)
-        return 2 * projections + 2 * context_length * self.embedding_dim
+        window = min(self.window or context_length, context_length)
+        return 2 * projections + 4 * self.embedding_dim * (window - window**2 / (2 * context_length))
 
     def state_bytes(self, bytes_per_activation: int, context_length: int) -> int:
-        """Keys and values."""
-        return 2 * self.key_value_heads * self.head_dim * bytes_per_activation * context_length
+        """Keys and values, of the last window - 1 tokens where there is a window."""
+        tokens = min(self.window - 1, context_length) if self.window else context_length
+        return 2 * self.key_value_heads * self.head_dim * bytes_per_activation * tokens
 
     def operations(self, micro_rows: int) -> list[OperationUse]:
         sizes = {"B": micro_rows, "H": self.num_heads, "G": self.key_value_heads, "K": self.head_dim}
-        return [OperationUse("attention", sizes, {}, "auto")]
+        return [OperationUse("attention", sizes, {"window": self.window}, "auto")]
 
     def feedforward(self) -> FeedForwardConfig:
         hidden = self.feedforward_dim or round_up(int(self.embedding_dim * self.feedforward_factor), 64)
@@ -106,7 +113,7 @@ class AttentionMixer(Mixer):
         self.heads = (config.num_heads, config.key_value_heads, config.key_value_heads)
         self.qkv = nn.Linear(config.embedding_dim, sum(self.heads) * config.head_dim, bias=False)
         self.out = nn.Linear(config.embedding_dim, config.embedding_dim, bias=False)
-        self.context_key = ("attention", config.head_dim, config.rope_theta)
+        self.context_key = ("attention", config.head_dim, config.rope_theta, config.window)
 
     def make_context(self, x_BTD: Tensor, resets_BT: Tensor | None, state: State | None) -> Context:
         """Positions, counted from the start of each document, and which keys each token sees."""
@@ -118,7 +125,7 @@ class AttentionMixer(Mixer):
         before_B = torch.zeros(B, dtype=torch.int64, device=device)
         if state is not None:
             _, _, seen_BS, before_B = state
-        packing = pack(B, T, device, resets_BT, seen_BS)
+        packing = pack(B, T, device, resets_BT, seen_BS, self.config.window)
         if resets_BT is not None:
             resets_BT = resets_BT.to(device, non_blocking=True)
             start_BT = torch.where(resets_BT, position_BT, -1).cummax(dim=1).values
@@ -132,7 +139,7 @@ class AttentionMixer(Mixer):
             packing,
             angle_BT1K.cos().to(x_BTD.dtype),
             angle_BT1K.sin().to(x_BTD.dtype),
-            torch.cat((seen_BS, own_BT), dim=1),
+            self._within_reach(torch.cat((seen_BS, own_BT), dim=1)),
             position_BT[:, -1] + 1,
         )
 
@@ -151,7 +158,16 @@ class AttentionMixer(Mixer):
         if state is not None:
             k, v = torch.cat((state[0], k), dim=1), torch.cat((state[1], v), dim=1)
         out_BTD = self.out(attention(q, k, v, context.packing).flatten(2))
-        return out_BTD, (k, v, context.seen_BS, context.position_B) if return_state else None
+        if not return_state:
+            return out_BTD, None
+        return out_BTD, (self._within_reach(k), self._within_reach(v), context.seen_BS, context.position_B)
+
+    def _within_reach(self, x_BS: Tensor) -> Tensor:
+        """The part of earlier tokens (B, S, ...) that the next one can see."""
+        window = self.config.window
+        if window is None or x_BS.shape[1] < window:
+            return x_BS
+        return x_BS[:, x_BS.shape[1] - window + 1 :].clone()  # a view would keep all tokens in memory
 
     @torch.no_grad()
     def init_weights(self, index: int, depth: int) -> None:

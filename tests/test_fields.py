@@ -80,10 +80,10 @@ def test_caps_and_epsilons_and_factors_below_zero_are_refused(family):
 @pytest.mark.parametrize(
     ("names", "registered"),
     [
-        (MLSTMBackend, mlstm.BACKENDS),
-        (SLSTMBackend, slstm.BACKENDS),
-        (SelectiveScanBackend, selective_scan.BACKENDS),
-        (SSDBackend, ssd.BACKENDS),
+        (MLSTMBackend, mlstm.MLSTM.names),
+        (SLSTMBackend, slstm.SLSTM.names),
+        (SelectiveScanBackend, selective_scan.SCAN.names),
+        (SSDBackend, ssd.SSD.names),
     ],
 )
 def test_backends_that_a_recipe_may_name_are_those_registered(names, registered):

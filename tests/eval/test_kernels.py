@@ -14,7 +14,8 @@ from eval.bench.kernel_cases import MLSTM, SLSTM, Contender, MLSTMStep, gpu_case
 from eval.bench.measure import TOGETHER, Ceilings, measure
 from eval.bench.peers import PEERS
 from eval.study.journal import Journal, run_in_children, supervise
-from xlstm_lm.ops.mlstm import BACKENDS, mlstm
+from xlstm_lm.ops.mlstm import MLSTM as MLSTM_OPERATION
+from xlstm_lm.ops.mlstm import mlstm
 from xlstm_lm.ops.mlstm.chunkwise import mlstm_chunkwise
 from xlstm_lm.ops.selfcheck import errors
 
@@ -110,7 +111,7 @@ def test_a_wrong_kernel_of_ours_makes_the_benchmark_fail(monkeypatch):
         h, state = mlstm_chunkwise(*inputs, **options)
         return h * 1.01, state
 
-    monkeypatch.setitem(BACKENDS, "chunkwise", wrong)
+    monkeypatch.setattr(MLSTM_OPERATION["chunkwise"], "function", wrong)
     with pytest.raises(SystemExit, match="mlstm / chunkwise, B 2 H 4 T 64 .*: wrong values"):
         kernels.main(["--device", "cpu", "--rounds", "1", "--lengths", "64", "--only", "mlstm"])
 

@@ -8,6 +8,7 @@ from torch import nn
 
 from xlstm_lm.models import LSTMConfig, MambaConfig, TransformerConfig, build_model
 from xlstm_lm.ops import attention
+from xlstm_lm.ops.operation import make_call, verify
 
 CONFIGS = {
     "transformer": TransformerConfig(num_heads=4),
@@ -106,13 +107,11 @@ def test_attention_backends_agree(backend):
     )
 
 
-def test_attention_that_does_not_run_is_left_by_name(monkeypatch):
+def test_attention_that_does_not_run_is_found():
     """torch has no causal attention over jagged tensors on a CPU."""
-    said = []
-    monkeypatch.setattr(attention, "announce_once", said.append)
     with torch.inference_mode():
-        assert not attention._jagged_is_right.__wrapped__(torch.device("cpu"), torch.float32)
-    assert "jagged attention's kernels do not run on cpu" in said[0] and "`sdpa`" in said[0]
+        reason = verify(attention.ATTENTION, "jagged", make_call(torch.device("cpu"), torch.float32, {}, "long"))
+    assert "it does not run" in reason
 
 
 def test_lstm_layer_is_torchs():

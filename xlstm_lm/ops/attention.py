@@ -201,7 +201,7 @@ def _definition(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, packing: Packing
 
 
 def samples(call: Call, backend: str) -> Iterator[Sample]:
-    """Rows of several documents, twice as many heads of queries as of keys; with a window for the backend of windows."""
+    """Rows of several documents, twice as many heads of queries as of keys; a window for "banded"."""
     K = 16 if call.device.type == "cpu" else 64
     inputs = [torch.randn(2, 100, heads, K, device=call.device, dtype=call.dtype) for heads in (4, 2, 2)]
     window = 24 if backend == "banded" else None

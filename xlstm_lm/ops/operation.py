@@ -173,7 +173,8 @@ class Operation:
             chosen = choose(self, call, backend).backend
             self.by_name[chosen].load()
             for record in _RECORDS:
-                record.setdefault(self.name, {})[chosen] = None
+                if chosen not in record.setdefault(self.name, []):
+                    record[self.name].append(chosen)
             return chosen
 
         self.pick = pick
@@ -227,7 +228,7 @@ class Operation:
 
 
 _REFUSED: dict[tuple, str] = {}
-_RECORDS: list[dict[str, dict[str, None]]] = []
+_RECORDS: list[dict[str, list[str]]] = []
 
 
 def resolve(path: str) -> Callable:
@@ -407,9 +408,9 @@ def forget() -> None:
 
 
 @contextlib.contextmanager
-def recorded_choices() -> Iterator[dict[str, dict[str, None]]]:
+def recorded_choices() -> Iterator[dict[str, list[str]]]:
     """Record, by operation, the names of the backends that compute calls while this is entered, in order."""
-    record: dict[str, dict[str, None]] = {}
+    record: dict[str, list[str]] = {}
     _RECORDS.append(record)
     try:
         yield record

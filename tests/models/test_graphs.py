@@ -1,4 +1,4 @@
-"""torch.compile sees every model and its loss as one graph."""
+"""torch.compile sees every model and its loss as one graph, and activation checkpointing finds all that it keeps."""
 
 from __future__ import annotations
 
@@ -26,3 +26,14 @@ def test_one_graph_with_the_loss_and_the_gradients(name, with_resets):
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     found_gradients = torch.autograd.grad(found, list(model.parameters()))
     torch.testing.assert_close(found_gradients, gradients, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_activation_checkpointing_changes_no_gradient(name):
+    model = make_model(name)
+    tokens_BT, resets_BT, targets_BT = make_rows()
+    gradients = []
+    for model.activation_checkpointing in (False, True):
+        loss = model.loss(model(tokens_BT, resets_BT), targets_BT)
+        gradients.append(torch.autograd.grad(loss, list(model.parameters())))
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=0, atol=0)

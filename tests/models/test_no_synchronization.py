@@ -39,8 +39,10 @@ INSIDE = {
         chunkwise.backward,
         shifts.forward,
         shifts.backward,
+        fused.forward,
+        fused.backward,
     )
-} | {each._opoverload: each._init_fn for each in (fused.forward, fused.backward)}
+}
 """The operations behind each operator, which a mode does not see by itself."""
 
 

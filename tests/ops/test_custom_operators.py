@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import Tensor
 
 from xlstm_lm.ops import document_rnn as rnn
 from xlstm_lm.ops import loss, native
+from xlstm_lm.ops.compiling import custom_operator
 from xlstm_lm.ops.conv import shifts
 from xlstm_lm.ops.mlstm import chunkwise
+from xlstm_lm.ops.slstm import fused
 
 B, T, H, K, V = 2, 21, 2, 3, 5
 
@@ -52,6 +57,11 @@ def slstm(dtype: torch.dtype, with_state: bool) -> tuple:
     state = (y, c, positive(B, H, K, dtype=dtype), m.detach()) if with_state else (None,) * 4
     weights = random(4, H, K, K, dtype=dtype), random(4, H, K, dtype=dtype)
     return random(B, T, 4, H, K, dtype=dtype), *weights, make_resets() if with_state else None, *state, True
+
+
+def slstm_fused(dtype: torch.dtype, with_state: bool) -> tuple:
+    wx, r, bias, resets, *state, _ = slstm(dtype, True)
+    return wx, r, bias, resets if with_state else None, *state, "batched"
 
 
 def conv(dtype: torch.dtype, with_state: bool) -> tuple:
@@ -97,6 +107,7 @@ OPERATORS = {
     "mlstm": (lambda: torch.ops.xlstm_lm.mlstm_forward.default, mlstm, HALF),
     "mlstm_chunkwise": (lambda: chunkwise.forward.operator, mlstm_chunkwise, HALF),
     "slstm": (lambda: torch.ops.xlstm_lm.slstm_forward.default, slstm, WHOLE),
+    "slstm_fused": (lambda: fused.forward.operator, slstm_fused, WHOLE),
     "conv": (lambda: torch.ops.xlstm_lm.conv_forward.default, conv, HALF),
     "conv_shifts": (lambda: shifts.forward.operator, conv_shifts, HALF),
     "scan": (lambda: torch.ops.xlstm_lm.scan_forward.default, scan, HALF),
@@ -118,3 +129,39 @@ def test_opcheck(name: str, dtype: torch.dtype, with_state: bool) -> None:
     operator, make_inputs, _ = OPERATORS[name]
     tolerance = {"rtol": 1e-2, "atol": 1e-2} if dtype == torch.bfloat16 else {}
     torch.library.opcheck(operator(), make_inputs(dtype, with_state), **tolerance)
+
+
+def test_a_copy_of_an_operator_keeps_its_own_function() -> None:
+    """An exported model brings sources of its own, beside those of the package."""
+
+    def make(factor: int):
+        def times(x: Tensor) -> Tensor:
+            return factor * x
+
+        return custom_operator("times_for_a_test", times, torch.empty_like)
+
+    doubled, tripled = make(2), make(3)
+    assert doubled.operator.name() != tripled.operator.name()
+    assert doubled(torch.ones(())) == 2 and tripled(torch.ones(())) == 3
+
+
+def test_an_operator_is_differentiable_once() -> None:
+    hidden, weight, targets = token_losses(torch.float64, False)[:3]
+    loss_sum = loss.linear_cross_entropy(hidden, weight, targets, reduction="sum")
+    (gradient,) = torch.autograd.grad(loss_sum.square(), hidden, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
+def test_a_step_does_not_import_dynamo() -> None:
+    """It takes a second or two, and most programs never compile."""
+    step = """
+import sys, torch
+from xlstm_lm.models import XLSTMConfig, build_model
+pattern = ["mlstm", "slstm", "mlstm_paper"]
+model = build_model(XLSTMConfig(vocab_size=9, embedding_dim=16, num_heads=2, num_blocks=3, pattern=pattern))
+tokens = torch.zeros(1, 4, dtype=torch.int64)
+model.loss(model(tokens), tokens).backward()
+assert "torch._dynamo" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", step], check=True)

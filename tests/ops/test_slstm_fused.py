@@ -165,11 +165,11 @@ def test_the_operators_are_what_they_say(dtype):
     bias = bias.detach().to(c.dtype).requires_grad_()
     inputs = (wx, r, bias, resets, y, c, n, m, "batched")
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(fused.forward, inputs, test_utils=checks)
+    torch.library.opcheck(fused.forward.operator, inputs, test_utils=checks)
     out, checkpoints, *_ = (each.detach() for each in fused.forward(*inputs))
     of_backward = (wx, r, bias, resets, y, out, checkpoints, out, y, c, n, "batched")
     of_backward = tuple(each.detach() if isinstance(each, torch.Tensor) else each for each in of_backward)
-    torch.library.opcheck(fused.backward, of_backward, test_utils=("test_schema", "test_faketensor"))
+    torch.library.opcheck(fused.backward.operator, of_backward, test_utils=("test_schema", "test_faketensor"))
 
 
 @pytest.mark.parametrize("backend", ["batched", "compiled"])

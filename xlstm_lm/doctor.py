@@ -21,6 +21,7 @@ from xlstm_lm.ops import mlstm as mlstm_ops
 from xlstm_lm.ops import selective_scan as scan_ops
 from xlstm_lm.ops import slstm as slstm_ops
 from xlstm_lm.ops import ssd as ssd_ops
+from xlstm_lm.ops.assembler import compilers
 from xlstm_lm.ops.loss import linear_cross_entropy
 from xlstm_lm.ops.native import KernelsUnavailableError
 from xlstm_lm.ops.selfcheck import (
@@ -216,6 +217,8 @@ def _devices() -> list[str]:
     for index in range(torch.cuda.device_count()):
         gpu = torch.cuda.get_device_properties(index)
         lines.append(f"GPU {index}: {gpu.name}, {gpu.total_memory / 2**30:.0f} GiB, sm_{gpu.major}{gpu.minor}")
+        ptxas = compilers(torch.device("cuda", index))["ptxas"]
+        lines[-1] += f", Triton assembles with ptxas {ptxas}" if ptxas else ""
     return lines
 
 

@@ -22,6 +22,7 @@ from xlstm_lm.base.machine import cpu_name, git_commit
 from xlstm_lm.base.outputs import contents
 from xlstm_lm.base.paths import user_path
 from xlstm_lm.base.run_layout import checkpoint_folders, has_metrics, has_trained
+from xlstm_lm.ops.assembler import compilers
 from xlstm_lm.parallel.process_group import World
 from xlstm_lm.recipe import dotted_items, with_current_names
 from xlstm_lm.runs.folder import RunFolder
@@ -239,6 +240,7 @@ def record_environment(run_dir: Path, world: World, step: int, kernels: dict[str
             "cpu_count": os.cpu_count(),
             "torch_threads": torch.get_num_threads(),
             "kernels": kernels,
+            "compilers": compilers(world.device),
         }
     )
     replace_durably(path, json.dumps({"sessions": sessions}, indent=2).encode())

@@ -25,6 +25,7 @@ import torch
 
 from eval.journal import Journal
 from xlstm_lm.base.machine import cpu_name, git_commit
+from xlstm_lm.ops.assembler import compilers
 
 Step = Callable[[], object]
 FLUSHED_BYTES = 2**29
@@ -220,7 +221,7 @@ def environment(device: str) -> dict[str, Any]:
         "git_commit": git_commit(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "triton": version("triton"),
+        **compilers(torch.device(device)),
         "cuda": torch.version.cuda,
         "device": device,
         "device_name": torch.cuda.get_device_name() if device == "cuda" else _processor(),

@@ -45,6 +45,8 @@ class Row:
     direction: str
     milliseconds: float | None = None
     spread_milliseconds: float | None = None
+    host_milliseconds: float | None = None
+    """The host's own time to launch it on a GPU."""
     ratio: float | None = None
     """To the first contender of the table that was timed."""
     teraflops: float | None = None
@@ -148,6 +150,7 @@ def _fill(row: Row, case: Case, contender: Contender, timing: Timing, first: Tim
     operations *= 3 if case.backward else 1
     moved = contender.moved_bytes if contender.moved_bytes is not None else case.moved_bytes()
     row.milliseconds, row.spread_milliseconds = timing.milliseconds, timing.spread_milliseconds
+    row.host_milliseconds = timing.host_milliseconds
     row.ratio = timing.milliseconds / first.milliseconds
     row.teraflops, row.gigabytes = operations / seconds / 1e12, moved / seconds / 1e9
     row.roofline_share = ceilings.share(operations, moved, seconds)
@@ -167,6 +170,8 @@ def as_markdown(rows: list[Row]) -> str:
 
     for row in rows:
         timing = "" if row.milliseconds is None else f"{row.milliseconds:.3f} ± {row.spread_milliseconds:.3f}"
+        if row.host_milliseconds is not None:
+            timing += f", host {row.host_milliseconds:.3f}"
         if steps and row.milliseconds is not None:
             timing += f" ({row.milliseconds * 1e3 / int(steps):.2f} µs a step)"
         cells = (

@@ -20,6 +20,8 @@ from unittest import mock
 
 import torch
 
+from xlstm_lm.ops.sass import disassembled, hazards
+
 MATRIX_INSTRUCTIONS = ("HGMMA", "UTCHMMA", "HMMA", "FFMA")
 TENSOR_MEMORY = 512
 """Columns that a multiprocessor of sm_100 has. Nothing but the launch itself refuses more."""
@@ -100,7 +102,7 @@ class CudaCall:
         start = time.perf_counter()
         cubin = self.binary(target)
         seconds = time.perf_counter() - start
-        usage = _cuobjdump("-res-usage", cubin)
+        usage = _resources(cubin)
         registers, local, shared = (
             max(int(x) for x in re.findall(rf"\b{name}:(\d+)", usage)) for name in ("REG", "STACK", "SHARED")
         )
@@ -175,18 +177,22 @@ def _assembled(ptx: str, capability: int) -> dict[str, int]:
     }
 
 
-def _disassembled(cubin: bytes) -> dict[str, dict[str, int]]:
-    """How often each matrix instruction stands in the machine code."""
-    found = re.findall(r"\*/\s+(?:@!?U?P\d+\s+)?([A-Z][A-Z0-9_]*)", _cuobjdump("-sass", cubin))
+def _disassembled(cubin: bytes) -> dict[str, Any]:
+    """Counts of each matrix instruction in the machine code; a problem where it touches a product in flight."""
+    listing = disassembled(cubin)
+    found = re.findall(r"\*/\s+(?:@!?U?P\d+\s+)?([A-Z][A-Z0-9_]*)", listing)
     counts = {name: sum(each.startswith(name) for each in found) for name in MATRIX_INSTRUCTIONS}
-    return {"instructions": {name: count for name, count in counts.items() if count}}
+    result: dict[str, Any] = {"instructions": {name: count for name, count in counts.items() if count}}
+    hazard = next(hazards(listing), None)
+    return result if hazard is None else result | {"problem": hazard}
 
 
-def _cuobjdump(what: str, cubin: bytes) -> str:
+def _resources(cubin: bytes) -> str:
+    """The registers, stack and shared memory of the functions in a binary, as cuobjdump prints them."""
     import triton
 
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        return subprocess.run([tool, what, file.name], capture_output=True, text=True).stdout
+        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout

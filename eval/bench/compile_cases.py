@@ -1,7 +1,7 @@
 """The configurations of each operation that we ship, as the kernels that each launches.
 
 An operation is an entry of `CASES`: a function without arguments that returns its cases. A case's `calls(target)` gives
-the kernels launched on "sm_80", "sm_90", "sm_100" or "gfx942" (none where the operation has no kernel for it):
+the kernels launched on "sm_80" or another of `gpu.ARCHITECTURES` (none where the operation has no kernel for it):
 
     Case("slstm D64 bfloat16", lambda target: recorded(lambda: launch_forward(...tensors of device "meta"...)))
     Case("slstm cluster D256", lambda target: [CudaCall(kernel=..., launch=..., binary=..., dynamic_shared_bytes=...)])
@@ -19,6 +19,10 @@ from unittest import mock
 import torch
 
 from eval.bench.compile_calls import CudaCall, TritonCall, recorded
+from eval.bench.speed_models import PRESETS
+from xlstm_lm.models import XLSTMConfig
+from xlstm_lm.models.accounting import model_config
+from xlstm_lm.ops.gpu import ARCHITECTURES, KIB
 
 Calls = Callable[[str], Sequence[TritonCall | CudaCall]]
 
@@ -38,6 +42,7 @@ def _mlstm_calls(
     """Every kernel that a forward and a backward pass launches, in a long sequence; with `state` from one and to one,
     with `sigmoid` as the field has it beside that gate: without a normalizer."""
     from xlstm_lm.ops.mlstm import triton_op
+    from xlstm_lm.ops.mlstm.triton_launch import widest
 
     B, T, H = 2, 8192, 4
     meta = partial(torch.empty, device="meta")
@@ -57,11 +62,33 @@ def _mlstm_calls(
         )  # fmt: skip
 
     with mock.patch.object(triton_op, "architecture", lambda device: target):
-        return recorded(both)
+        return recorded(both) if max(K, V) <= widest(target) else []
+
+
+def preset_configurations() -> list[XLSTMConfig]:
+    """The configuration of every preset that has an mLSTM or an sLSTM."""
+    configurations = (model_config(path) for path in sorted(PRESETS.glob("*.yaml")))
+    return [each for each in configurations if isinstance(each, XLSTMConfig)]
+
+
+def preset_mlstm_heads() -> set[tuple[int, int]]:
+    """K and V of the mLSTM's heads in all presets."""
+    heads = set()
+    for config in preset_configurations():
+        widths = {"mlstm": (config.qk_dim, config.v_dim), "mlstm_paper": (config.paper_inner_dim,) * 2}
+        kinds = set(config.block_kinds())
+        heads |= {(K // config.num_heads, V // config.num_heads) for kind, (K, V) in widths.items() if kind in kinds}
+    return heads
+
+
+def preset_slstm_heads() -> set[int]:
+    """Units of the sLSTM's heads in all presets."""
+    return {each.embedding_dim // each.num_heads for each in preset_configurations() if "slstm" in each.block_kinds()}
 
 
 def mlstm_cases() -> list[Case]:
-    """The heads of our models and of the published ones, two whose sizes are no powers of two, and every option."""
+    """The heads of all presets in bfloat16; and in every type and with every option those of the published models and
+    two whose sizes are no powers of two. Nothing where the kernels refuse them."""
     bf16 = torch.bfloat16
     cases = [
         Case("mlstm K256 V512 bfloat16", partial(_mlstm_calls, 256, 512, bf16, resets=False)),
@@ -72,6 +99,8 @@ def mlstm_cases() -> list[Case]:
         for dtype in (bf16, torch.float16, torch.float32):
             name = f"mlstm K{K} V{V} {str(dtype).removeprefix('torch.')} resets"
             cases.append(Case(name, partial(_mlstm_calls, K, V, dtype, resets=True), (K, dtype) == (256, bf16)))
+    for K, V in sorted(preset_mlstm_heads()):
+        cases.append(Case(f"mlstm K{K} V{V} bfloat16 preset", partial(_mlstm_calls, K, V, bf16, resets=True)))
     return cases
 
 
@@ -99,7 +128,7 @@ def _slstm_cluster_calls(D: int, dtype: torch.dtype, target: str) -> list[CudaCa
     """Both passes, with one and with two groups of eight sequences a cluster where there is room for them."""
     from xlstm_lm.ops.slstm.cluster import DIRECTIONS, Layout
 
-    if target not in ("sm_90", "sm_100"):
+    if ARCHITECTURES[target].launches not in ("sm_90", "sm_100"):
         return []
     layouts = [Layout(direction=each, D=D, dtype=dtype, tiles=tiles) for each in DIRECTIONS for tiles in (1, 2)]
     return [
@@ -110,7 +139,7 @@ def _slstm_cluster_calls(D: int, dtype: torch.dtype, target: str) -> list[CudaCa
             dynamic_shared_bytes=layout.shared_bytes,
         )
         for layout in layouts
-        if layout.tiles == 1 or layout.shared_bytes <= 226 * 1024
+        if layout.tiles == 1 or layout.shared_bytes + KIB <= ARCHITECTURES[target].shared_bytes
     ]
 
 
@@ -118,7 +147,7 @@ def slstm_cluster_cases() -> list[Case]:
     """Heads beyond what one multiprocessor holds, and two that it would."""
     cases = []
     for dtype, widths in {
-        torch.bfloat16: (64, 128, 160, 192, 256, 320, 384, 512),
+        torch.bfloat16: sorted({64, 128, 160, 192, 256, 320, 384, 512} | preset_slstm_heads()),
         torch.float16: (256, 512),
         torch.float32: (128, 192, 256),
     }.items():
@@ -174,7 +203,7 @@ def slstm_cases() -> list[Case]:
         for dtype in (torch.bfloat16, torch.float32)
     ]
     for dtype, widths in {
-        torch.bfloat16: (24, 64, 80, 128),
+        torch.bfloat16: sorted({24, 64, 80, 128} | preset_slstm_heads()),
         torch.float16: (64, 128),
         torch.float32: (24, 32),
     }.items():

@@ -1,7 +1,8 @@
 """How the studies of speed measure: contenders that take turns, medians with their spread, and the machine's ceilings.
 
-On a GPU a step is timed by events on the device, and before each the L2 cache is filled with something else. That
-takes longer than the host needs to launch a step, so that the launches themselves do not count. On a CPU a step on one
+On a GPU a step is timed by events on the device. Before each step the caches are filled with something else, and the
+device waits while the host launches the step, so the launches do not count as long as they take less than the wait. The
+host's own time is reported beside. On a CPU a step on one
 thread is timed by what the processor spends on this process, so that what others have it do in between does not count.
 """
 
@@ -23,8 +24,10 @@ from eval.study.journal import Journal
 from xlstm_lm.base import machine
 
 Step = Callable[[], object]
-FLUSHED_BYTES = 2**30
-"""Written between two steps on a GPU: far more than any L2 cache, and a third of a millisecond's work on an H100."""
+FLUSHED_BYTES = 2**29
+"""Written between two steps on a GPU: twice the largest cache, the 256 MiB of an MI300X."""
+HEAD_START = 5e-3
+"""Seconds that a GPU waits before a step: several times what the host needs for the 50 or so launches of a kernel."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -39,24 +42,38 @@ class Timing:
 
     milliseconds: float
     spread_milliseconds: float
+    host_milliseconds: float | None = None
+    """Median of the host's own time to launch a step on a GPU; None on a CPU. Above `HEAD_START` it is part of the
+    measured time."""
 
 
-def summarize(seconds: list[float]) -> Timing:
-    """Median and spread of measured seconds."""
+def summarize(seconds: list[float], host_seconds: list[float] | None = None) -> Timing:
+    """Median and spread of measured seconds, and the median of the host's."""
     median = statistics.median(seconds)
     spread = statistics.median(abs(second - median) for second in seconds)
-    return Timing(median * 1e3, spread * 1e3)
+    return Timing(median * 1e3, spread * 1e3, statistics.median(host_seconds) * 1e3 if host_seconds else None)
 
 
-def measure(steps: dict[str, Step], rounds: int, device: str, warm_up: int = 1) -> dict[str, list[float]]:
-    """Seconds of each step in each round, the steps taking turns; `warm_up` more rounds before are not counted."""
-    run = _by_events if device == "cuda" else functools.partial(_by_a_clock, clock(device))
+def measure(
+    steps: dict[str, Step],
+    rounds: int,
+    device: str,
+    warm_up: int = 1,
+    host_seconds: dict[str, list[float]] | None = None,
+) -> dict[str, list[float]]:
+    """Seconds of each step in each round, the steps taking turns; `warm_up` more rounds before are not counted.
+
+    On a GPU, the host's seconds for the same steps are added to `host_seconds`.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for round_index in range(warm_up + rounds):
         for name, step in steps.items():
-            elapsed = run(step)
-            if round_index >= warm_up:
-                seconds[name].append(elapsed)
+            elapsed, by_host = _by_events(step) if device == "cuda" else (_by_a_clock(clock(device), step), None)
+            if round_index < warm_up:
+                continue
+            seconds[name].append(elapsed)
+            if by_host is not None and host_seconds is not None:
+                host_seconds.setdefault(name, []).append(by_host)
     return seconds
 
 
@@ -105,7 +122,9 @@ def take_turns(
         first_round = measure(steps, 1, device, warm_up=0)
         total = sum(each[0] for each in first_round.values())
         rounds = max(3, min(rounds, int(seconds / total))) if steps else 0
-        outcomes |= {name: summarize(each) for name, each in measure(steps, rounds, device, warm_up=0).items()}
+        host: dict[str, list[float]] = {}
+        measured = measure(steps, rounds, device, warm_up=0, host_seconds=host)
+        outcomes |= {name: summarize(each, host.get(name)) for name, each in measured.items()}
     except Exception as caught:
         journal.died(one_line(caught))
         if device == "cuda":
@@ -138,16 +157,33 @@ def _by_a_clock(now: Callable[[], float], step: Step) -> float:
     return now() - start
 
 
-def _by_events(step: Step) -> float:
+def _by_events(step: Step) -> tuple[float, float]:
+    """Seconds of a step on the GPU, and of the host to launch it."""
     size = min(FLUSHED_BYTES, torch.cuda.get_device_properties(0).total_memory // 16)
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
     torch.empty(size, dtype=torch.uint8, device="cuda").zero_()
+    torch.cuda._sleep(_cycles(HEAD_START))
     start.record()
+    before = time.perf_counter()
     step()
+    by_host = time.perf_counter() - before
     end.record()
     end.synchronize()
-    return start.elapsed_time(end) / 1e3
+    return start.elapsed_time(end) / 1e3, by_host
+
+
+@functools.cache
+def _cycles(seconds: float) -> int:
+    """The cycles of the GPU's clock in so many seconds, measured once."""
+    trial = 10**7
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda._sleep(trial)  # the first launch takes longer
+    start.record()
+    torch.cuda._sleep(trial)
+    end.record()
+    end.synchronize()
+    return int(trial * seconds / (start.elapsed_time(end) / 1e3))
 
 
 @dataclass(frozen=True)

@@ -27,17 +27,9 @@ def test_a_package_that_is_not_installed_has_no_version():
     assert machine.version("a-package-that-nobody-has") is None
 
 
-@pytest.mark.parametrize(
-    ("printed", "release"), [("Cuda compilation tools, release 12.8, V12.8.93", "12.8"), ("", None)]
-)
-def test_the_assembler_is_asked_for_its_release(printed, release, tmp_path, monkeypatch):
-    ptxas = tmp_path / "ptxas"
-    ptxas.write_text(f"#!/bin/sh\necho '{printed}'\n")
-    ptxas.chmod(0o755)
-    monkeypatch.setenv("TRITON_PTXAS_PATH", str(ptxas))
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    monkeypatch.setattr("shutil.which", lambda name: None)
-    assert machine.assembler() == release
+def test_the_assembler_has_the_version_that_triton_would_use():
+    pytest.importorskip("triton")
+    assert tuple(int(part) for part in machine.assembler(90).split(".")) >= (12, 8)
 
 
 def test_no_other_file_looks_versions_up():

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
-import importlib.util
 import os
 import platform
-import re
-import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -80,19 +78,20 @@ def version(package: str) -> str | None:
         return None
 
 
-def assembler() -> str | None:
-    """Release of the assembler that Triton turns GPU code into machine code with, such as 12.8; None without one."""
-    triton = importlib.util.find_spec("triton")
-    bundled = Path(triton.origin).parent / "backends/nvidia/bin/ptxas" if triton and triton.origin else None
-    for path in (os.environ.get("TRITON_PTXAS_PATH"), bundled, shutil.which("ptxas")):
-        if path and Path(path).is_file():
-            try:
-                text = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=20).stdout
-            except (OSError, subprocess.SubprocessError):
-                continue
-            if release := re.search(r"release ([\d.]+)", text):
-                return release[1]
-    return None
+@functools.cache
+def assembler(capability: int) -> str | None:
+    """Version of the assembler with which Triton writes machine code for a compute capability, such as 90 for 9.0.
+
+    None without Triton, or where it finds no such tool.
+    """
+    if version("triton") is None:
+        return None
+    from triton.backends.nvidia.compiler import get_ptxas
+
+    try:
+        return get_ptxas(capability).version
+    except RuntimeError:
+        return None
 
 
 def environment(device: torch.device) -> dict[str, Any]:
@@ -101,13 +100,17 @@ def environment(device: torch.device) -> dict[str, Any]:
     Args:
         device: the device that it computes on.
     """
+    capability = 0
+    if device.type == "cuda" and torch.version.cuda:
+        major, minor = torch.cuda.get_device_capability(device)
+        capability = 10 * major + minor
     return {
         "git_commit": git_commit(),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "versions": {name: version(name) for name in PACKAGES},
         "cuda": torch.version.cuda,
-        "assembler": assembler(),
+        "assembler": assembler(capability) if capability else None,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "cpu_count": os.cpu_count(),

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 
+from xlstm_lm.ops.assembler import why_not_chained
 from xlstm_lm.ops.compiling import constant_result
 from xlstm_lm.ops.gpu import ARCHITECTURES, KIB, architecture, padded, processors, why_no_launches
 
@@ -135,7 +136,7 @@ def why_not_step(dtype: torch.dtype, device: torch.device) -> str | None:
 @functools.cache
 def why_not(K: int, V: int, dtype: torch.dtype, device: torch.device) -> str | None:
     """The reason why the Triton kernels do not train heads of K x V in `dtype` on a device; None if they do."""
-    problem = why_not_step(dtype, device)
+    problem = why_not_step(dtype, device) or why_not_chained(device)
     if problem is not None:
         return problem
     name = architecture(device)

@@ -13,13 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from xlstm_lm.ops.assembler import check_machine_code
 from xlstm_lm.ops.gpu import architecture
 from xlstm_lm.ops.mlstm.recurrence import State, unit_stabilizer
 from xlstm_lm.ops.mlstm.triton_gates import LOG2E, Gates, count_resets, gate_gradients, make_gates
 from xlstm_lm.ops.mlstm.triton_launch import SHORTEST, launches, make_plan, why_not
-from xlstm_lm.ops.mlstm.triton_scores import dscores, scores
-from xlstm_lm.ops.mlstm.triton_states import border_normalizers, border_states
-from xlstm_lm.ops.mlstm.triton_walk import walk
+from xlstm_lm.ops.mlstm.triton_scores import dscores, dscores_kernel, scores, scores_kernel
+from xlstm_lm.ops.mlstm.triton_states import border_normalizers, border_states, contributions_kernel
+from xlstm_lm.ops.mlstm.triton_walk import walk, walk_kernel
 
 
 def mlstm_triton(
@@ -101,6 +102,7 @@ def launch_forward(
         weights, x_divided, d = scores(q, k, normalizers, gates, plan, normalize=normalize, eps=eps)
         states = border_states(k, v, gates, C, plan, chosen.states, x_query_BHT=x_divided, to_the_end=return_state)
         h, _ = walk(q, k, v, v, weights, states, gates, x_divided, plan, chosen.forward, transposed=False)
+        check_machine_code((scores_kernel, contributions_kernel, walk_kernel), q.device)
         last = (states[:, :, -1].clone(), normalizers[:, :, -1].clone(), gates.m_BHT1[..., -1] / LOG2E.value)
         if not return_state:
             last = tuple(d.new_empty(0) for _ in range(3))
@@ -167,6 +169,7 @@ def launch_backward(
             other_BTHW=k,
         )  # fmt: skip
         dv, _ = walk(k, q, dh, v, weights, dstates, **shared, launch=chosen.dv, transposed=False, reverse=True)
+        check_machine_code((dscores_kernel, contributions_kernel, walk_kernel), q.device)
         products = None
         if plan.supers(T) > 1 or has_last:
             at = torch.arange(plan.supers(T) + 1, device=q.device).mul(plan.chunks).clamp(max=n_all.shape[2] - 1)

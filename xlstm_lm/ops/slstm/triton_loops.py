@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from xlstm_lm.ops.assembler import check_machine_code
 from xlstm_lm.ops.gpu import ARCHITECTURES, KIB, architecture, padded, processors, why_no_launches
 from xlstm_lm.ops.slstm.fused import CHECKPOINT_STEPS
 from xlstm_lm.ops.slstm.recurrence import SLSTMState
@@ -267,6 +268,7 @@ def forward_loop(
         STAGES=3,
         num_warps=launch.warps,
     )
+    check_machine_code((forward_loop_kernel,), y_BTHD.device)
     return y_BTHD, checkpoints_NSBHD, tuple(part.clone() for part in last_SBHD)
 
 
@@ -300,4 +302,5 @@ def backward_loop(
         STAGES=launch.stages,
         num_warps=launch.warps,
     )
+    check_machine_code((backward_loop_kernel,), dy_BTHD.device)
     return dgates_BTGHD, from_shares(*dfirst_SBHD, kept)

@@ -32,6 +32,7 @@ KINDS = {
     "text": Kind(reader=f"{_READERS}:read_whole_files", look=f"{_LOCAL}:point_out_json", one_document_a_file=True),
     "text_lines": Kind(reader=f"{_READERS}:read_lines", look=f"{_LOCAL}:point_out_json"),
     "jsonl": Kind(reader=f"{_READERS}:read_lines", has_text_field=True),
+    "csv": Kind(reader="xlstm_lm.data.sources.delimited:read_csv", has_text_field=True),
     "parquet": Kind(reader=f"{_READERS}:read_rows", look=f"{_LOCAL}:check_column", has_text_field=True),
     "hub": Kind(source="xlstm_lm.data.sources.hub:HubSource", takes_paths=False, has_text_field=True),
     "python_stdlib": Kind(reader=f"{_READERS}:read_whole_files", takes_paths=False, one_document_a_file=True),
@@ -44,7 +45,7 @@ class SourceConfig:
     """One source of documents in a mixture."""
 
     kind: Literal[*KINDS] = "text"
-    """One document a file (text), line (text_lines), JSON object (jsonl) or row (parquet); the hub; Python's source."""
+    """One document a file (text), line (text_lines), object (jsonl) or row (csv, parquet); the hub; Python's source."""
     paths: list[str] = field(default_factory=list)
     """Local files or glob patterns (** goes into folders, ~ is the home folder); a name that exists is no pattern. Text
     and JSON lines may be compressed by gzip, bzip2, xz or zstd, whatever the name."""
@@ -59,7 +60,7 @@ class SourceConfig:
     split: str = "train"
     """Split of the hub data set; for python_stdlib train, or validation for the files held out of it (1 in 16)."""
     text_field: str = "text"
-    """Field or column that holds the text (kinds jsonl, parquet, hub)."""
+    """Field or column that holds the text (kinds jsonl, csv, parquet, hub)."""
     weight: Annotated[float, Range(0, 1e15, open_below=True)] = 1.0
     """Share of the training tokens, relative to the other sources' weights."""
     on_bad_document: Literal["error", "skip"] = "error"

@@ -77,7 +77,7 @@ class Checkpoint:
 
     @property
     def is_imported(self) -> bool:
-        """Whether it holds weights from elsewhere and nothing of a run."""
+        """True for an imported model: weights alone, and nothing of a run."""
         return "imported_from" in self.state
 
     def config(self) -> dict[str, Any]:
@@ -98,7 +98,7 @@ class Checkpoint:
         return self._read("model", names)
 
     def moments(self, names: list[str]) -> Iterator[tuple[str, Tensor]]:
-        """As `weights`, of AdamW's moments, which are named NAME.exp_avg and NAME.exp_avg_sq."""
+        """Name and float32 tensor of each of AdamW's moments, which are named NAME.exp_avg and NAME.exp_avg_sq."""
         return self._read("optimizer", names)
 
     def random_state(self, rank: int) -> bytes | None:
@@ -148,7 +148,7 @@ def _format_of(folder: Path) -> int:
 
 
 def damage(folder: Path) -> str:
-    """What is wrong with a checkpoint, naming the file; empty if it is intact."""
+    """Describe the damage of a checkpoint, naming the file; empty if it is intact."""
     manifest_path = folder / MANIFEST
     if not manifest_path.is_file():
         return f"{folder} is not a checkpoint: it has no manifest.json."

@@ -176,7 +176,7 @@ class LibraryLog:
         return len(text)
 
     def held(self) -> str:
-        """What no file has yet."""
+        """Output that no file has yet."""
         with self._lock:
             return "".join(self._held)
 

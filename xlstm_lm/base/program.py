@@ -1,4 +1,4 @@
-"""How a command begins and ends: one message and the right exit code, whatever stops it."""
+"""Begin and end of a command: one message and the right exit code, whatever stops it."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ class Line:
     problem: str
     """The problem with it; empty if there is none."""
     is_torn: bool
-    """Whether it is a damaged last line without its line feed, as a killed writer leaves it."""
+    """True for a damaged last line without its line feed, as a killed writer leaves it."""
 
 
 def read_json(

@@ -145,7 +145,7 @@ class DealtSource:
         return block, None
 
     def marks(self, shard: int, states: Iterable[dict[str, Any]], lanes: Iterable[int]) -> dict[int, int] | None:
-        """How much of a shard the given lanes have read, each standing at its state of this source.
+        """Positions in a shard up to which the given lanes have read, each at its state of this source.
 
         Returns:
             the checksum at each number of documents after which a lane has stopped; empty if no lane has begun with the

@@ -196,7 +196,7 @@ class TrainingStream:
 
     @property
     def epoch(self) -> int:
-        """How many times the owned lane and source that are furthest back have been read from end to end."""
+        """Number of complete passes over the source that is furthest behind, among all owned lanes."""
         return min(source["epoch"] for state in self._states.values() for source in state["sources"])
 
     @property

@@ -26,7 +26,7 @@ class IncrementalDecoder(Protocol):
 
 
 class Tokenizer(Protocol):
-    """What the rest of the program asks of a tokenizer."""
+    """Interface of every tokenizer."""
 
     vocab_size: int
     """Number of ids; every id is below it."""

@@ -1,4 +1,4 @@
-"""What a run trains on: the documents of its data section, or whatever else gives rows of tokens in lanes."""
+"""Training data: the documents of a data section, or another source of token rows in lanes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from xlstm_lm.data.validation import validation_batches
 
 
 class Vocabulary(Protocol):
-    """What training asks of a tokenizer, and of what stands in for one where the tokens are no text."""
+    """Interface of a tokenizer, or of its substitute where tokens are no text."""
 
     vocab_size: int
     """Number of ids; every id is below it."""
@@ -46,7 +46,7 @@ class TrainingData(Protocol):
     """Training and held-out rows. What lane and seed give must not depend on who reads the other lanes."""
 
     tokenizer: Vocabulary
-    """What the tokens are."""
+    """Description of the tokens."""
 
     def stream(self, lanes: range, seed: int) -> Stream:
         """The rows of the lanes of one rank."""

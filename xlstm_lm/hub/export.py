@@ -46,7 +46,7 @@ FORMATS: dict[str, tuple[ExportFormat, ...]] = {
 
 @dataclass(frozen=True)
 class Exported:
-    """What `export` has made."""
+    """Result of `export`."""
 
     folder: Path
     export_format: ExportFormat

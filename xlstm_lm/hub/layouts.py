@@ -48,11 +48,11 @@ class Layout:
     """One layout."""
 
     description: str
-    """What it is called in messages."""
+    """Name in messages."""
     recognises: Callable[[Path], bool]
-    """Whether a path holds it; looks at file names and `config.json` alone."""
+    """Test of a path by file names and `config.json` alone."""
     read: Callable[[Path], StoredModel]
-    """Reads it. Raises ValueError where something is missing, damaged or not of this layout."""
+    """Reader. Raises ValueError where something is missing, damaged or not of this layout."""
 
 
 def model_config(values: Any, origin: Path) -> Any:

@@ -75,7 +75,7 @@ class Checkpoint:
 
     @property
     def is_imported(self) -> bool:
-        """Whether it holds weights from elsewhere and nothing of a run."""
+        """True for an imported model: weights alone, and nothing of a run."""
         return "imported_from" in self.state
 
     @property
@@ -151,7 +151,7 @@ def _format_of(folder: Path) -> int:
 
 
 def damage(folder: Path) -> str:
-    """What is wrong with a checkpoint, naming the file; empty if it is intact."""
+    """Describe the damage of a checkpoint, naming the file; empty if it is intact."""
     manifest_path = folder / MANIFEST
     if not manifest_path.is_file():
         return f"{folder} is not a checkpoint: it has no manifest.json."

@@ -18,9 +18,9 @@ class Kind:
     source: str = f"{_LOCAL}:FileSource"
     """The `Source` that opens it."""
     reader: str = ""
-    """For files: the generator of their records, as those in `xlstm_lm.data.sources.readers`."""
+    """Generator of the records of files, as those in `xlstm_lm.data.sources.readers`."""
     look: str = ""
-    """For files: a function of the opened source that looks into them and refuses or announces; empty for none."""
+    """Function of an opened `FileSource` that inspects its files and refuses or announces; empty for none."""
     takes_paths: bool = True
     """Whether `paths` name its files."""
     one_document_a_file: bool = False
@@ -45,7 +45,7 @@ class SourceConfig:
     """One source of documents in a mixture."""
 
     kind: Literal[*KINDS] = "text"
-    """One document a file (text), line (text_lines), JSON object (jsonl), row (csv, parquet); or hub, python_stdlib."""
+    """One document a file (text), line (text_lines), object (jsonl) or row (csv, parquet); the hub; Python's source."""
     paths: list[str] = field(default_factory=list)
     """Local files or glob patterns (** goes into folders, ~ is the home folder); a name that exists is no pattern. Text
     and JSON lines may be compressed by gzip, bzip2, xz or zstd, whatever the name."""
@@ -67,7 +67,7 @@ class SourceConfig:
     """Whether a document that is not UTF-8, not JSON, without text or not encodable stops the run, or is skipped and
     counted."""
     retry_seconds: NonNegative = 600.0
-    """How long to go on asking when the hub does not answer (kind hub)."""
+    """Seconds of retries while the hub does not answer (kind hub)."""
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -88,7 +88,7 @@ class SourceConfig:
 
     @property
     def description(self) -> str:
-        """How messages call the source."""
+        """Name of the source in messages."""
         if self.kind == "hub":
             return f"hub data set {self.dataset}"
         return "python_stdlib" if self.kind == "python_stdlib" else f"{self.kind} {', '.join(self.paths)}"

@@ -90,9 +90,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if options.out:
             write_results(options.out, written)
             print(f"\nWrote {options.out}")
-            if options.extrapolate or options.context_lengths:
-                draw_extrapolation(results, options.out.with_suffix(".png"))
-                print(f"Wrote {options.out.with_suffix('.png')}")
+            picture = options.out.with_suffix(".png")
+            if (options.extrapolate or options.context_lengths) and draw_extrapolation(results, picture):
+                print(f"Wrote {picture}")
 
 
 def _measure_one(

@@ -131,13 +131,9 @@ def _run_result(runs: Runs, run: PlannedRun, section: Any, is_final: bool) -> Ru
         tokens_per_second=statistics.median(speeds) if speeds else None,
         curve=[
             CurvePoint(
-                step=each["step"],
-                tokens=each["tokens"],
                 flops=each["tokens"] * flops,
                 seconds=each["elapsed_seconds"],
-                loss=each["loss"],
-                bits_per_byte=each["bits_per_byte"],
-                perplexity=each["perplexity"],
+                **{name: each[name] for name in ("step", "tokens", "loss", "bits_per_byte", "perplexity")},
             )
             for each in state.records
             if each["split"] == "validation" and each["loss"] is not None

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
+
+from eval.study.picture import draw_panels, spread_out
 
 COLORS = ("#8c8c8c", "#1f77b4", "#d62728", "#ff7f0e", "#2ca02c", "#7b3fb5", "#111111", "#f08cb4", "#00b3c8")
 LOWEST, HIGHEST = 1e-10, 10.0
@@ -23,13 +22,12 @@ NEAR_EDGE = 0.85
 OUTLINE = [withStroke(linewidth=3, foreground="white")]
 
 
-def draw_reach(reaches: list[dict[str, Any]], path: Path) -> None:
+def draw_reach(reaches: list[dict[str, Any]], path: Path) -> bool:
     """Median of g(k) / g(0) over k, of `eval.gradient_reach.reach.Reach` as mappings."""
     stages = list(dict.fromkeys(reach["stage"] for reach in reaches))
     names = list(dict.fromkeys(reach["name"] for reach in reaches))
-    figure = Figure(figsize=(1 + 6.4 * len(stages), 5.4), layout="constrained")
-    FigureCanvasAgg(figure)
-    for axes, stage in zip(figure.subplots(1, len(stages), squeeze=False)[0], stages, strict=True):
+
+    def fill(axes: Axes, stage: str) -> None:
         curves = {}
         for reach in reaches:
             if reach["stage"] == stage:
@@ -39,9 +37,10 @@ def draw_reach(reaches: list[dict[str, Any]], path: Path) -> None:
         _panel(axes, curves, names)
         axes.set_title(stage, fontsize="large")
         axes.set_xlabel("k: tokens between an input and the prediction")
-    figure.axes[0].set_ylabel("gradient at the input k tokens back, over that at k = 0")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
+        if stage == stages[0]:
+            axes.set_ylabel("gradient at the input k tokens back, over that at k = 0")
+
+    return draw_panels(path, stages, fill, inches=(1 + 6.4 * len(stages), 5.4), dpi=130)
 
 
 def _height(value: float) -> float:
@@ -77,7 +76,8 @@ def _panel(axes: Axes, curves: dict[str, tuple[np.ndarray, np.ndarray]], names: 
         axes.annotate(f"{name} ", place, color=colors[name], ha="right", va="center", path_effects=OUTLINE)
     for name in leaving.keys() - inside:
         ends[name] = (math.log(_where(*curves[name], LINE)) / math.log(last), LINE)
-    for name, height in _spread({name: height for name, (_, height) in ends.items()}).items():
+    order = sorted(ends, key=lambda name: ends[name][1])
+    for name, height in zip(order, spread_out([ends[name][1] for name in order], LINE), strict=True):
         line = {"arrowstyle": "-", "color": colors[name], "linewidth": 0.8, "relpos": (0, 0.5), "shrinkA": 0}
         where = {"xycoords": "axes fraction", "xytext": (1.045, height)}
         axes.annotate(name, ends[name], **where, color=colors[name], va="center", arrowprops=line | {"shrinkB": 0})
@@ -90,14 +90,3 @@ def _where(distances: np.ndarray, heights: np.ndarray, height: float) -> float:
         return float(distances[0])
     share = (heights[after - 1] - height) / (heights[after - 1] - heights[after])
     return float(distances[after - 1] * (distances[after] / distances[after - 1]) ** share)
-
-
-def _spread(heights: dict[str, float]) -> dict[str, float]:
-    """Heights near those given that leave every name a line of its own: names too close push each other away."""
-    names = sorted(heights, key=heights.__getitem__)
-    placed = [heights[name] for name in names]
-    for _ in range(1000):
-        for below, above in itertools.pairwise(range(len(names))):
-            push = max(0.0, LINE - (placed[above] - placed[below])) / 2
-            placed[below], placed[above] = placed[below] - push, placed[above] + push
-    return dict(zip(names, placed, strict=True))

@@ -7,13 +7,11 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-
 from eval.scoring.documents import Text
 from eval.scoring.figures import Totals, as_sequence
 from eval.scoring.models import CausalModel
 from eval.scoring.sequences import check_window, score_sequences
+from eval.study.picture import draw_panels
 
 
 def extrapolate(
@@ -74,24 +72,26 @@ def extrapolate(
     return curve
 
 
-def draw_extrapolation(results: list[dict[str, Any]], path: Path) -> None:
-    """Bits a byte against the context length, a line for each model, with its training context marked."""
-    figure = Figure(figsize=(7, 4.2), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    for index, result in enumerate(results):
-        lengths = [point["context_length"] for point in result["extrapolation"]]
-        for style, part in (("-", lambda point: point), ("--", lambda point: point["second_half"])):
-            bits = [part(point)["bits_per_byte"] for point in result["extrapolation"]]
-            label = result["model"] if style == "-" else f"{result['model']}, second half of the context"
-            axes.plot(lengths, bits, style, marker="o", color=f"C{index}", label=label)
-        if result["trained_context"]:
-            axes.axvline(result["trained_context"], color=f"C{index}", linestyle=":", alpha=0.7)
-    ticks = sorted({point["context_length"] for result in results for point in result["extrapolation"]})
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
-    axes.set(xlabel="context length in tokens (dotted: training)", ylabel="bits per byte")
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize="small")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+def draw_extrapolation(results: list[dict[str, Any]], path: Path) -> bool:
+    """Bits a byte against the context length, a line for each model, with its training context marked.
+
+    Says so and gives False without matplotlib.
+    """
+
+    def fill(axes: Any, _: str) -> None:
+        for index, result in enumerate(results):
+            lengths = [point["context_length"] for point in result["extrapolation"]]
+            for style, part in (("-", lambda point: point), ("--", lambda point: point["second_half"])):
+                bits = [part(point)["bits_per_byte"] for point in result["extrapolation"]]
+                label = result["model"] if style == "-" else f"{result['model']}, second half of the context"
+                axes.plot(lengths, bits, style, marker="o", color=f"C{index}", label=label)
+            if result["trained_context"]:
+                axes.axvline(result["trained_context"], color=f"C{index}", linestyle=":", alpha=0.7)
+        ticks = sorted({point["context_length"] for result in results for point in result["extrapolation"]})
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
+        axes.set(xlabel="context length in tokens (dotted: training)", ylabel="bits per byte")
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize="small")
+
+    return draw_panels(path, [""], fill, inches=(7, 4.2), dpi=120)

@@ -13,13 +13,14 @@ import pytest
 from eval.compare.config import load_comparison
 from eval.compare.report import select
 from eval.compare.report.answer import checks, further_findings, verdict
-from eval.compare.report.drawing import Frame, Line, draw_lines, spread_out
+from eval.compare.report.drawing import Frame, Line, draw_lines
 from eval.compare.report.parts import show_spread
 from eval.compare.report.pictures import scale_pictures
 from eval.compare.report.select import deciding_quantity, sides, values_by_seed
 from eval.compare.report.tables import final_table
 from eval.compare.report.write import write_report
 from eval.compare.results import Published, Results, load_results, save_results
+from eval.study.picture import spread_out
 from eval.study.spread import T_975, difference, spread
 from tests.eval.invented_results import full_results, make_model, make_results, make_run, sparse_results
 

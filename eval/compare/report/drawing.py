@@ -21,6 +21,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, LogLocator, MaxNLocator, NullFormatter, NullLocator, ScalarFormatter
 
+from eval.study.picture import spread_out
+
 COLOURS = (
     ("#d55e00", "#ff8c42"),
     ("#0072b2", "#4da3e0"),
@@ -277,22 +279,6 @@ def _label_ends(axes: Axes, lines: Sequence[Line], colours: Mapping[str, int], x
         axes.plot([to_share(line.points[-1])[0], x + 0.015], [end, slot], linewidth=0.7, alpha=0.6, **style)
         axes.plot(x + 0.03, slot, marker, markersize=5, markeredgewidth=0, **style)
         axes.text(x + 0.055, slot, line.label, transform=axes.transAxes, va="center_baseline")
-
-
-def spread_out(wanted: Sequence[float], gap: float) -> list[float]:
-    """Positions nearest (in squares) to the ascending `wanted` ones, `gap` apart or, without room, less; within [0, 1]
-    with half a gap to spare."""
-    gap = min(gap, 1 / max(1, len(wanted)))
-    pools: list[tuple[float, int]] = []  # isotonic regression of wanted - place * gap, by pooling what is out of order
-    for place, each in enumerate(wanted):
-        mean, count = each - place * gap, 1
-        while pools and pools[-1][0] > mean:
-            before, many = pools.pop()
-            mean, count = (before * many + mean * count) / (many + count), many + count
-        pools.append((mean, count))
-    last = 1 - (len(wanted) - 0.5) * gap
-    bases = [min(max(mean, gap / 2), last) for mean, count in pools for _ in range(count)]
-    return [base + place * gap for place, base in enumerate(bases)]
 
 
 def _finish(name: str, figure: Figure, title: str, alt: str) -> Picture:

@@ -1,4 +1,4 @@
-"""What a run reads: sources, tokenizer, row length and the number of lanes."""
+"""The data section of a run: sources, tokenizer, row length and the number of lanes."""
 
 from __future__ import annotations
 

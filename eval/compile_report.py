@@ -19,8 +19,8 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from eval.compile_calls import CudaCall, TritonCall
-from eval.compile_cases import CASES
+from eval.bench.compile_calls import CudaCall, TritonCall
+from eval.bench.compile_cases import CASES
 from xlstm_lm.base.program import program
 
 SHARED_MEMORY_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from xlstm_lm.config import load_run_config
 from xlstm_lm.models import build_model
 from xlstm_lm.models.accounting import parameter_shapes
 from xlstm_lm.parallel.process_group import World
 from xlstm_lm.training import memory
 from xlstm_lm.training.config import split_batch
+from xlstm_lm.training.run_config import load_run_config
 
 GIB = 2**30
 RECIPES = sorted((Path(__file__).parents[1] / "configs" / "train").glob("*.yaml"))

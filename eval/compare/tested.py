@@ -14,10 +14,10 @@ from pydantic import TypeAdapter, ValidationError
 from eval.command import environment
 from eval.compare.config import TestConfig
 from eval.compare.results import Bucket, Extrapolated, Tested
-from eval.documents import open_documents
-from eval.extrapolation import extrapolate
-from eval.models import load_model, pick_device
-from eval.perplexity import choose_windows, measure
+from eval.scoring.documents import open_documents
+from eval.scoring.extrapolation import extrapolate
+from eval.scoring.models import load_model, pick_device
+from eval.scoring.perplexity import choose_windows, measure
 from xlstm_lm.base.durable_files import replace_durably
 from xlstm_lm.base.program import program
 from xlstm_lm.base.read_files import read_json

@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from eval.picture import style
+from eval.study.picture import style
 from eval.tasks.study import LEARNING_RATE, SEED
 from eval.tasks.task import Case, Task
 

@@ -10,11 +10,12 @@ import pytest
 import torch
 
 from eval import kernels
-from eval.journal import Journal, run_in_children, supervise
-from eval.kernel_cases import MLSTM, SLSTM, Contender, MLSTMStep, gpu_cases
-from eval.measure import TOGETHER, Ceilings, measure
-from eval.peers import PEERS
-from xlstm_lm.ops.mlstm import BACKENDS, mlstm
+from eval.bench.kernel_cases import MLSTM, SLSTM, Contender, MLSTMStep, gpu_cases
+from eval.bench.measure import TOGETHER, Ceilings, measure
+from eval.bench.peers import PEERS
+from eval.study.journal import Journal, run_in_children, supervise
+from xlstm_lm.ops.mlstm import MLSTM as MLSTM_OPERATION
+from xlstm_lm.ops.mlstm import mlstm
 from xlstm_lm.ops.mlstm.chunkwise import mlstm_chunkwise
 from xlstm_lm.ops.selfcheck import errors
 
@@ -110,14 +111,14 @@ def test_a_wrong_kernel_of_ours_makes_the_benchmark_fail(monkeypatch):
         h, state = mlstm_chunkwise(*inputs, **options)
         return h * 1.01, state
 
-    monkeypatch.setitem(BACKENDS, "chunkwise", wrong)
+    monkeypatch.setattr(MLSTM_OPERATION["chunkwise"], "function", wrong)
     with pytest.raises(SystemExit, match="mlstm / chunkwise, B 2 H 4 T 64 .*: wrong values"):
         kernels.main(["--device", "cpu", "--rounds", "1", "--lengths", "64", "--only", "mlstm"])
 
 
 CHILD = """
 import os, pathlib, sys, time
-from eval.journal import Journal
+from eval.study.journal import Journal
 journal = Journal(pathlib.Path(sys.argv[1]))
 for name, act in (("fine", int), ("aborts", os.abort), ("hangs", lambda: time.sleep(600)), ("exits", sys.exit)):
     if name in journal.results or name in journal.failed:
@@ -170,7 +171,7 @@ def test_a_peer_meets_its_own_definition(name):
 
 
 def test_the_definition_of_linear_attention_tells_right_from_wrong():
-    from eval.peers import _linear_attention
+    from eval.bench.peers import _linear_attention
 
     case, T = SMALL, SMALL.T
 

@@ -20,11 +20,11 @@ from xlstm_lm import cli
 from xlstm_lm.base.durable_files import RunError
 from xlstm_lm.base.lease import FolderLease
 from xlstm_lm.base.run_layout import checkpoint_folders
-from xlstm_lm.config import RunConfig, load_run_config
 from xlstm_lm.data import TrainingStream, build_tokenizer
 from xlstm_lm.training import loop
 from xlstm_lm.training.engine import TrainingEngine
 from xlstm_lm.training.loop import train
+from xlstm_lm.training.run_config import RunConfig, load_run_config
 
 
 @pytest.fixture(scope="module")

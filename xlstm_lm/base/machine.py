@@ -1,15 +1,25 @@
-"""The machine that this process runs on, its memory above all, and the source that it runs."""
+"""The machine that this process runs on, its memory, and the source and packages that it runs."""
 
 from __future__ import annotations
 
+import importlib.metadata
+import importlib.util
 import os
 import platform
+import re
+import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import torch
 
 CGROUPS = Path("/sys/fs/cgroup")
+PACKAGES = (
+    *("xlstm-lm", "torch", "deepspeed", "datasets", "transformers", "tokenizers", "numpy", "wandb", "triton"),
+    *("mamba-ssm", "causal-conv1d"),
+)
+"""Packages whose versions may change a result or its speed."""
 
 
 def memory_bytes(device: torch.device) -> int:
@@ -60,3 +70,46 @@ def git_commit() -> str | None:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return os.environ.get("GIT_COMMIT")
+
+
+def version(package: str) -> str | None:
+    """Installed version of a package; None where it is not installed."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def assembler() -> str | None:
+    """Release of the assembler that Triton turns GPU code into machine code with, such as 12.8; None without one."""
+    triton = importlib.util.find_spec("triton")
+    bundled = Path(triton.origin).parent / "backends/nvidia/bin/ptxas" if triton and triton.origin else None
+    for path in (os.environ.get("TRITON_PTXAS_PATH"), bundled, shutil.which("ptxas")):
+        if path and Path(path).is_file():
+            try:
+                text = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=20).stdout
+            except (OSError, subprocess.SubprocessError):
+                continue
+            if release := re.search(r"release ([\d.]+)", text):
+                return release[1]
+    return None
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Describe source, packages and hardware of this process, as JSON holds it; a missing thing is None.
+
+    Args:
+        device: the device that it computes on.
+    """
+    return {
+        "git_commit": git_commit(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "versions": {name: version(name) for name in PACKAGES},
+        "cuda": torch.version.cuda,
+        "assembler": assembler(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "cpu_count": os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+    }

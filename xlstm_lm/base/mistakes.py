@@ -110,7 +110,7 @@ def _message(error: dict[str, Any], name: str, place: _Place) -> str:
     if kind in ("unexpected_keyword_argument", "extra_forbidden"):
         problem = f"{name} = {shown(error['input'])}: there is no such field"
         if place.tags and place.is_of_another_tag():
-            return f"{problem} in the family {', '.join(place.tags)}: remove it."
+            return f"{problem} in the {place.tag_field} {', '.join(place.tags)}: remove it."
         if "." in place.keys[-1]:
             inner = place.keys[-1].replace(".", ": {") + ": ..." + "}" * place.keys[-1].count(".")
             return f"{problem}. Only flags join names by dots; write '{inner}'."
@@ -119,7 +119,8 @@ def _message(error: dict[str, Any], name: str, place: _Place) -> str:
         return f"{name} is missing; add it."
     if kind == "union_tag_invalid":
         expected = context["expected_tags"].replace("'", "")
-        return f"{name}.family = {shown(context['tag'])}: must be one of {expected}."
+        tag_field = _tag_field(_alternatives(place.hint)[0])
+        return f"{name}.{tag_field} = {shown(context['tag'])}: must be one of {expected}."
     if kind == "value_error" and str(context["error"]) != NO_NUMBER:
         text = str(context["error"])
         if is_section(place.hint):
@@ -141,6 +142,8 @@ class _Place:
         """The type of what is there."""
         self.tags: list[str] = []
         """The alternatives that were chosen on the way."""
+        self.tag_field = ""
+        """Field that names the last of them, such as family."""
         self._top, self._values = config_class, values
         self._wildcards: list[bool] = []
         for part in location:
@@ -156,6 +159,7 @@ class _Place:
         if chosen:
             self.hint = chosen[0]
             self.tags.append(str(part))
+            self.tag_field = _tag_field(self.hint)
             return
         is_there = part in (self._values if isinstance(self._values, dict) else range(_length(self._values)))
         inner = next(filter(None, (_inner(each, part) for each in _alternatives(self.hint))), None)
@@ -206,6 +210,11 @@ def _bare(hint: Any) -> Any:
 def _tags(hint: Any) -> list[str]:
     """The name that pydantic gives an alternative of a discriminated union."""
     return [each.tag for each in get_args(hint)[1:] if isinstance(each, Tag)] if get_origin(hint) is Annotated else []
+
+
+def _tag_field(hint: Any) -> str:
+    """The field whose default is the tag of an alternative."""
+    return next(name for name, value in vars(_bare(hint)).items() if value in _tags(hint))
 
 
 def _inner(hint: Any, part: str | int) -> Any:

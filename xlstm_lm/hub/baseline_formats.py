@@ -320,9 +320,10 @@ BASELINE_FORMAT = ExportFormat(
     name="transformers",
     suits="every use; it is transformers' own type",
     limits=(),
-    objections=lambda config: (
-        ["its logits have no soft cap (model.logit_soft_cap)"] if config.logit_soft_cap is not None else []
-    ),
+    objections=lambda config: [
+        *(["its logits have no soft cap (model.logit_soft_cap)"] if config.logit_soft_cap is not None else []),
+        *(["its attention has no window (model.window)"] if getattr(config, "window", None) else []),
+    ],
     make_config=lambda config: type_of(config).make_config(config),
     model_class=_model_class,
     convert=convert,

@@ -20,8 +20,8 @@ from transformers.utils import ModelOutput, can_return_tuple
 
 from xlstm_lm.hub.configuration_xlstm_lm import XLSTMLMConfig
 from xlstm_lm.hub.row_layout import PACKING_OPTIONS, RowLayout, lay_out_rows
-from xlstm_lm.models.layers import make_norm, soft_cap
-from xlstm_lm.models.xlstm import Block
+from xlstm_lm.models.block import Block, make_contexts
+from xlstm_lm.models.layers import soft_cap
 
 PIECE_TOKENS = 4096
 """Without gradients a longer input is read in pieces of this length, so that memory does not grow with it."""
@@ -133,8 +133,8 @@ class XLSTMLMModel(XLSTMLMPreTrainedModel):
         super().__init__(config)
         model = config.model_config()
         self.embedding = nn.Embedding(model.vocab_size, model.embedding_dim)
-        self.blocks = nn.ModuleList(XLSTMLMBlock(model, kind) for kind in model.block_kinds())
-        self.final_norm = make_norm(model.norm, model.embedding_dim, model.norm_eps)
+        self.blocks = nn.ModuleList(map(XLSTMLMBlock, model.blocks()))
+        self.final_norm = model.build_final_norm()
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -225,12 +225,13 @@ class XLSTMLMModel(XLSTMLMPreTrainedModel):
         for piece in pieces:
             piece_BTD, piece_resets_BT = x_BTD[:, piece], None if resets_BT is None else resets_BT[:, piece]
             keep = return_state or piece is not pieces[-1]
-            next_states = []
-            for block, state in zip(self.blocks, states or [None] * len(self.blocks), strict=True):
+            next_states, states = [], states or [None] * len(self.blocks)
+            contexts = make_contexts(self.blocks, piece_BTD, piece_resets_BT, states)
+            for block, context, state in zip(self.blocks, contexts, states, strict=True):
                 if output_hidden_states:  # all positions are one piece, and what is returned is part of the graph
                     layers.append(layout.restore(piece_BTD))
                     piece_BTD = layout.arrange(layers[-1])
-                piece_BTD, state = block(piece_BTD, piece_resets_BT, state, keep, overwrite_state=overwrite)
+                piece_BTD, state = block(piece_BTD, context, state, keep, overwrite_state=overwrite)
                 next_states.append(state)
             states = next_states if keep else None
             outputs.append(self.final_norm(piece_BTD))

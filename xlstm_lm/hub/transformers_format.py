@@ -20,6 +20,7 @@ def _objections(config: XLSTMConfig) -> list[str]:
     kinds = sorted(set(config.block_kinds()) - {"mlstm"})
     conditions = {
         f"it has mlstm blocks alone, and this model has {' and '.join(kinds)} blocks": bool(kinds),
+        "it has one setting for all blocks, and model.mixers has sections": bool(config.mixers),
         "it has a head of its own, and model.tie_embeddings is true": config.tie_embeddings,
         f"its input gate is exponential, and model.input_gate is {config.input_gate}": config.input_gate != "exp",
         f"it has RMS norms, and model.norm is {config.norm}": config.norm != "rms",

@@ -84,7 +84,7 @@ def _write_what_the_terminal_cannot() -> None:
 
 @contextlib.contextmanager
 def _signals_unwind() -> Iterator[None]:
-    """Have Ctrl-C and SIGTERM unwind the stack, so that nothing half-written stays.
+    """Have Ctrl-C and SIGTERM unwind the stack: no file stays half-written.
 
     SIGTERM not under a launcher: there a process may be waiting for one that is gone, where no handler of Python's
     runs. A Ctrl-C that is ignored, as in a shell's background jobs, stays ignored.

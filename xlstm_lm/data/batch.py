@@ -1,4 +1,4 @@
-"""Batches for the training loop: rows of tokens, their targets, and where documents start."""
+"""Batches for the training loop: rows of tokens, their targets, and the starts of documents."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Batch:
     resets_BT: torch.Tensor
     """True where a document starts and the model's state is therefore emptied, bool."""
     document_ids: list[list[str]]
-    """Documents that have a token in each row."""
+    """The documents with a token in each row."""
 
 
 def stack_rows(rows: Sequence[Row]) -> Batch:

@@ -1,4 +1,4 @@
-"""Data of a run: sources, tokenizer, row length and the number of lanes."""
+"""The data section of a run: sources, tokenizer, row length and the number of lanes."""
 
 from __future__ import annotations
 

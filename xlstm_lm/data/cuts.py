@@ -1,4 +1,4 @@
-"""Positions at which a text can be cut so that its parts give exactly the tokens of the whole.
+"""Positions at which a text can be cut into parts that give exactly the tokens of the whole.
 
 The characters around a position are followed through every step of the tokenizer: added tokens, normalizers,
 pre-tokenizers and, where none of these parts the text, the merges of a BPE. One unfamiliar step rules all cuts out.

@@ -35,7 +35,7 @@ def _hash(text: str) -> bytes:
 
 
 class DealtSource:
-    """A source whose shards are dealt to lanes, anew each epoch."""
+    """A source whose shards are dealt to lanes, differently in each epoch."""
 
     def __init__(self, source: Source, config: DataConfig, seed: int, index: int) -> None:
         self.source = source
@@ -81,7 +81,7 @@ class DealtSource:
         if count < self._lanes:
             parts = [len(range(shard, self._lanes, count)) for shard in range(count)]
             return [[Piece(order[lane % count], lane // count, parts[lane % count])] for lane in range(self._lanes)]
-        # Each shard goes to the lane with the least so far, so that lanes are done with an epoch at about one time.
+        # Each shard goes to the lane with the least so far: lanes finish an epoch at about the same time.
         pieces: list[list[Piece]] = [[] for _ in range(self._lanes)]
         loads = [(0, 0, lane) for lane in range(self._lanes)]
         for shard in order:

@@ -25,7 +25,7 @@ class Document:
     id: str
     """Where it comes from, for messages."""
     state: dict[str, Any] | None = None
-    """State with which a lane begins again with this document."""
+    """State of a lane that begins with this document; None outside of lanes."""
     num_tokens: int = 0
     """Number of ids that its pieces have had so far; of all pieces once `pack` reads the next document."""
 
@@ -43,7 +43,7 @@ class Row:
     document_ids: list[str]
     """The documents with a token in the row."""
     state: dict[str, Any] | None
-    """State with which a lane goes on after this row."""
+    """State of the lane after this row; None outside of lanes."""
 
 
 def pack(documents: Iterable[Document], context_length: int, end_of_document: int, offset: int = 0) -> Iterator[Row]:

@@ -27,7 +27,7 @@ class TrainingStream:
     """
 
     def __init__(self, config: DataConfig, tokenizer: Tokenizer, *, lanes: range, seed: int) -> None:
-        """Open the sources, the validation ones too, so that mistakes show before any work is done.
+        """Open the sources, the validation ones too: mistakes show before any work is done.
 
         Args:
             config: the data section of the run.

@@ -77,7 +77,7 @@ class World(Axis):
         return values[0]
 
     def on_first(self, action: Callable[[], Any]) -> Any:
-        """What `action` gives on rank 0, on every rank; an error there is raised on every rank."""
+        """The result of `action` on rank 0, on every rank; an error there is raised on every rank."""
         value, error = None, None
         if self.is_first:
             try:

@@ -38,18 +38,18 @@ START = Position()
 
 
 class Record(NamedTuple):
-    """A document as read, or its problem."""
+    """A document as read, or the problem with it."""
 
     piece: int
     """Position in the list of pieces that is being read."""
     document: int
     """Number of the document within its shard."""
     text: str
-    """Text; empty if there is a problem."""
+    """Text of the document; empty if there is a problem."""
     id: str
     """File and, within files of many documents, line or row."""
     problem: str | None = None
-    """Problem, with file and line; None if there is none."""
+    """The problem, naming file and line; None if there is none."""
     turn: int = 0
     """Good documents of the shard up to this one, which is counted too."""
     checksum: int | None = None

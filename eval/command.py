@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 
-from eval import measure
-from eval.models import DTYPES
+from eval.bench import measure
+from eval.scoring.models import DTYPES
 from xlstm_lm.base.fields import Count, argument
+from xlstm_lm.base.machine import version
 
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
@@ -34,4 +35,4 @@ positive = argument(Count)
 
 def environment(device: torch.device, packages: tuple[str, ...]) -> dict[str, Any]:
     """What a figure was measured with, the versions of `packages` included."""
-    return measure.environment(device.type) | {name: measure.version(name) for name in packages}
+    return measure.environment(device.type) | {name: version(name) for name in packages}

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from eval.command import add_model_flags, environment, positive
-from eval.models import CausalModel, load_model
-from eval.results_file import results_file, write_results
+from eval.scoring.models import CausalModel, load_model
+from eval.study.results_file import results_file, write_results
 from xlstm_lm.base import console
 from xlstm_lm.base.program import program
 
@@ -79,7 +79,7 @@ def evaluate(
     """
     from lm_eval import simple_evaluate
 
-    from eval.harness import HarnessModel
+    from eval.scoring.harness import HarnessModel
 
     wrapped = HarnessModel(model, batch_size=batch_size, window=window)
     manager = manager or find_tasks(tasks)

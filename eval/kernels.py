@@ -2,7 +2,7 @@
 
 All contenders of a table run on the same sizes in one process, taking turns, so that the ratio holds on a noisy
 machine. Before it is timed, each is compared with its definition in float64, values and gradients; one that is wrong or
-crashes keeps its row, with what went wrong. `eval.kernel_cases` says how operations and bytes are counted.
+crashes keeps its row, with what went wrong. `eval.bench.kernel_cases` says how operations and bytes are counted.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from pathlib import Path
 import torch
 
 from eval import compile_report
-from eval.journal import Journal, run_in_children
-from eval.kernel_cases import MLSTM, Case, Contender, Function, cpu_cases, gpu_cases
-from eval.measure import DTYPES, Ceilings, Step, Timing, dtype_name, take_turns
-from eval.peers import PEERS
-from eval.picture import OWN, draw_over_length
-from eval.results_file import results_file
-from eval.tables import ceilings_of_study, go_through
+from eval.bench.kernel_cases import MLSTM, Case, Contender, Function, cpu_cases, gpu_cases
+from eval.bench.measure import DTYPES, Ceilings, Step, Timing, dtype_name, take_turns
+from eval.bench.peers import PEERS
+from eval.bench.tables import ceilings_of_study, go_through
+from eval.study.journal import Journal, run_in_children
+from eval.study.picture import OWN, draw_over_length
+from eval.study.results_file import results_file
 from xlstm_lm.base.fields import Count, NonNegative, Positive, Size, argument
 from xlstm_lm.base.program import program
 from xlstm_lm.ops.selfcheck import TOLERANCE, errors
@@ -45,6 +45,8 @@ class Row:
     direction: str
     milliseconds: float | None = None
     spread_milliseconds: float | None = None
+    host_milliseconds: float | None = None
+    """The host's own time to launch it on a GPU."""
     ratio: float | None = None
     """To the first contender of the table that was timed."""
     teraflops: float | None = None
@@ -148,6 +150,7 @@ def _fill(row: Row, case: Case, contender: Contender, timing: Timing, first: Tim
     operations *= 3 if case.backward else 1
     moved = contender.moved_bytes if contender.moved_bytes is not None else case.moved_bytes()
     row.milliseconds, row.spread_milliseconds = timing.milliseconds, timing.spread_milliseconds
+    row.host_milliseconds = timing.host_milliseconds
     row.ratio = timing.milliseconds / first.milliseconds
     row.teraflops, row.gigabytes = operations / seconds / 1e12, moved / seconds / 1e9
     row.roofline_share = ceilings.share(operations, moved, seconds)
@@ -167,6 +170,8 @@ def as_markdown(rows: list[Row]) -> str:
 
     for row in rows:
         timing = "" if row.milliseconds is None else f"{row.milliseconds:.3f} ± {row.spread_milliseconds:.3f}"
+        if row.host_milliseconds is not None:
+            timing += f", host {row.host_milliseconds:.3f}"
         if steps and row.milliseconds is not None:
             timing += f" ({row.milliseconds * 1e3 / int(steps):.2f} µs a step)"
         cells = (

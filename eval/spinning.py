@@ -38,7 +38,7 @@ def train_on_request() -> None:
     """A contender: for each number of seconds on standard input, train so long and print tokens/s."""
     import torch
 
-    from eval.speed_models import parse_model
+    from eval.bench.speed_models import parse_model
 
     model = parse_model("xlstm-cpu-0.7m").build("cpu", torch.float32)
     tokens_BT = torch.randint(0, 256, (ROWS, LENGTH))

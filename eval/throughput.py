@@ -18,16 +18,17 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from eval.generation_speed import GenerationRow, as_markdown_generation, draw_generation, measure_generation
-from eval.journal import Journal, run_in_children
-from eval.measure import DTYPES, Ceilings, Step, Timing, take_turns
-from eval.picture import draw_over_length
-from eval.results_file import results_file
-from eval.speed_models import Model, describe_kernels, parse_model, record_kernels
-from eval.tables import ceilings_of_study, go_through
+from eval.bench.generation_speed import GenerationRow, as_markdown_generation, draw_generation, measure_generation
+from eval.bench.measure import DTYPES, Ceilings, Step, Timing, take_turns
+from eval.bench.speed_models import Model, describe_kernels, parse_model
+from eval.bench.tables import ceilings_of_study, go_through
+from eval.study.journal import Journal, run_in_children
+from eval.study.picture import draw_over_length
+from eval.study.results_file import results_file
 from xlstm_lm.base.fields import Count, NonNegative, Positive, Size, argument
 from xlstm_lm.base.program import program
 from xlstm_lm.models.accounting import count_parameters, training_flops_per_token
+from xlstm_lm.ops.operation import recorded_choices
 
 SILENCE = 180.0
 """Seconds after which a step on a GPU counts as hanging; the first of a compiled model takes long."""
@@ -93,7 +94,7 @@ def measure_length(
                 module.model.gradient_checkpointing_enable()
             else:
                 module.model.activation_checkpointing = True
-        with record_kernels() as taken:
+        with recorded_choices() as taken:
             training_step(module, tokens_BT, "eager")()
         row.kernels = describe_kernels(model, taken)
         step = training_step(module, tokens_BT, row.mode)

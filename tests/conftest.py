@@ -3,7 +3,19 @@
 import sys
 from pathlib import Path
 
+import pytest
+
 import xlstm_lm  # noqa: F401  bounds how long OpenMP's threads spin
 
 # The xlstm package, an oracle. `make` keeps it off the path of programs, where transformers would call its kernels.
 sys.path.append(str(Path(__file__).parents[1] / ".venv" / "oracles"))
+
+
+@pytest.fixture
+def fresh_choices():
+    """Choices among backends begin and end with nothing known, so that a stand-in of one test is not seen by others."""
+    from xlstm_lm.ops.operation import forget
+
+    forget()
+    yield
+    forget()

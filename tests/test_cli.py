@@ -179,7 +179,7 @@ def test_a_mistake_ends_with_one_message_and_exit_code_2(arguments, message, cap
 
 
 def test_help_lists_every_field_with_its_description(capsys):
-    from xlstm_lm.config import fields
+    from xlstm_lm.training.run_config import fields
 
     with pytest.raises(SystemExit):
         cli.main(["train", "--help"])

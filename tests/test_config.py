@@ -9,12 +9,12 @@ import pytest
 import torch
 import yaml
 
+from xlstm_lm.base.recipe import parse_yaml, read_recipe
 from xlstm_lm.cli import _make_parser
-from xlstm_lm.config import as_dict, as_recipe, fields, load_run_config
 from xlstm_lm.models import build_model
-from xlstm_lm.recipe import parse_yaml, read_recipe
-from xlstm_lm.runs.run_folder import differing_fields
+from xlstm_lm.runs.same_run import differing_fields
 from xlstm_lm.training.deepspeed_section import OffloadOptimizer, OffloadParam, ZeroOptimization
+from xlstm_lm.training.run_config import as_dict, as_recipe, fields, load_run_config
 from xlstm_lm.training.schedule import ScheduleConfig
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -181,6 +181,13 @@ def test_numbers_as_people_write_them():
         ("training.steps: 3", r"{file}: training.steps = 3: .* Only flags join .* write 'training: {steps: ...}'"),
         ("deepspeed: {zero_optimization.stage: 1}", r"write 'zero_optimization: {stage: ...}'"),
         ("Training: {steps: 3}", r"Did you mean training\?"),
+        ("optimizer: {kind: sgd}", r"{file}: optimizer.kind = 'sgd': must be one of adamw"),
+        ("optimizer: {kind: [adamw]}", r"{file}: optimizer.kind = .*: must be one of adamw"),
+        (
+            "optimizer: {momentum: 0.9}",
+            r"optimizer.momentum = 0.9: there is no such field in the kind adamw: remove it",
+        ),
+        ("optimizer: {kind: muon, momentun: 0}", r"Did you mean optimizer.momentum\?"),
         ("optimizer: {lr: 3}", r"Did you mean optimizer.learning_rate\?"),
         ("training: {batch_size: 3}", r"Did you mean data.global_batch_size\?"),
         ("model: {hidden_size: 3}", r"Did you mean model.embedding_dim\?"),
@@ -379,6 +386,6 @@ def test_each_family_has_its_own_fields(tmp_path):
 
 def test_the_flags_say_which_family_has_them():
     by_name = {each.name: each for each in fields()}
-    assert by_name["model.rope_theta"].families == ("transformer",)
+    assert by_name["model.rope_theta"].alternatives == ("transformer",)
     assert by_name["model.rope_theta"].description.endswith("(transformer).")
-    assert by_name["model.num_blocks"].default == "12 (xlstm, transformer); 24 (mamba); 2 (lstm)"
+    assert by_name["model.num_blocks"].default == "12 (xlstm, transformer, hybrid); 24 (mamba); 2 (lstm)"

@@ -9,32 +9,35 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 import pytest
 
 from eval.compare.config import CompareConfig
-from eval.gradient_reach_runs import StudyConfig as ReachConfig
+from eval.gradient_reach.runs import StudyConfig as ReachConfig
 from eval.tasks.registry import TASKS
 from eval.tasks.study import StudyConfig
 from xlstm_lm.base.fields import Count, NonNegative, Positive, Range, Share, Size, argument, check_fields
-from xlstm_lm.config import RunConfig, load_run_config
-from xlstm_lm.config import fields as flags
-from xlstm_lm.generation import SamplingConfig
 from xlstm_lm.models import FAMILIES
-from xlstm_lm.models.mamba import SelectiveScanBackend, SSDBackend
-from xlstm_lm.models.xlstm_config import MLSTMBackend, SLSTMBackend
+from xlstm_lm.models.generation import SamplingConfig
+from xlstm_lm.models.mixers.mamba1 import SelectiveScanBackend
+from xlstm_lm.models.mixers.mamba2 import SSDBackend
+from xlstm_lm.models.mixers.mlstm_cell import MLSTMBackend
+from xlstm_lm.models.mixers.slstm import SLSTMBackend
 from xlstm_lm.ops import mlstm, selective_scan, slstm, ssd
+from xlstm_lm.training.run_config import RunConfig, load_run_config
+from xlstm_lm.training.run_config import fields as flags
 
 ABSURD = (float("nan"), float("inf"), -float("inf"), 10**25, -(10**25), 1e300, True)
 NUMBERS = [
-    (each, family)
+    (each, alternative)
     for each in flags()
     if {"INT", "NUMBER"} & set(each.type_name.split("|"))
-    for family in each.families or ("xlstm",)
+    for alternative in each.alternatives or ("",)
 ]
 
 
-@pytest.mark.parametrize(("field", "family"), NUMBERS, ids=lambda value: getattr(value, "name", value))
-def test_every_number_has_bounds(field, family):
+@pytest.mark.parametrize(("field", "alternative"), NUMBERS, ids=lambda value: getattr(value, "name", value))
+def test_every_number_has_bounds(field, alternative):
+    chosen = {field.tag: alternative} if field.tag else {}
     for value in ABSURD:
         with pytest.raises(ValueError) as refused:
-            load_run_config([], {"model.family": family, "data": {}, field.name: value})
+            load_run_config([], {"model": {}, "data": {}, **chosen, field.name: value})
         message = str(refused.value)
         assert message.startswith(f"flag --{field.name}: {field.name} = ") and "must be" in message, message
 
@@ -77,10 +80,10 @@ def test_caps_and_epsilons_and_factors_below_zero_are_refused(family):
 @pytest.mark.parametrize(
     ("names", "registered"),
     [
-        (MLSTMBackend, mlstm.BACKENDS),
-        (SLSTMBackend, slstm.BACKENDS),
-        (SelectiveScanBackend, selective_scan.BACKENDS),
-        (SSDBackend, ssd.BACKENDS),
+        (MLSTMBackend, mlstm.MLSTM.names),
+        (SLSTMBackend, slstm.SLSTM.names),
+        (SelectiveScanBackend, selective_scan.SCAN.names),
+        (SSDBackend, ssd.SSD.names),
     ],
 )
 def test_backends_that_a_recipe_may_name_are_those_registered(names, registered):

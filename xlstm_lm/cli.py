@@ -97,7 +97,7 @@ def _make_parser(with_fields: bool) -> _Parser:
         "--config", action="append", required=True, metavar="RECIPE", help="YAML recipe; given again, later ones win."
     )
     if with_fields:
-        from xlstm_lm.config import add_field_flags
+        from xlstm_lm.training.run_config import add_field_flags
 
         add_field_flags(train)
 
@@ -188,7 +188,7 @@ def _make_parser(with_fields: bool) -> _Parser:
 
 
 def _train(options: argparse.Namespace) -> None:
-    from xlstm_lm.config import load_run_config
+    from xlstm_lm.training.run_config import load_run_config
 
     overrides = {name: value for name, value in vars(options).items() if "." in name or name == "deepspeed"}
     try:
@@ -210,10 +210,10 @@ def _conclude(run_dir: Path, recipes: list[str], overrides: dict[str, Any]) -> N
     Raises:
         RunError: the run has diverged.
     """
-    from xlstm_lm.base.durable_files import RunError, disk_errors_explained
+    from xlstm_lm.base.durable_files import RunError
     from xlstm_lm.base.finite import NotFiniteError
-    from xlstm_lm.generation import SamplingConfig, continue_text
     from xlstm_lm.hub import load
+    from xlstm_lm.models.generation import SamplingConfig, continue_text
     from xlstm_lm.parallel.launcher import program_command
     from xlstm_lm.runs.folder import RunFolder
 
@@ -235,15 +235,13 @@ def _conclude(run_dir: Path, recipes: list[str], overrides: dict[str, Any]) -> N
             f"The run has diverged by step {step}. {problem} All of it is kept, the last checkpoint is "
             f"{trained.folder}. Start a new run, in another training.run_dir, with a lower optimizer.learning_rate."
         )
-    samples = run_dir / "samples.jsonl"
-    with disk_errors_explained(samples), samples.open("a", encoding="utf-8") as file:
-        file.write(json.dumps({"step": step, "prompt": SAMPLE_PROMPT, "text": text}) + "\n")
+    folder.add_sample(step, SAMPLE_PROMPT, text)
     console.say(f"\nA sample:\n{SAMPLE_PROMPT}{text}")
     again = [part for recipe in recipes for part in ("--config", recipe)]
     longer = overrides | {"training.steps": 2 * step}
     again += [part for name, value in longer.items() for part in (f"--{name}", _as_flag(value))]
     program, name = program_command(), str(run_dir)
-    console.say(f"\nLearning curve: {run_dir / 'learning_curve.png'}")
+    console.say(f"\nLearning curve: {folder.curve_path}")
     console.say(f"Resume, longer:   {shlex.join([*program_command(launched=True), 'train', *again])}")
     console.say(f"Generate:         {shlex.join([*program, 'generate', '--model', name, '--prompt', SAMPLE_PROMPT])}")
     console.say(f"Export:           {shlex.join([*program, 'export', '--run', name, '--out', f'{name}-export'])}")
@@ -256,7 +254,7 @@ def _as_flag(value: Any) -> str:
 def _generate(options: argparse.Namespace) -> None:
     import torch
 
-    from xlstm_lm.generation import SamplingConfig, continue_text
+    from xlstm_lm.models.generation import SamplingConfig, continue_text
 
     sampling = SamplingConfig(
         max_new_tokens=options.max_new_tokens,

@@ -18,10 +18,10 @@ from eval.command import positive
 from eval.compare.collect import collect, command
 from eval.compare.config import Model, check_data, load_comparison
 from eval.compare.measure import measure_all, speeds_left, to_test
-from eval.compare.report import write_report
-from eval.compare.runs import Runs, examine
-from eval.compare.train import is_chosen, to_train, train_all
-from eval.jobs import Outcome, alone_in
+from eval.compare.report.write import write_report
+from eval.compare.runs import Runs, is_chosen, to_train, train_all
+from eval.study.engine import examine
+from eval.study.jobs import Outcome, alone_in
 from xlstm_lm.base.fields import NonNegative, argument
 from xlstm_lm.base.outputs import check_folder_of_runs
 from xlstm_lm.base.paths import user_path
@@ -109,9 +109,9 @@ def _show_plan(runs: Runs, only: Sequence[str]) -> None:
     """What there is and what would be done."""
     config = runs.comparison.config
     for model in runs.models:
-        run = runs.grid(model)[0].config
-        tokens = run.training.steps * run.data.global_batch_size * run.data.context_length
-        print(f"{model.name} ({model.label}): {count_parameters(run.model):,} parameters, {tokens:,} tokens a run")
+        run = runs.grid(model)[0]
+        parameters = count_parameters(run.config.model)
+        print(f"{model.name} ({model.label}): {parameters:,} parameters, {run.tokens:,} tokens a run")
         for each in runs.needed(model):
             if is_chosen(each, only):
                 state = examine(each)
@@ -126,10 +126,7 @@ def _show_plan(runs: Runs, only: Sequence[str]) -> None:
 
 def _check_patterns(runs: Runs, only: Sequence[str]) -> None:
     """Refuse a pattern that no run of any seed has."""
-    seeds = runs.comparison.config.seeds
-    known = [
-        runs.planned(model, rate, seed) for model in runs.models for rate in model.learning_rates for seed in seeds
-    ]
+    known = [run for model in runs.models for run in runs.all(model)]
     for pattern in only:
         if not any(is_chosen(run, [pattern]) for run in known):
             names = ", ".join(model.name for model in runs.models)

@@ -9,19 +9,20 @@ from typing import Any
 
 import yaml
 
+from eval.bench.measure import environment
 from eval.compare.config import Comparison, Model
 from eval.compare.measure import SPEEDS, speed_file, speeds_left, test_file
 from eval.compare.results import CurvePoint, ModelResult, Results, Run
-from eval.compare.runs import PlannedRun, Runs, examine
+from eval.compare.runs import Runs
 from eval.compare.tested import MEASURE_AGAIN, read_tested
-from eval.measure import environment
-from eval.models import pick_device
+from eval.scoring.models import pick_device
+from eval.study.engine import PlannedRun, examine
 from xlstm_lm.base.read_files import read_json
-from xlstm_lm.base.run_layout import checkpoint_folders
-from xlstm_lm.config import as_dict
 from xlstm_lm.data.fingerprint import fingerprint_differences
 from xlstm_lm.models.accounting import count_parameters, state_bytes, training_flops_per_token
+from xlstm_lm.runs.checkpoint import data_fingerprint
 from xlstm_lm.runs.folder import RunFolder
+from xlstm_lm.training.run_config import as_dict
 
 STATE_DOUBLINGS = 5
 """States are counted at 1, 2, 4, ... times the training context, this many times."""
@@ -130,13 +131,9 @@ def _run_result(runs: Runs, run: PlannedRun, section: Any, is_final: bool) -> Ru
         tokens_per_second=statistics.median(speeds) if speeds else None,
         curve=[
             CurvePoint(
-                step=each["step"],
-                tokens=each["tokens"],
                 flops=each["tokens"] * flops,
                 seconds=each["elapsed_seconds"],
-                loss=each["loss"],
-                bits_per_byte=each["bits_per_byte"],
-                perplexity=each["perplexity"],
+                **{name: each[name] for name in ("step", "tokens", "loss", "bits_per_byte", "perplexity")},
             )
             for each in state.records
             if each["split"] == "validation" and each["loss"] is not None
@@ -168,10 +165,10 @@ def _same_tokens(runs: Runs) -> str:
     count = 0
     for model in runs.models:
         for run in runs.needed(model):
-            folder = next(iter(checkpoint_folders(run.folder).values()), None)
+            folder = next(iter(RunFolder(run.folder).checkpoints().values()), None)
             if folder is None:
                 continue
-            fingerprint = read_json(folder / "state.json", {"data_fingerprint": dict})["data_fingerprint"]
+            fingerprint = data_fingerprint(folder)
             group = groups.setdefault((model.size, run.seed), [])
             same = next((names for other, names in group if not fingerprint_differences(other, fingerprint)), None)
             if same is None:

@@ -14,18 +14,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+from eval.bench.speed_models import PRESETS
 from eval.compare.results import Published
-from eval.documents import DocumentsConfig, document_sources
-from eval.perplexity import PerplexityConfig
-from eval.speed_models import PRESETS
-from eval.study_file import check_section
+from eval.scoring.documents import DocumentsConfig, document_sources
+from eval.scoring.perplexity import PerplexityConfig
+from eval.study.study_file import check_section
 from xlstm_lm.base.fields import Count, Positive, Seed, Size, check_fields
 from xlstm_lm.base.mistakes import nearest, shown
-from xlstm_lm.config import RunConfig, check_run_config
+from xlstm_lm.base.recipe import merge, read_recipe, with_current_names
 from xlstm_lm.data import open_source
 from xlstm_lm.data.tokenizer import build_tokenizer
 from xlstm_lm.models.accounting import count_parameters
-from xlstm_lm.recipe import merge, read_recipe, with_current_names
+from xlstm_lm.training.run_config import RunConfig, check_run_config
 
 TOLERANCE = 0.01
 """By which the models of a size may differ in parameters from their median."""

@@ -12,12 +12,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from eval.compare.runs import PlannedRun, Runs, examine
+from eval.compare.runs import Runs, is_chosen
 from eval.compare.tested import as_json
-from eval.compare.train import is_chosen
-from eval.jobs import Job, Outcome, run_jobs
+from eval.study.engine import PlannedRun, examine
+from eval.study.jobs import Job, Outcome, run_jobs
 from xlstm_lm.base.durable_files import replace_durably
-from xlstm_lm.recipe import to_yaml
+from xlstm_lm.base.recipe import to_yaml
 
 SPEEDS = ("training", "generation")
 
@@ -78,7 +78,7 @@ def _test_job(runs: Runs, run: PlannedRun) -> Job:
     test = dataclasses.replace(test, documents=runs.comparison.test_documents())
     command = [sys.executable, "-m", "eval.compare.tested", "--run", str(run.folder)]
     command += ["--test", as_json(test), "--out", str(test_file(runs, run))]
-    return Job(name=f"test of {run.name}", command=command, log=run.folder / "output.log")
+    return Job(name=f"test of {run.name}", command=command, log=run.log)
 
 
 def _speed_job(runs: Runs, name: str, kind: str) -> Job:

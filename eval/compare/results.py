@@ -155,7 +155,7 @@ class Results:
     recipe: str
     """What all runs share, resolved, as YAML."""
     environment: dict[str, Any]
-    """Of the report (`eval.measure.environment`): date, git commit, versions, hardware."""
+    """Of the report (`eval.bench.measure.environment`): date, git commit, versions, hardware."""
     command: str
     """That makes the report again."""
     models: list[ModelResult]

@@ -1,17 +1,18 @@
-"""The runs of a comparison: their folders, how far each is, and which learning rate of a model was best."""
+"""The runs of a comparison: first each model's grid of learning rates, then the other seeds at its best."""
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
+import fnmatch
+import functools
+import itertools
+import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from eval.compare.config import Comparison, Model
-from xlstm_lm.base.run_layout import checkpoint_folders
-from xlstm_lm.config import RunConfig, as_dict
-from xlstm_lm.runs.folder import RunFolder
-from xlstm_lm.runs.run_folder import differing_fields
+from eval.study import engine
+from eval.study.engine import Grid, PlannedRun
+from eval.study.jobs import Outcome
 
 FREE = (
     "training.run_dir",
@@ -24,49 +25,7 @@ FREE = (
     "model.scan_backend",  # which runs of before it was a field do not have
     "wandb.",
 )
-"""Fields in which a run that is there may differ from what the comparison asks for."""
-FAILURE_FILE = "failure.txt"
-"""In a run's folder: the end of its output, where its last session failed."""
-
-
-@dataclass(frozen=True)
-class PlannedRun:
-    """A run that the comparison needs."""
-
-    model: Model
-    learning_rate: float
-    seed: int
-    folder: Path
-    config: RunConfig
-
-    @property
-    def name(self) -> str:
-        """Such as mamba2-1m-lr0.004-seed0."""
-        return self.folder.name
-
-
-@dataclass(frozen=True)
-class RunState:
-    """How far a run is, from what lies in its folder."""
-
-    status: str
-    """finished, unfinished, diverged, failed or missing."""
-    problem: str
-    """Why it is not finished, in a sentence."""
-    records: list[dict[str, Any]]
-    """Of metrics.jsonl."""
-
-    @property
-    def is_over(self) -> bool:
-        """Whether more training would change nothing."""
-        return self.status in ("finished", "diverged")
-
-    @property
-    def validation(self) -> float:
-        """Bits per byte, or nats a token where the tokens are no text, of the last validation; infinite if diverged."""
-        last = next((each for each in reversed(self.records) if each["split"] == "validation"), {})
-        value = last.get("loss") if last.get("bits_per_byte") is None else last["bits_per_byte"]
-        return math.inf if value is None or self.status == "diverged" else value
+"""Fields in which a run that is there may differ from the comparison's."""
 
 
 class Runs:
@@ -76,37 +35,37 @@ class Runs:
         self.comparison = comparison
         self.out = out
         self.models = comparison.models
-        self._planned: dict[Path, PlannedRun] = {}
 
-    def planned(self, model: Model, learning_rate: float, seed: int) -> PlannedRun:
-        """The run of a model."""
-        folder = self.out / "runs" / f"{model.name}-lr{learning_rate:g}-seed{seed}"
-        if folder not in self._planned:
-            config = self.comparison.run_config(model, learning_rate, seed, folder)
-            self._planned[folder] = PlannedRun(model, learning_rate, seed, folder, config)
-        return self._planned[folder]
+    @functools.cached_property
+    def _grids(self) -> dict[str, Grid]:
+        return {model.name: self._plan(model) for model in self.models}
+
+    def _plan(self, model: Model) -> Grid:
+        runs = []
+        for rate, seed in itertools.product(model.learning_rates, self.comparison.config.seeds):
+            folder = self.out / "runs" / f"{model.name}-lr{rate:g}-seed{seed}"
+            runs.append(PlannedRun(model.name, self.comparison.run_config(model, rate, seed, folder)))
+        return Grid(runs)
+
+    def all(self, model: Model) -> list[PlannedRun]:
+        """Every run that may be needed, of all learning rates and seeds."""
+        return self._grids[model.name].runs
 
     def grid(self, model: Model) -> list[PlannedRun]:
         """One run for each learning rate, of the first seed."""
-        return [self.planned(model, rate, self.comparison.config.seeds[0]) for rate in model.learning_rates]
+        return self._grids[model.name].tuning
 
     def best(self, model: Model) -> float | None:
-        """The learning rate with the lowest validation loss, of equal ones the lowest; None until all runs of the grid
-        are over, or where all diverged."""
-        states = {run.learning_rate: examine(run) for run in self.grid(model)}
-        if not all(state.is_over for state in states.values()):
-            return None
-        rate = min(states, key=lambda rate: (states[rate].validation, rate))
-        return rate if math.isfinite(states[rate].validation) else None
+        """The best learning rate (`Grid.best`)."""
+        return self._grids[model.name].best
 
     def final(self, model: Model) -> list[PlannedRun]:
         """One run for each seed at the best learning rate; none until that is known."""
-        rate = self.best(model)
-        return [] if rate is None else [self.planned(model, rate, seed) for seed in self.comparison.config.seeds]
+        return self._grids[model.name].final
 
     def needed(self, model: Model) -> list[PlannedRun]:
         """All runs of a model that are known to be needed."""
-        return list({run.name: run for run in self.grid(model) + self.final(model)}.values())
+        return self._grids[model.name].needed
 
     def check_folders(self) -> None:
         """Refuse to go on where runs of another configuration lie.
@@ -114,53 +73,40 @@ class Runs:
         Raises:
             ValueError: names each run and each field that differs.
         """
-        different = []
-        for run in (run for model in self.models for run in self.needed(model)):
-            if (run.folder / "config.yaml").is_file():
-                there = RunFolder(run.folder).config()
-                fields = differing_fields(_without_places(there), _without_places(as_dict(run.config)), FREE)
-                different += [f"{run.name}:", *fields] if fields else []
-        if different:
-            raise ValueError(
-                f"{self.out} holds runs of another configuration than {self.comparison.path} describes:\n"
-                + "\n".join(different)
-                + "\nSet these fields back, take those folders away, or choose another --out."
-            )
+        needed = [run for model in self.models for run in self.needed(model)]
+        engine.check_folders(needed, self.comparison.path, "--out", FREE)
 
 
-def examine(run: PlannedRun) -> RunState:
-    """How far a run is.
+def is_chosen(run: PlannedRun, only: Sequence[str]) -> bool:
+    """Whether the patterns, if there are any, name the run or its model."""
+    return not only or any(fnmatch.fnmatch(name, each) for each in only for name in (run.name, run.model))
+
+
+def chosen(runs: Runs, only: Sequence[str]) -> list[PlannedRun]:
+    """The runs that are known to be needed and that the patterns name, in the order in which they are trained."""
+    return [run for model in runs.models for run in runs.needed(model) if is_chosen(run, only)]
+
+
+def to_train(runs: Runs, only: Sequence[str]) -> list[PlannedRun]:
+    """The chosen runs that are not over."""
+    return engine.left(chosen(runs, only))
+
+
+def train_all(
+    runs: Runs, only: Sequence[str], *, at_once: int, launch: Sequence[str], max_seconds: float | None
+) -> dict[str, Outcome]:
+    """Train the chosen runs by the study engine; gives how each job has ended.
+
+    Args:
+        runs: of the comparison.
+        only: patterns of names of runs (or of models, for all their runs).
+        at_once: runs at a time.
+        launch: starts a module, such as [python, -m], which is the default.
+        max_seconds: for all; None for no limit.
 
     Raises:
-        ValueError: its metrics.jsonl is damaged.
+        ValueError: a folder holds a run of another configuration.
     """
-    records = RunFolder(run.folder).metrics()
-    steps, done = run.config.training.steps, max(checkpoint_folders(run.folder), default=0)
-    validated = [each["step"] for each in records if each["split"] == "validation"]
-    if done >= steps and validated[-1:] == [steps]:
-        last = next(each for each in reversed(records) if each["split"] == "validation")
-        if last.get("loss") is None:
-            return RunState("diverged", "its validation loss is not a number", records)
-        return RunState("finished", "", records)
-    allowed = run.config.safeguards.max_skipped_steps
-    latest = [each for each in records if each["split"] == "train"][-allowed:] if allowed else []
-    if len(latest) == allowed > 0 and all(each.get("skipped") for each in latest):
-        step = latest[-1]["step"]
-        return RunState("diverged", f"loss or gradient was not finite for {allowed} steps before step {step}", records)
-    failure = run.folder / FAILURE_FILE
-    if failure.is_file():
-        lines = failure.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-        return RunState("failed", lines[-1] if lines else "it ended without a word", records)
-    if records or done:
-        reached = max([done, *(each["step"] for each in records[-1:])])
-        return RunState("unfinished", f"it has reached step {reached} of {steps}", records)
-    return RunState("missing", "it has not begun", records)
-
-
-def _without_places(run: dict[str, Any]) -> dict[str, Any]:
-    """A run's configuration, with the names of local files for their paths."""
-    data = dict(run.get("data", {}))
-    for key in ("sources", "validation"):
-        sources = data.get(key) or []
-        data[key] = [source | {"paths": [Path(path).name for path in source.get("paths", ())]} for source in sources]
-    return run | {"data": data}
+    runs.check_folders()
+    command = [*(launch or [sys.executable, "-m"]), "xlstm_lm", "train", "--config"]
+    return engine.train(lambda: chosen(runs, only), command, at_once, max_seconds)

@@ -14,15 +14,16 @@ from pydantic import TypeAdapter, ValidationError
 from eval.command import environment
 from eval.compare.config import TestConfig
 from eval.compare.results import Bucket, Extrapolated, Tested
-from eval.documents import open_documents
-from eval.extrapolation import extrapolate
-from eval.models import load_model, pick_device
-from eval.perplexity import choose_windows, measure
+from eval.scoring.documents import open_documents
+from eval.scoring.extrapolation import extrapolate
+from eval.scoring.models import load_model, pick_device
+from eval.scoring.perplexity import choose_windows, measure
 from xlstm_lm.base.durable_files import replace_durably
 from xlstm_lm.base.program import program
 from xlstm_lm.base.read_files import read_json
 
 MEASURE_AGAIN = "Delete it to have it measured again."
+FIGURES = ("tokens", "loss", "bits_per_byte")
 _TEST = TypeAdapter(TestConfig)
 _TESTED = TypeAdapter(Tested)
 
@@ -42,28 +43,20 @@ def test_run(folder: Path, test: TestConfig) -> Tested:
         lengths = [model.trained_context << power for power in range(test.extrapolate.bit_length())]
         texts = list(open_documents(test.documents))
         curve = extrapolate(model, texts, lengths, batch_size=scoring.batch_size, max_tokens=test.max_tokens)
-    same = ("tokens", "bytes", "words", "loss", "perplexity", "word_perplexity", "bits_per_byte")
+    same = (*FIGURES, "bytes", "words", "perplexity", "word_perplexity")
     return Tested(
         how=how,
         **{name: measured[name] for name in same},
         by_position=[
-            Bucket(
-                first=row["from"],
-                last=row["to"],
-                tokens=row["tokens"],
-                loss=row["loss"],
-                bits_per_byte=row["bits_per_byte"],
-            )
+            Bucket(first=row["from"], last=row["to"], **{name: row[name] for name in FIGURES})
             for row in measured["by_position"]
         ],
         extrapolation=[
             Extrapolated(
                 context_length=row["context_length"],
                 times_trained=row["times_trained"],
-                tokens=row["tokens"],
-                loss=row["loss"],
-                bits_per_byte=row["bits_per_byte"],
                 second_half_bits_per_byte=row["second_half"]["bits_per_byte"],
+                **{name: row[name] for name in FIGURES},
             )
             for row in curve
         ],

@@ -16,16 +16,16 @@ from pathlib import Path
 import torch
 
 from eval.command import environment, positive
-from eval.jobs import Outcome, alone_in
-from eval.results_file import results_file, write_results
+from eval.study.jobs import alone_in
+from eval.study.results_file import results_file, write_results
 from eval.tasks.rows import TaskData
 from eval.tasks.study import Study, collect, load_study, train_runs
 from eval.tasks.summary import as_markdown, draw, summarize
 from xlstm_lm.base.fields import NonNegative, argument
 from xlstm_lm.base.paths import user_path
 from xlstm_lm.base.program import program
-from xlstm_lm.config import load_run_config
 from xlstm_lm.training.loop import train
+from xlstm_lm.training.run_config import load_run_config
 
 COMMAND = "python -m eval.tasks"
 PACKAGES = ("xlstm-lm", "deepspeed", "numpy")
@@ -42,8 +42,8 @@ def main(arguments: list[str] | None = None) -> None:
         folder = options.runs or Path("runs/tasks") / options.config.stem
         study = load_study(options.config, folder, options.only or ())
         with alone_in(folder):
-            outcomes = train_runs(study, options.at_once, options.max_minutes and 60 * options.max_minutes)
-        missing = _report(study, outcomes, options.out)
+            train_runs(study, options.at_once, options.max_minutes and 60 * options.max_minutes)
+        missing = _report(study, options.out)
     sys.exit(1 if missing else 0)
 
 
@@ -53,9 +53,9 @@ def _train_one(recipe: Path) -> None:
     train(run, TaskData(run.data))
 
 
-def _report(study: Study, outcomes: dict[str, Outcome], out: Path | None) -> bool:
-    """Print and write what the finished runs can do; gives whether any is missing."""
-    found = collect(study, outcomes)
+def _report(study: Study, out: Path | None) -> bool:
+    """Print and write the results of the finished runs; gives whether any is missing."""
+    found = collect(study)
     curves = summarize(found["runs"])
     if curves:
         print(f"\n{study.config.title}: scaled accuracy\n\n{as_markdown(curves, study.task)}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from eval.study_file import check_section
+from eval.study.study_file import check_section
 from eval.tasks.formal import LANGUAGES, FormalLanguage
 from eval.tasks.recall import AssociativeRecall
 from eval.tasks.task import Task

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import math
 import re
 import sys
 from collections.abc import Iterable
@@ -12,8 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-from eval.jobs import Job, Outcome, run_jobs
-from eval.study_file import check_section
+from eval.study import engine
+from eval.study.engine import Grid, PlannedRun, RunState, examine
+from eval.study.jobs import Outcome
+from eval.study.study_file import check_section
 from eval.tasks.accuracy import answer_cases
 from eval.tasks.registry import build_task
 from eval.tasks.task import Case, Task
@@ -21,12 +22,10 @@ from xlstm_lm import hub
 from xlstm_lm.base.fields import Count
 from xlstm_lm.base.mistakes import nearest
 from xlstm_lm.base.read_files import read_json
-from xlstm_lm.config import RunConfig, as_dict, as_recipe, load_run_config
+from xlstm_lm.base.recipe import merge, read_recipe
 from xlstm_lm.models.accounting import count_parameters
-from xlstm_lm.recipe import merge, read_recipe
 from xlstm_lm.runs.checkpoint import find_checkpoint
-from xlstm_lm.runs.folder import RunFolder
-from xlstm_lm.runs.run_folder import is_finished
+from xlstm_lm.training.run_config import load_run_config
 
 MEASURE_AGAIN = "Delete it to have it measured again."
 SEED, LEARNING_RATE = "training.seed", "optimizer.learning_rate"
@@ -34,7 +33,7 @@ SEED, LEARNING_RATE = "training.seed", "optimizer.learning_rate"
 
 @dataclass(kw_only=True)
 class StudyConfig:
-    """What a study's recipe says."""
+    """The recipe of a study."""
 
     __pydantic_config__: ClassVar = {"extra": "forbid"}
 
@@ -56,82 +55,31 @@ class StudyConfig:
 
 
 @dataclass(frozen=True)
-class PlannedRun:
-    """One run of a study."""
-
-    name: str
-    model: str
-    settings: dict[str, Any]
-    """Its values of the grid's fields."""
-    config: RunConfig
-
-    @property
-    def folder(self) -> Path:
-        """The run's folder."""
-        return self.config.training.folder
-
-    @property
-    def recipe(self) -> Path:
-        """The file that its process reads, beside the folder."""
-        return self.folder.with_name(f"{self.name}.yaml")
-
-    @property
-    def is_finished(self) -> bool:
-        """Whether all of its steps are done.
-
-        Raises:
-            ValueError: the folder holds a run with another configuration.
-        """
-        return is_finished(as_dict(self.config))
-
-    def last_validation(self) -> dict[str, Any]:
-        """The record of it, of a finished run.
-
-        Raises:
-            ValueError: metrics.jsonl is damaged or has none.
-        """
-        record = RunFolder(self.folder).last_validation()
-        if record is None:
-            raise ValueError(f"{self.folder}/metrics.jsonl has no validation, though the run is finished: restore it.")
-        return record
-
-    @property
-    def loss(self) -> float:
-        """The last of validation, of a finished run; infinite where it is not finite."""
-        loss = self.last_validation()["loss"]
-        return math.inf if loss is None else loss
-
-
-@dataclass(frozen=True)
 class Study:
     """A study, checked and ready to run."""
 
+    path: Path
+    """Its file."""
     config: StudyConfig
     task: Task
     cases: list[Case]
     planned: list[PlannedRun]
-    """For the whole grid."""
+    """The runs of the whole grid."""
 
     @property
     def runs(self) -> list[PlannedRun]:
-        """Those that are known to be needed: the whole grid with the first seed, and with the other seeds what has the
-        best learning rate, as soon as that is known."""
-        found: dict[str, PlannedRun] = {}
-        for alike in self._groups().values():
-            first_seed = [run for run in alike if run.settings.get(SEED) == alike[0].settings.get(SEED)]
-            found |= {run.name: run for run in first_seed}
-            if all(run.is_finished for run in first_seed):
-                rate = min(first_seed, key=lambda run: run.loss).settings.get(LEARNING_RATE)
-                found |= {run.name: run for run in alike if run.settings.get(LEARNING_RATE) == rate}
-        return [run for run in self.planned if run.name in found]
+        """The runs that are known to be needed: the whole grid with the first seed, and with the other seeds those of
+        the best learning rate, as soon as that is known."""
+        needed = {run.name for grid in self._grids() for run in grid.needed}
+        return [run for run in self.planned if run.name in needed]
 
-    def _groups(self) -> dict[tuple, list[PlannedRun]]:
-        """The planned runs that differ in learning rate and seed alone."""
+    def _grids(self) -> list[Grid]:
+        """The planned runs in groups that differ in learning rate and seed alone."""
         groups: dict[tuple, list[PlannedRun]] = {}
         for run in self.planned:
             others = [(key, str(value)) for key, value in run.settings.items() if key not in (SEED, LEARNING_RATE)]
             groups.setdefault((run.model, *others), []).append(run)
-        return groups
+        return [Grid(runs) for runs in groups.values()]
 
 
 def load_study(path: Path, folder: Path, only: Iterable[str] = ()) -> Study:
@@ -163,7 +111,7 @@ def load_study(path: Path, folder: Path, only: Iterable[str] = ()) -> Study:
     names = [run.name for run in planned]
     if alike := [name for name in names if names.count(name) > 1]:
         raise ValueError(f"{path}: several runs are called {alike[0]}; give each value of grid once, and models apart.")
-    return Study(config, task, cases, planned)
+    return Study(path, config, task, cases, planned)
 
 
 def _plan(
@@ -181,48 +129,33 @@ def _plan(
     except ValueError as error:
         message = re.sub(r"flag --[\w.]+(, flag --[\w.]+)*: ", "", str(error))
         raise ValueError(f"{path}, run {name}: {message}") from None
-    return PlannedRun(name, model, settings, run)
+    return PlannedRun(model, run, settings)
 
 
 def train_runs(study: Study, at_once: int, max_seconds: float | None = None) -> dict[str, Outcome]:
-    """Train what is needed and not finished, each run in a process; gives how those that were begun have ended.
+    """Train what is needed and not over, each run in a process; gives how those that were begun have ended.
 
     Raises:
         ValueError: a folder holds a run with another configuration.
     """
-    begun: set[str] = set()
-
-    def next_jobs() -> list[Job]:
-        jobs = [_job(run) for run in study.runs if run.name not in begun and not run.is_finished]
-        begun.update(job.name for job in jobs)
-        return jobs
-
-    return run_jobs(next_jobs(), at_once, then=lambda outcome: next_jobs(), max_seconds=max_seconds)
+    engine.check_folders(study.runs, study.path, "--runs")
+    return engine.train(lambda: study.runs, [sys.executable, "-m", "eval.tasks", "--run"], at_once, max_seconds)
 
 
-def _job(run: PlannedRun) -> Job:
-    run.recipe.parent.mkdir(parents=True, exist_ok=True)
-    run.recipe.write_text(as_recipe(run.config), encoding="utf-8")
-    command = [sys.executable, "-m", "eval.tasks", "--run", str(run.recipe)]
-    return Job(name=run.name, command=command, log=run.recipe.with_suffix(".log"))
-
-
-def collect(study: Study, outcomes: dict[str, Outcome]) -> dict[str, Any]:
-    """What the finished runs can do, and which are missing for what reason."""
+def collect(study: Study) -> dict[str, Any]:
+    """The results of the finished runs, and which runs are missing for what reason."""
     found, missing = [], []
     for run in study.runs:
-        if run.is_finished:
-            found.append(_measure(study, run))
-            continue
-        outcome = outcomes.get(run.name)
-        failed = outcome is not None and outcome.code and not outcome.asked_to_stop
-        reason = f"failed with code {outcome.code}, see {run.recipe.with_suffix('.log')}" if failed else "not finished"
-        missing.append({"run": run.name, "reason": reason})
+        state = examine(run)
+        if state.status == "finished":
+            found.append(_measure(study, run, state))
+        else:
+            missing.append({"run": run.name, "reason": f"{state.status}: {state.problem}"})
     return {"runs": found, "missing": missing}
 
 
-def _measure(study: Study, run: PlannedRun) -> dict[str, Any]:
-    """A finished run's numbers; its answers are kept in the folder, and asked for again only where others are."""
+def _measure(study: Study, run: PlannedRun, state: RunState) -> dict[str, Any]:
+    """The numbers of a finished run. Its answers are kept in the folder, and measured again only for other cases."""
     checkpoint = find_checkpoint(run.folder)
     asked = {
         "checkpoint": checkpoint.name,
@@ -235,7 +168,7 @@ def _measure(study: Study, run: PlannedRun) -> dict[str, Any]:
         model = hub.load(checkpoint).model
         known = asked | {"cases": answer_cases(model, study.task, study.cases, study.config.test_sequences)}
         path.write_text(json.dumps(known) + "\n", encoding="utf-8")
-    validation = run.last_validation()
+    validation = state.last_validation
     return {
         "run": run.name,
         "model": run.model,
@@ -243,7 +176,7 @@ def _measure(study: Study, run: PlannedRun) -> dict[str, Any]:
         "parameters": count_parameters(run.config.model),
         "steps": run.config.training.steps,
         "training_answers": validation["tokens"],
-        "validation_loss": run.loss,
+        "validation_loss": validation["loss"],
         "seconds": validation["elapsed_seconds"],
         "cases": known["cases"],
     }

@@ -7,11 +7,9 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from eval.picture import style
+from eval.study.picture import PANEL_INCHES, draw_panels, style
 from eval.tasks.study import LEARNING_RATE, SEED
 from eval.tasks.task import Case, Task
-
-PANEL_INCHES = 5.0
 
 
 @dataclass(frozen=True)
@@ -68,22 +66,15 @@ def draw(curves: list[Curve], path: Path, task: Task, title: str) -> bool:
 
     Says so and gives False without matplotlib.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        print(f"No picture {path}: matplotlib is not installed.")
-        return False
     names = list(dict.fromkeys(curve.model for curve in curves))
     panels = list(dict.fromkeys(curve.panel for curve in curves))
-    figure = Figure(figsize=(2.5 + PANEL_INCHES * len(panels), 4.5), layout="constrained")
-    FigureCanvasAgg(figure)
-    for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False, sharey=True)[0], panels, strict=True):
+
+    def fill(axes: Any, panel: str) -> None:
         axes.axvspan(*task.trained, color="0.93", label="in training")
         for curve in (curve for curve in curves if curve.panel == panel):
             cases, mean, low, high = zip(*sorted(curve.points, key=lambda point: point[0][-1]), strict=True)
             x = [case[-1] for case in cases]
-            # Rings of their own size, so that curves on top of each other are all seen.
+            # Rings of their own size, which keep curves on top of each other visible.
             rings = {"markersize": 3 + 2 * (len(names) - names.index(curve.model)), "markerfacecolor": "none"}
             shown = style(curve.model, names.index(curve.model)) | rings
             axes.plot(x, mean, label=curve.model, **shown)
@@ -93,10 +84,8 @@ def draw(curves: list[Curve], path: Path, task: Task, title: str) -> bool:
         axes.minorticks_off()
         axes.set(title=panel, xlabel=task.case_names[-1], ylim=(-0.15, 1.05))
         axes.grid(alpha=0.3)
-    figure.axes[0].set_ylabel("scaled accuracy (0: chance, 1: perfect)")
-    handles = {label: handle for axes in figure.axes for handle, label in zip(*axes.get_legend_handles_labels())}
-    figure.legend(handles.values(), handles.keys(), loc="outside right center", fontsize="small")
-    figure.suptitle(title)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
-    return True
+        if panel == panels[0]:
+            axes.set_ylabel("scaled accuracy (0: chance, 1: perfect)")
+
+    inches, legend = (2.5 + PANEL_INCHES * len(panels), 4.5), {"loc": "outside right center"}
+    return draw_panels(path, panels, fill, inches=inches, legend=legend, title=title, share_y=True)

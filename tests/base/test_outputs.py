@@ -19,7 +19,7 @@ from xlstm_lm.base.outputs import (
 )
 from xlstm_lm.base.paths import user_path
 from xlstm_lm.base.run_layout import RUN_SECTIONS
-from xlstm_lm.config import load_run_config
+from xlstm_lm.training.run_config import load_run_config
 
 
 @pytest.fixture

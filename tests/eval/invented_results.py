@@ -308,7 +308,7 @@ def sparse_results() -> Results:
 
 def main() -> None:
     """Write both reports to /tmp/invented, to be looked at: `python tests/eval/invented_results.py`."""
-    from eval.compare.report import write_report
+    from eval.compare.report.write import write_report
 
     for name, results in (("full", full_results()), ("sparse", sparse_results())):
         for path in write_report(results, Path("/tmp/invented") / name):

@@ -20,11 +20,11 @@ from eval.compare.config import check_data, load_comparison
 from eval.compare.measure import test_file as path_of_test
 from eval.compare.measure import to_test
 from eval.compare.results import load_results, save_results
-from eval.compare.runs import Runs, examine
-from eval.compare.train import to_train, train_all
-from xlstm_lm.config import as_recipe
+from eval.compare.runs import Runs, to_train, train_all
+from eval.study.engine import examine
 from xlstm_lm.models.accounting import training_flops_per_token
 from xlstm_lm.training.loop import train
+from xlstm_lm.training.run_config import as_recipe
 
 ROOT = Path(__file__).parents[2]
 TINY = {"vocab_size": 257, "embedding_dim": 16, "num_blocks": 1, "num_heads": 2}

@@ -11,12 +11,17 @@ import numpy as np
 import pytest
 
 from eval.compare.config import load_comparison
-from eval.compare.pictures import Frame, Line, draw_lines, spread_out
-from eval.compare.report import write_report
-from eval.compare.report_answer import checks, further_findings, show_spread, sides, verdict
-from eval.compare.report_pictures import scale_pictures
+from eval.compare.report import select
+from eval.compare.report.answer import checks, further_findings, verdict
+from eval.compare.report.drawing import Frame, Line, draw_lines
+from eval.compare.report.parts import show_spread
+from eval.compare.report.pictures import scale_pictures
+from eval.compare.report.select import deciding_quantity, sides, values_by_seed
+from eval.compare.report.tables import final_table
+from eval.compare.report.write import write_report
 from eval.compare.results import Published, Results, load_results, save_results
-from eval.compare.spread import T_975, deciding_quantity, difference, spread, values_by_seed
+from eval.study.picture import spread_out
+from eval.study.spread import T_975, difference, spread
 from tests.eval.invented_results import full_results, make_model, make_results, make_run, sparse_results
 
 
@@ -100,6 +105,30 @@ def test_pairing_tells_apart_what_the_spread_over_seeds_hides():
     assert verdict(pair(own, other), "1m").outcome == "xLSTM[1:1] beats Transformer"
     shuffled = [1.609, 1.711, 1.511]
     assert verdict(pair(own, shuffled), "1m").outcome == "no winner between xLSTM[1:1] and Transformer"
+
+
+@pytest.mark.parametrize("behind", ["Transformer", "xLSTM[1:1]"])
+def test_difference_below_its_whole_interval_is_no_result(behind):
+    """Seeds that differ by mean - 0.01, mean and mean + 0.01 have an interval of 0.0248 to each side."""
+    for mean, is_judged in ((0.024, False), (0.026, True)):
+        ahead_of = ([1.50, 1.70, 1.60], [1.49 + mean, 1.70 + mean, 1.61 + mean])
+        results = pair(*(ahead_of if behind == "Transformer" else ahead_of[::-1]))
+        found, [table] = verdict(results, "1m"), final_table(results, "1m")
+        assert (" beats " in found.outcome, found.outcome.startswith("no winner")) == (is_judged, not is_judged)
+        assert found.outcome.endswith(behind) or not is_judged
+        [(apart, judged)] = [(row[8].text, row[9].text) for row in table.rows if row[1].text == "Transformer"]
+        against_reference = mean if behind == "Transformer" else -mean
+        assert apart.startswith(f"{against_reference:+.4f}".replace("-", "−"))
+        word = "worse" if behind == "Transformer" else "better"
+        assert judged == (word if is_judged else "not told apart")
+
+
+def test_seeds_are_compared_with_their_own():
+    results = pair([1.5, 1.6, 9.9], [1.52, 1.621, 1.7])
+    results.models[0].runs[2].status = "failed"
+    found = select.gap(results.models[1], results.models[0], deciding_quantity(results))
+    assert found.count == 2 and found.mean == pytest.approx(0.0205)
+    assert select.over_seeds(results.models[0], deciding_quantity(results).of).count == 2
 
 
 def test_verdict_when_xlstm_wins():

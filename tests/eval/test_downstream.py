@@ -16,8 +16,8 @@ from lm_eval.models.huggingface import HFLM
 
 from eval import downstream
 from eval.downstream import TASK_GROUPS, evaluate, find_tasks
-from eval.harness import HarnessModel
-from eval.models import load_model
+from eval.scoring.harness import HarnessModel
+from eval.scoring.models import load_model
 from tests.eval.small_models import TEXT, save_own
 from xlstm_lm import hub
 

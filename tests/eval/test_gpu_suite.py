@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from eval.speed_models import parse_model
+from eval.bench.speed_models import parse_model
 
 ROOT = Path(__file__).parents[2]
 SUITE = ROOT / "eval" / "gpu_suite.sh"

@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from eval import kernels
-from eval.journal import Journal, run_in_children, supervise
-from eval.kernel_cases import MLSTM, SLSTM, Contender, MLSTMStep, gpu_cases
-from eval.measure import TOGETHER, Ceilings, measure
-from eval.peers import PEERS
-from xlstm_lm.ops.mlstm import BACKENDS, mlstm
+from eval.bench.kernel_cases import MLSTM, SLSTM, Contender, MLSTMStep, gpu_cases
+from eval.bench.measure import TOGETHER, Ceilings, _cycles, measure, summarize
+from eval.bench.peers import PEERS
+from eval.study.journal import Journal, run_in_children, supervise
+from xlstm_lm.ops.mlstm import MLSTM as MLSTM_OPERATION
+from xlstm_lm.ops.mlstm import mlstm
 from xlstm_lm.ops.mlstm.chunkwise import mlstm_chunkwise
 from xlstm_lm.ops.selfcheck import errors
 
@@ -54,6 +56,51 @@ def test_what_others_do_meanwhile_does_not_count_on_one_thread(monkeypatch):
         monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
         (seconds,) = measure({"waits": waits}, rounds=1, device="cpu", warm_up=0)["waits"]
         assert (seconds >= 0.2) == counts
+
+
+def test_a_gpu_waits_while_the_host_launches_a_step(monkeypatch):
+    """Of 1e9 cycles a second: caches are filled, 5 ms go by, and only then the span begins that is timed."""
+    happened, device_clock = [], [0.0]
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.time = device_clock[0]
+            happened.append("event")
+
+        def synchronize(self):
+            pass
+
+        def elapsed_time(self, end):
+            return (end.time - self.time) * 1e3
+
+    def sleep(cycles):
+        device_clock[0] += cycles / 1e9
+        happened.append(cycles / 1e9)
+
+    def step():
+        device_clock[0] += 2e-3
+        happened.append("step")
+        time.sleep(0.01)
+
+    def empty(size, **kind):
+        return SimpleNamespace(zero_=lambda: happened.append("filled"))
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "_sleep", sleep, raising=False)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=2**36))
+    monkeypatch.setattr(torch, "empty", empty)
+    _cycles.cache_clear()
+    host = {}
+    seconds = measure({"ours": step}, rounds=2, device="cuda", host_seconds=host)
+    timing = summarize(seconds["ours"], host["ours"])
+    assert timing.milliseconds == pytest.approx(2.0)
+    assert 10 <= timing.host_milliseconds < 200
+    assert happened[-5:] == ["filled", pytest.approx(5e-3), "event", "step", "event"]
+    _cycles.cache_clear()
 
 
 def wrong_gradient(q, k, v, i, f):
@@ -110,14 +157,14 @@ def test_a_wrong_kernel_of_ours_makes_the_benchmark_fail(monkeypatch):
         h, state = mlstm_chunkwise(*inputs, **options)
         return h * 1.01, state
 
-    monkeypatch.setitem(BACKENDS, "chunkwise", wrong)
+    monkeypatch.setattr(MLSTM_OPERATION["chunkwise"], "function", wrong)
     with pytest.raises(SystemExit, match="mlstm / chunkwise, B 2 H 4 T 64 .*: wrong values"):
         kernels.main(["--device", "cpu", "--rounds", "1", "--lengths", "64", "--only", "mlstm"])
 
 
 CHILD = """
 import os, pathlib, sys, time
-from eval.journal import Journal
+from eval.study.journal import Journal
 journal = Journal(pathlib.Path(sys.argv[1]))
 for name, act in (("fine", int), ("aborts", os.abort), ("hangs", lambda: time.sleep(600)), ("exits", sys.exit)):
     if name in journal.results or name in journal.failed:
@@ -170,7 +217,7 @@ def test_a_peer_meets_its_own_definition(name):
 
 
 def test_the_definition_of_linear_attention_tells_right_from_wrong():
-    from eval.peers import _linear_attention
+    from eval.bench.peers import _linear_attention
 
     case, T = SMALL, SMALL.T
 

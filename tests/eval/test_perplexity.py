@@ -14,11 +14,11 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 
 from eval import perplexity
-from eval.documents import DocumentsConfig, Text, open_documents
-from eval.extrapolation import extrapolate
-from eval.models import load_model, state_bytes
-from eval.perplexity import PerplexityConfig, measure
-from eval.scoring import score_sequences
+from eval.scoring.documents import DocumentsConfig, Text, open_documents
+from eval.scoring.extrapolation import extrapolate
+from eval.scoring.models import load_model, state_bytes
+from eval.scoring.perplexity import PerplexityConfig, measure
+from eval.scoring.sequences import score_sequences
 from tests.eval.small_models import TEXT
 from xlstm_lm import hub
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 import yaml
 
-from eval.jobs import Outcome
-from eval.tasks import study as study_module
+from eval.study import engine
+from eval.study.jobs import Outcome
 from eval.tasks.__main__ import main
 from eval.tasks.accuracy import answer_cases
 from eval.tasks.formal import LANGUAGES
@@ -22,9 +22,9 @@ from eval.tasks.study import load_study
 from eval.tasks.summary import as_markdown, summarize
 from eval.tasks.task import scaled_accuracy
 from xlstm_lm import hub
-from xlstm_lm.config import load_run_config
 from xlstm_lm.data import DataConfig
 from xlstm_lm.training.loop import train
+from xlstm_lm.training.run_config import load_run_config
 
 STUDIES = sorted((Path(__file__).parents[2] / "configs" / "tasks").glob("*.yaml"))
 STEPS = {"STAY": 0, "+1": 1, "-1": -1}
@@ -212,7 +212,7 @@ def train_here(jobs, at_once, then, max_seconds=None) -> dict[str, Outcome]:
 
 
 def test_a_study_trains_reuses_tests_and_reports(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(study_module, "run_jobs", train_here)
+    monkeypatch.setattr(engine, "run_jobs", train_here)
     path = write_study(tmp_path)
     flags = ["--config", str(path), "--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "out.json")]
     with pytest.raises(SystemExit) as ended:
@@ -260,7 +260,7 @@ def test_a_study_trains_reuses_tests_and_reports(tmp_path, monkeypatch, capsys):
 
 def test_a_run_that_was_cut_goes_on_to_the_same_end(tmp_path, monkeypatch):
     """Of a run that died behind step 4, the last steps come out to the digit."""
-    monkeypatch.setattr(study_module, "run_jobs", train_here)
+    monkeypatch.setattr(engine, "run_jobs", train_here)
     path = write_study(tmp_path, grid={}, models={"xlstm[0:1]": STUDY["models"]["xlstm[0:1]"]})
     flags = ["--config", str(path), "--runs", str(tmp_path / "runs")]
     with pytest.raises(SystemExit):

@@ -9,11 +9,12 @@ import pytest
 import torch
 
 from eval import throughput
-from eval.generation_speed import run_stock, write
-from eval.measure import Ceilings
-from eval.speed_models import describe_kernels, parse_model, record_kernels
+from eval.bench.generation_speed import run_stock, write
+from eval.bench.measure import Ceilings
+from eval.bench.speed_models import describe_kernels, parse_model
 from xlstm_lm.models import XLSTMConfig, build_model
 from xlstm_lm.models.accounting import count_parameters, training_flops_per_token
+from xlstm_lm.ops.operation import recorded_choices
 
 # transformers' xLSTM takes widths of queries and values that are multiples of 64, and whole chunks in training.
 SIZES = "embedding_dim=128,num_blocks=2,num_heads=2,vocab_size=96"
@@ -170,7 +171,7 @@ def test_flags_that_cannot_be_are_refused(flags, message, capsys):
 def test_the_kernels_that_run_are_recorded():
     model = parse_model("xlstm:pattern=['mlstm','slstm'],num_blocks=2,embedding_dim=32,num_heads=2,vocab_size=32")
     module = model.build("cpu", torch.float32)
-    with record_kernels() as taken:
+    with recorded_choices() as taken:
         module.hidden(torch.zeros(1, 8, dtype=torch.long))
     assert taken == {"mlstm": ["compiled"], "slstm": ["compiled"], "convolution": ["compiled"]}
     assert describe_kernels(model, taken) == "convolution compiled, mlstm compiled, slstm compiled"

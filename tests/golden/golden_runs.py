@@ -68,8 +68,8 @@ def settings(model: dict[str, Any], run_dir: Path, text: str = "lines.txt") -> d
 
 def train_in(folder: Path, values: dict[str, Any]) -> list[tuple[int, float, float]]:
     """Train with `folder` as the current one. Returns step, loss (nats a token) and gradient norm of every step."""
-    from xlstm_lm.config import load_run_config
     from xlstm_lm.training.loop import train
+    from xlstm_lm.training.run_config import load_run_config
 
     before = Path.cwd()
     os.chdir(folder)

@@ -8,7 +8,7 @@ import transformers
 
 from tests.hub.lively import make_pair, make_trained, random_tokens
 from xlstm_lm import hub
-from xlstm_lm.generation import SamplingConfig, generate
+from xlstm_lm.models.generation import SamplingConfig, generate
 
 NEW = 20
 PATTERNS = [["mlstm", "slstm", "mlstm_paper"], ["mlstm"] * 3]

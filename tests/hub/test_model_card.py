@@ -17,7 +17,7 @@ from tests.hub.test_export import make_run
 from xlstm_lm import hub
 from xlstm_lm.cli import main
 from xlstm_lm.hub.card_metadata import LICENSES, CardOptions, papers
-from xlstm_lm.hub.origin import ORIGIN, base_model, hub_id
+from xlstm_lm.hub.origin import base_model, hub_id
 from xlstm_lm.models import MambaConfig, TransformerConfig, XLSTMConfig
 
 SNAPSHOT = "models--somebody--base-7b/snapshots/" + 40 * "a"
@@ -81,7 +81,7 @@ def test_the_base_model_outlives_import_training_and_another_import(tmp_path):
         shutil.rmtree(tmp_path / "again", ignore_errors=True)
         hub.import_run(source, tmp_path / "again")
         assert base_model(tmp_path / "again") == "somebody/base-7b", source
-    (tmp_path / "run" / ORIGIN).write_text("{")
+    (tmp_path / "run" / "imported.json").write_text("{")
     with pytest.raises(ValueError, match=r"imported.json is damaged: .* name the model with --base-model"):
         hub.save_export(hub.load(later), tmp_path / "other")
 

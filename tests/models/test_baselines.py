@@ -8,6 +8,7 @@ from torch import nn
 
 from xlstm_lm.models import LSTMConfig, MambaConfig, TransformerConfig, build_model
 from xlstm_lm.ops import attention
+from xlstm_lm.ops.operation import make_call, verify
 
 CONFIGS = {
     "transformer": TransformerConfig(num_heads=4),
@@ -106,13 +107,11 @@ def test_attention_backends_agree(backend):
     )
 
 
-def test_attention_that_does_not_run_is_left_by_name(monkeypatch):
+def test_attention_that_does_not_run_is_found():
     """torch has no causal attention over jagged tensors on a CPU."""
-    said = []
-    monkeypatch.setattr(attention, "announce_once", said.append)
     with torch.inference_mode():
-        assert not attention._jagged_is_right.__wrapped__(torch.device("cpu"), torch.float32)
-    assert "jagged attention's kernels do not run on cpu" in said[0] and "`sdpa`" in said[0]
+        reason = verify(attention.ATTENTION, "jagged", make_call(torch.device("cpu"), torch.float32, {}, "long"))
+    assert "it does not run" in reason
 
 
 def test_lstm_layer_is_torchs():
@@ -127,9 +126,7 @@ def test_lstm_layer_is_torchs():
             getattr(theirs, f"{name}_l0").copy_(value)
         theirs.bias_hh_l0.zero_()
     x_BTD = torch.randn(2, 9, 24, dtype=torch.float64)
-    torch.testing.assert_close(
-        ours(x_BTD, model.make_context(torch.zeros(2, 9), None, None))[0], ours.norm(theirs(x_BTD)[0])
-    )
+    torch.testing.assert_close(ours(x_BTD, ours.make_context(x_BTD, None, None))[0], ours.norm(theirs(x_BTD)[0]))
 
 
 @pytest.mark.parametrize("cell", ["lstm", "gru", "rnn"])
@@ -138,7 +135,7 @@ def test_padded_documents_are_packed_ones(cell):
     layer, x_BTD = model.blocks[0], torch.randn(3, 40, 12, dtype=torch.float64, requires_grad=True)
     resets_BT = torch.zeros(3, 40, dtype=torch.bool)
     resets_BT[0, [0, 25]] = resets_BT[2, 13] = True
-    context = model.make_context(torch.zeros(3, 40, dtype=torch.int64), resets_BT, None)
+    context = layer.make_context(x_BTD, resets_BT, None)
     assert context.padded_MS.shape == (5, 40)
     state = tuple(torch.randn(3, 12, dtype=torch.float64) for _ in range(2 if cell == "lstm" else 1))
     padded, _ = layer(x_BTD, context, state)
@@ -150,7 +147,7 @@ def test_padded_documents_are_packed_ones(cell):
         torch.autograd.grad(padded, inputs, upstream), torch.autograd.grad(packed, inputs, upstream)
     )
     resets_BT[0, ::2] = True
-    assert model.make_context(torch.zeros(3, 40, dtype=torch.int64), resets_BT, None).padded_MS is None
+    assert layer.make_context(x_BTD, resets_BT, None).padded_MS is None
 
 
 def test_lstm_starts_with_open_forget_gates_and_orthogonal_recurrence():

@@ -5,6 +5,7 @@ They refuse what the kernels refuse, and are written in other forms than our def
 
 from __future__ import annotations
 
+import importlib.machinery
 import sys
 import types
 from collections.abc import Callable
@@ -13,6 +14,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from tests.ops.stand_ins import replace_backend
+from xlstm_lm.ops.conv import CONV
+from xlstm_lm.ops.selective_scan import SCAN
+from xlstm_lm.ops.ssd import SSD
 
 KERNEL_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -106,12 +112,12 @@ def broken(function: Callable) -> Callable:
     return fail
 
 
-def install(monkeypatch: pytest.MonkeyPatch, spoil: Callable[[Callable], Callable] = lambda function: function) -> None:
-    """Have the packages be importable for a test, each function `spoil`ed, and their backends registered."""
-    from xlstm_lm.ops import conv, selective_scan, ssd
-    from xlstm_lm.ops.conv.causal_conv1d import conv_causal_conv1d
-    from xlstm_lm.ops.selective_scan.mamba_ssm import scan_mamba_ssm
-
+def install(
+    monkeypatch: pytest.MonkeyPatch,
+    spoil: Callable[[Callable], Callable] = lambda function: function,
+    checked_on: tuple[str, ...] = ("cpu", "cuda"),
+) -> None:
+    """Have the packages be importable for a test, each function `spoil`ed, and their backends run on a CPU, too."""
     functions = {
         "mamba_ssm.ops.selective_scan_interface": selective_scan_fn,
         "mamba_ssm.ops.triton.ssd_combined": mamba_chunk_scan_combined,
@@ -121,6 +127,7 @@ def install(monkeypatch: pytest.MonkeyPatch, spoil: Callable[[Callable], Callabl
         monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
     for name, function in functions.items():
         setattr(sys.modules[name], function.__name__, spoil(function))
-    monkeypatch.setitem(selective_scan.BACKENDS, "mamba_ssm", scan_mamba_ssm)
-    monkeypatch.setitem(ssd.BACKENDS, "mamba_ssm", ssd._mamba_ssm)
-    monkeypatch.setitem(conv.BACKENDS, "causal_conv1d", conv_causal_conv1d)
+        sys.modules[name].__spec__ = importlib.machinery.ModuleSpec(name, None)
+    sys.modules["mamba_ssm"].__spec__ = importlib.machinery.ModuleSpec("mamba_ssm", None)
+    for operation, name in ((SCAN, "mamba_ssm"), (SSD, "mamba_ssm"), (CONV, "causal_conv1d")):
+        replace_backend(monkeypatch, operation, name, devices=("cpu", "cuda"), checked_on=checked_on)

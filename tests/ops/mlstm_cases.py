@@ -8,8 +8,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from xlstm_lm.ops.mlstm import mlstm
-from xlstm_lm.ops.mlstm.triton_launch import super_chunks_of
+from xlstm_lm.ops.mlstm import MLSTM, mlstm
 
 NAMES = ("q", "k", "v", "i", "f", "C", "n")
 FAST = ("chunkwise", "compiled")  # the backends that are made for training on a CPU
@@ -173,6 +172,11 @@ def _assert_close(
 
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 5e-3}
 """Of the largest entry, in any of the cases below. The 16-bit ones are those of products in that type."""
+
+
+def super_chunks_of(chunks: int) -> contextlib.AbstractContextManager:
+    """The Triton backend with super-chunks of `chunks` chunks at least, so that a few steps make several."""
+    return mock.patch.dict(MLSTM["triton"].arguments, {"super_chunk": chunks})
 
 
 def launched_for(architecture: str | None) -> contextlib.AbstractContextManager:

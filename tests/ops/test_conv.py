@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import itertools
 
 import pytest
 import torch
@@ -11,10 +10,12 @@ from torch.nn.functional import conv1d, pad
 from torch.utils.checkpoint import checkpoint
 
 from tests.ops.mlstm_cases import in_nan
+from tests.ops.stand_ins import replace_backend
 from xlstm_lm.ops import conv
 from xlstm_lm.ops.announce import announce_once
-from xlstm_lm.ops.conv import dispatch, shifts
+from xlstm_lm.ops.conv import CONV, shifts
 from xlstm_lm.ops.native import load_kernels
+from xlstm_lm.ops.operation import make_call, verify
 from xlstm_lm.ops.selfcheck import compare
 
 
@@ -71,25 +72,27 @@ def test_the_compiled_form_reads_and_writes_what_it_should(B, T, D, dtype):
     assert error < (2e-6 if dtype == torch.float32 else 1e-2)
 
 
+@pytest.mark.usefixtures("fresh_choices")
 def test_what_the_compiled_form_does_not_take_is_left_to_torch_by_name(caplog, monkeypatch):
     announce_once.cache_clear()
     x, weight, bias, _ = inputs(1, 20, 3, 9)
     torch.testing.assert_close(conv.causal_conv(x, weight, bias), conv.causal_conv(x, weight, bias, backend="torch"))
-    assert "9 taps" in caplog.text and "(`torch`), which is slower" in caplog.text
-    wrong = lambda x, weight, *others: 1.01 * conv.BACKENDS["torch"](x, weight, *others)
-    monkeypatch.setitem(conv.BACKENDS, "compiled", wrong)
-    assert not dispatch._is_right.__wrapped__("compiled", x.device, x.dtype, 3, 4)
-    assert "the kernels of the convolution 'compiled' are wrong on cpu" in caplog.text
+    assert "W 9" in caplog.text and "(`torch`), which is slower" in caplog.text
+    replace_backend(
+        monkeypatch, CONV, "compiled", lambda x, weight, *others: 1.01 * shifts.conv_shifts(x, weight, *others)
+    )
+    assert "wrong" in verify(CONV, "compiled", make_call(x.device, x.dtype, {"D": 3, "W": 4}))
+    x, weight, bias, _ = inputs(1, 20, 3, 4)
+    torch.testing.assert_close(conv.causal_conv(x, weight, bias), conv.causal_conv(x, weight, bias, backend="torch"))
+    assert "`compiled`: its values or gradients are wrong" in caplog.text
 
 
-def test_a_kernel_may_be_asked_first_inside_activation_checkpointing(monkeypatch):
-    monkeypatch.setattr(dispatch, "_is_right", dispatch._is_right.__wrapped__)  # asks anew each time
+@pytest.mark.usefixtures("fresh_choices")
+def test_a_kernel_may_be_checked_first_inside_activation_checkpointing():
     x, weight, bias, _ = inputs(1, 20, 6, 4)
-    expected = torch.autograd.grad(conv.causal_conv(x, weight, bias).sum(), (x, weight, bias))
-    asked_in_the_first_pass_alone = itertools.chain([dispatch._is_right], itertools.repeat(lambda *asked: True))
-    monkeypatch.setattr(dispatch, "_is_right", lambda *asked: next(asked_in_the_first_pass_alone)(*asked))
     y = checkpoint(conv.causal_conv, x, weight, bias, use_reentrant=False)
-    torch.testing.assert_close(torch.autograd.grad(y.sum(), (x, weight, bias)), expected)
+    found = torch.autograd.grad(y.sum(), (x, weight, bias))
+    torch.testing.assert_close(found, torch.autograd.grad(conv.causal_conv(x, weight, bias).sum(), (x, weight, bias)))
 
 
 @pytest.mark.parametrize("with_state", [False, True])

@@ -8,7 +8,18 @@ from torch.nn.functional import cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from xlstm_lm.ops import loss as loss_operators
 from xlstm_lm.ops.loss import linear_cross_entropy
+
+INSIDE = {
+    each.operator: each.function
+    for each in (
+        loss_operators._total_loss,
+        loss_operators._token_losses,
+        loss_operators._token_losses_backward,
+    )
+}
+"""The operations behind each operator, which a mode does not see by itself."""
 
 OPTIONS = [
     {},
@@ -101,6 +112,9 @@ class LargestTensor(TorchDispatchMode):
         self.operations = []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function in INSIDE:
+            with self:
+                return INSIDE[function](*args)
         result = function(*args, **(kwargs or {}))
         self.operations.append(str(function))
         made = [leaf.numel() for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]

@@ -4,28 +4,40 @@ from __future__ import annotations
 
 import functools
 import sys
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 from tests.ops import mamba_packages
 from xlstm_lm.models import MambaConfig, build_model
-from xlstm_lm.ops import selfcheck, ssd
-from xlstm_lm.ops.conv import causal_conv
-from xlstm_lm.ops.conv import dispatch as conv
-from xlstm_lm.ops.selective_scan import dispatch as scan
-from xlstm_lm.ops.selective_scan import selective_scan
-from xlstm_lm.ops.selfcheck import TOLERANCE, compare, scan_inputs, ssd_inputs, with_states
+from xlstm_lm.ops import operation as operation_module
+from xlstm_lm.ops import ssd
+from xlstm_lm.ops.announce import announce_once
+from xlstm_lm.ops.conv import CONV, causal_conv
+from xlstm_lm.ops.operation import choose, make_call, recorded_choices, verify
+from xlstm_lm.ops.selective_scan import SCAN, selective_scan
+from xlstm_lm.ops.selective_scan.operation import scan_inputs
+from xlstm_lm.ops.selfcheck import TOLERANCE, compare
+from xlstm_lm.ops.ssd import SSD, ssd_inputs
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
-conv_is_right = functools.partial(conv._is_right.__wrapped__, "causal_conv1d")
 CHECKS = {
-    "mamba_ssm's selective scan": (scan._mamba_ssm_is_right.__wrapped__, (16,), "`recurrence`"),
-    "mamba_ssm's kernels": (ssd._mamba_ssm_is_right.__wrapped__, (), "SSD takes the mLSTM's"),
-    "the kernels of the convolution 'causal_conv1d'": (conv_is_right, (24, 4), "`torch`"),
+    SCAN: ("mamba_ssm", {"N": 16}),
+    SSD: ("mamba_ssm", {"P": 64, "N": 128}),
+    CONV: ("causal_conv1d", {"D": 24, "W": 4}),
 }
-"""Whose kernels -> the question, its further arguments and what runs in their place."""
+"""Operation -> the backend of a package, and sizes to check it at."""
+pytestmark = pytest.mark.usefixtures("fresh_choices")
+
+
+def with_states(operation):
+    """A scan as a function of all its inputs, the state too: its values and its last state."""
+
+    def function(*inputs, **options):
+        *inputs, state = inputs
+        return operation(*inputs, initial_state=state, return_state=True, **options)
+
+    return function
 
 
 @pytest.fixture
@@ -124,64 +136,53 @@ def test_a_model_through_the_packages_is_the_model(version, monkeypatch):
         return hidden_BTD, [parameter.grad for parameter in model.parameters()]
 
     expected = results()
-    mamba_packages.install(monkeypatch)
-    for module, backend in ((scan, "mamba_ssm"), (ssd, "mamba_ssm"), (conv, "causal_conv1d")):
-        monkeypatch.setattr(module, "choose_backend", lambda *_, backend=backend: backend)
-    torch.testing.assert_close(results(), expected, rtol=1e-4, atol=1e-4)
+    mamba_packages.install(monkeypatch, checked_on=())
+    with recorded_choices() as taken:
+        torch.testing.assert_close(results(), expected, rtol=1e-4, atol=1e-4)
+    scan = "selective scan" if version == 1 else "ssd"
+    assert taken == {scan: ["mamba_ssm"], "convolution": ["causal_conv1d"]}
 
 
-@pytest.mark.parametrize("kernels", CHECKS)
-def test_kernels_that_are_wrong_or_broken_are_refused_by_name(kernels, monkeypatch):
-    is_right, sizes, instead = CHECKS[kernels]
-    said: list[str] = []
-    monkeypatch.setattr(selfcheck, "announce_once", said.append)
+@pytest.mark.parametrize("operation", CHECKS, ids=lambda operation: operation.name)
+def test_kernels_that_are_wrong_or_broken_are_found(operation):
+    name, sizes = CHECKS[operation]
     before = torch.random.get_rng_state()
     for dtype in (torch.float32, torch.bfloat16):
         with pytest.MonkeyPatch.context() as right:
             mamba_packages.install(right)
             with torch.inference_mode():  # as where a model generates
-                assert is_right(CPU, dtype, *sizes)
-    assert not said
-    for spoil, verdict in (
-        (mamba_packages.wrong_in_value, "are wrong"),
-        (mamba_packages.wrong_in_a_gradient, "are wrong"),
-        (mamba_packages.broken, "do not run"),
+                assert verify(operation, name, make_call(CPU, dtype, sizes)) is None
+    for spoil, reason in (
+        (mamba_packages.wrong_in_value, "its values or gradients are wrong"),
+        (mamba_packages.wrong_in_a_gradient, "its values or gradients are wrong"),
+        (mamba_packages.broken, "it does not run (no kernel image is available)"),
     ):
         with pytest.MonkeyPatch.context() as spoilt:
             mamba_packages.install(spoilt, spoil)
-            assert not is_right(CPU, torch.float32, *sizes)
-        assert said[-1].startswith(f"{kernels} {verdict} on cpu, torch.float32") and instead in said[-1]
-    assert "(no kernel image is available)" in said[-1] and len(said) == 3
+            assert reason in verify(operation, name, make_call(CPU, torch.float32, sizes))
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
 def test_the_convolution_leaves_to_torch_what_the_package_does_not_take(monkeypatch):
-    said: list[str] = []
-    monkeypatch.setattr(selfcheck, "announce_once", said.append)
     mamba_packages.install(monkeypatch)
-    assert conv_is_right(CPU, torch.float32, 8, 2)
-    assert not conv_is_right(CPU, torch.float32, 12, 4) and not conv_is_right(CPU, torch.float32, 8, 5)
-    assert "do not run on cpu, torch.float32, 12 channels, 4 taps (expected multiples of 8)" in said[0]
-    assert "8 channels, 5 taps" in said[1]
+    reason = lambda **sizes: verify(CONV, "causal_conv1d", make_call(CPU, torch.float32, sizes))
+    assert reason(D=8, W=2) is None
+    assert "it does not run (expected multiples of 8)" in reason(D=12, W=4) and "it does not run" in reason(D=8, W=5)
 
 
 @pytest.mark.parametrize("right", [True, False])
-def test_what_auto_means_on_a_gpu(right, monkeypatch):
-    x = SimpleNamespace(device=CUDA, dtype=torch.bfloat16, shape=(2, 10, 16))
-    weight = SimpleNamespace(shape=(16, 4))
-    said: list[str] = []
-    monkeypatch.setattr(scan, "announce_once", said.append)
-    for module in (scan, ssd, conv):  # as where no package is installed
-        for backend in ("mamba_ssm", "causal_conv1d"):
-            monkeypatch.delitem(module.BACKENDS, backend, raising=False)
-    assert scan.choose_backend(x, weight) == "recurrence" and "install mamba_ssm" in said[-1]
-    assert (ssd.choose_backend(x), conv.choose_backend(x, weight)) == ("mlstm", "torch")
+def test_what_auto_means_on_a_gpu(right, monkeypatch, caplog):
+    announce_once.cache_clear()
+    calls = {operation: make_call(CUDA, torch.bfloat16, sizes) for operation, (_, sizes) in CHECKS.items()}
+    monkeypatch.setattr(operation_module.importlib.util, "find_spec", lambda name: None)  # no package is installed
+    chosen = lambda: {operation.name: choose(operation, call).backend for operation, call in calls.items()}
+    plain = {"selective scan": "recurrence", "ssd": "mlstm", "convolution": "torch"}
+    assert chosen() == plain
+    assert "mamba_ssm is not installed" in caplog.text and "SSD" not in caplog.text
+    monkeypatch.undo()
     mamba_packages.install(monkeypatch)
-    monkeypatch.setattr(scan, "_mamba_ssm_is_right", lambda *asked: right and asked == (CUDA, torch.bfloat16, 4))
-    monkeypatch.setattr(ssd, "_mamba_ssm_is_right", lambda *asked: right and asked == (CUDA, torch.bfloat16))
-    monkeypatch.setattr(conv, "_is_right", lambda *asked: right and (asked[0], *asked[3:]) == ("causal_conv1d", 16, 4))
-    assert scan.choose_backend(x, weight) == ("mamba_ssm" if right else "recurrence")
-    assert ssd.choose_backend(x) == ("mamba_ssm" if right else "mlstm")
-    assert conv.choose_backend(x, weight) == ("causal_conv1d" if right else "torch")
-    one_step = SimpleNamespace(device=CUDA, dtype=torch.bfloat16, shape=(2, 1, 16))
-    assert scan.choose_backend(one_step, weight) == "recurrence" and len(said) == 1
+    monkeypatch.setattr(operation_module, "verdict", lambda *asked: None if right else "it is wrong")
+    packages = {"selective scan": "mamba_ssm", "ssd": "mamba_ssm", "convolution": "causal_conv1d"}
+    assert chosen() == (packages if right else plain)
+    caplog.clear()
+    assert choose(SCAN, calls[SCAN]._replace(one_step=True)).backend == "recurrence" and not caplog.text

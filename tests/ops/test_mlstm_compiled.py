@@ -10,7 +10,8 @@ import torch
 
 from tests.ops.mlstm_cases import assert_equal_to_definition, gradients, make_inputs, make_resets, run
 from xlstm_lm.ops import native
-from xlstm_lm.ops.mlstm import choose_backend, dispatch, mlstm
+from xlstm_lm.ops.mlstm import MLSTM, mlstm
+from xlstm_lm.ops.operation import choose, make_call
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -82,11 +83,15 @@ def test_values_that_are_not_finite_stay_within_their_document() -> None:
 
 def test_only_tensors_of_the_cpu() -> None:
     inputs = [x.to("meta") for x in make_inputs(T=4).values()]
-    with pytest.raises(ValueError, match="'compiled' takes CPU tensors, but q is on meta: choose 'auto'"):
+    with pytest.raises(
+        ValueError, match="'compiled' cannot compute this: it takes CPU tensors, but q is on meta; choose 'auto'"
+    ):
         mlstm(*inputs, backend="compiled")
 
 
-def test_without_the_kernels_the_batched_products_run() -> None:
-    with mock.patch.object(dispatch, "kernels_available", return_value=False) as available:
-        assert choose_backend(*make_inputs(T=4).values()) == "chunkwise"
-    assert "`chunkwise`" in available.call_args.args[0]
+@pytest.mark.usefixtures("fresh_choices")
+def test_without_the_kernels_the_batched_products_run(caplog: pytest.LogCaptureFixture) -> None:
+    call = make_call(torch.device("cpu"), torch.float32, {"K": 8, "V": 8}, MLSTM.options)
+    with mock.patch.object(native, "_load_once", return_value="no compiler"):
+        assert choose(MLSTM, call).backend == "chunkwise"
+    assert "(`chunkwise`), which is slower" in caplog.text and "no compiled CPU kernels: no compiler" in caplog.text

@@ -10,11 +10,13 @@ from unittest import mock
 import pytest
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 from tests.ops.mlstm_cases import FAST, assert_halves_equal_the_whole, gradients, make_inputs, make_resets, run
-from xlstm_lm.ops.mlstm import choose_backend, dispatch, mlstm
+from xlstm_lm.ops import operation
+from xlstm_lm.ops.announce import announce_once
+from xlstm_lm.ops.mlstm import MLSTM, mlstm
+from xlstm_lm.ops.mlstm.operation import options_of
 
 
 def in_true_units(
@@ -114,36 +116,47 @@ def test_activation_checkpointing(use_reentrant: bool, backend: str) -> None:
 
 
 def test_the_backend_is_chosen_by_what_is_asked() -> None:
+    def chosen(*inputs: Tensor) -> str:
+        q = inputs[0]
+        sizes = {"K": q.shape[-1], "V": inputs[2].shape[-1]}
+        return MLSTM.backend_for(inputs, options=MLSTM.options, one_step=q.shape[1] == 1, **sizes).name
+
     inputs = make_inputs(T=1)
     leaves = [inputs[name] for name in "qkvif"]
-    assert choose_backend(*leaves) == "compiled"
+    assert chosen(*leaves) == "compiled"
     with torch.no_grad():
-        assert choose_backend(*leaves) == "step"
-    assert choose_backend(*(x.detach() for x in leaves)) == "step"
-    assert choose_backend(*(x.detach() for x in leaves), torch.zeros(1, requires_grad=True)) == "compiled"
-    assert choose_backend(*(x.detach() for x in make_inputs(T=2).values())) == "compiled"
-    assert choose_backend(*(x.to("meta") for x in leaves)) == "chunkwise"
+        assert chosen(*leaves) == "step"
+    assert chosen(*(x.detach() for x in leaves)) == "step"
+    assert chosen(*(x.detach() for x in leaves), torch.zeros(1, requires_grad=True)) == "compiled"
+    assert chosen(*(x.detach() for x in make_inputs(T=2).values())) == "compiled"
+    assert chosen(*(x.to("meta") for x in leaves)) == "chunkwise"
 
 
+@pytest.mark.usefixtures("fresh_choices")
 @pytest.mark.parametrize("right", [True, False])
-def test_a_gpu_takes_the_kernels_that_prove_right(right: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_takes_the_kernels_that_prove_right(
+    right: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    pytest.importorskip("triton", reason="Triton is not installed (pip install 'xlstm-lm[gpu]')")
+    announce_once.cache_clear()
     asked = []
-    monkeypatch.setattr(dispatch, "triton_is_right", lambda *kind: asked.append(kind) or right)
-    with FakeTensorMode():
-        one, two = (torch.empty(1, T, 2, 8, device="cuda") for T in (1, 2))
-        qkv = lambda x: (x, x, torch.empty(*x.shape[:3], 24, device="cuda", dtype=x.dtype))
-        assert choose_backend(*qkv(one)) == ("triton_step" if right else "step")
-        assert choose_backend(*qkv(one.requires_grad_())) == ("triton" if right else "chunkwise")
-        assert choose_backend(*qkv(two), input_gate="sigmoid") == ("triton" if right else "chunkwise")
-        assert choose_backend(*qkv(two), has_resets=False) == ("triton" if right else "chunkwise")
-        assert choose_backend(*qkv(one.detach()), has_resets=False) == ("triton_step" if right else "step")
-        step, plain, sigmoid = ("triton_step", "exp", True), ("triton", "exp", True), ("triton", "sigmoid", True)
-        kinds = step, plain, sigmoid, ("triton", "exp", False), step  # the step's check has tokens of both kinds
-        common = two.device, torch.float32, 8, 24
-        assert asked == [(name, *common, gate, True, has_resets) for name, gate, has_resets in kinds]
-        assert choose_backend(*qkv(two.double())) == "chunkwise", "the kernels have no float64"
-        assert choose_backend(*qkv(one.detach().double())) == "step"
-        assert len(asked) == 5
+    verdict = lambda operation, name, call: asked.append((name, call.has_resets)) or (None if right else "it is wrong")
+    monkeypatch.setattr(operation, "verdict", verdict)
+    several = operation.make_call(torch.device("cuda", 0), torch.float32, {"K": 8, "V": 24}, MLSTM.options)
+    one = several._replace(one_step=True, needs_gradient=False)
+    sigmoid = several._replace(options=options_of("sigmoid", True, None, 1e-6))
+    no_resets = several._replace(has_resets=False)
+    chosen = lambda call: operation.choose(MLSTM, call).backend
+    assert chosen(one) == ("triton_step" if right else "step")
+    for call in (several, several._replace(one_step=True), sigmoid, no_resets):
+        assert chosen(call) == ("triton" if right else "chunkwise")
+    expected = [("triton_step", True), *[("triton", True)] * 3, ("triton", False)]
+    assert asked == expected
+    assert chosen(several._replace(dtype=torch.float64)) == "chunkwise", "the kernels have no float64"
+    assert chosen(one._replace(dtype=torch.float64)) == "step"
+    assert asked == expected
+    assert ("`triton`: it is wrong" in caplog.text) == (not right)
+    assert "not torch.float64" in caplog.text
 
 
 @pytest.fixture(scope="module")
@@ -211,7 +224,7 @@ def test_other_arguments_that_do_not_fit_are_named() -> None:
     with pytest.raises(ValueError, match="Unknown input_gate 'relu': choose one of 'exp', 'sigmoid'"):
         mlstm(*inputs, input_gate="relu")
     with pytest.raises(
-        ValueError, match="Unknown mLSTM backend 'fast': choose 'auto' or one of 'recurrence', 'chunkwise'"
+        ValueError, match="unknown mlstm backend 'fast': choose 'auto' or one of .*'chunkwise', 'recurrence'"
     ):
         mlstm(*inputs, backend="fast")
     with pytest.raises(ValueError, match="chunk_length must be at least 1, got 0"):

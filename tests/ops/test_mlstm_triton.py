@@ -11,9 +11,18 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.ops.mlstm_cases import assert_equal_under_autocast, check_case, gradients, make_inputs, make_resets, run
-from xlstm_lm.ops.mlstm.triton_launch import super_chunks_of
-from xlstm_lm.ops.selfcheck import mlstm_inputs_and_state
+from tests.ops.mlstm_cases import (
+    assert_equal_under_autocast,
+    check_case,
+    gradients,
+    make_inputs,
+    make_resets,
+    run,
+    super_chunks_of,
+)
+from tests.ops.stand_ins import replace_backend
+from xlstm_lm.ops.mlstm import MLSTM
+from xlstm_lm.ops.operation import make_call, verify
 
 pytest.importorskip("triton", reason="Triton is not installed (pip install 'xlstm-lm[gpu]')")
 
@@ -191,7 +200,7 @@ def test_what_the_kernels_cannot_take_is_named() -> None:
 
 def verdict(broken: str | None) -> str:
     """What the guard of every GPU says of the kernels, interpreted, with a part of the super-chunks' path `broken`."""
-    from xlstm_lm.ops.mlstm import dispatch, triton_op, triton_states
+    from xlstm_lm.ops.mlstm import operation, triton_op, triton_states
 
     def zero_borders(*arguments: Any, reverse: bool = False, **options: Any) -> Tensor:
         C_BHSKV = border_states(*arguments, reverse=reverse, **options)
@@ -204,7 +213,7 @@ def verdict(broken: str | None) -> str:
         products[..., :-1] = 0.0
         return gate_gradients(*arguments, **options)
 
-    border_states, gate_gradients, said = triton_op.border_states, triton_op.gate_gradients, []
+    border_states, gate_gradients = triton_op.border_states, triton_op.gate_gradients
     changes = {
         None: (triton_op, "border_states", border_states),
         "states at borders": (triton_op, "border_states", zero_borders),
@@ -212,14 +221,11 @@ def verdict(broken: str | None) -> str:
         "join": (triton_states, "_join", lambda *_, **__: None),
         "products": (triton_op, "gate_gradients", no_products),
     }
-    one_head = lambda *kind, H, **sizes: mlstm_inputs_and_state(*kind, H=1, **sizes)  # of two: the interpreter is slow
-    with (
-        mock.patch.object(*changes[broken]),
-        mock.patch.object(dispatch, "mlstm_inputs_and_state", one_head),
-        mock.patch.object(dispatch, "announce_once", said.append),
-    ):
-        dispatch.triton_is_right.__wrapped__("triton", torch.device("cpu"), torch.float32, 16, 16, "exp", True, True)
-    return " ".join(said)
+    one_head = mock.patch.object(operation, "STATE_ENTRIES", 2 * 16 * 16)  # of two: the interpreter is slow
+    short = mock.patch.object(operation, "LONG", 37)
+    with mock.patch.object(*changes[broken]), one_head, short:
+        call = make_call(torch.device("cpu"), torch.float32, {"K": 16, "V": 16}, operation.MLSTM.options)
+        return verify(operation.MLSTM, "triton", call) or ""
 
 
 SLOW_PARTS = [pytest.param(each, marks=pytest.mark.slow) for each in ("gradients at borders", "join")]
@@ -228,47 +234,40 @@ SLOW_PARTS = [pytest.param(each, marks=pytest.mark.slow) for each in ("gradients
 @pytest.mark.parametrize("broken", [None, "states at borders", "products", *SLOW_PARTS])
 def test_the_guard_reaches_what_passes_between_super_chunks(interpreted: Callable, broken: str | None) -> None:
     said = interpreted(verdict, broken)
-    assert ("are wrong on cpu for heads of 16 x 16" in said) if broken else not said
-
-
-KIND = (8, 12, "exp", True, True)
+    assert ("values or gradients are wrong" in said) if broken else not said
 
 
 @pytest.mark.parametrize(("backend", "stand_in"), [("triton", "chunkwise"), ("triton_step", "step")])
-def test_kernels_that_fail_or_are_wrong_are_not_taken(
-    monkeypatch: pytest.MonkeyPatch, backend: str, stand_in: str
+def test_kernels_that_fail_or_are_wrong_are_found(
+    monkeypatch: pytest.MonkeyPatch, fresh_choices: None, backend: str, stand_in: str
 ) -> None:
     """A guard of every GPU, shown on the CPU: here the kernels cannot run, and stand-ins are right or wrong."""
-    from xlstm_lm.ops.mlstm import BACKENDS, dispatch
-
-    said: list[str] = []
-    monkeypatch.setattr(dispatch, "announce_once", said.append)
-    check = lambda: dispatch.triton_is_right.__wrapped__(backend, torch.device("cpu"), torch.float32, *KIND)
+    call = make_call(torch.device("cpu"), torch.float32, {"K": 8, "V": 12}, MLSTM.options)
+    check = lambda: verify(MLSTM, backend, call)
     state = torch.random.get_rng_state()
-    assert not check()
-    assert f"(`{backend}`) do not run on cpu" in said[-1]
-    assert "takes tensors of a GPU" in said[-1]
-    assert f"(`{stand_in}`), which is slower" in said[-1]
-    monkeypatch.setitem(BACKENDS, backend, BACKENDS[stand_in])
-    assert check()
+    assert "it does not run" in check() and "takes tensors of a GPU" in check()
+    plain = MLSTM[stand_in].load()
+
+    def right(*inputs: Tensor, super_chunk: int | None = None, **options: Any) -> tuple[Tensor, Any]:
+        return plain(*inputs, **options)
+
+    replace_backend(monkeypatch, MLSTM, backend, right)
+    assert check() is None
     with torch.inference_mode():  # as where a model generates
-        assert check()
-    assert len(said) == 1
+        assert check() is None
 
     def wrong(*inputs: Tensor, **options: Any) -> tuple[Tensor, Any]:
-        h, state = BACKENDS[stand_in](*inputs, **options)
+        h, state = right(*inputs, **options)
         forget = inputs[4]
         if backend == "triton":  # in a gradient only
             forget = forget - forget.detach()
         return h + 1e-3 * forget[..., None] * h.detach().abs().max(), state
 
     def wrong_last_state(*inputs: Tensor, **options: Any) -> tuple[Tensor, Any]:
-        h, (C, n, m) = BACKENDS[stand_in](*inputs, **options)
+        h, (C, n, m) = right(*inputs, **options)
         return h, (C, 1.01 * n, m)
 
     for each in (wrong, wrong_last_state):
-        monkeypatch.setitem(BACKENDS, backend, each)
-        said.clear()
-        assert not check()
-        assert "are wrong on cpu" in said[-1]
+        replace_backend(monkeypatch, MLSTM, backend, each)
+        assert "its values or gradients are wrong" in check()
     assert torch.equal(torch.random.get_rng_state(), state)

@@ -19,9 +19,10 @@ from xlstm_lm.ops.announce import announce_once
 
 CHOOSE = """
 import torch
-from xlstm_lm.ops.slstm import choose_backend, slstm
+from xlstm_lm.ops.slstm import SLSTM, slstm
 wx = torch.zeros(1, 2, 4, 1, 3)
-print(choose_backend(wx), choose_backend(wx), slstm(wx, torch.zeros(4, 1, 3, 3), torch.zeros(4, 1, 3)).sum().item())
+name = lambda: SLSTM.backend_for((wx,), D=3).name
+print(name(), name(), slstm(wx, torch.zeros(4, 1, 3, 3), torch.zeros(4, 1, 3)).sum().item())
 """
 
 
@@ -41,8 +42,8 @@ def start(extensions: Path, **environment: str) -> subprocess.Popen:
 
 def test_without_a_compiler_the_definition_runs_and_says_so_once(tmp_path):
     output, log = start(tmp_path, CXX="/nonexistent/c++").communicate(timeout=120)
-    assert output.split() == ["recurrence", "recurrence", "0.0"]
-    assert log.count("no compiled CPU kernels, so the sLSTM runs step by step in Python") == 1
+    assert output.split() == ["batched", "batched", "0.0"]
+    assert log.count("no compiled CPU kernels") == log.count("(`batched`), which is slower") == 1
     assert "C++20 compiler" in log
 
 
@@ -50,7 +51,7 @@ def test_an_extension_directory_that_cannot_be_written_is_named(tmp_path):
     blocked = tmp_path / "file"
     blocked.write_text("")
     output, log = start(blocked).communicate(timeout=120)
-    assert output.split()[0] == "recurrence"
+    assert output.split()[0] == "batched"
     assert str(blocked) in log
 
 
@@ -81,7 +82,7 @@ def test_only_the_library_that_was_built_is_loaded(library, record, reason, tmp_
     monkeypatch.setattr(native, "_library_path", lambda: path)
     monkeypatch.setattr(native, "_build", built.append)
     monkeypatch.setattr(torch.ops, "load_library", loaded.append)
-    assert native._load_once.__wrapped__() is None
+    assert native._load() is None
     assert (built, loaded) == (([], [path]) if reason is None else ([path], []))
     messages = [record.getMessage() for record in caplog.records]
     assert messages == [] if not reason else f"{path} is not used: {reason}" in messages[0]

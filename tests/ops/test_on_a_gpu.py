@@ -17,7 +17,8 @@ from tests.ops.test_mlstm_step import CASES as STEP_CASES
 from tests.ops.test_mlstm_step import check, split, step_by_step
 from tests.ops.test_mlstm_triton import CASES as MLSTM_CASES
 from tests.ops.test_mlstm_triton import SLOW_CASES as LARGER_MLSTM_CASES
-from xlstm_lm.ops.slstm.dispatch import why_not
+from xlstm_lm.ops.operation import make_call, why_impossible
+from xlstm_lm.ops.slstm import SLSTM
 
 if not torch.cuda.is_available():
     pytest.skip("there is no GPU here", allow_module_level=True)
@@ -62,7 +63,8 @@ def test_mlstm_step_by_step(name: str, overwrite: bool) -> None:
 
 
 def check_slstm(backend: str, D: int, dtype: torch.dtype, **case: Any) -> None:
-    reason = why_not(backend, torch.device("cuda", torch.cuda.current_device()), dtype, D)
+    call = make_call(torch.device("cuda", torch.cuda.current_device()), dtype, {"D": D})
+    reason = why_impossible(SLSTM, SLSTM[backend], call)
     if reason is not None:
         pytest.skip(reason)
     case = {"B": 3, "T": 70, "H": 2, "D": D, "resets": (0, 31, 64)} | case

@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from xlstm_lm.ops.announce import announce_once
 from xlstm_lm.ops.native import load_kernels
-from xlstm_lm.ops.slstm import choose_backend, slstm
+from xlstm_lm.ops.operation import choose, make_call
+from xlstm_lm.ops.slstm import SLSTM, slstm
 
 BACKEND_NAMES = pytest.mark.parametrize("backend", ["recurrence", "compiled", "batched"])
 
@@ -277,8 +279,11 @@ def test_compiled_refuses_another_device():
         slstm(wx, r, bias, backend="compiled")
 
 
+@pytest.mark.usefixtures("fresh_choices")
 def test_auto_is_compiled_on_a_cpu_and_says_so_where_it_is_slow(caplog):
-    assert choose_backend(torch.zeros(1, 2, 4, 1, 3)) == "compiled"
+    announce_once.cache_clear()
+    assert choose(SLSTM, make_call(torch.device("cpu"), torch.float32, {"D": 3})).backend == "compiled"
     assert not caplog.messages
-    assert choose_backend(torch.zeros(1, 2, 4, 1, 3, device="meta")) == "batched"
-    assert "no fused sLSTM kernel for meta" in caplog.text
+    choice = choose(SLSTM, make_call(torch.device("xpu"), torch.float32, {"D": 3}))
+    assert choice.backend == "batched" and dict(choice.passed_over)["triton"].startswith("it takes GPU tensors")
+    assert "(`batched`), which is slower, on xpu" in caplog.text and "no faster backend for xpu" in caplog.text

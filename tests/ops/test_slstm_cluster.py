@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from eval.compile_calls import CudaCall
+from eval.bench.compile_calls import CudaCall
 from tests.ops.cluster_emulation import BARRIERS, EmulationError, emulated_launch
 from xlstm_lm.ops import nvrtc
 from xlstm_lm.ops.slstm import cluster

@@ -13,8 +13,12 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from xlstm_lm.ops.selfcheck import asked_once, errors, slstm_inputs, some_resets
-from xlstm_lm.ops.slstm import BACKENDS, choose_backend, cuda_graphs, dispatch, fused, slstm
+from tests.ops.stand_ins import replace_backend
+from xlstm_lm.ops.announce import announce_once
+from xlstm_lm.ops.operation import choose, make_call
+from xlstm_lm.ops.selfcheck import errors, some_resets
+from xlstm_lm.ops.slstm import SLSTM, cuda_graphs, fused, operation, slstm
+from xlstm_lm.ops.slstm.operation import slstm_inputs
 
 batched = functools.partial(slstm, backend="batched")
 definition = functools.partial(slstm, backend="recurrence")
@@ -161,11 +165,11 @@ def test_the_operators_are_what_they_say(dtype):
     bias = bias.detach().to(c.dtype).requires_grad_()
     inputs = (wx, r, bias, resets, y, c, n, m, "batched")
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(fused.forward, inputs, test_utils=checks)
+    torch.library.opcheck(fused.forward.operator, inputs, test_utils=checks)
     out, checkpoints, *_ = (each.detach() for each in fused.forward(*inputs))
     of_backward = (wx, r, bias, resets, y, out, checkpoints, out, y, c, n, "batched")
     of_backward = tuple(each.detach() if isinstance(each, torch.Tensor) else each for each in of_backward)
-    torch.library.opcheck(fused.backward, of_backward, test_utils=("test_schema", "test_faketensor"))
+    torch.library.opcheck(fused.backward.operator, of_backward, test_utils=("test_schema", "test_faketensor"))
 
 
 @pytest.mark.parametrize("backend", ["batched", "compiled"])
@@ -208,71 +212,80 @@ def test_no_gradients_of_gradients():
 
 @pytest.mark.parametrize("backend", ["triton", "cluster"])
 def test_a_backend_for_gpus_is_refused_on_a_cpu_with_its_reason(backend):
-    if backend not in BACKENDS:
-        pytest.skip("Triton is not installed (pip install 'xlstm-lm[gpu]')")
     with pytest.raises(ValueError, match=f"backend '{backend}' cannot compute this: .*GPU.*; choose 'auto'"):
         slstm(*slstm_inputs("cpu", torch.float32), backend=backend)
 
 
+batched_loops = functools.partial(fused.slstm_fused, backend="batched")
+
+
 @pytest.fixture
-def stand_ins(monkeypatch):
-    """On a pretended GPU every backend is `batched` and takes all; what is announced comes back in a list."""
-    said = []
-    monkeypatch.setattr(dispatch, "announce_once", said.append)
-    monkeypatch.setattr(dispatch, "why_not", lambda backend, *_: None)
-    monkeypatch.setattr(dispatch, "_rows", lambda backend, B, *_: 8 if B < 100 else 16)
-    monkeypatch.setattr(dispatch, "_what_is_wrong", dispatch._what_is_wrong.__wrapped__)
-    for name in ("triton", "cluster"):
-        monkeypatch.setitem(BACKENDS, name, BACKENDS["batched"])
-    return said
+def pretended_gpu(monkeypatch, fresh_choices):
+    """The CPU as a GPU: every backend for GPUs is `batched`, accepts everything, and is checked."""
+    announce_once.cache_clear()
+    loops = SimpleNamespace(rows=lambda B, *_: 8 if B < 100 else 16, why_not=lambda *_: None)
+    monkeypatch.setattr(operation, "loops_of", lambda name: loops)
+    for name in ("triton", "cluster", "batched"):
+        changes = {"devices": ("cpu",), "package": None, "checked_on": ("cpu",), "limits": None, "arguments": {}}
+        replace_backend(monkeypatch, SLSTM, name, batched_loops, **changes)
 
 
 def chosen(dtype=torch.float32, B=3):
-    return dispatch._first_right.__wrapped__(torch.device("cpu"), dtype, B, 2, 8)
+    return choose(SLSTM, make_call(torch.device("cpu"), dtype, {"B": B, "H": 2, "D": 8}))
 
 
-def test_the_fastest_that_takes_the_heads_is_chosen(stand_ins, monkeypatch):
-    assert chosen() == "triton"
-    monkeypatch.setattr(dispatch, "why_not", lambda backend, *_: "too large" if backend == "triton" else None)
-    assert chosen(torch.bfloat16) == "cluster"
-    assert not stand_ins
-    monkeypatch.setattr(dispatch, "why_not", lambda backend, *_: None if backend == "batched" else "too large")
-    assert chosen(torch.float16) == "batched"
-    assert "(`batched`) for heads of 8 units in torch.float16" in stand_ins[-1]
-    assert "`triton`: too large; `cluster`: too large" in stand_ins[-1]
+def without_compiled(monkeypatch):
+    replace_backend(monkeypatch, SLSTM, "compiled", devices=())
 
 
-def test_kernels_that_are_wrong_or_do_not_run_are_not_chosen(stand_ins, monkeypatch):
+@pytest.mark.usefixtures("pretended_gpu")
+def test_the_fastest_that_takes_the_heads_is_chosen(monkeypatch, caplog):
+    without_compiled(monkeypatch)
+    assert chosen().backend == "triton"
+    replace_backend(monkeypatch, SLSTM, "triton", limits=lambda call: "too large")
+    assert chosen(torch.bfloat16).backend == "cluster"
+    assert not caplog.text
+    replace_backend(monkeypatch, SLSTM, "cluster", limits=lambda call: "too large")
+    choice = chosen(torch.float16)
+    assert choice.backend == "batched" and dict(choice.passed_over)["triton"] == "too large"
+    assert "(`batched`), which is slower, on cpu, torch.float16, B 3, D 8, H 2" in caplog.text
+    assert "`triton`: too large; `cluster`: too large" in caplog.text
+
+
+@pytest.mark.usefixtures("pretended_gpu")
+def test_kernels_that_are_wrong_or_do_not_run_are_not_chosen(monkeypatch, caplog):
+    without_compiled(monkeypatch)
+
     def wrong(wx, r, bias, **options):
-        y = BACKENDS["batched"](wx, r, bias, **options)
+        y = batched_loops(wx, r, bias, **options)
         return y + 1e-2 * (bias - bias.detach()).sum()  # in the gradient alone
 
     def broken(*_, **__):
         raise RuntimeError("ptxas died\nof something")
 
-    monkeypatch.setitem(BACKENDS, "triton", wrong)
-    monkeypatch.setitem(BACKENDS, "cluster", broken)
+    replace_backend(monkeypatch, SLSTM, "triton", wrong)
+    replace_backend(monkeypatch, SLSTM, "cluster", broken)
     state = torch.random.get_rng_state()
-    assert chosen() == "batched"
+    assert chosen().backend == "batched"
     assert torch.equal(torch.random.get_rng_state(), state)
-    assert "without its kernels `triton`" in stand_ins[0] and "are wrong (error" in stand_ins[0]
-    assert "without its kernels `cluster`" in stand_ins[1] and "do not run (ptxas died)" in stand_ins[1]
-    assert "`batched`" in stand_ins[2]
-    monkeypatch.setitem(BACKENDS, "batched", broken)
-    assert chosen() == "recurrence"
-    assert "step by step in Python" in stand_ins[-1]
+    assert "`triton`: its values or gradients are wrong (error" in caplog.text
+    assert "`cluster`: it does not run (ptxas died)" in caplog.text
+    replace_backend(monkeypatch, SLSTM, "batched", broken)
+    assert chosen().backend == "recurrence"
+    assert "step by step in Python (`recurrence`)" in caplog.text
 
 
-def test_kernels_are_checked_with_the_rows_that_they_take_of_the_batch(stand_ins, monkeypatch):
+@pytest.mark.usefixtures("pretended_gpu")
+def test_kernels_are_checked_with_the_rows_that_they_take_of_the_batch(monkeypatch, caplog):
     def wrong_on_large_batches(wx, r, bias, **options):
-        y = BACKENDS["batched"](wx, r, bias, **options)
+        y = batched_loops(wx, r, bias, **options)
         return y if len(wx) < 100 else 1.01 * y
 
-    monkeypatch.setitem(BACKENDS, "triton", wrong_on_large_batches)
-    assert chosen(B=99) == "triton"
-    assert not stand_ins
-    assert chosen(B=100) == "cluster"
-    assert "without its kernels `triton`" in stand_ins[0] and "are wrong (error" in stand_ins[0]
+    replace_backend(monkeypatch, SLSTM, "triton", wrong_on_large_batches)
+    assert chosen(B=99).backend == "triton"
+    assert not caplog.text
+    assert chosen(B=100).backend == "cluster"
+    assert "the sLSTM runs by `cluster`" in caplog.text and "`triton`: its values or gradients" in caplog.text
 
 
 def test_the_tolerance_of_the_self_check_is_far_from_what_the_loops_differ_by():
@@ -284,23 +297,14 @@ def test_the_tolerance_of_the_self_check_is_far_from_what_the_loops_differ_by():
         assert max(found) < tolerance
 
 
-def test_a_question_about_the_machine_is_asked_once_and_not_traced():
-    asked = []
-
-    @asked_once
-    def question(device, dtype):
-        x = torch.ones(2, device=device, dtype=dtype, requires_grad=True)
-        asked.append(torch.autograd.grad((x * x).sum(), x))  # what torch.compile could not trace
-        return True
-
-    function = torch.compile(lambda x: x + 1 if question(x.device, x.dtype) else x, backend="eager", fullgraph=True)
-    assert torch.equal(function(torch.zeros(2)), torch.ones(2))
-    assert question(torch.device("cpu"), torch.float32)
-    assert len(asked) == 1
-
-
-def test_auto_on_other_devices_says_that_it_is_slow(monkeypatch):
-    said = []
-    monkeypatch.setattr(dispatch, "announce_once", said.append)
-    assert choose_backend(torch.zeros(1, 2, 4, 1, 3, device="meta")) == "batched"
-    assert "no fused sLSTM kernel for meta" in said[0]
+@pytest.mark.usefixtures("fresh_choices")
+def test_a_choice_is_made_once_and_not_traced(monkeypatch):
+    made = []
+    limits = lambda call: made.append(call)  # a list that torch.compile would otherwise have to follow
+    replace_backend(monkeypatch, SLSTM, "compiled", devices=())
+    replace_backend(monkeypatch, SLSTM, "batched", limits=limits)
+    inputs = slstm_inputs("cpu", torch.float32, T=3)
+    function = torch.compile(lambda *inputs: slstm(*inputs) + 1, backend="eager", fullgraph=True)
+    torch.testing.assert_close(function(*inputs), slstm(*inputs, backend="recurrence") + 1)
+    slstm(*inputs)
+    assert len(made) == 1

@@ -112,3 +112,15 @@ def test_nothing_is_tried_unless_asked_for(on_a_gpu: Kernel, monkeypatch: pytest
     monkeypatch.setattr(triton_autotune, "ENABLED", False)
     assert best(on_a_gpu) == TABLE
     assert not on_a_gpu.runs
+
+
+def test_ranks_that_share_launches_launch_alike(on_a_gpu: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    best(on_a_gpu)
+    shared = triton_autotune.launches_to_share()
+    (key,) = shared
+    assert shared == {key: FAST}
+    monkeypatch.setattr(triton_autotune, "_found", {key: TABLE})  # another rank, which has found something else
+    triton_autotune.use_launches(shared)
+    tried = len(on_a_gpu.runs)
+    assert best(on_a_gpu) == FAST
+    assert len(on_a_gpu.runs) == tried

@@ -14,7 +14,8 @@ import pytest
 if importlib.util.find_spec("triton") is None:
     pytest.skip("Triton is not installed (pip install 'xlstm-lm[gpu]')", allow_module_level=True)
 
-TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+from eval.compile_cases import CASES, preset_mlstm_heads, preset_slstm_heads
+from eval.compile_report import TARGETS, Compiled
 
 
 def compiled(*arguments: str) -> list[dict]:
@@ -43,7 +44,45 @@ def test_the_walks_compile_for_hopper() -> None:
     assert all("HGMMA" in row["instructions"] and "HMMA" not in row["instructions"] for row in rows)
 
 
-@pytest.mark.parametrize("target", [name for name in TARGETS if name != "sm_90"])
+def test_every_head_of_every_preset_is_compiled() -> None:
+    assert {(256, 512), (128, 256), (384, 384), (768, 768), (1024, 1024)} <= preset_mlstm_heads()
+    names = {case.name for operation in CASES.values() for case in operation()}
+    assert {f"mlstm K{K} V{V} bfloat16 preset" for K, V in preset_mlstm_heads()} <= names
+    assert {192, 256, 384, 512} <= preset_slstm_heads()
+    for D in preset_slstm_heads():
+        assert {f"slstm D{D} bfloat16 B16", f"slstm cluster D{D} bfloat16"} <= names
+
+
+@pytest.mark.slow
+def test_the_widest_walks_of_the_paper_do_not_spill_on_hopper() -> None:
+    rows = compiled("--case", "K768 V768", "--operations", "mlstm", "--targets", "sm_90", "--kernel", "walk_kernel")
+    check(rows, {"walk_kernel"})
+
+
+def test_cards_with_little_shared_memory_compile_no_head_that_they_refuse() -> None:
+    rows = compiled("--case", "K1024 V1024", "--operations", "mlstm", "--targets", "sm_89")
+    rows += compiled("--case", "slstm D80", "--operations", "slstm", "--targets", "sm_89")
+    assert rows == []
+
+
+@pytest.mark.parametrize(
+    ("target", "measured", "passes"),
+    [
+        ("sm_90", {"spilled_bytes": 0, "shared_bytes": 232448}, True),
+        ("sm_90", {"spilled_bytes": 4}, False),
+        ("sm_90", {"spilled_bytes": 0, "shared_bytes": 232449}, False),
+        ("sm_90", {"spilled_bytes": 0, "problem": "00a0 MOV writes the left operand"}, False),
+        ("sm_89", {"spilled_bytes": 16, "shared_bytes": 101376}, True),
+        ("sm_89", {"spilled_bytes": 0, "shared_bytes": 101377}, False),
+        ("gfx942", {"spilled_bytes": 11000}, False),
+        ("gfx942", {"spilled_bytes": None}, False),
+    ],
+)
+def test_the_guard_fails_on_spills_and_on_too_much_shared_memory(target: str, measured: dict, passes: bool) -> None:
+    assert Compiled(case="", kernel="", target=target, launch="", **measured).passed == passes
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_100", "gfx942"])
 def test_the_scores_compile_for_other_targets(target: str) -> None:
     rows = compiled("--quick", "--operations", "mlstm", "--targets", target, "--kernel", "scores_kernel")
     check(rows, {"scores_kernel", "dscores_kernel"})

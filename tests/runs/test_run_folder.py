@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from xlstm_lm.config import load_run_config
-from xlstm_lm.runs.run_folder import open_run_folder, run_of_recipe
+from xlstm_lm.runs.same_run import open_run_folder, run_of_recipe
+from xlstm_lm.training.run_config import load_run_config
 
 
 def make_run(folder: Path, run_dir: str, steps: range = range(1, 5), checkpoint: int | None = 4, every: int = 2) -> str:

@@ -14,12 +14,12 @@ import torch
 
 from tests.training.tiny import VOCABULARY, TinyModel
 from xlstm_lm.parallel.process_group import World, join_world
-from xlstm_lm.training.engine import MOMENTS, TrainingEngine
-from xlstm_lm.training.optimizer import OptimizerConfig
+from xlstm_lm.training.engine import TrainingEngine
+from xlstm_lm.training.optimizer import AdamWConfig, OptimizerConfig, build_optimizer
 from xlstm_lm.training.schedule import ScheduleConfig, learning_rate_ratio
 
 ROWS, MICRO_ROWS, STEPS = 8, 2, 5
-OPTIMIZER = OptimizerConfig(learning_rate=0.05, weight_decay=0.3, gradient_clip=0.2)
+OPTIMIZER = AdamWConfig(learning_rate=0.05, weight_decay=0.3, gradient_clip=0.2)
 SCHEDULE = ScheduleConfig(kind="cosine", warmup=2, cooldown=1)
 
 
@@ -35,14 +35,22 @@ def batches(steps: int = STEPS) -> list[tuple[torch.Tensor, torch.Tensor]]:
 
 
 def build_engine(
-    world: World, stage: int, *, tied: bool = False, precision: str = "fp32", offload: bool = False, seed: int = 0
+    world: World,
+    stage: int,
+    *,
+    tied: bool = False,
+    precision: str = "fp32",
+    offload: bool = False,
+    seed: int = 0,
+    optimizer: OptimizerConfig = OPTIMIZER,
+    model_class: type[TinyModel] = TinyModel,
 ) -> tuple[TinyModel, TrainingEngine]:
     torch.manual_seed(seed)
-    model = TinyModel(tied)
+    model = model_class(tied)
     zero = {"stage": stage} | ({"offload_optimizer": {"device": "cpu"}} if offload else {})
     engine = TrainingEngine(
         model,
-        OPTIMIZER,
+        optimizer,
         {"zero_optimization": zero},
         world=world,
         precision=precision,
@@ -65,11 +73,14 @@ def engine_step(world: World, engine: TrainingEngine, batch: tuple[torch.Tensor,
 
 
 class PlainLoop:
-    """torch.optim.AdamW on one device, whole batch at once."""
+    """torch.optim.AdamW, or another optimizer of ours, on one device, whole batch at once."""
 
-    def __init__(self, model: TinyModel) -> None:
+    def __init__(self, model: TinyModel, optimizer: OptimizerConfig = OPTIMIZER) -> None:
         self.model = copy.deepcopy(model)
         no_decay = self.model.no_decay_parameter_names()
+        if optimizer is not OPTIMIZER:
+            self.optimizer = build_optimizer(optimizer, self.model.named_parameters(), no_decay)
+            return
         groups = [
             {
                 "params": [p for name, p in self.model.named_parameters() if (name in no_decay) == kept],
@@ -78,17 +89,18 @@ class PlainLoop:
             for kept in (False, True)
         ]
         groups = [group for group in groups if group["params"]]
-        self.adamw = torch.optim.AdamW(groups, betas=OPTIMIZER.betas, eps=OPTIMIZER.eps, foreach=False)
+        self.optimizer = torch.optim.AdamW(groups, betas=OPTIMIZER.betas, eps=OPTIMIZER.eps, foreach=False)
 
     def step(self, batch: tuple[torch.Tensor, torch.Tensor], step: int) -> tuple[float, float]:
         tokens_BT, targets_BT = batch
-        for group in self.adamw.param_groups:
-            group["lr"] = OPTIMIZER.learning_rate * learning_rate_ratio(SCHEDULE, step, STEPS)
-        self.adamw.zero_grad()
+        for group in self.optimizer.param_groups:
+            rate = OPTIMIZER.learning_rate * learning_rate_ratio(SCHEDULE, step, STEPS)
+            group["lr"] = rate * group.get("lr_scale", 1.0)
+        self.optimizer.zero_grad()
         loss = self.model.loss(self.model(tokens_BT), targets_BT, reduction="mean")
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), OPTIMIZER.gradient_clip)
-        self.adamw.step()
+        self.optimizer.step()
         return loss.item(), norm.item()
 
     def difference(self, engine: TrainingEngine) -> dict[str, float]:
@@ -97,17 +109,25 @@ class PlainLoop:
         weights, moments = dict(engine.weights()), dict(engine.moments())
         assert weights.keys() == parameters.keys()
         found = {"weights": max((weights[n] - p).abs().max().item() for n, p in parameters.items())}
-        for key in MOMENTS:
-            expected = {n: self.adamw.state[p].get(key, torch.zeros_like(p)) for n, p in parameters.items()}
-            found[key] = max((moments[f"{n}.{key}"] - value).abs().max().item() for n, value in expected.items())
+        for name, moment in moments.items():
+            parameter, _, key = name.rpartition(".")
+            expected = self.optimizer.state[parameters[parameter]].get(key, torch.zeros_like(moment))
+            found[key] = max(found.get(key, 0.0), (moment - expected).abs().max().item())
         return found
 
 
-def compare(world: World, stage: int, tied: bool, offload: bool = False) -> dict[str, float]:
+def compare(
+    world: World,
+    stage: int,
+    tied: bool,
+    offload: bool = False,
+    optimizer: OptimizerConfig = OPTIMIZER,
+    model_class: type[TinyModel] = TinyModel,
+) -> dict[str, float]:
     """Largest differences between the two over some steps. The moments of the first step are its gradients."""
-    _, engine = build_engine(world, stage, tied=tied, offload=offload)
+    _, engine = build_engine(world, stage, tied=tied, offload=offload, optimizer=optimizer, model_class=model_class)
     torch.manual_seed(0)
-    plain = PlainLoop(TinyModel(tied))
+    plain = PlainLoop(model_class(tied), optimizer)
     worst: dict[str, float] = {}
     norms = []
     for step, batch in enumerate(batches()):
@@ -125,15 +145,19 @@ def compare(world: World, stage: int, tied: bool, offload: bool = False) -> dict
     worst["held-out loss"] = abs(held_out - expected).item()
     gates, expected_gates = engine.gate_statistics((tokens_BT, None, None)), plain.model.gate_statistics(tokens_BT)
     worst["gate statistics"] = abs(gates["mean"] - expected_gates["mean"]).item()
+    norm = torch.nn.utils.get_total_norm([parameter.detach() for parameter in plain.model.parameters()])
+    worst["parameter norm"] = abs(engine.parameter_norm() - norm).item()
     engine.close()
     return worst
 
 
-def compare_with_faults(world: World, stage: int, fault: str) -> dict[str, float]:
+def compare_with_faults(
+    world: World, stage: int, fault: str, optimizer: OptimizerConfig = OPTIMIZER
+) -> dict[str, float]:
     """As `compare`, with a fault on the last rank in the second and third step, which the plain loop never sees."""
-    model, engine = build_engine(world, stage)
+    model, engine = build_engine(world, stage, optimizer=optimizer)
     torch.manual_seed(0)
-    plain = PlainLoop(TinyModel())
+    plain = PlainLoop(TinyModel(), optimizer)
     for step, batch in enumerate(batches()):
         faulty = step in (1, 2)
         model.fault = fault if faulty and world.rank == world.size - 1 else ""

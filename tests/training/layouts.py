@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 from tests.training.equivalence import batches, build_engine, engine_step
 from xlstm_lm.parallel.process_group import World, join_world
@@ -21,6 +22,7 @@ def save(world: World, engine: TrainingEngine, run_dir: Path, step: int = SAVED_
         state={"step": step, "optimizer_steps": engine.optimizer_steps},
         sizes={name: shape.numel() for name, shape in engine.shapes.items()},
         weights=engine.weights(),
+        moment_sizes={name: shape.numel() for name, shape in engine.moment_shapes.items()},
         moments=engine.moments(),
         config_yaml="{}\n",
         save_tokenizer=lambda folder: folder.mkdir(exist_ok=True),
@@ -32,7 +34,7 @@ def load(engine: TrainingEngine, folder: Path) -> None:
     checkpoint = Checkpoint(folder)
     engine.load(
         checkpoint.weights(list(engine.shapes)),
-        checkpoint.moments(engine.moment_names),
+        checkpoint.moments(list(engine.moment_shapes)),
         checkpoint.state["optimizer_steps"],
     )
 
@@ -46,9 +48,9 @@ def losses(world: World, engine: TrainingEngine, first: int, last: int) -> list[
     return found
 
 
-def whole_run(world: World, stage: int, run_dir: Path, precision: str = "fp32") -> list[float]:
-    """Steps to the end, saved on the way; gives what came after the save."""
-    _, engine = build_engine(world, stage, precision=precision)
+def whole_run(world: World, stage: int, run_dir: Path, precision: str = "fp32", **options: Any) -> list[float]:
+    """Steps to the end, saved on the way; gives what came after the save. `options` are those of `build_engine`."""
+    _, engine = build_engine(world, stage, precision=precision, **options)
     losses(world, engine, 0, SAVED_STEP)
     save(world, engine, run_dir)
     after = losses(world, engine, SAVED_STEP, len(batches()))
@@ -56,9 +58,9 @@ def whole_run(world: World, stage: int, run_dir: Path, precision: str = "fp32") 
     return after
 
 
-def continued_run(world: World, stage: int, run_dir: Path, precision: str = "fp32") -> list[float]:
+def continued_run(world: World, stage: int, run_dir: Path, precision: str = "fp32", **options: Any) -> list[float]:
     """From the newest checkpoint to the end, with other weights to begin with."""
-    _, engine = build_engine(world, stage, precision=precision, seed=5)
+    _, engine = build_engine(world, stage, precision=precision, seed=5, **options)
     load(engine, newest_checkpoint(run_dir))
     assert engine.optimizer_steps == SAVED_STEP
     after = losses(world, engine, SAVED_STEP, len(batches()))

@@ -12,8 +12,8 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from xlstm_lm.config import RunConfig, load_run_config
 from xlstm_lm.training.loop import train
+from xlstm_lm.training.run_config import RunConfig, load_run_config
 
 TIMINGS = {"tokens_per_second", "memory_bytes", "elapsed_seconds", "mfu"}
 COUNTED_FOLDERS = ("/xlstm_lm/training/", "/xlstm_lm/data/", "/xlstm_lm/parallel/")

@@ -80,7 +80,7 @@ def test_files_are_plain_safetensors_by_parameter_name(engine, tmp_path):
     }
     for name, value in engine.weights():
         assert torch.equal(weights[name], value)
-    assert set(safetensors.torch.load_file(folder / "optimizer.safetensors")) == set(engine.moment_names)
+    assert set(safetensors.torch.load_file(folder / "optimizer.safetensors")) == set(engine.moment_shapes)
     assert (tmp_path / "checkpoints" / "latest").read_text() == "step_00000002\n"
 
 

@@ -13,7 +13,7 @@ from tests.training.tiny import VOCABULARY, TinyModel
 from xlstm_lm.parallel.process_group import join_world
 from xlstm_lm.training.deepspeed_config import choose_precision
 from xlstm_lm.training.engine import TrainingEngine, TrainingModule
-from xlstm_lm.training.optimizer import OptimizerConfig
+from xlstm_lm.training.optimizer import AdamWConfig
 
 TOLERANCE = 2e-6
 
@@ -65,7 +65,7 @@ def test_weights_that_are_not_finite_are_found(stage, precision):
 def test_what_deepspeed_refuses_is_one_message(section, message):
     arguments = {"world": join_world(), "precision": "fp32", "micro_batch_size": 2, "accumulation_steps": 1}
     with pytest.raises(ValueError, match=f"^DeepSpeed refuses the section deepspeed: .*{message}.* remove") as refused:
-        TrainingEngine(TinyModel(), OptimizerConfig(), section, **arguments)
+        TrainingEngine(TinyModel(), AdamWConfig(), section, **arguments)
     assert "\n" not in str(refused.value)
 
 

@@ -12,13 +12,14 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from xlstm_lm.parallel.process_group import World
-from xlstm_lm.runs.checkpoint import MOMENTS, Checkpoint, find_checkpoint, newest_checkpoint, write_checkpoint
+from xlstm_lm.runs.checkpoint import Checkpoint, find_checkpoint, newest_checkpoint, write_checkpoint
 from xlstm_lm.runs.fit import Wanted, check_fit
 
 ALONE = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
 SHAPES = {"embedding.weight": (7, 4), "norm.weight": (4,)}
 MODEL = {"family": "xlstm", "embedding_dim": 4, "num_heads": 2, "mlstm_backend": "auto"}
-WANTED = Wanted(MODEL | {"a_new_field": 1}, SHAPES, lanes=3)
+MOMENTS = {f"{name}.{key}": shape for name, shape in SHAPES.items() for key in ("exp_avg", "exp_avg_sq")}
+WANTED = Wanted(MODEL | {"a_new_field": 1}, SHAPES, "adamw", MOMENTS, lanes=3)
 STATE = {
     "step": 5,
     "tokens": 60,
@@ -33,13 +34,14 @@ STATE = {
 
 
 def write(run_dir: Path, state=STATE, model=MODEL, with_moments=True) -> Path:
-    moments = ((f"{name}.{key}", torch.zeros(shape)) for name, shape in SHAPES.items() for key in MOMENTS)
+    moments = ((name, torch.zeros(shape)) for name, shape in MOMENTS.items())
     return write_checkpoint(
         run_dir,
         world=ALONE,
         state=state,
         sizes={name: torch.Size(shape).numel() for name, shape in SHAPES.items()},
         weights=((name, torch.ones(shape)) for name, shape in SHAPES.items()),
+        moment_sizes={name: torch.Size(shape).numel() for name, shape in MOMENTS.items()},
         moments=moments if with_moments else None,
         config_yaml=yaml.safe_dump({"model": model}),
         save_tokenizer=lambda folder: folder.mkdir(),
@@ -150,3 +152,10 @@ def test_a_damaged_manifest_is_named_and_the_checkpoint_before_it_taken(manifest
     (bad / "manifest.json").write_text(manifest)
     assert newest_checkpoint(tmp_path) == good
     assert f"{bad}/manifest.json is damaged: " in caplog.text and problem in caplog.text
+
+
+def test_a_checkpoint_of_another_optimizer_is_refused_by_both_names(tmp_path):
+    folder = write(tmp_path, STATE | {"optimizer": "momentum"})
+    with pytest.raises(ValueError, match=r"optimizer.kind 'momentum' there, 'adamw' now") as refused:
+        check_fit(Checkpoint(folder), WANTED)
+    assert "optimizer.safetensors" not in str(refused.value)

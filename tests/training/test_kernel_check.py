@@ -9,19 +9,22 @@ from dataclasses import replace
 import pytest
 import torch
 
+from tests.ops.stand_ins import replace_backend
 from tests.training.runs import configure, records, write_text
 from xlstm_lm.models import LSTMConfig, MambaConfig, build_model
+from xlstm_lm.models.operations import operations_of
 from xlstm_lm.models.xlstm_config import XLSTMConfig
-from xlstm_lm.ops import mlstm as mlstm_ops
-from xlstm_lm.ops import selective_scan as scan_ops
-from xlstm_lm.ops import slstm as slstm_ops
-from xlstm_lm.ops import ssd as ssd_ops
 from xlstm_lm.ops.announce import announce_once
+from xlstm_lm.ops.mlstm import MLSTM
 from xlstm_lm.ops.mlstm.compiled import mlstm_compiled
+from xlstm_lm.ops.operation import choose
+from xlstm_lm.ops.selective_scan import SCAN
 from xlstm_lm.ops.selective_scan.compiled import scan_compiled
+from xlstm_lm.ops.slstm import SLSTM
 from xlstm_lm.ops.slstm.compiled import slstm_compiled
+from xlstm_lm.ops.ssd import SSD
 from xlstm_lm.parallel.process_group import World
-from xlstm_lm.training.kernel_check import with_kernels_that_are_right
+from xlstm_lm.training.kernel_check import check_kernels
 from xlstm_lm.training.loop import train
 
 ALONE = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
@@ -29,7 +32,7 @@ MIXED = XLSTMConfig(vocab_size=32, embedding_dim=32, num_blocks=3, pattern=["mls
 
 
 @pytest.fixture(autouse=True)
-def announcements_start_afresh():
+def announcements_start_afresh(fresh_choices):
     announce_once.cache_clear()
 
 
@@ -62,8 +65,8 @@ def crashes(*inputs, **options):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_right_kernels_stay_and_the_random_state_too(dtype, caplog):
     before = torch.random.get_rng_state()
-    found, taken = with_kernels_that_are_right(MIXED, ALONE, dtype, 4)
-    assert found is MIXED and taken == {"mlstm": "compiled", "slstm": "compiled", "conv": "compiled"}
+    taken = check_kernels(MIXED, ALONE, dtype, 4)
+    assert taken == {"mlstm": "compiled", "slstm": "compiled", "convolution": "compiled"}
     assert torch.equal(torch.random.get_rng_state(), before)
     assert not caplog.records
 
@@ -71,17 +74,22 @@ def test_right_kernels_stay_and_the_random_state_too(dtype, caplog):
 @pytest.mark.parametrize("kernel", [wrong_value, wrong_gradient, begins_empty, no_gradient_of_the_last_state, crashes])
 @pytest.mark.parametrize("configured", ["auto", "compiled"])
 def test_a_wrong_mlstm_is_replaced_by_name(kernel, configured, monkeypatch, caplog):
-    monkeypatch.setitem(mlstm_ops.BACKENDS, "compiled", kernel)
+    replace_backend(monkeypatch, MLSTM, "compiled", kernel)
     config = replace(MIXED, mlstm_backend=configured)
-    assert with_kernels_that_are_right(config, ALONE, torch.float32, 4)[0] == replace(config, mlstm_backend="chunkwise")
-    (record,) = caplog.records
+    assert check_kernels(config, ALONE, torch.float32, 4)["mlstm"] == "chunkwise"
+    for use in operations_of(config, 4):  # the model's own calls take what the check found, in any type
+        call = use.call(ALONE.device, torch.bfloat16)
+        assert use.operation is not MLSTM or choose(MLSTM, call, configured).backend == "chunkwise"
+    records_of_two_sizes = [record for record in caplog.records if "does not compute" in record.getMessage()]
+    assert len(records_of_two_sizes) == len(caplog.records) in (1, 2)
+    record = caplog.records[0]
     assert "the mlstm kernel 'compiled' does not compute its definition on cpu" in record.getMessage()
 
 
 def test_a_wrong_slstm_is_replaced_by_name(monkeypatch, caplog):
-    monkeypatch.setitem(slstm_ops.BACKENDS, "compiled", lambda wx, *rest, **options: slstm_compiled(-wx, *rest))
-    found = with_kernels_that_are_right(MIXED, ALONE, torch.float32, 4)[0]
-    assert found.mlstm_backend == "auto" and found.slstm_backend in ("batched", "recurrence")
+    replace_backend(monkeypatch, SLSTM, "compiled", lambda wx, *rest, **options: slstm_compiled(-wx, *rest))
+    taken = check_kernels(MIXED, ALONE, torch.float32, 4)
+    assert taken["mlstm"] == "compiled" and taken["slstm"] == "batched"
     assert "the slstm kernel 'compiled' does not compute" in caplog.text
 
 
@@ -89,15 +97,15 @@ def test_the_slstm_is_checked_on_as_many_rows_as_the_run_has(monkeypatch):
     def wrong_on_many_rows(wx, *rest, **options):
         return slstm_compiled(-wx if len(wx) > 4 else wx, *rest, **options)
 
-    monkeypatch.setitem(slstm_ops.BACKENDS, "compiled", wrong_on_many_rows)
-    assert with_kernels_that_are_right(MIXED, ALONE, torch.float32, 4)[0] is MIXED
-    assert with_kernels_that_are_right(MIXED, ALONE, torch.float32, 5)[0].slstm_backend == "batched"
+    replace_backend(monkeypatch, SLSTM, "compiled", wrong_on_many_rows)
+    assert check_kernels(MIXED, ALONE, torch.float32, 4)["slstm"] == "compiled"
+    assert check_kernels(MIXED, ALONE, torch.float32, 5)["slstm"] == "batched"
 
 
 def test_a_replacement_that_is_wrong_too_is_passed_over(monkeypatch):
-    monkeypatch.setitem(mlstm_ops.BACKENDS, "compiled", crashes)
-    monkeypatch.setitem(mlstm_ops.BACKENDS, "chunkwise", wrong_value)
-    assert with_kernels_that_are_right(MIXED, ALONE, torch.float32, 4)[0].mlstm_backend == "recurrence"
+    replace_backend(monkeypatch, MLSTM, "compiled", crashes)
+    replace_backend(monkeypatch, MLSTM, "chunkwise", wrong_value)
+    assert check_kernels(MIXED, ALONE, torch.float32, 4)["mlstm"] == "recurrence"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -105,7 +113,9 @@ def test_a_replacement_that_is_wrong_too_is_passed_over(monkeypatch):
 def test_right_kernels_of_mamba_stay_and_the_random_state_too(version, dtype, caplog):
     config = MambaConfig(version=version, vocab_size=32, embedding_dim=64, num_groups=2)
     before = torch.random.get_rng_state()
-    assert with_kernels_that_are_right(config, ALONE, dtype, 4)[0] is config
+    taken = check_kernels(config, ALONE, dtype, 4)
+    expected = {"selective scan": "compiled"} if version == 1 else {"ssd": "mlstm"}
+    assert taken == expected | {"convolution": "compiled"}
     assert torch.equal(torch.random.get_rng_state(), before)
     assert not caplog.records
 
@@ -116,12 +126,11 @@ def wrong_gradient_of_the_decays(x, dt, a, *others, **options):
 
 def test_a_wrong_scan_of_mamba_is_replaced_by_name(monkeypatch, caplog):
     config = MambaConfig(version=1, vocab_size=32, embedding_dim=32, num_blocks=1)
-    monkeypatch.setitem(scan_ops.BACKENDS, "compiled", wrong_gradient_of_the_decays)
-    found = with_kernels_that_are_right(config, ALONE, torch.float32, 4)[0]
-    assert found == replace(config, scan_backend="recurrence")
-    assert "the scan kernel 'compiled' does not compute its definition on cpu" in caplog.text
-    monkeypatch.setitem(scan_ops.BACKENDS, "compiled", crashes)
-    build_model(found)(torch.zeros(1, 5, dtype=torch.long))
+    replace_backend(monkeypatch, SCAN, "compiled", wrong_gradient_of_the_decays)
+    assert check_kernels(config, ALONE, torch.float32, 4)["selective scan"] == "recurrence"
+    assert "the selective scan kernel 'compiled' does not compute its definition on cpu" in caplog.text
+    monkeypatch.setattr(SCAN["compiled"], "loaded", crashes)
+    build_model(config)(torch.zeros(1, 5, dtype=torch.long))
 
 
 def wrong_without_normalizer(*inputs, normalize=True, **options):
@@ -131,20 +140,19 @@ def wrong_without_normalizer(*inputs, normalize=True, **options):
 
 def test_kernels_of_the_mlstm_that_are_wrong_for_mamba_2_are_replaced_by_name(monkeypatch, caplog):
     config = MambaConfig(vocab_size=32, embedding_dim=32, num_blocks=1)
-    monkeypatch.setitem(mlstm_ops.BACKENDS, "compiled", wrong_without_normalizer)
-    assert with_kernels_that_are_right(MIXED, ALONE, torch.float32, 4)[0] is MIXED
-    found = with_kernels_that_are_right(config, ALONE, torch.float32, 4)[0]
-    assert found == replace(config, scan_backend="chunkwise")
-    assert "the scan kernel 'mlstm' does not compute its definition on cpu" in caplog.text
-    monkeypatch.setitem(mlstm_ops.BACKENDS, "compiled", crashes)
-    build_model(found)(torch.zeros(1, 5, dtype=torch.long))
-    monkeypatch.setitem(ssd_ops.BACKENDS, "chunkwise", crashes)
-    assert with_kernels_that_are_right(config, ALONE, torch.float32, 4)[0].scan_backend == "recurrence"
+    replace_backend(monkeypatch, MLSTM, "compiled", wrong_without_normalizer)
+    assert check_kernels(MIXED, ALONE, torch.float32, 4)["mlstm"] == "compiled"
+    assert check_kernels(config, ALONE, torch.float32, 4)["ssd"] == "chunkwise"
+    assert "the ssd kernel 'mlstm' does not compute its definition on cpu" in caplog.text
+    monkeypatch.setattr(MLSTM["compiled"], "function", crashes)
+    build_model(config)(torch.zeros(1, 5, dtype=torch.long))
+    replace_backend(monkeypatch, SSD, "chunkwise", crashes, arguments={})
+    assert check_kernels(config, ALONE, torch.float32, 4)["ssd"] == "recurrence"
 
 
 def test_a_model_on_kernels_of_torch_is_left_alone():
     config = LSTMConfig(vocab_size=32)
-    assert with_kernels_that_are_right(config, ALONE, torch.float32, 4) == (config, {})
+    assert check_kernels(config, ALONE, torch.float32, 4) == {}
 
 
 class AmongTwo(World):
@@ -166,14 +174,14 @@ elsewhere: list[tuple[int, int]] = []
 
 @pytest.mark.parametrize(
     ("seen_there", "expected"),
-    [([(0, 0)], "auto"), ([(1, 0), (0, 0)], "chunkwise"), ([(0, 1)], "compiled")],
+    [([(0, 0)], "compiled"), ([(1, 0), (0, 0)], "chunkwise"), ([(0, 1)], "compiled")],
     ids=["right everywhere", "wrong there", "another one there"],
 )
 def test_what_another_rank_finds_counts_here(seen_there, expected, caplog):
     elsewhere[:] = seen_there
     two = AmongTwo(rank=0, size=2, local_rank=0, device=torch.device("cpu"))
     config = XLSTMConfig(vocab_size=32, embedding_dim=32, num_blocks=1)
-    assert with_kernels_that_are_right(config, two, torch.float32, 4)[0].mlstm_backend == expected
+    assert check_kernels(config, two, torch.float32, 4)["mlstm"] == expected
     assert ("on 1 of 2 processes (error 0.5)" in caplog.text) == (expected == "chunkwise")
 
 
@@ -182,7 +190,7 @@ def test_a_run_goes_on_with_the_definition(tmp_path, monkeypatch, caplog):
         (tmp_path / name).mkdir()
         write_text(tmp_path / name)
     train(configure(tmp_path / "right", training__steps=3))
-    monkeypatch.setitem(mlstm_ops.BACKENDS, "compiled", wrong_gradient)
+    replace_backend(monkeypatch, MLSTM, "compiled", wrong_gradient)
     with caplog.at_level(logging.WARNING, logger="xlstm_lm"):
         train(configure(tmp_path / "wrong", training__steps=3))
     assert "the mlstm kernel 'compiled' does not compute its definition" in caplog.text

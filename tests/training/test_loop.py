@@ -20,11 +20,11 @@ from xlstm_lm import cli
 from xlstm_lm.base.durable_files import RunError
 from xlstm_lm.base.lease import FolderLease
 from xlstm_lm.base.run_layout import checkpoint_folders
-from xlstm_lm.config import RunConfig, load_run_config
 from xlstm_lm.data import TrainingStream, build_tokenizer
 from xlstm_lm.training import loop
 from xlstm_lm.training.engine import TrainingEngine
 from xlstm_lm.training.loop import train
+from xlstm_lm.training.run_config import RunConfig, load_run_config
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +64,7 @@ def test_a_run_writes_what_it_promises(reference):
     assert validation[0]["bits_per_byte"] > validation[0]["loss"] / math.log(2)
     for each in train_records:
         assert each["tokens_per_second"] > 0 and each["memory_bytes"] > 1e6 and each["grad_norm"] > 0
+        assert each["parameter_norm"] > 0
         assert ("gates/forget_gate" in each) == (each["step"] % 5 == 0)
     assert train_records[0]["lr"] == 0.005 and train_records[1]["lr"] == 0.01
     for each in validation:

@@ -9,11 +9,11 @@ import torch
 
 from xlstm_lm.base import machine
 from xlstm_lm.base.durable_files import RunError
-from xlstm_lm.config import load_run_config
 from xlstm_lm.models.accounting import count_parameters
 from xlstm_lm.parallel.process_group import World
 from xlstm_lm.training import loop, memory
 from xlstm_lm.training.memory import check_memory, memory_errors_explained
+from xlstm_lm.training.run_config import load_run_config
 
 CPU = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
 
@@ -38,12 +38,12 @@ def run_of(**overrides):
 )
 def test_absurd_sizes_are_refused_at_once_and_before_anything_is_written(overrides, tmp_path):
     run = run_of(**overrides, training__run_dir=str(tmp_path / "run"))
-    began = time.monotonic()
+    began = time.process_time()
     with pytest.raises(
         ValueError, match=r"The model has [\d,]+ parameters; .* needs at least [\d,.]+ GiB \(.*machine has"
     ):
         loop.train(run)
-    assert time.monotonic() - began < 5
+    assert time.process_time() - began < 5
     assert not (tmp_path / "run").exists()
 
 

@@ -6,12 +6,12 @@ import pytest
 
 from tests.training.tiny import TinyModel
 from xlstm_lm.training.config import TrainingConfig, split_batch
-from xlstm_lm.training.optimizer import OptimizerConfig, build_optimizer
+from xlstm_lm.training.optimizer import AdamWConfig, build_optimizer
 
 
 def test_matrices_decay_and_nothing_else_does():
     model = TinyModel()
-    config = OptimizerConfig(weight_decay=0.3, betas=(0.8, 0.9), eps=1e-7)
+    config = AdamWConfig(weight_decay=0.3, betas=(0.8, 0.9), eps=1e-7)
     adamw = build_optimizer(config, model.named_parameters(), model.no_decay_parameter_names())
     names = {parameter: name for name, parameter in model.named_parameters()}
     decayed, kept = (({names[each] for each in group["params"]}, group["weight_decay"]) for group in adamw.param_groups)
@@ -22,13 +22,13 @@ def test_matrices_decay_and_nothing_else_does():
 
 def test_a_tied_head_is_one_parameter():
     model = TinyModel(tied=True)
-    adamw = build_optimizer(OptimizerConfig(), model.named_parameters(), model.no_decay_parameter_names())
+    adamw = build_optimizer(AdamWConfig(), model.named_parameters(), model.no_decay_parameter_names())
     assert sum(len(group["params"]) for group in adamw.param_groups) == 7
 
 
 def test_unknown_names_are_refused():
     with pytest.raises(ValueError, match=r"no_decay_parameter_names\(\) names \['heat'\]"):
-        build_optimizer(OptimizerConfig(), TinyModel().named_parameters(), {"heat"})
+        build_optimizer(AdamWConfig(), TinyModel().named_parameters(), {"heat"})
 
 
 @pytest.mark.parametrize(
@@ -41,7 +41,7 @@ def test_unknown_names_are_refused():
 )
 def test_bad_values_are_refused(values, message):
     with pytest.raises(ValueError, match=message):
-        OptimizerConfig(**values)
+        AdamWConfig(**values)
 
 
 def test_a_batch_is_split_over_ranks_and_micro_batches():

@@ -15,6 +15,10 @@ def test_leaving_right_after_a_collective_does_not_abort():
         run_ranks(2, "leaving")
 
 
+def test_an_axis_sums_over_its_own_processes():
+    assert run_ranks(3, "axes").strip() == str([(0, 11, 111, 111), (1, 11, 111, 111), (0, 100, 111, 111)])
+
+
 def test_a_process_that_is_gone_ends_the_others_with_a_message():
     printed = run_ranks(2, "losing")
     assert "RunError: lost the connection to another of the 2 processes" in printed

@@ -12,7 +12,7 @@ from xlstm_lm.ops.announce import announce_once
 from xlstm_lm.parallel.process_group import join_world
 from xlstm_lm.runs.folder import RunFolder
 from xlstm_lm.runs.picture import draw_learning_curve
-from xlstm_lm.runs.run_folder import record_environment
+from xlstm_lm.runs.session import record_session
 
 DAMAGED = {
     b"": "it is empty",
@@ -70,10 +70,12 @@ def test_damage_behind_a_checkpoint_goes_with_what_was_written_there(tmp_path, c
     announce_once.cache_clear()
     path = tmp_path / "metrics.jsonl"
     path.write_text(f'{metric(1)}\n{metric(2)}\n{{"step": "x"}}\n{metric(3)}\n')
-    assert RunFolder(tmp_path).metric_lines(up_to=2) == [metric(1), metric(2)]
+    split = RunFolder(tmp_path).split(2)
+    assert split.kept == [metric(1).encode(), metric(2).encode()]
+    assert split.cut == [b'{"step": "x"}', metric(3).encode()] and split.last_step == 3
     assert "line 3, is damaged and left out: it has no 'split'" in caplog.text
     with pytest.raises(ValueError, match="line 3, is damaged"):
-        RunFolder(tmp_path).metric_lines(up_to=3)
+        RunFolder(tmp_path).split(3)
 
 
 @pytest.mark.parametrize(
@@ -86,7 +88,8 @@ def test_metrics_that_end_before_the_checkpoint_are_missed(last, problem, tmp_pa
     checkpoint = tmp_path / "checkpoints" / "step_00000009"
     checkpoint.mkdir(parents=True)
     (checkpoint / "config.yaml").write_text("model: {family: xlstm}\ntraining: {log_every: 5}\n")
-    RunFolder(tmp_path).point_out_lost_metrics(checkpoint, 9)
+    folder = RunFolder(tmp_path)
+    folder.point_out_lost_metrics(folder.split(9), checkpoint)
     assert re.search(problem, caplog.text) if problem else not caplog.text
 
 
@@ -114,7 +117,7 @@ def test_a_damaged_environment_is_kept_beside_the_new_one(tmp_path, caplog):
     path = tmp_path / "environment.json"
     for number, content in enumerate(("[]", '{"sessions": [1]}'), start=1):
         path.write_text(content)
-        record_environment(tmp_path, join_world(), 7, {})
+        record_session(tmp_path, join_world(), 7, {})
         assert (tmp_path / f"environment.json.damaged-{number}").read_text() == content
         assert [session["from_step"] for session in RunFolder(tmp_path).environment()] == [7]
     assert f"{path} is damaged" in caplog.text
@@ -124,4 +127,6 @@ def test_the_curve_of_a_run_that_diverged_is_drawn(tmp_path):
     losses = (2.0, 1e300, None)
     lines = [metric(step, loss=loss, bits_per_byte=loss) for step, loss in enumerate(losses)]
     (tmp_path / "metrics.jsonl").write_text("".join(f"{line}\n" for line in lines))
-    assert draw_learning_curve(tmp_path).exists()
+    picture = tmp_path / "curve.png"
+    draw_learning_curve(RunFolder(tmp_path).metrics(), picture, "run")
+    assert picture.exists()

@@ -13,8 +13,10 @@ import torch
 import wandb.sdk.wandb_run
 
 from xlstm_lm.base.durable_files import RunError
+from xlstm_lm.runs.folder import RunFolder
+from xlstm_lm.runs.metrics import MetricsFile
 from xlstm_lm.runs.picture import draw_learning_curve
-from xlstm_lm.training.telemetry import Clock, MetricsFile, Progress, peak_flops
+from xlstm_lm.training.telemetry import Clock, Progress, peak_flops
 from xlstm_lm.training.wandb_run import WandbConfig, WandbRun
 
 
@@ -33,8 +35,10 @@ def test_lines_behind_the_checkpoint_and_torn_lines_are_set_aside(tmp_path):
     superseded.write_text("of an earlier time\n")
     records = [metric(1), metric(5), metric(3)]
     path.write_text("".join(f"{json.dumps(record)}\n" for record in records) + 'null\n{"split": "tr')
-    metrics = MetricsFile(path)
-    assert metrics.cut_behind(3) == 3
+    folder = RunFolder(tmp_path)
+    metrics, split = MetricsFile(folder), folder.split(3)
+    assert len(split.cut) == 3 and split.last_step == 5
+    metrics.cut(split)
     before = ["of an earlier time", json.dumps(metric(5)), "null", '{"split": "tr']
     assert superseded.read_text().splitlines() == before
     metrics.append({"split": "train", "step": 4, "loss": math.nan, "lr": 0.5, "gates": math.inf})
@@ -48,8 +52,8 @@ def test_lines_behind_the_checkpoint_and_torn_lines_are_set_aside(tmp_path):
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs the device that is always full")
 def test_a_full_disk_is_named(tmp_path):
-    metrics = MetricsFile(tmp_path / "metrics.jsonl")
-    metrics.cut_behind(0)
+    metrics = MetricsFile(RunFolder(tmp_path))
+    metrics.cut(RunFolder(tmp_path).split(0))
     metrics.close()
     metrics.path = Path("/dev/full")
     metrics.open()
@@ -91,10 +95,10 @@ RECORDS = [
 
 
 def test_the_learning_curve_is_drawn(tmp_path):
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in RECORDS))
-    assert draw_learning_curve(tmp_path).read_bytes().startswith(b"\x89PNG")
-    (tmp_path / "metrics.jsonl").write_text("")
-    assert draw_learning_curve(tmp_path).exists()
+    for number, records in enumerate((RECORDS, [])):
+        picture = tmp_path / f"{number}.png"
+        draw_learning_curve(records, picture, "run")
+        assert picture.read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.fixture

@@ -1,6 +1,6 @@
 """Terminal output: the current stage of a program and its own messages, without those of other libraries.
 
-Nothing is shown before `open_console`, so that code which is called from somebody's own program stays silent.
+Nothing is shown before `open_console`: code called from another program stays silent.
 """
 
 from __future__ import annotations
@@ -176,7 +176,7 @@ class LibraryLog:
         return len(text)
 
     def held(self) -> str:
-        """What no file has yet."""
+        """Output that no file has yet."""
         with self._lock:
             return "".join(self._held)
 

@@ -52,7 +52,7 @@ def _cause_and_remedy(error: OSError, path: Path) -> str:
         errno.EIO: "the disk fails to read or write: repair it, or choose another folder",
         errno.ESTALE: "the network disk has lost the file: mount it again",
     }
-    return remedies.get(error.errno, f"writing failed ({error}): remove the cause")
+    return remedies.get(error.errno or 0, f"writing failed ({error}): remove the cause")
 
 
 def write_durably(path: Path, content: bytes) -> tuple[int, int]:

@@ -120,7 +120,7 @@ def check_fields(config: Any, section: str = "") -> None:
     Raises:
         ValueError: A value is not allowed; names the field, the value and what is allowed.
     """
-    for name, hint in _hints(type(config)).items():
+    for name, hint in _hints(type(config)).items():  # type: ignore[arg-type]  # a class is hashable
         value = getattr(config, name)
         if not _allows(hint, value):
             raise ValueError(f"{section}{name} is {value!r}; it must be {words(hint)}.")
@@ -171,7 +171,7 @@ def argument(hint: Any) -> Callable[[str], int | float]:
             value = (int if get_args(hint)[0] is int else float)(text)
         except ValueError:
             value = None
-        if not _allows(hint, value):
+        if value is None or not _allows(hint, value):
             raise argparse.ArgumentTypeError(f"{text} must be {words(hint)}")
         return value
 

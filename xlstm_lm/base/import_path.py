@@ -1,4 +1,4 @@
-"""Keep the current folder off Python's import path, so that a stray queue.py or datasets.py there is never executed.
+"""Keep the current folder off Python's import path: a stray queue.py or datasets.py there is never executed.
 
 `python -m`, `python -c` and an empty entry of PYTHONPATH put it ahead of the standard library.
 

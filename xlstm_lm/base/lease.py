@@ -75,7 +75,7 @@ class Holder:
 
     @property
     def is_this_process(self) -> bool:
-        """Whether it is the process that calls this."""
+        """True for the process that calls this."""
         own = Holder.this_process()
         return (self.process_table, self.pid, self.started) == (own.process_table, own.pid, own.started)
 
@@ -271,7 +271,7 @@ def _touched(path: Path) -> int | None:
 
 
 def _holder(path: Path) -> Holder | None:
-    """Who holds a lease; None where that cannot be read, as in the moment before it is written."""
+    """Holder of a lease; None where that cannot be read, as in the moment before it is written."""
     try:
         return Holder(**json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):

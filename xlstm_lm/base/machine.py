@@ -1,15 +1,23 @@
-"""The machine that this process runs on, its memory above all, and the source that it runs."""
+"""The machine that this process runs on, its memory, and the source and packages that it runs."""
 
 from __future__ import annotations
 
+import functools
+import importlib.metadata
 import os
 import platform
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import torch
 
 CGROUPS = Path("/sys/fs/cgroup")
+PACKAGES = (
+    *("xlstm-lm", "torch", "deepspeed", "datasets", "transformers", "tokenizers", "numpy", "wandb", "triton"),
+    *("mamba-ssm", "causal-conv1d"),
+)
+"""Packages whose versions may change a result or its speed."""
 
 
 def memory_bytes(device: torch.device) -> int:
@@ -60,3 +68,51 @@ def git_commit() -> str | None:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return os.environ.get("GIT_COMMIT")
+
+
+def version(package: str) -> str | None:
+    """Installed version of a package; None where it is not installed."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+@functools.cache
+def assembler(capability: int) -> str | None:
+    """Version of the assembler with which Triton writes machine code for a compute capability, such as 90 for 9.0.
+
+    None without Triton, or where it finds no such tool.
+    """
+    if version("triton") is None:
+        return None
+    from triton.backends.nvidia.compiler import get_ptxas
+
+    try:
+        return get_ptxas(capability).version
+    except RuntimeError:
+        return None
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Describe source, packages and hardware of this process, as JSON holds it; a missing thing is None.
+
+    Args:
+        device: the device that it computes on.
+    """
+    capability = 0
+    if device.type == "cuda" and torch.version.cuda:
+        major, minor = torch.cuda.get_device_capability(device)
+        capability = 10 * major + minor
+    return {
+        "git_commit": git_commit(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "versions": {name: version(name) for name in PACKAGES},
+        "cuda": torch.version.cuda,
+        "assembler": assembler(capability) if capability else None,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "cpu_count": os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+    }

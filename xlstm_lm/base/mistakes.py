@@ -99,7 +99,7 @@ def explain(
         if any(place.is_below(other) for other in places):
             continue  # another alternative of a union, or a list that is as wrong as its item
         name = ".".join([*([section] if section else []), *place.keys])
-        message = _message(each, name, place)
+        message = _message(dict(each), name, place)
         lines.append(f"{origin_of(name, origins, message)}{message}")
     more = [f"... and {len(errors) - MOST_MISTAKES} more."] if len(errors) > MOST_MISTAKES else []
     return "\n".join(dict.fromkeys(lines + more))
@@ -110,7 +110,7 @@ def _message(error: dict[str, Any], name: str, place: _Place) -> str:
     if kind in ("unexpected_keyword_argument", "extra_forbidden"):
         problem = f"{name} = {shown(error['input'])}: there is no such field"
         if place.tags and place.is_of_another_tag():
-            return f"{problem} in the family {', '.join(place.tags)}: remove it."
+            return f"{problem} in the {place.tag_field} {', '.join(place.tags)}: remove it."
         if "." in place.keys[-1]:
             inner = place.keys[-1].replace(".", ": {") + ": ..." + "}" * place.keys[-1].count(".")
             return f"{problem}. Only flags join names by dots; write '{inner}'."
@@ -119,7 +119,8 @@ def _message(error: dict[str, Any], name: str, place: _Place) -> str:
         return f"{name} is missing; add it."
     if kind == "union_tag_invalid":
         expected = context["expected_tags"].replace("'", "")
-        return f"{name}.family = {shown(context['tag'])}: must be one of {expected}."
+        tag_field = _tag_field(_alternatives(place.hint)[0])
+        return f"{name}.{tag_field} = {shown(context['tag'])}: must be one of {expected}."
     if kind == "value_error" and str(context["error"]) != NO_NUMBER:
         text = str(context["error"])
         if is_section(place.hint):
@@ -141,7 +142,10 @@ class _Place:
         """The type of what is there."""
         self.tags: list[str] = []
         """The alternatives that were chosen on the way."""
-        self._top, self._values, self._wildcards = config_class, values, []
+        self.tag_field = ""
+        """Field that names the last of them, such as family."""
+        self._top, self._values = config_class, values
+        self._wildcards: list[bool] = []
         for part in location:
             self.enter(part)
 
@@ -155,6 +159,7 @@ class _Place:
         if chosen:
             self.hint = chosen[0]
             self.tags.append(str(part))
+            self.tag_field = _tag_field(self.hint)
             return
         is_there = part in (self._values if isinstance(self._values, dict) else range(_length(self._values)))
         inner = next(filter(None, (_inner(each, part) for each in _alternatives(self.hint))), None)
@@ -207,6 +212,11 @@ def _tags(hint: Any) -> list[str]:
     return [each.tag for each in get_args(hint)[1:] if isinstance(each, Tag)] if get_origin(hint) is Annotated else []
 
 
+def _tag_field(hint: Any) -> str:
+    """The field whose default is the tag of an alternative."""
+    return next(name for name, value in vars(_bare(hint)).items() if value in _tags(hint))
+
+
 def _inner(hint: Any, part: str | int) -> Any:
     """The type of what a key or an index leads to; None where it leads nowhere."""
     hint = _bare(hint)
@@ -216,7 +226,7 @@ def _inner(hint: Any, part: str | int) -> Any:
         return get_args(hint)[min(part, len(get_args(hint)) - 1)]
     if get_origin(hint) is dict:
         return get_args(hint)[1]
-    return get_type_hints(hint, include_extras=True).get(part) if is_section(hint) else None
+    return get_type_hints(hint, include_extras=True).get(str(part)) if is_section(hint) else None
 
 
 def _names(hint: Any, tags: tuple[str, ...], prefix: str = "") -> list[str]:

@@ -24,7 +24,17 @@ from pathlib import Path
 
 from xlstm_lm.base.durable_files import sync_folder
 from xlstm_lm.base.lease import LEASE_FILE, FolderLease
-from xlstm_lm.base.run_layout import RUN_NAMES, STEP_FOLDER, checkpoint_folders, holds_run
+from xlstm_lm.base.run_layout import (
+    CHECKPOINTS,
+    CONFIG,
+    MANIFEST,
+    RUN_NAMES,
+    STATE,
+    WANDB,
+    checkpoint_folders,
+    holds_run,
+    is_in_a_checkpoints_place,
+)
 
 STRAY_FILES = (
     "*.out",
@@ -54,12 +64,11 @@ WEIGHTS = (
 def contents(folder: Path) -> str:
     """Name what a folder holds, such as "a checkpoint"; empty where it is none of what this module knows."""
     there = {name for name in _TELLING if (folder / name).exists()}
-    in_checkpoints = folder.parent.name == "checkpoints" and STEP_FOLDER.search(folder.name)
-    if {"manifest.json", "state.json"} <= there or (in_checkpoints and there & {"state.json", *WEIGHTS}):
+    if {MANIFEST, STATE} <= there or (is_in_a_checkpoints_place(folder) and there & {STATE, *WEIGHTS}):
         return "a checkpoint"
     if checkpoint_folders(folder):
         return "a run"
-    if folder.name in ("checkpoints", "wandb") and holds_run(folder.parent):
+    if folder.name in (CHECKPOINTS, WANDB) and holds_run(folder.parent):
         return f"the {folder.name} folder of a run"
     if "config.json" in there and there & set(WEIGHTS):
         return "a model"
@@ -68,7 +77,7 @@ def contents(folder: Path) -> str:
     return "a run" if holds_run(folder) else ""
 
 
-_TELLING = ("manifest.json", "state.json", "config.json", "tokenizer.json", "tokenizer_config.json", *WEIGHTS)
+_TELLING = (MANIFEST, STATE, "config.json", "tokenizer.json", "tokenizer_config.json", *WEIGHTS)
 
 
 def check_new_folder(out: Path) -> None:
@@ -118,7 +127,7 @@ def check_run_folder(run_dir: Path) -> None:
         return
     if what:
         raise ValueError(f"training.run_dir {run_dir} is {what}; {choose}")
-    config = run_dir / "config.yaml"
+    config = run_dir / CONFIG
     if config.is_file():
         raise ValueError(
             f"training.run_dir {run_dir} holds a config.yaml that no run has written, and a run's own would replace "

@@ -1,4 +1,4 @@
-"""How a command begins and ends: one message and the right exit code, whatever stops it."""
+"""Begin and end of a command: one message and the right exit code, whatever stops it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MISTAKE, FAILURE, INTERRUPTED, BROKEN_PIPE, TERMINATED = 2, 1, 128 + 2, 128 + 13
 
 def told_once(error: BaseException) -> BaseException:
     """Mark an error that every process of a run has: only the first one tells it."""
-    error.told_once = True
+    error.told_once = True  # type: ignore[attr-defined]
     return error
 
 
@@ -79,12 +79,12 @@ def _write_what_the_terminal_cannot() -> None:
     """A character that standard output has no bytes for becomes a question mark instead of an error."""
     # In the C locale Python writes back the bytes that it could not read, but no other character.
     if getattr(sys.stdout, "errors", None) in ("strict", "surrogateescape"):
-        sys.stdout.reconfigure(errors="replace")
+        sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
 
 
 @contextlib.contextmanager
 def _signals_unwind() -> Iterator[None]:
-    """Have Ctrl-C and SIGTERM unwind the stack, so that nothing half-written stays.
+    """Have Ctrl-C and SIGTERM unwind the stack: no file stays half-written.
 
     SIGTERM not under a launcher: there a process may be waiting for one that is gone, where no handler of Python's
     runs. A Ctrl-C that is ignored, as in a shell's background jobs, stays ignored.

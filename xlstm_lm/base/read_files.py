@@ -21,12 +21,14 @@ class Line:
     """One line of a file of JSON lines."""
 
     number: int
-    """From 1."""
-    text: str
+    """Counted from 1."""
+    content: bytes
     value: dict[str, Any]
     """Empty where there is a problem."""
     problem: str
     """The problem with it; empty if there is none."""
+    is_torn: bool
+    """True for a damaged last line without its line feed, as a killed writer leaves it."""
 
 
 def read_json(
@@ -55,9 +57,7 @@ def read_json(
 
 
 def json_lines(path: Path, fields: Fields, remedy: str = RESTORE) -> list[Line]:
-    """The lines of a file of JSON lines, each with what is wrong with it, blank ones left out.
-
-    A damaged last line without its line feed was being written when the writer was killed; it is left out, too.
+    """Read a file of JSON lines, each with what is wrong with it, blank ones left out.
 
     Raises:
         ValueError: the file is missing.
@@ -77,9 +77,7 @@ def json_lines(path: Path, fields: Fields, remedy: str = RESTORE) -> list[Line]:
             value = _parse(content, fields)
         except ValueError as error:
             problem = str(error)
-        if problem and number == len(contents):
-            break
-        lines.append(Line(number, content.decode("utf-8", errors="replace"), value, problem))
+        lines.append(Line(number, content, value, problem, is_torn=bool(problem) and number == len(contents)))
     return lines
 
 

@@ -1,4 +1,4 @@
-"""Names in a run's folder, and how such a folder is told from others. What the files hold is for `xlstm_lm.runs`."""
+"""Names in a run's folder, and the signs that tell such a folder from others. `xlstm_lm.runs` reads the files."""
 
 from __future__ import annotations
 
@@ -7,31 +7,72 @@ from pathlib import Path
 
 from xlstm_lm.base.lease import LEASE_FILE
 
+CONFIG = "config.yaml"
+"""The resolved configuration; each checkpoint has one, too."""
+METRICS = "metrics.jsonl"
+SUPERSEDED = "superseded.jsonl"
+"""Lines that left metrics.jsonl because the run went on from an earlier step."""
+SAMPLES = "samples.jsonl"
+ENVIRONMENT = "environment.json"
+CURVE = "learning_curve.png"
+LIBRARY_LOG = "libraries.log"
+WANDB_ID = "wandb.json"
+WANDB = "wandb"
+"""The folder that Weights & Biases writes to."""
+CHECKPOINTS = "checkpoints"
+LATEST = "latest"
+"""A file in `checkpoints` that names the newest."""
+TOKENIZER = "tokenizer"
+"""A folder in an imported run and in each checkpoint."""
+MODEL_RECIPE = "model.yaml"
+ORIGIN = "imported.json"
+STATE = "state.json"
+"""In a checkpoint: step, counters and the state of the data."""
+MANIFEST = "manifest.json"
+"""In a checkpoint: sizes and checksums of its files, written last."""
+
 RUN_NAMES = (
-    "config.yaml metrics.jsonl superseded.jsonl samples.jsonl environment.json learning_curve.png libraries.log "
-    f"checkpoints wandb wandb.json model.yaml tokenizer imported.json {LEASE_FILE}"
-).split()
+    *(CONFIG, METRICS, SUPERSEDED, SAMPLES, ENVIRONMENT, CURVE, LIBRARY_LOG, CHECKPOINTS, WANDB, WANDB_ID),
+    *(MODEL_RECIPE, TOKENIZER, ORIGIN, LEASE_FILE),
+)
 """Names in a run's folder that the run writes itself."""
 RUN_SECTIONS = {"model", "data", "training", "optimizer", "schedule", "safeguards", "wandb", "deepspeed"}
 """Sections of the config.yaml that every run writes."""
-STEP_FOLDER = re.compile(r"step_(\d{8,})")
-"""The name of a checkpoint's folder in `checkpoints`, with its step."""
+_STEP_FOLDER = re.compile(r"step_(\d{8,})")
+
+
+def checkpoint_folder(run_dir: Path, step: int) -> Path:
+    """Path of a run's checkpoint of a step, whether it is there or not."""
+    return run_dir / CHECKPOINTS / f"step_{step:08}"
+
+
+def step_in_name(folder: Path) -> int | None:
+    """Step that the name of a checkpoint's folder gives; None for any other name."""
+    match = _STEP_FOLDER.fullmatch(folder.name)
+    return int(match[1]) if match else None
+
+
+def run_of_checkpoint(folder: Path) -> Path | None:
+    """Folder of the run in whose `checkpoints` a folder lies; None where it lies elsewhere."""
+    return folder.parent.parent if folder.parent.name == CHECKPOINTS else None
+
+
+def is_in_a_checkpoints_place(folder: Path) -> bool:
+    """Whether a folder is where a run keeps a checkpoint, or the remains of one that a killed writer left."""
+    return run_of_checkpoint(folder) is not None and _STEP_FOLDER.search(folder.name) is not None
 
 
 def checkpoint_folders(run_dir: Path) -> dict[int, Path]:
-    """The folders of a run's checkpoints by step, newest first, damaged ones included."""
-    parent = run_dir / "checkpoints"
-    found = {}
-    for path in parent.iterdir() if parent.is_dir() else ():
-        match = STEP_FOLDER.fullmatch(path.name)
-        if match and path.is_dir():
-            found[int(match[1])] = path
+    """Folders of a run's checkpoints by step, newest first, damaged ones included."""
+    parent = run_dir / CHECKPOINTS
+    steps = {path: step_in_name(path) for path in (parent.iterdir() if parent.is_dir() else ()) if path.is_dir()}
+    found = {step: path for path, step in steps.items() if step is not None}
     return dict(sorted(found.items(), reverse=True))
 
 
 def has_metrics(folder: Path) -> bool:
     """Whether a run in a folder has written metrics."""
-    metrics = folder / "metrics.jsonl"
+    metrics = folder / METRICS
     return metrics.is_file() and metrics.stat().st_size > 0
 
 
@@ -42,7 +83,7 @@ def has_trained(folder: Path) -> bool:
 
 def holds_run(folder: Path) -> bool:
     """Whether a run has at least begun in a folder."""
-    return has_trained(folder) or _is_of_a_run(folder / "config.yaml")
+    return has_trained(folder) or _is_of_a_run(folder / CONFIG)
 
 
 def _is_of_a_run(config: Path) -> bool:

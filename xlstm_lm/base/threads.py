@@ -1,4 +1,4 @@
-"""How long OpenMP threads spin while they wait for each other.
+"""Spinning time of OpenMP threads that wait for each other.
 
 By default the threads of libgomp and libomp wait by spinning for milliseconds. On a machine with other work that takes
 the processor from the very thread they wait for, and speed falls up to a hundredfold.

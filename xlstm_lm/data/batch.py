@@ -1,4 +1,4 @@
-"""What the data hands to the training loop: rows of tokens, their targets, and where documents start."""
+"""Batches for the training loop: rows of tokens, their targets, and the starts of documents."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Batch:
     resets_BT: torch.Tensor
     """True where a document starts and the model's state is therefore emptied, bool."""
     document_ids: list[list[str]]
-    """For each row, the documents with a token in it."""
+    """The documents with a token in each row."""
 
 
 def stack_rows(rows: Sequence[Row]) -> Batch:

@@ -10,8 +10,9 @@ from pathlib import Path
 from xlstm_lm.base.outputs import check_new_folder, whole_or_not_at_all
 from xlstm_lm.base.paths import user_path
 from xlstm_lm.data.cuts import Cuts
+from xlstm_lm.data.documents import documents
 from xlstm_lm.data.match_boundaries import UnknownBoundariesError
-from xlstm_lm.data.sources import FileSource, Piece, SourceConfig, refuse
+from xlstm_lm.data.sources import FileSource, SourceConfig
 from xlstm_lm.data.tokenizer_files import END_OF_DOCUMENT, TokenizerConfig, save_tokenizer
 from xlstm_lm.ops.announce import announce_once
 
@@ -70,9 +71,7 @@ def train_bpe(files: Sequence[str], *, vocab_size: int, out: str | Path) -> Path
 
 def _texts(source: FileSource, cuts: Cuts | None) -> Iterator[str]:
     """The files, in pieces with the same words where `cuts` are known: the library needs less memory for them."""
-    for record in source.read([Piece(shard) for shard in range(source.num_shards)]):
-        if record.problem is not None:
-            refuse(source, record)
+    for record in documents(source):
         begin = 0
         while begin < len(record.text):
             end = cuts.after(record.text, begin + PIECE_CHARACTERS) if cuts else len(record.text)

@@ -55,7 +55,7 @@ class ByteTokenizer:
         return None
 
     def decode(self, ids: Iterable[int]) -> str:
-        """As `Tokenizer.decode`; an end of document is shown as its token."""
+        """The text of `ids`, with the end of a document as its token."""
         return b"".join(self._token_bytes()[token] for token in ids).decode(errors="replace")
 
     def decoder(self) -> ByteDecoder:

@@ -1,4 +1,4 @@
-"""What a run reads: sources, tokenizer, row length and the number of lanes."""
+"""The data section of a run: sources, tokenizer, row length and the number of lanes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class DataConfig:
     validation_tokens: Count = 262144
     """At most so many tokens of each validation source, from its beginning."""
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
-    """How text becomes tokens."""
+    """Tokenizer of all documents."""
     task: dict[str, Any] | None = None
     """A task of a study, by name and settings, whose made-up rows take the place of documents and tokenizer; such runs
     are trained by python -m eval.tasks."""
@@ -36,7 +36,7 @@ class DataConfig:
     num_workers: Annotated[int, Range(0, 1024)] = 1
     """Background processes a rank that read and tokenize ahead; 0 does it in the training process."""
     prefetch_batches: Size = 8
-    """How many batches each worker may be ahead."""
+    """Batches that each worker reads ahead at most."""
 
     def __post_init__(self) -> None:
         check_fields(self, "data.")

@@ -1,4 +1,4 @@
-"""Positions at which a text can be cut so that its parts give exactly the tokens of the whole.
+"""Positions at which a text can be cut into parts that give exactly the tokens of the whole.
 
 The characters around a position are followed through every step of the tokenizer: added tokens, normalizers,
 pre-tokenizers and, where none of these parts the text, the merges of a BPE. One unfamiliar step rules all cuts out.
@@ -90,7 +90,7 @@ class Cuts:
 
     def _is_clear_of_added_tokens(self, around: str) -> bool:
         """Whether no added token begins or ends at the middle of four characters, for which the inner two are safe."""
-        before, left, right, after = around
+        before, left, right, after = tuple(around)
         if not (is_stable(before) and is_stable(after)) or (self._ascii_only and not around.isascii()):
             return False
         if self.leading_space and (not after.isalnum() or any(head[0] == after for head in self._heads)):

@@ -2,24 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
 from xlstm_lm.data.packing import Document
-from xlstm_lm.data.sources import Record
+from xlstm_lm.data.sources import START, Piece, Position, Record, Source, refuse
 from xlstm_lm.data.tokenizer import Tokenizer
 from xlstm_lm.ops.announce import announce_once
 
 LONG_DOCUMENT = 1 << 24  # characters
 
 
-def checked(records: Iterable[Record], tokenizer: Tokenizer) -> Iterator[Record]:
-    """The records, those whose text the tokenizer cannot encode marked as bad."""
-    for record in records:
-        problem = tokenizer.problem(record.text) if record.text else None
-        yield record if problem is None else record._replace(text="", problem=f"document {record.id}: {problem}")
+def documents(
+    source: Source,
+    tokenizer: Tokenizer | None = None,
+    pieces: list[Piece] | None = None,
+    first: Position = START,
+    bad: list[Record] | None = None,
+) -> Iterator[Record]:
+    """Good documents of a source in order, empty ones included.
+
+    Args:
+        source: the source.
+        tokenizer: documents that it cannot encode count as bad; None checks nothing.
+        pieces: the shares of shards to read; None for all shards.
+        first: the position to begin at.
+        bad: bad documents are added here as they are skipped; None forgets them.
+
+    Raises:
+        ValueError: a bad document, unless the source skips them.
+    """
+    whole = [Piece(shard) for shard in range(source.num_shards)]
+    for record in source.read(whole if pieces is None else pieces, first):
+        problem = tokenizer.problem(record.text) if tokenizer and record.text else None
+        if problem is not None:
+            record = record._replace(text="", problem=f"document {record.id}: {problem}")
+        if record.problem is None:
+            yield record
+            continue
+        refuse(source, record)
+        if bad is not None:
+            bad.append(record)
 
 
 def tokenized(record: Record, tokenizer: Tokenizer, state: dict[str, Any] | None = None) -> Document:

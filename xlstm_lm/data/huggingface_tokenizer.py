@@ -43,7 +43,7 @@ class HuggingFaceTokenizer:
         """
         from transformers import AutoTokenizer
 
-        assert config.kind == "huggingface"
+        assert config.kind == "huggingface" and config.name is not None
         try:
             name = str(user_path(config.name)) if config.name.startswith("~") else config.name
             loaded = AutoTokenizer.from_pretrained(name, revision=config.revision or "main")
@@ -97,7 +97,7 @@ class HuggingFaceTokenizer:
         self._backend.encode_special_tokens = self._encoder.encode_special_tokens = True  # its pickle forgets that
 
     def encode(self, text: str) -> list[int]:
-        """As `Tokenizer.encode`.
+        """Ids of `text`, without an end of document.
 
         Raises:
             ValueError: the tokenizer has no way to write `text`.
@@ -105,11 +105,11 @@ class HuggingFaceTokenizer:
         return self.encode_array(text).tolist()
 
     def encode_array(self, text: str) -> np.ndarray:
-        """As `Tokenizer.encode_array`; raises what `encode` does."""
+        """`encode` as int32 array."""
         return np.concatenate(list(self.encode_pieces(text)))
 
     def encode_pieces(self, text: str) -> Iterator[np.ndarray]:
-        """As `Tokenizer.encode_pieces`; raises what `encode` does."""
+        """`encode_array` in pieces, each encoded on demand. Raises the errors of `encode`."""
         for piece in self._pieces(text):
             encoding = self._encode(piece)
             ids = np.asarray(encoding.ids, dtype=np.int32)
@@ -122,13 +122,13 @@ class HuggingFaceTokenizer:
             yield ids
 
     def missing_bytes(self, text: str) -> int:
-        """As `Tokenizer.missing_bytes`; white space is never counted. Raises what `encode` does."""
+        """UTF-8 bytes of `text` missing from its ids; white space is never counted. Raises the errors of `encode`."""
         if self._fallback == "bytes":
             return 0
         return sum(self._missing_bytes(piece, self._encode(piece)) for piece in self._pieces(text))
 
     def problem(self, text: str) -> str | None:
-        """As `Tokenizer.problem`."""
+        """The reason why `text` cannot be encoded; None if it can."""
         if self._fallback != "error":
             return None  # without the cost of encoding
         try:
@@ -228,7 +228,9 @@ def _some_special_tokens(backend: Any) -> str:
 
 def _settings(loaded: Any) -> dict[str, Any]:
     """The entries of tokenizer_config.json that training does not need, but whoever uses the model later does."""
-    settings = {name: str(token) for name, token in loaded.special_tokens_map.items() if isinstance(token, str)}
+    settings: dict[str, Any] = {
+        name: str(token) for name, token in loaded.special_tokens_map.items() if isinstance(token, str)
+    }
     known = set(settings.values())
     more = [str(token) for token in loaded.all_special_tokens if str(token) not in known]
     if more:

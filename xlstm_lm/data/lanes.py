@@ -14,9 +14,9 @@ from itertools import islice
 from typing import Any
 
 from xlstm_lm.data.config import DataConfig
-from xlstm_lm.data.documents import checked, tokenized
+from xlstm_lm.data.documents import documents, tokenized
 from xlstm_lm.data.packing import Document, Row, pack
-from xlstm_lm.data.sources import ONE_DOCUMENT_A_FILE, START, Piece, Position, Record, Source, refuse
+from xlstm_lm.data.sources import KINDS, START, Piece, Position, Record, Source
 from xlstm_lm.data.tokenizer import Tokenizer
 from xlstm_lm.ops.announce import announce_once
 
@@ -35,14 +35,14 @@ def _hash(text: str) -> bytes:
 
 
 class DealtSource:
-    """A source whose shards are dealt to lanes, anew each epoch."""
+    """A source whose shards are dealt to lanes, differently in each epoch."""
 
     def __init__(self, source: Source, config: DataConfig, seed: int, index: int) -> None:
         self.source = source
         self._lanes = config.global_batch_size
         self._shuffle = config.shuffle
         # The order of files is shuffled anyway: blocks would add nothing where a file is one document.
-        whole_files = source.config.kind in ONE_DOCUMENT_A_FILE
+        whole_files = KINDS[source.config.kind].one_document_a_file
         self._block_documents = config.shuffle_documents if config.shuffle and not whole_files else 1
         self._key = (seed, index)
         self._dealt: dict[int, list[list[Piece]]] = {}
@@ -53,7 +53,7 @@ class DealtSource:
             return
         how = (
             "each file is cut in pieces, one a lane, so documents are shorter than the files"
-            if self.source.config.kind in ONE_DOCUMENT_A_FILE
+            if KINDS[self.source.config.kind].one_document_a_file
             else "several lanes read the same file and take turns with its documents; more, smaller files read faster"
         )
         announce_once(
@@ -81,7 +81,7 @@ class DealtSource:
         if count < self._lanes:
             parts = [len(range(shard, self._lanes, count)) for shard in range(count)]
             return [[Piece(order[lane % count], lane // count, parts[lane % count])] for lane in range(self._lanes)]
-        # Each shard goes to the lane with the least so far, so that lanes are done with an epoch at about one time.
+        # Each shard goes to the lane with the least so far: lanes finish an epoch at about the same time.
         pieces: list[list[Piece]] = [[] for _ in range(self._lanes)]
         loads = [(0, 0, lane) for lane in range(self._lanes)]
         for shard in order:
@@ -107,10 +107,11 @@ class DealtSource:
         while True:
             pieces = self.deal(state["epoch"])[lane]
             begin = Position(*(state[name] for name in Position._fields))
-            records = checked(self.source.read(pieces, begin), tokenizer)
+            bad: list[Record] = []
+            records = documents(self.source, tokenizer, pieces, begin, bad)
             given = state["piece"] > 0 or state["document"] > 0
             while True:
-                block, end, skipped = self._read_block(records)
+                block, end = self._read_block(records)
                 key = (*self._key, lane, state["epoch"], state["piece"], state["document"])
                 order = hashed_order(len(block), "block", *key) if self._shuffle else range(len(block))
                 read = [state["epoch"], *((end.piece, end.document, end.checksum) if end else (len(pieces), 0, 0))]
@@ -118,7 +119,8 @@ class DealtSource:
                     state = {**state, "index": state["index"] + 1, "read": read}
                     yield block[index], state
                 given = given or bool(block)
-                state = {**state, "index": 0, "skipped": state["skipped"] + skipped}
+                state = {**state, "index": 0, "skipped": state["skipped"] + len(bad)}
+                bad.clear()
                 if end is None:
                     break
                 state |= end._asdict()
@@ -133,22 +135,17 @@ class DealtSource:
                 )
             state = {**state, "epoch": state["epoch"] + 1, **START._asdict()}
 
-    def _read_block(self, records: Iterator[Record]) -> tuple[list[Record], Position | None, int]:
-        """Read the next block; returns its good documents, its end (None at that of the epoch) and the bad ones."""
+    def _read_block(self, records: Iterator[Record]) -> tuple[list[Record], Position | None]:
+        """Read the next block; returns its documents and its end, None at that of the epoch."""
         block: list[Record] = []
-        skipped = 0
-        for record in records:
-            if record.problem is not None:
-                refuse(self.source, record)
-                skipped += 1
-            elif record.text:
-                block.append(record)
+        for record in (record for record in records if record.text):
+            block.append(record)
             if len(block) == self._block_documents:
-                return block, record.end, skipped
-        return block, None, skipped
+                return block, record.end
+        return block, None
 
     def marks(self, shard: int, states: Iterable[dict[str, Any]], lanes: Iterable[int]) -> dict[int, int] | None:
-        """How much of a shard the given lanes have read, each standing at its state of this source.
+        """Positions in a shard up to which the given lanes have read, each at its state of this source.
 
         Returns:
             the checksum at each number of documents after which a lane has stopped; empty if no lane has begun with the

@@ -181,7 +181,7 @@ class Pattern:
             accepted = self._is(value, character, fold)
             return accepted if operator is _constants.LITERAL or accepted is None else not accepted
         negated = value[0][0] is _constants.NEGATE
-        results = [self._item(*item, character, fold) for item in value[negated:]]
+        results = [self._item(*item, character, fold) for item in value[negated:]]  # type: ignore[call-arg]
         accepted = True if True in results else None if None in results else False
         return accepted if not negated or accepted is None else not accepted
 

@@ -25,9 +25,9 @@ class Document:
     id: str
     """Where it comes from, for messages."""
     state: dict[str, Any] | None = None
-    """What a lane needs to begin again with this document."""
+    """State of a lane that begins with this document; None outside of lanes."""
     num_tokens: int = 0
-    """How many ids its pieces have had so far: all of them when `pack` asks for the next document."""
+    """Number of ids that its pieces have had so far; of all pieces once `pack` reads the next document."""
 
 
 @dataclass
@@ -39,11 +39,11 @@ class Row:
     resets: np.ndarray
     """True where an input is the end-of-document token that starts a document (T), bool."""
     num_targets: int
-    """How many targets count, from the left: T but for the last row of a finite stream."""
+    """Number of targets that count, from the left: T, except in the last row of a finite stream."""
     document_ids: list[str]
     """The documents with a token in the row."""
     state: dict[str, Any] | None
-    """What a lane needs to go on after this row."""
+    """State of the lane after this row; None outside of lanes."""
 
 
 def pack(documents: Iterable[Document], context_length: int, end_of_document: int, offset: int = 0) -> Iterator[Row]:

@@ -27,7 +27,7 @@ class TrainingStream:
     """
 
     def __init__(self, config: DataConfig, tokenizer: Tokenizer, *, lanes: range, seed: int) -> None:
-        """Open the sources, the validation ones too, so that mistakes show before any work is done.
+        """Open the sources, the validation ones too: mistakes show before any work is done.
 
         Args:
             config: the data section of the run.
@@ -196,7 +196,7 @@ class TrainingStream:
 
     @property
     def epoch(self) -> int:
-        """How many times the owned lane and source that are furthest back have been read from end to end."""
+        """Number of complete passes over the source that is furthest behind, among all owned lanes."""
         return min(source["epoch"] for state in self._states.values() for source in state["sources"])
 
     @property

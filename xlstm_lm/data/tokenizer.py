@@ -26,7 +26,7 @@ class IncrementalDecoder(Protocol):
 
 
 class Tokenizer(Protocol):
-    """What the rest of the program asks of a tokenizer."""
+    """The interface of a tokenizer."""
 
     vocab_size: int
     """Number of ids; every id is below it."""
@@ -60,7 +60,7 @@ class Tokenizer(Protocol):
         """Changes when the ids of some text would."""
 
     def save(self, folder: str | Path) -> None:
-        """Write the tokenizer so that `load_tokenizer` and `transformers.AutoTokenizer` can read it."""
+        """Write the tokenizer for `load_tokenizer` and `transformers.AutoTokenizer`."""
 
 
 def build_tokenizer(config: TokenizerConfig) -> Tokenizer:

@@ -17,7 +17,7 @@ CONFIG_FILE = "xlstm_lm_tokenizer.json"
 
 @dataclass(kw_only=True)
 class TokenizerConfig:
-    """How text becomes tokens."""
+    """A tokenizer: bytes, or one in Hugging Face's layout."""
 
     kind: Literal["bytes", "huggingface"] = "bytes"
     """bytes: 256 byte values and an end of document, nothing to download; huggingface: the tokenizer of `name`."""

@@ -1,4 +1,4 @@
-"""What a run trains on: the documents of its data section, or whatever else gives rows of tokens in lanes."""
+"""Training data: the documents of the data section, or any other source of rows of tokens in lanes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from xlstm_lm.data.validation import validation_batches
 
 
 class Vocabulary(Protocol):
-    """What training asks of a tokenizer, and of what stands in for one where the tokens are no text."""
+    """The part of a tokenizer that training needs; data that is no text has a substitute for it."""
 
     vocab_size: int
     """Number of ids; every id is below it."""
@@ -43,10 +43,10 @@ class Stream(Protocol):
 
 
 class TrainingData(Protocol):
-    """Training and held-out rows. What lane and seed give must not depend on who reads the other lanes."""
+    """Training and held-out rows. The rows of a lane depend on the lane and the seed alone."""
 
     tokenizer: Vocabulary
-    """What the tokens are."""
+    """Meaning of the token ids."""
 
     def stream(self, lanes: range, seed: int) -> Stream:
         """The rows of the lanes of one rank."""
@@ -73,11 +73,11 @@ class DocumentData:
         self.tokenizer = build_tokenizer(config.tokenizer)
 
     def stream(self, lanes: range, seed: int) -> TrainingStream:
-        """As in `TrainingData`; raises what `TrainingStream` does."""
+        """The rows of the lanes of one rank. Raises the errors of `TrainingStream`."""
         return TrainingStream(self.config, self.tokenizer, lanes=lanes, seed=seed)
 
     def validation_batches(self, *, rows: int, rank: int, world_size: int) -> Iterator[Batch] | None:
-        """As in `TrainingData`; raises what `xlstm_lm.data.validation_batches` does."""
+        """Batches of held-out rows, as in `TrainingData`. Raises the errors of `xlstm_lm.data.validation_batches`."""
         if not self.config.validation:
             return None
         return validation_batches(self.config, self.tokenizer, rows=rows, rank=rank, world_size=world_size)

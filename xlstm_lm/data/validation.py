@@ -8,9 +8,9 @@ import numpy as np
 
 from xlstm_lm.data.batch import Batch, stack_rows
 from xlstm_lm.data.config import DataConfig
-from xlstm_lm.data.documents import checked, tokenized
+from xlstm_lm.data.documents import documents, tokenized
 from xlstm_lm.data.packing import Document, Row, pack
-from xlstm_lm.data.sources import Piece, Source, open_source, refuse
+from xlstm_lm.data.sources import Source, open_source
 from xlstm_lm.data.tokenizer import Tokenizer
 
 
@@ -51,15 +51,12 @@ def _batches(
 def _documents(sources: list[Source], config: DataConfig, tokenizer: Tokenizer) -> Iterator[Document]:
     for source in sources:
         left = config.validation_tokens
-        for record in checked(source.read([Piece(shard) for shard in range(source.num_shards)]), tokenizer):
-            if record.problem is not None:
-                refuse(source, record)
-            elif record.text:
-                # A document has one target more than it has tokens: its end.
-                document = tokenized(record, tokenizer)
-                document.pieces = _first(document.pieces, max(left - 1, 1))
-                yield document  # until all of its tokens have been taken
-                left -= document.num_tokens + 1
+        for record in (record for record in documents(source, tokenizer) if record.text):
+            # A document has one target more than it has tokens: its end.
+            document = tokenized(record, tokenizer)
+            document.pieces = _first(document.pieces, max(left - 1, 1))
+            yield document  # until all of its tokens have been taken
+            left -= document.num_tokens + 1
             if left <= 0:
                 break
         if left == config.validation_tokens:

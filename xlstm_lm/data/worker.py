@@ -39,7 +39,7 @@ class Worker:
     """The training process's end of a worker."""
 
     def __init__(self, lanes: list[Lane], states: list[dict[str, Any]], prefetch_batches: int) -> None:
-        # The package may lie on a path that only this process knows of.
+        # The package may be on a path that only this process has.
         environment = {**child_environment(), "TOKENIZERS_PARALLELISM": "false"}
         self._process = subprocess.Popen(
             [sys.executable, "-P", "-c", START], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment
@@ -122,7 +122,7 @@ def serve() -> None:
         for rows in produce(lanes, states):
             ready.put(rows)
     except (ValueError, ConnectionError) as error:
-        # Only the message travels: the user's mistake needs no trace of ours.
+        # Only the message travels: a user's mistake needs no trace.
         kind = ConnectionError if isinstance(error, ConnectionError) else ValueError
         ready.put(kind(str(error)))
     except Exception as error:

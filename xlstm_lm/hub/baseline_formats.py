@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from xlstm_lm.hub.export_format import ExportFormat, NamedTensors
-from xlstm_lm.hub.tensor_names import check_names, count_blocks, is_tied
+from xlstm_lm.hub.name_map import NameMap, Table, count_blocks, joined
 from xlstm_lm.models import MambaConfig, TransformerConfig
 
 Weights = dict[str, Tensor]
@@ -22,15 +22,11 @@ class Type:
     """One of transformers' types, in terms of ours."""
 
     name: str
-    """Its name, for messages."""
-    outer: dict[str, str]
-    """Tensors outside the blocks, ours -> theirs."""
-    prefix: str
-    """What stands before a block's number."""
-    block: dict[str, tuple[str, ...]]
-    """Tensors of a block, ours -> theirs, which lie side by side in ours."""
+    """Name in messages."""
+    names: NameMap
+    """Names of its tensors; all blocks are of one kind."""
     sizes: Callable[[Any, str], list[int] | None]
-    """Rows of each of those, where they are not all the same, for our configuration and name."""
+    """Rows of each of theirs, where they are not all the same, for our configuration and name within a block."""
     make_config: Callable[[Any], Any]
     """Their configuration for ours."""
     tied_by_default: bool
@@ -67,7 +63,7 @@ def _from_llama(values: dict[str, Any], weights: Weights, tied: bool) -> Transfo
     return TransformerConfig(
         vocab_size=weights["embedding.weight"].shape[0],
         embedding_dim=width,
-        num_blocks=count_blocks(weights, r"blocks\.(\d+)\."),
+        num_blocks=count_blocks(weights),
         num_heads=num_heads,
         num_key_value_heads=values.get("num_key_value_heads"),
         feedforward_dim=weights["blocks.0.feedforward.down.weight"].shape[1],
@@ -149,7 +145,7 @@ def _from_mamba(version: int) -> Callable[[dict[str, Any], Weights, bool], Mamba
             version=version,
             vocab_size=weights["embedding.weight"].shape[0],
             embedding_dim=width,
-            num_blocks=count_blocks(weights, r"blocks\.(\d+)\."),
+            num_blocks=count_blocks(weights),
             expand=inner // width,
             state_dim=values.get("state_size", 16 if version == 1 else 128),
             conv_width=weights["blocks.0.mixer.conv.weight"].shape[1],
@@ -161,7 +157,7 @@ def _from_mamba(version: int) -> Callable[[dict[str, Any], Weights, bool], Mamba
     return read
 
 
-_STEP = "blocks.0.mixer.step.weight"
+_STEP, _CONV = "blocks.0.mixer.step.weight", "mixer.conv.weight"
 _SILU = ("silu", "swish")  # two names for one function
 
 
@@ -193,9 +189,9 @@ def _llama_sizes(config: TransformerConfig, name: str) -> list[int] | None:
 
 
 _MAMBA_OUTER = {
-    "embedding.weight": "backbone.embeddings.weight",
-    "final_norm.weight": "backbone.norm_f.weight",
-    "head.weight": "lm_head.weight",
+    "embedding.weight": ("backbone.embeddings.weight",),
+    "final_norm.weight": ("backbone.norm_f.weight",),
+    "head.weight": ("lm_head.weight",),
 }
 _MAMBA_BLOCK = {
     "norm.weight": ("norm.weight",),
@@ -206,22 +202,32 @@ _MAMBA_BLOCK = {
     "mixer.skip": ("mixer.D",),
     "mixer.out.weight": ("mixer.out_proj.weight",),
 }
+
+
+def _mamba_names(of_version: Table) -> NameMap:
+    return NameMap(_MAMBA_OUTER, "backbone.layers.", {"": _MAMBA_BLOCK | of_version})
+
+
 LLAMA = Type(
     name="Llama",
-    outer={
-        "embedding.weight": "model.embed_tokens.weight",
-        "final_norm.weight": "model.norm.weight",
-        "head.weight": "lm_head.weight",
-    },
-    prefix="model.layers.",
-    block={
-        "norm.weight": ("input_layernorm.weight",),
-        "mixer.qkv.weight": tuple(f"self_attn.{name}_proj.weight" for name in "qkv"),
-        "mixer.out.weight": ("self_attn.o_proj.weight",),
-        "feedforward_norm.weight": ("post_attention_layernorm.weight",),
-        "feedforward.gate_up.weight": ("mlp.gate_proj.weight", "mlp.up_proj.weight"),
-        "feedforward.down.weight": ("mlp.down_proj.weight",),
-    },
+    names=NameMap(
+        outer={
+            "embedding.weight": ("model.embed_tokens.weight",),
+            "final_norm.weight": ("model.norm.weight",),
+            "head.weight": ("lm_head.weight",),
+        },
+        prefix="model.layers.",
+        kinds={
+            "": {
+                "norm.weight": ("input_layernorm.weight",),
+                "mixer.qkv.weight": tuple(f"self_attn.{name}_proj.weight" for name in "qkv"),
+                "mixer.out.weight": ("self_attn.o_proj.weight",),
+                "feedforward_norm.weight": ("post_attention_layernorm.weight",),
+                "feedforward.gate_up.weight": ("mlp.gate_proj.weight", "mlp.up_proj.weight"),
+                "feedforward.down.weight": ("mlp.down_proj.weight",),
+            }
+        },
+    ),
     sizes=_llama_sizes,
     make_config=_llama_config,
     tied_by_default=False,
@@ -230,14 +236,13 @@ LLAMA = Type(
 )
 MAMBA1 = Type(
     name="Mamba",
-    outer=_MAMBA_OUTER,
-    prefix="backbone.layers.",
-    block=_MAMBA_BLOCK
-    | {
-        "mixer.selection.weight": ("mixer.x_proj.weight",),
-        "mixer.step.weight": ("mixer.dt_proj.weight",),
-        "mixer.step.bias": ("mixer.dt_proj.bias",),
-    },
+    names=_mamba_names(
+        {
+            "mixer.selection.weight": ("mixer.x_proj.weight",),
+            "mixer.step.weight": ("mixer.dt_proj.weight",),
+            "mixer.step.bias": ("mixer.dt_proj.bias",),
+        }
+    ),
     sizes=lambda config, name: None,
     make_config=_mamba_config,
     tied_by_default=True,
@@ -246,9 +251,7 @@ MAMBA1 = Type(
 )
 MAMBA2 = Type(
     name="Mamba-2",
-    outer=_MAMBA_OUTER,
-    prefix="backbone.layers.",
-    block=_MAMBA_BLOCK | {"mixer.step_bias": ("mixer.dt_bias",), "mixer.norm_weight": ("mixer.norm.weight",)},
+    names=_mamba_names({"mixer.step_bias": ("mixer.dt_bias",), "mixer.norm_weight": ("mixer.norm.weight",)}),
     sizes=lambda config, name: None,
     make_config=_mamba_config,
     tied_by_default=False,
@@ -267,45 +270,27 @@ def type_of(config: TransformerConfig | MambaConfig) -> Type:
 def convert(config: TransformerConfig | MambaConfig, weights: NamedTensors) -> Iterator[tuple[str, Tensor]]:
     """Their names and tensors for ours, one of ours after the other."""
     theirs = type_of(config)
-    for name, tensor in weights:
-        if name in theirs.outer:
-            yield theirs.outer[name], tensor
-            continue
-        _, index, ours = name.split(".", 2)
-        parts = theirs.block[ours]
-        if ours == "mixer.conv.weight":  # theirs has a dimension for the one channel of a group
-            tensor = tensor.unsqueeze(1)
-        sizes = theirs.sizes(config, ours) or [tensor.shape[0] // len(parts)] * len(parts)
-        for part, part_name in zip(tensor.split(sizes), parts, strict=True):
-            yield f"{theirs.prefix}{index}.{part_name}", part
+    # Theirs has a dimension for the one channel of a group.
+    shaped = ((name, tensor.unsqueeze(1) if name.endswith(_CONV) else tensor) for name, tensor in weights)
+    return theirs.names.split(shaped, lambda name: theirs.sizes(config, name))
 
 
 def reader(theirs: Type) -> Callable[[dict[str, Any], Weights], tuple[Any, Weights]]:
-    """What makes our configuration and weights of such a folder's `config.json` and tensors; it raises ValueError where
-    tensors are missing or left over, all named, or the configuration asks for what we do not have."""
+    """Reader of our configuration and weights from the `config.json` and the tensors of a type.
+
+    It raises ValueError where tensors are missing or left over, all named, or where the configuration has a feature
+    that our model lacks.
+    """
 
     def read(values: dict[str, Any], tensors: Weights) -> tuple[Any, Weights]:
         _refuse(theirs.name, values, theirs.foreign(values))
-        num_blocks = count_blocks(tensors, theirs.prefix.replace(".", r"\.") + r"(\d+)\.")
-        wanted = {ours: (name,) for ours, name in theirs.outer.items()}
-        for index in range(max(num_blocks, 1)):
-            for ours, parts in theirs.block.items():
-                wanted[f"blocks.{index}.{ours}"] = tuple(f"{theirs.prefix}{index}.{part}" for part in parts)
-        embedding, head = theirs.outer["embedding.weight"], theirs.outer["head.weight"]
         flag = values.get("tie_word_embeddings")
-        tied = is_tied(theirs.tied_by_default if flag is None else flag, tensors, embedding, head)
-        if tied:
-            wanted["head.weight"] = (embedding,)
-            tensors = {name: tensor for name, tensor in tensors.items() if name != head}
-        check_names(
-            tensors, {name for parts in wanted.values() for name in parts}, f"a transformers {theirs.name} model"
-        )
-        weights = {
-            ours: torch.cat([tensors[part] for part in parts]) if len(parts) > 1 else tensors[parts[0]]
-            for ours, parts in wanted.items()
-        }
-        weights |= {name: tensor.squeeze(1) for name, tensor in weights.items() if name.endswith("mixer.conv.weight")}
-        return theirs.read_config(values, weights, tied), weights
+        flag = theirs.tied_by_default if flag is None else flag
+        kinds = [""] * max(theirs.names.count_blocks(tensors), 1)
+        parts = theirs.names.select(tensors, kinds, flag, f"a transformers {theirs.name} model")
+        weights = joined(parts)
+        weights |= {name: tensor.squeeze(1) for name, tensor in weights.items() if name.endswith(_CONV)}
+        return theirs.read_config(values, weights, theirs.names.is_tied(flag, tensors)), weights
 
     return read
 
@@ -320,9 +305,10 @@ BASELINE_FORMAT = ExportFormat(
     name="transformers",
     suits="every use; it is transformers' own type",
     limits=(),
-    objections=lambda config: (
-        ["its logits have no soft cap (model.logit_soft_cap)"] if config.logit_soft_cap is not None else []
-    ),
+    objections=lambda config: [
+        *(["its logits have no soft cap (model.logit_soft_cap)"] if config.logit_soft_cap is not None else []),
+        *(["its attention has no window (model.window)"] if getattr(config, "window", None) else []),
+    ],
     make_config=lambda config: type_of(config).make_config(config),
     model_class=_model_class,
     convert=convert,

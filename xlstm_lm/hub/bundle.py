@@ -15,10 +15,13 @@ FIRST = ("xlstm_lm.hub.configuration_xlstm_lm", "xlstm_lm.hub.modeling_xlstm_lm"
 REPLACED = {
     "xlstm_lm.ops.mlstm": "xlstm_lm.hub.portable_cells",
     "xlstm_lm.ops.slstm": "xlstm_lm.hub.portable_cells",
+    "xlstm_lm.ops.selective_scan": "xlstm_lm.hub.portable_cells",
     "xlstm_lm.ops.conv": "xlstm_lm.ops.conv.dispatch",  # the package's __init__ has no place in a flat folder
     "xlstm_lm.ops.native": "xlstm_lm.hub.portable_native",
 }
 """What chooses among all kernels, some of which are no Python, or builds them, gives way to what needs none of them."""
+_BACKEND = re.compile(r"\"(xlstm_lm[\w.]+):\w+\"")
+"""A backend that is imported on first use."""
 _IMPORT = re.compile(r"^(\s*from )(xlstm_lm[\w.]*)( import )", re.MULTILINE)
 
 
@@ -42,8 +45,10 @@ def bundled_sources() -> dict[str, str]:
         module = waiting.pop()
         if module in sources:
             continue
-        text = (PACKAGE.parent / f"{module.replace('.', '/')}.py").read_text(encoding="utf-8")
-        imported = [REPLACED.get(name, name) for _, name, _ in _IMPORT.findall(text)]
+        path = PACKAGE.parent / module.replace(".", "/")
+        path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+        text = path.read_text(encoding="utf-8")
+        imported = [REPLACED.get(name, name) for _, name, _ in _IMPORT.findall(text)] + _BACKEND.findall(text)
         sources[module] = _IMPORT.sub(_relative, text)
         waiting += imported
     return sources

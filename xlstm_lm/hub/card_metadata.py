@@ -146,9 +146,10 @@ def papers(model_config: Any) -> list[str]:
     if model_config.family == "mamba":
         return ["2312.00752" if model_config.version == 1 else "2405.21060"]
     kinds = set(model_config.block_kinds())
-    found = ["2405.04517"]
+    found = ["2405.04517"] if model_config.family == "xlstm" or kinds & {"mlstm", "mlstm_paper", "slstm"} else []
     if "mlstm" in kinds:
         found.append("2503.13427")
     if kinds & {"mlstm", "mlstm_paper"} and model_config.input_gate == "sigmoid":
         found.append("2503.14376")
-    return found
+    others = {"attention": "2302.13971", "mamba1": "2312.00752", "mamba2": "2405.21060"}
+    return found + [paper for kind, paper in others.items() if kind in kinds]

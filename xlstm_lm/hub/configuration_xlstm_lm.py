@@ -7,7 +7,10 @@ from typing import Any
 
 from transformers.configuration_utils import PreTrainedConfig
 
-from xlstm_lm.models.xlstm_config import XLSTMConfig
+from xlstm_lm.models.xlstm_config import HybridConfig, XLSTMConfig
+
+CONFIGS = {"xlstm": XLSTMConfig, "hybrid": HybridConfig}
+"""Configuration of each family that this format holds. All have the same fields."""
 
 
 class XLSTMLMConfig(PreTrainedConfig):
@@ -36,7 +39,7 @@ class XLSTMLMConfig(PreTrainedConfig):
                 )
             values.pop(theirs, None)
         names = {field.name for field in dataclasses.fields(XLSTMConfig)}
-        model = XLSTMConfig(**{name: values.pop(name) for name in names & values.keys()})
+        model = _config_class(values)(**{name: values.pop(name) for name in names & values.keys()})
         for name, value in dataclasses.asdict(model).items():
             setattr(self, name, value)
         self.use_cache = use_cache
@@ -50,7 +53,8 @@ class XLSTMLMConfig(PreTrainedConfig):
 
     def model_config(self) -> XLSTMConfig:
         """The same model as the rest of xlstm-lm describes it."""
-        return XLSTMConfig(**{field.name: getattr(self, field.name) for field in dataclasses.fields(XLSTMConfig)})
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(XLSTMConfig)}
+        return _config_class(values)(**values)
 
     def save_pretrained(self, *arguments: Any, **options: Any) -> Any:
         """As for every configuration, but `architectures` names the Auto class that finds the model's own.
@@ -60,3 +64,10 @@ class XLSTMLMConfig(PreTrainedConfig):
         auto = {"XLSTMLMModel": "AutoModel", "XLSTMLMForCausalLM": "AutoModelForCausalLM"}
         self.architectures = [auto.get(name, name) for name in self.architectures or []] or None
         return super().save_pretrained(*arguments, **options)
+
+
+def _config_class(values: dict[str, Any]) -> type[XLSTMConfig]:
+    family = values.get("family", "xlstm")
+    if family not in CONFIGS:
+        raise ValueError(f"family is {family!r}; it must be one of {', '.join(CONFIGS)}.")
+    return CONFIGS[family]

@@ -19,7 +19,7 @@ from xlstm_lm.base import console
 from xlstm_lm.base.durable_files import write_durably
 from xlstm_lm.base.outputs import check_new_folder, whole_or_not_at_all
 from xlstm_lm.base.paths import user_path
-from xlstm_lm.base.run_layout import STEP_FOLDER, checkpoint_folders
+from xlstm_lm.base.run_layout import step_in_name
 from xlstm_lm.base.tensor_files import SHARD_BYTES, TensorWriter
 from xlstm_lm.data import Tokenizer
 from xlstm_lm.hub.baseline_formats import BASELINE_FORMAT
@@ -37,6 +37,7 @@ from xlstm_lm.runs.folder import RunFolder
 
 FORMATS: dict[str, tuple[ExportFormat, ...]] = {
     "xlstm": (TRANSFORMERS_FORMAT, OWN_FORMAT),
+    "hybrid": (OWN_FORMAT,),
     "transformer": (BASELINE_FORMAT,),
     "mamba": (BASELINE_FORMAT,),
 }
@@ -45,7 +46,7 @@ FORMATS: dict[str, tuple[ExportFormat, ...]] = {
 
 @dataclass(frozen=True)
 class Exported:
-    """What `export` has made."""
+    """Result of `export`."""
 
     folder: Path
     export_format: ExportFormat
@@ -191,7 +192,7 @@ def parse_size(text: str) -> int:
 def _checkpoint_of(source: Path, step: int | None) -> Path:
     if step is None:
         return source
-    folders = checkpoint_folders(source)
+    folders = RunFolder(source).checkpoints()
     if step not in folders:
         there = ", ".join(map(str, sorted(folders))) or "none"
         raise ValueError(f"{source} has no checkpoint of step {step}; it has {there}.")
@@ -200,10 +201,8 @@ def _checkpoint_of(source: Path, step: int | None) -> Path:
 
 def _origin(folder: Path) -> tuple[Path | None, int | None]:
     """The run that a checkpoint belongs to, and its step; nothing where it is no checkpoint of a run."""
-    step = STEP_FOLDER.fullmatch(folder.name)
-    if step is None or folder.parent.name != "checkpoints":
-        return None, None
-    return folder.parent.parent, int(step[1])
+    run, step = RunFolder.of_checkpoint(folder), step_in_name(folder)
+    return (None, None) if run is None or step is None else (run.path, step)
 
 
 def _write(

@@ -1,4 +1,4 @@
-"""What a format to export to has to say of itself, and what is checked of all of them before a tensor is written."""
+"""Description of an export format, and the check of all formats before a tensor is written."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ class ExportFormat:
     """A way to write the models of one family so that transformers loads them."""
 
     name: str
-    """What --format calls it."""
+    """Name for --format."""
     suits: str
-    """What to take it for, in a sentence for the model card."""
+    """Recommended uses, in a sentence for the model card."""
     limits: tuple[str, ...]
-    """What does not work with it, or only in part, for the model card."""
+    """Limitations, for the model card."""
     objections: Callable[[Any], list[str]]
     """Why it cannot hold a model of this configuration; empty where it can."""
     make_config: Callable[[Any], Any]
@@ -30,7 +30,7 @@ class ExportFormat:
     model_class: Callable[[], type]
     """The class that will load it."""
     convert: Callable[[Any, NamedTensors], Iterator[tuple[str, Tensor]]]
-    """Its names and tensors for ours, one of ours after the other."""
+    """Names and tensors of the format for ours, one of ours after the other."""
     write_code: Callable[[Path], None] | None
     """Writes the source files that the model needs beside transformers, if it needs any."""
     leaves_out_padding: bool

@@ -18,16 +18,14 @@ import torch
 from xlstm_lm.base.durable_files import write_durably
 from xlstm_lm.base.outputs import check_new_folder, whole_or_not_at_all
 from xlstm_lm.base.paths import user_path
+from xlstm_lm.base.recipe import to_yaml
 from xlstm_lm.data import Tokenizer, TokenizerConfig, build_tokenizer, load_tokenizer
 from xlstm_lm.data.tokenizer import CONFIG_FILE
 from xlstm_lm.hub.load import TrainedModel, check_vocabulary, load
 from xlstm_lm.hub.origin import write_origin
 from xlstm_lm.parallel.process_group import World
-from xlstm_lm.recipe import to_yaml
 from xlstm_lm.runs.checkpoint import write_checkpoint
-
-RECIPE = "model.yaml"
-TOKENIZER = "tokenizer"
+from xlstm_lm.runs.folder import RunFolder
 
 
 def import_run(source: str | Path, out: str | Path, tokenizer: str | None = None) -> Path:
@@ -47,7 +45,7 @@ def import_run(source: str | Path, out: str | Path, tokenizer: str | None = None
     chosen = _choose_tokenizer(trained, tokenizer)
     with whole_or_not_at_all(out) as partial:
         _write(partial, out, trained, chosen, source)
-    return out / RECIPE
+    return RunFolder(out).model_recipe_path
 
 
 def _choose_tokenizer(trained: TrainedModel, name: str | None) -> Tokenizer:
@@ -86,9 +84,10 @@ def _write(folder: Path, out: Path, trained: TrainedModel, tokenizer: Tokenizer,
         keep=1,
     )
     write_origin(folder, source, trained.folder)
-    tokenizer.save(folder / TOKENIZER)
-    config = TokenizerConfig(**json.loads((folder / TOKENIZER / CONFIG_FILE).read_text(encoding="utf-8")))
+    run = RunFolder(folder)
+    tokenizer.save(run.tokenizer_path)
+    config = TokenizerConfig(**json.loads((run.tokenizer_path / CONFIG_FILE).read_text(encoding="utf-8")))
     if config.kind == "huggingface":
-        config = dataclasses.replace(config, name=str(out.resolve() / TOKENIZER), revision=None)
+        config = dataclasses.replace(config, name=str(RunFolder(out.resolve()).tokenizer_path), revision=None)
     recipe["data"] = {"tokenizer": dataclasses.asdict(config)}
-    write_durably(folder / RECIPE, to_yaml(recipe).encode())
+    write_durably(run.model_recipe_path, to_yaml(recipe).encode())

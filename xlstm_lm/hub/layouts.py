@@ -12,16 +12,16 @@ import torch
 from torch import Tensor
 
 from xlstm_lm.base.read_files import read_json
+from xlstm_lm.base.recipe import read_recipe
 from xlstm_lm.base.tensor_files import read_tensors, tensor_files, tensor_names
 from xlstm_lm.hub.baseline_formats import BASELINE_READERS
 from xlstm_lm.hub.own_format import MODEL_TYPE, from_export
 from xlstm_lm.hub.package_layout import from_package
 from xlstm_lm.hub.transformers_layout import from_transformers
-from xlstm_lm.models import FAMILIES, pinned_backends
+from xlstm_lm.models import FAMILIES, pinned_backends, with_free_backends
 from xlstm_lm.ops.announce import announce_once
-from xlstm_lm.recipe import read_recipe
-from xlstm_lm.runs.checkpoint import find_checkpoint
-from xlstm_lm.runs.folder import read_config
+from xlstm_lm.runs.checkpoint import find_checkpoint, looks_like_a_checkpoint, read_checkpoint
+from xlstm_lm.runs.folder import RunFolder
 
 PICKLES = (".pt", ".pth", ".bin")
 CONFIG_NAMES = ("config.yaml", "config.yml", "config.json")
@@ -48,11 +48,11 @@ class Layout:
     """One layout."""
 
     description: str
-    """What it is called in messages."""
+    """Name in messages."""
     recognises: Callable[[Path], bool]
-    """Whether a path holds it; looks at file names and `config.json` alone."""
+    """Test of a path by file names and `config.json` alone."""
     read: Callable[[Path], StoredModel]
-    """Reads it. Raises ValueError where something is missing, damaged or not of this layout."""
+    """Reader. Raises ValueError where something is missing, damaged or not of this layout."""
 
 
 def model_config(values: Any, origin: Path) -> Any:
@@ -72,16 +72,15 @@ def model_config(values: Any, origin: Path) -> Any:
         fields = ", ".join(f"model.{name} {value}" for name, value in pinned.items())
         announce_once(f"{origin} pins {fields} for training; here the device decides (auto)")
     try:
-        return FAMILIES[family][0](**values | dict.fromkeys(pinned, "auto"))
+        return FAMILIES[family][0](**with_free_backends(values))
     except TypeError as error:
         raise ValueError(f"{origin} does not describe a model that this version of xlstm-lm knows: {error}.") from error
 
 
 def _read_checkpoint(path: Path) -> StoredModel:
-    folder = find_checkpoint(path)
-    recipe = folder / "config.yaml"
-    config = model_config(read_config(recipe)["model"], recipe)
-    return StoredModel(folder, config, _all_tensors(tensor_files(folder)))
+    checkpoint = read_checkpoint(find_checkpoint(path))
+    config = model_config(checkpoint.config()["model"], RunFolder(checkpoint.folder).config_path)
+    return StoredModel(checkpoint.folder, config, checkpoint.all_weights())
 
 
 def _from_export(values: dict[str, Any], tensors: dict[str, Tensor]) -> tuple[Any, dict[str, Tensor]]:
@@ -195,10 +194,6 @@ def read_mapping(path: Path) -> dict[str, Any]:
     return read_json(path, repeated_keys=True) if path.suffix == ".json" else read_recipe(path)[0]
 
 
-def _is_checkpoint(path: Path) -> bool:
-    return (path / "checkpoints").is_dir() or (path / "manifest.json").is_file()
-
-
 def _is_hub_folder(path: Path) -> bool:
     config = path / "config.json"
     return config.is_file() and "model_type" in read_mapping(config)
@@ -209,7 +204,7 @@ def _is_package(path: Path) -> bool:
 
 
 LAYOUTS = {
-    "checkpoint": Layout("a run of xlstm-lm or one of its checkpoints", _is_checkpoint, _read_checkpoint),
+    "checkpoint": Layout("a run of xlstm-lm or one of its checkpoints", looks_like_a_checkpoint, _read_checkpoint),
     "hub": Layout(
         f"a folder whose config.json has one of the model_types {', '.join(MODEL_TYPES)}",
         _is_hub_folder,

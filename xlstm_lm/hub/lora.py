@@ -10,19 +10,22 @@ _MODULES = {
     "mlstm": ["qkvo", "gates", "out", "gate_up", "down"],
     "mlstm_paper": ["up", "gates", "down"],
     "slstm": ["gate_up", "down"],
+    "attention": ["qkv", "out", "gate_up", "down"],
+    "mamba1": ["input", "selection", "step", "out"],
+    "mamba2": ["input", "out"],
 }
 _PARAMETERS = ["query.weight", "key.weight", "value.weight"]
 
 
 def lora_targets(model_config: Any, format_name: str) -> dict[str, list[str]]:
     """Fields of `peft.LoraConfig` that reach every weight matrix of the blocks; empty where PEFT has defaults or the
-    model is no xLSTM.
+    model is a baseline.
 
     The block-diagonal projections of `mlstm_paper` are stacks of matrices, which PEFT adapts as `target_parameters`. An
     sLSTM's matrices, (gates, heads, units, units), have one dimension too many for it: they are trained in full, as
     `modules_to_save`, which also holds them in the adapter.
     """
-    if model_config.family != "xlstm":
+    if model_config.family not in ("xlstm", "hybrid"):
         return {}
     if format_name == "transformers":
         return {"target_modules": [*_STOCK, *_STOCK_FEEDFORWARD]}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -66,10 +65,11 @@ def write_model_card(
 
 def _read_recipe(run_dir: Path | None, folder: Path) -> dict[str, Any]:
     """The run's resolved configuration, copied into the export; empty without a run."""
-    if run_dir is None or not (run_dir / "config.yaml").is_file():
+    run = RunFolder(run_dir) if run_dir else None
+    if run is None or not run.config_path.is_file():
         return {}
-    shutil.copyfile(run_dir / "config.yaml", folder / RECIPE)
-    return RunFolder(run_dir).config()
+    shutil.copyfile(run.config_path, folder / RECIPE)
+    return run.config()
 
 
 def _sources(recipe: dict[str, Any], key: str) -> list[dict[str, Any]]:
@@ -84,10 +84,12 @@ def _hub_datasets(recipe: dict[str, Any]) -> list[str]:
 
 def _summary(model_config: Any, recipe: dict[str, Any], step: int | None) -> str:
     text = f"A language model of {count_parameters(model_config):,} parameters (family `{model_config.family}`"
-    if model_config.family == "xlstm":
+    is_xlstm = model_config.family == "xlstm"
+    if is_xlstm or model_config.family == "hybrid":
         kinds = model_config.block_kinds()
         blocks = " and ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds))
-        text += f", [xLSTM](https://arxiv.org/abs/2405.04517): {blocks} blocks of width {model_config.embedding_dim}"
+        described = f"{blocks} blocks of width {model_config.embedding_dim}"
+        text += f", [xLSTM](https://arxiv.org/abs/2405.04517): {described}" if is_xlstm else f": {described}"
     text += "), trained with xlstm-lm"
     if step is not None:
         data = recipe.get("data", {})
@@ -194,11 +196,7 @@ def _training(recipe: dict[str, Any], records: list[dict[str, Any]], folder: Pat
     if records:
         from xlstm_lm.runs.picture import draw_learning_curve
 
-        with tempfile.TemporaryDirectory() as place:
-            copy = Path(place) / Path(recipe.get("training", {}).get("run_dir", "run")).name
-            copy.mkdir()
-            (copy / "metrics.jsonl").write_text("".join(json.dumps(each) + "\n" for each in records), encoding="utf-8")
-            shutil.copyfile(draw_learning_curve(copy), folder / CURVE)
+        draw_learning_curve(records, folder / CURVE, Path(recipe.get("training", {}).get("run_dir", "run")).name)
         parts.append(f"![Bits per byte over tokens]({CURVE})")
     shown = {key: recipe[key] for key in ("model", "optimizer", "schedule", "training") if key in recipe}
     parts.append(

@@ -1,4 +1,4 @@
-"""An xLSTM of any blocks as a transformers model: `generate`, `pipeline`, adapters, and whatever else takes one.
+"""An xLSTM of any blocks as a transformers model for `generate`, `pipeline`, adapters and other tools.
 
 Padding changes nothing, and documents packed into one row do not see each other: see `row_layout`.
 """
@@ -6,7 +6,6 @@ Padding changes nothing, and documents packed into one row do not see each other
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,72 +18,17 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import ModelOutput, can_return_tuple
 
 from xlstm_lm.hub.configuration_xlstm_lm import XLSTMLMConfig
+from xlstm_lm.hub.model_outputs import OUTPUT_HAS_CACHE, XLSTMLMCache, XLSTMLMCausalOutput, XLSTMLMOutput
 from xlstm_lm.hub.row_layout import PACKING_OPTIONS, RowLayout, lay_out_rows
-from xlstm_lm.models.layers import make_norm, soft_cap
-from xlstm_lm.models.xlstm import Block
+from xlstm_lm.models.block import Block, make_contexts
+from xlstm_lm.models.layers import soft_cap
 
 PIECE_TOKENS = 4096
 """Without gradients a longer input is read in pieces of this length, so that memory does not grow with it."""
-OUTPUT_HAS_CACHE = hasattr(ModelOutput, "cache_params")
-"""Whether transformers calls the cache of every output `cache`, as from 5.24 on. Before, ours is `cache_params`."""
 LOSS_OPTIONS = ("num_items_in_batch", "ignore_index", "shift_labels")
 """Arguments of `forward` that are handed to the loss."""
 NEUTRAL_OPTIONS: dict[str, Any] = {"output_attentions": False, "output_router_logits": False, "is_causal": True}
 """Arguments that transformers gives every model, and the one value (beside None) for which there is nothing to do."""
-
-
-class XLSTMLMCache:
-    """What the model remembers: the recurrent state of every block, of a size that does not depend on the tokens read.
-
-    A model that is given a cache changes it. To continue one text in two ways, give it two copies (`copy.deepcopy`).
-    """
-
-    # What transformers reads of a cache before it generates.
-    is_compileable = False
-    is_croppable = False
-    is_linear = (True,)
-
-    def __init__(self) -> None:
-        self.states: list[tuple[Tensor, ...]] | None = None
-        self.num_tokens = 0
-
-    def get_seq_length(self) -> int:
-        """Tokens read so far, padding included."""
-        return self.num_tokens
-
-    def reorder(self, rows_B: Tensor) -> None:
-        """Keep the states of `rows_B` (indices of rows), in that order."""
-        if self.states is not None:
-            self.states = [
-                tuple(tensor.index_select(0, rows_B.to(tensor.device)) for tensor in state) for state in self.states
-            ]
-
-
-@dataclass
-class XLSTMLMOutput(ModelOutput):
-    """Hidden states (B, T, D) behind the final norm; the cache; on request the input of every block and the former."""
-
-    last_hidden_state: Tensor | None = None
-    if OUTPUT_HAS_CACHE:
-        cache: XLSTMLMCache | None = None
-    else:
-        cache_params: XLSTMLMCache | None = None
-        cache = property(lambda self: self.cache_params)
-    hidden_states: tuple[Tensor, ...] | None = None
-
-
-@dataclass
-class XLSTMLMCausalOutput(ModelOutput):
-    """The loss where labels were given; logits (B, T, vocabulary) in float32 at least; the rest as in the above."""
-
-    loss: Tensor | None = None
-    logits: Tensor | None = None
-    if OUTPUT_HAS_CACHE:
-        cache: XLSTMLMCache | None = None
-    else:
-        cache_params: XLSTMLMCache | None = None
-        cache = property(lambda self: self.cache_params)
-    hidden_states: tuple[Tensor, ...] | None = None
 
 
 class XLSTMLMBlock(GradientCheckpointingLayer, Block):
@@ -92,7 +36,7 @@ class XLSTMLMBlock(GradientCheckpointingLayer, Block):
 
 
 class XLSTMLMPreTrainedModel(PreTrainedModel):
-    """What both classes share: how transformers is to treat them, and how weights without a value get one."""
+    """Base of both classes: their treatment by transformers, and the initialization of weights that have no value."""
 
     config_class = XLSTMLMConfig
     base_model_prefix = "model"
@@ -133,8 +77,8 @@ class XLSTMLMModel(XLSTMLMPreTrainedModel):
         super().__init__(config)
         model = config.model_config()
         self.embedding = nn.Embedding(model.vocab_size, model.embedding_dim)
-        self.blocks = nn.ModuleList(XLSTMLMBlock(model, kind) for kind in model.block_kinds())
-        self.final_norm = make_norm(model.norm, model.embedding_dim, model.norm_eps)
+        self.blocks = nn.ModuleList(map(XLSTMLMBlock, model.blocks()))
+        self.final_norm = model.build_final_norm()
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -225,12 +169,13 @@ class XLSTMLMModel(XLSTMLMPreTrainedModel):
         for piece in pieces:
             piece_BTD, piece_resets_BT = x_BTD[:, piece], None if resets_BT is None else resets_BT[:, piece]
             keep = return_state or piece is not pieces[-1]
-            next_states = []
-            for block, state in zip(self.blocks, states or [None] * len(self.blocks), strict=True):
+            next_states, states = [], states or [None] * len(self.blocks)
+            contexts = make_contexts(self.blocks, piece_BTD, piece_resets_BT, states)
+            for block, context, state in zip(self.blocks, contexts, states, strict=True):
                 if output_hidden_states:  # all positions are one piece, and what is returned is part of the graph
                     layers.append(layout.restore(piece_BTD))
                     piece_BTD = layout.arrange(layers[-1])
-                piece_BTD, state = block(piece_BTD, piece_resets_BT, state, keep, overwrite_state=overwrite)
+                piece_BTD, state = block(piece_BTD, context, state, keep, overwrite_state=overwrite)
                 next_states.append(state)
             states = next_states if keep else None
             outputs.append(self.final_norm(piece_BTD))

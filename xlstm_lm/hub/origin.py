@@ -9,8 +9,8 @@ from types import NoneType
 
 from xlstm_lm.base.durable_files import write_durably
 from xlstm_lm.base.read_files import read_json
+from xlstm_lm.runs.folder import RunFolder
 
-ORIGIN = "imported.json"
 _CACHED = re.compile(r"models--([^/]+)/snapshots/[0-9a-f]{40}")
 
 
@@ -18,13 +18,13 @@ def write_origin(run_dir: Path, source: str | Path, model_folder: Path) -> None:
     """Write where the weights of a new run come from; `model_folder` is where they were found on disk."""
     inherited = _base_model_of_run(model_folder) or _base_model_of_export(model_folder)
     origin = {"imported_from": str(source), "base_model": hub_id(str(source)) or hub_id(str(model_folder)) or inherited}
-    write_durably(run_dir / ORIGIN, (json.dumps(origin, indent=2) + "\n").encode())
+    write_durably(RunFolder(run_dir).origin_path, (json.dumps(origin, indent=2) + "\n").encode())
 
 
 def base_model(run_dir: Path | None) -> str | None:
     """The id on the hub of the model that a run was imported from; None where it started from random weights or from
     files of unknown origin."""
-    path = run_dir / ORIGIN if run_dir else None
+    path = RunFolder(run_dir).origin_path if run_dir else None
     if path is None or not path.is_file():
         return None
     remedy = "Delete it, and name the model with --base-model."
@@ -46,7 +46,8 @@ def hub_id(source: str) -> str | None:
 
 def _base_model_of_run(folder: Path) -> str | None:
     """The base model of a checkpoint whose run was itself imported."""
-    return base_model(folder.parent.parent) if folder.parent.name == "checkpoints" else None
+    run = RunFolder.of_checkpoint(folder)
+    return base_model(run.path) if run else None
 
 
 def _base_model_of_export(folder: Path) -> str | None:

@@ -10,12 +10,13 @@ from torch import Tensor
 
 from xlstm_lm.hub.bundle import write_code
 from xlstm_lm.hub.export_format import ExportFormat, NamedTensors
+from xlstm_lm.hub.name_map import PrefixMap
 from xlstm_lm.models import for_any_device
 from xlstm_lm.models.xlstm_config import XLSTMConfig
 
 MODEL_TYPE = "xlstm_lm"
-"""What `config.json` says."""
-_HEAD, _THEIR_HEAD, _PREFIX = "head.weight", "lm_head.weight", "model."
+"""`model_type` in config.json."""
+NAMES = PrefixMap("model.", {"head.weight": "lm_head.weight"})
 _AUTO_MAP = {
     "AutoConfig": "configuration_xlstm_lm.XLSTMLMConfig",
     "AutoModel": "modeling_xlstm_lm.XLSTMLMModel",
@@ -26,14 +27,13 @@ _AUTO_MAP = {
 def from_export(values: dict[str, Any], tensors: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The fields of our configuration and our weights for the `config.json` and the tensors of such a folder."""
     fields = {field.name for field in dataclasses.fields(XLSTMConfig)}
-    weights = {_HEAD if name == _THEIR_HEAD else name.removeprefix(_PREFIX): tensor for name, tensor in tensors.items()}
+    weights = {NAMES.from_(name): tensor for name, tensor in tensors.items()}
     return {name: value for name, value in values.items() if name in fields}, weights
 
 
 def _convert(config: XLSTMConfig, weights: NamedTensors) -> Iterator[tuple[str, Tensor]]:
     del config
-    for name, tensor in weights:
-        yield _THEIR_HEAD if name == _HEAD else f"{_PREFIX}{name}", tensor
+    return ((NAMES.to(name), tensor) for name, tensor in weights)
 
 
 def _make_config(config: XLSTMConfig) -> Any:

@@ -5,14 +5,13 @@ Sizes are read off the tensors; the configuration beside them says what tensors 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from xlstm_lm.hub.tensor_names import check_names, count_blocks, is_tied
-from xlstm_lm.hub.transformers_layout import from_transformers
+from xlstm_lm.hub.name_map import NameMap
+from xlstm_lm.hub.transformers_layout import LARGE_NAMES, NAMES, from_transformers
 from xlstm_lm.models.xlstm_config import XLSTMConfig
 
 STACK = "xlstm_block_stack."
@@ -33,25 +32,12 @@ def _from_large(values: dict[str, Any], tensors: dict[str, Tensor]) -> tuple[XLS
     """xLSTMLarge: transformers' names but for the embedding's."""
     if not values.get("add_out_norm", True):
         raise ValueError("The configuration says add_out_norm: false; xlstm-lm's models end with a norm.")
-    renamed = {"backbone.embeddings.weight" if name == "embedding.weight" else name: tensors[name] for name in tensors}
-    return from_transformers(values, renamed)
-
-
-# Ours -> theirs, and what makes one of the other.
-_Source = tuple[tuple[str, ...], Callable[..., Tensor]]
-
-
-def _same(weight: Tensor) -> Tensor:
-    return weight
+    return from_transformers(values, tensors, LARGE_NAMES if "embedding.weight" in tensors else NAMES)
 
 
 def _norm(weight: Tensor) -> Tensor:
     """Their norms keep the weight less one, and add it where they compute."""
     return 1 + weight.float()
-
-
-def _side_by_side(*weights: Tensor) -> Tensor:
-    return torch.cat(weights)
 
 
 def _input_weights(*weights: Tensor) -> Tensor:
@@ -78,69 +64,74 @@ def _recurrent_bias(bias: Tensor, kernel: Tensor) -> Tensor:
     return bias.view(heads, 4, -1).transpose(0, 1) if _is_cuda_kernel(kernel) else bias.view(4, heads, -1)
 
 
-_OUTER: dict[str, _Source] = {
-    "embedding.weight": (("token_embedding.weight",), _same),
-    "final_norm.weight": ((f"{STACK}post_blocks_norm.weight",), _norm),
-    "head.weight": (("lm_head.weight",), _same),
-}
-_EVERY_BLOCK: dict[str, _Source] = {
-    "norm.weight": (("xlstm_norm.weight",), _norm),
-    "mixer.conv.weight": (("xlstm.conv1d.conv.weight",), lambda weight: weight.squeeze(1)),
-    "mixer.conv.bias": (("xlstm.conv1d.conv.bias",), _same),
-}
 _CELL = "xlstm.slstm_cell"
-_BLOCKS: dict[str, dict[str, _Source]] = {
-    "mlstm_paper": _EVERY_BLOCK
-    | {
-        "mixer.up.weight": (("xlstm.proj_up.weight",), _same),
-        "mixer.query.weight": (("xlstm.q_proj.weight",), _same),
-        "mixer.key.weight": (("xlstm.k_proj.weight",), _same),
-        "mixer.value.weight": (("xlstm.v_proj.weight",), _same),
-        "mixer.gates.weight": (
-            ("xlstm.mlstm_cell.igate.weight", "xlstm.mlstm_cell.fgate.weight"),
-            _side_by_side,
-        ),
-        "mixer.gates.bias": (("xlstm.mlstm_cell.igate.bias", "xlstm.mlstm_cell.fgate.bias"), _side_by_side),
-        "mixer.head_norm.weight": (("xlstm.mlstm_cell.outnorm.weight",), _norm),
-        "mixer.skip": (("xlstm.learnable_skip",), _same),
-        "mixer.down.weight": (("xlstm.proj_down.weight",), _same),
-    },
-    "slstm": _EVERY_BLOCK
-    | {
-        # What their layer calls fgate arrives in the cell's input gate, and igate in its forget gate.
-        "mixer.input_weight": (
-            ("xlstm.fgate.weight", "xlstm.igate.weight", "xlstm.zgate.weight", "xlstm.ogate.weight"),
-            _input_weights,
-        ),
-        "mixer.recurrent_weight": ((f"{_CELL}._recurrent_kernel_",), _recurrent_weight),
-        "mixer.bias": ((f"{_CELL}._bias_", f"{_CELL}._recurrent_kernel_"), _recurrent_bias),
-        "mixer.head_norm.weight": (("xlstm.group_norm.weight",), _norm),
-        "feedforward_norm.weight": (("ffn_norm.weight",), _norm),
-        "feedforward.gate_up.weight": (("ffn.proj_up.weight",), _same),
-        "feedforward.down.weight": (("ffn.proj_down.weight",), _same),
-    },
+_EVERY_BLOCK = {
+    "norm.weight": ("xlstm_norm.weight",),
+    "mixer.conv.weight": ("xlstm.conv1d.conv.weight",),
+    "mixer.conv.bias": ("xlstm.conv1d.conv.bias",),
 }
+PAPER_NAMES = NameMap(
+    outer={
+        "embedding.weight": ("token_embedding.weight",),
+        "final_norm.weight": (f"{STACK}post_blocks_norm.weight",),
+        "head.weight": ("lm_head.weight",),
+    },
+    prefix=f"{STACK}blocks.",
+    kinds={
+        "mlstm_paper": _EVERY_BLOCK
+        | {
+            "mixer.up.weight": ("xlstm.proj_up.weight",),
+            "mixer.query.weight": ("xlstm.q_proj.weight",),
+            "mixer.key.weight": ("xlstm.k_proj.weight",),
+            "mixer.value.weight": ("xlstm.v_proj.weight",),
+            "mixer.gates.weight": ("xlstm.mlstm_cell.igate.weight", "xlstm.mlstm_cell.fgate.weight"),
+            "mixer.gates.bias": ("xlstm.mlstm_cell.igate.bias", "xlstm.mlstm_cell.fgate.bias"),
+            "mixer.head_norm.weight": ("xlstm.mlstm_cell.outnorm.weight",),
+            "mixer.skip": ("xlstm.learnable_skip",),
+            "mixer.down.weight": ("xlstm.proj_down.weight",),
+        },
+        "slstm": _EVERY_BLOCK
+        | {
+            # The layer's fgate arrives in the cell's input gate, and its igate in the cell's forget gate.
+            "mixer.input_weight": tuple(f"xlstm.{gate}gate.weight" for gate in "fizo"),
+            "mixer.recurrent_weight": (f"{_CELL}._recurrent_kernel_",),
+            "mixer.bias": (f"{_CELL}._bias_",),
+            "mixer.head_norm.weight": ("xlstm.group_norm.weight",),
+            "feedforward_norm.weight": ("ffn_norm.weight",),
+            "feedforward.gate_up.weight": ("ffn.proj_up.weight",),
+            "feedforward.down.weight": ("ffn.proj_down.weight",),
+        },
+    },
+)
+
+
+def _paper_weight(name: str, parts: dict[str, list[Tensor]]) -> Tensor:
+    """The tensor of ours of a name; `parts` holds theirs by our names."""
+    theirs = parts[name]
+    if name.endswith("norm.weight"):
+        return _norm(*theirs)
+    if name.endswith("mixer.conv.weight"):
+        return theirs[0].squeeze(1)
+    if name.endswith("mixer.input_weight"):
+        return _input_weights(*theirs)
+    if name.endswith("mixer.recurrent_weight"):
+        return _recurrent_weight(*theirs)
+    if name.endswith("mixer.bias"):
+        return _recurrent_bias(*theirs, *parts[name.replace("mixer.bias", "mixer.recurrent_weight")])
+    return torch.cat(theirs) if len(theirs) > 1 else theirs[0]
 
 
 def _from_paper(values: dict[str, Any], tensors: dict[str, Tensor]) -> tuple[XLSTMConfig, dict[str, Tensor]]:
     """xLSTMLMModel: the blocks of the first paper (arXiv 2405.04517)."""
     _check_paper_options(values)
-    num_blocks = max(count_blocks(tensors, rf"{STACK}blocks\.(\d+)\."), 1)
+    num_blocks = max(PAPER_NAMES.count_blocks(tensors), 1)
     kinds = [
         "slstm" if f"{STACK}blocks.{index}.{_CELL}._bias_" in tensors else "mlstm_paper" for index in range(num_blocks)
     ]
-    wanted = dict(_OUTER)
-    for index, kind in enumerate(kinds):
-        for ours, (theirs, convert) in _BLOCKS[kind].items():
-            wanted[f"blocks.{index}.{ours}"] = (tuple(f"{STACK}blocks.{index}.{name}" for name in theirs), convert)
-    embedding, head = "token_embedding.weight", "lm_head.weight"
-    tied = is_tied(bool(values.get("tie_weights")), tensors, embedding, head)
-    if tied:
-        wanted["head.weight"] = ((embedding,), _same)
-        tensors = {name: tensor for name, tensor in tensors.items() if name != head}
-    check_names(tensors, {name for theirs, _ in wanted.values() for name in theirs}, "the xlstm package's xLSTMLMModel")
-    weights = {ours: convert(*(tensors[name] for name in theirs)) for ours, (theirs, convert) in wanted.items()}
-    return _paper_config(kinds, weights, tied), weights
+    flag = bool(values.get("tie_weights"))
+    parts = PAPER_NAMES.select(tensors, kinds, flag, "the xlstm package's xLSTMLMModel")
+    weights = {name: _paper_weight(name, parts) for name in parts}
+    return _paper_config(kinds, weights, PAPER_NAMES.is_tied(flag, tensors)), weights
 
 
 def _check_paper_options(values: dict[str, Any]) -> None:

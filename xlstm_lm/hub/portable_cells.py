@@ -13,6 +13,7 @@ from xlstm_lm.ops.announce import announce_once
 from xlstm_lm.ops.mlstm.chunkwise import mlstm_chunkwise
 from xlstm_lm.ops.mlstm.recurrence import mlstm_recurrence
 from xlstm_lm.ops.mlstm.step import mlstm_step
+from xlstm_lm.ops.selective_scan.recurrence import scan_recurrence
 from xlstm_lm.ops.slstm.recurrence import slstm_recurrence
 
 State = tuple[Tensor, ...]
@@ -47,11 +48,29 @@ def _plain_slstm(
     return slstm_recurrence(*inputs, resets_BT=resets, **options)
 
 
+def _plain_selective_scan(
+    x_BTE: Tensor,
+    dt_BTE: Tensor,
+    a_EN: Tensor,
+    *inputs: Tensor,
+    resets: Tensor | None = None,
+    initial_state: Tensor | None = None,
+    return_state: bool = False,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor | None]:
+    """Mamba-1's scan: inputs, options and returns are those of `xlstm_lm.ops.selective_scan.selective_scan`."""
+    del backend
+    dtype = torch.promote_types(x_BTE.dtype, torch.float32)
+    options = {"resets_BT": resets, "initial_state_BEN": initial_state, "return_state": return_state}
+    return scan_recurrence(x_BTE, dt_BTE.to(dtype), a_EN.to(dtype), *inputs, **options)
+
+
 try:
     mlstm = importlib.import_module("xlstm_lm.ops.mlstm").mlstm
     slstm = importlib.import_module("xlstm_lm.ops.slstm").slstm
+    selective_scan = importlib.import_module("xlstm_lm.ops.selective_scan").selective_scan
 except ImportError:
-    mlstm, slstm = _plain_mlstm, _plain_slstm
+    mlstm, slstm, selective_scan = _plain_mlstm, _plain_slstm, _plain_selective_scan
     announce_once(
         "xlstm-lm is not installed, so this model runs in plain PyTorch: the mLSTM as batched matrix products "
         "(`chunkwise`), the sLSTM step by step (`recurrence`), which is slower."

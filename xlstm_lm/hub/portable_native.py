@@ -5,14 +5,13 @@ from __future__ import annotations
 import importlib
 
 try:
-    kernels_available = importlib.import_module("xlstm_lm.ops.native").kernels_available
+    why_no_kernels = importlib.import_module("xlstm_lm.ops.native").why_no_kernels
     load_kernels = importlib.import_module("xlstm_lm.ops.native").load_kernels
 except ImportError:
 
-    def kernels_available(consequence: str) -> bool:
-        """No; `portable_cells` has said so."""
-        del consequence
-        return False
+    def why_no_kernels() -> str:
+        """The reason, which is the same everywhere in an exported folder."""
+        return "the compiled CPU kernels come with xlstm-lm, which is not installed"
 
     def load_kernels() -> None:
         """Cannot be done.

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from xlstm_lm.hub.export_format import ExportFormat, NamedTensors
-from xlstm_lm.hub.transformers_layout import BLOCK_TENSORS, OUTER_TENSORS
+from xlstm_lm.hub.transformers_layout import NAMES
 from xlstm_lm.models.xlstm_config import XLSTMConfig
 
 
@@ -20,6 +20,7 @@ def _objections(config: XLSTMConfig) -> list[str]:
     kinds = sorted(set(config.block_kinds()) - {"mlstm"})
     conditions = {
         f"it has mlstm blocks alone, and this model has {' and '.join(kinds)} blocks": bool(kinds),
+        "it has one setting for all blocks, and model.mixers has sections": bool(config.mixers),
         "it has a head of its own, and model.tie_embeddings is true": config.tie_embeddings,
         f"its input gate is exponential, and model.input_gate is {config.input_gate}": config.input_gate != "exp",
         f"it has RMS norms, and model.norm is {config.norm}": config.norm != "rms",
@@ -85,17 +86,8 @@ def _model_class() -> type:
 
 def _convert(config: XLSTMConfig, weights: NamedTensors) -> Iterator[tuple[str, Tensor]]:
     """Ours side by side in one tensor become theirs, one for each projection."""
-    for name, tensor in weights:
-        if name in OUTER_TENSORS:
-            yield OUTER_TENSORS[name], tensor
-            continue
-        _, index, ours = name.split(".", 2)
-        theirs, _ = BLOCK_TENSORS[ours]
-        sizes = [tensor.shape[0] // len(theirs)] * len(theirs)
-        if ours == "mixer.qkvo.weight":
-            sizes = [config.qk_dim, config.qk_dim, config.v_dim, config.v_dim]
-        for part, part_name in zip(tensor.split(sizes), theirs, strict=True):
-            yield f"backbone.blocks.{index}.{part_name}", part
+    qkvo = [config.qk_dim, config.qk_dim, config.v_dim, config.v_dim]
+    return NAMES.split(weights, lambda name: qkvo if name == "mixer.qkvo.weight" else None, "single")
 
 
 @contextlib.contextmanager

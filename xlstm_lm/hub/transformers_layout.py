@@ -5,43 +5,45 @@ Sizes are read off the tensors, since published configurations leave some of the
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from xlstm_lm.hub.tensor_names import check_names, count_blocks, is_tied
+from xlstm_lm.hub.name_map import NameMap, joined
 from xlstm_lm.models.xlstm_config import XLSTMConfig
 
-# Ours -> theirs, side by side in our tensor; with "weight_mode": "fused" theirs is one tensor already.
-BLOCK_TENSORS: dict[str, tuple[tuple[str, ...], str | None]] = {
-    "norm.weight": (("norm_mlstm.weight",), None),
-    "mixer.qkvo.weight": (
-        tuple(f"mlstm_layer.{name}.weight" for name in ("q", "k", "v", "ogate_preact")),
-        "mlstm_layer.qkv_opreact.weight",
-    ),
-    "mixer.gates.weight": (
-        ("mlstm_layer.igate_preact.weight", "mlstm_layer.fgate_preact.weight"),
-        "mlstm_layer.ifgate_preact.weight",
-    ),
-    "mixer.gates.bias": (
-        ("mlstm_layer.igate_preact.bias", "mlstm_layer.fgate_preact.bias"),
-        "mlstm_layer.ifgate_preact.bias",
-    ),
-    "mixer.head_norm.weight": (("mlstm_layer.multihead_norm.weight",), None),
-    "mixer.out.weight": (("mlstm_layer.out_proj.weight",), None),
-    "feedforward_norm.weight": (("norm_ffn.weight",), None),
-    "feedforward.gate_up.weight": (("ffn.proj_up_gate.weight", "ffn.proj_up.weight"), "ffn.proj_up_gate_z.weight"),
-    "feedforward.down.weight": (("ffn.proj_down.weight",), None),
+_OUTER = {
+    "embedding.weight": ("backbone.embeddings.weight",),
+    "final_norm.weight": ("backbone.out_norm.weight",),
+    "head.weight": ("lm_head.weight",),
 }
-OUTER_TENSORS = {
-    "embedding.weight": "backbone.embeddings.weight",
-    "final_norm.weight": "backbone.out_norm.weight",
-    "head.weight": "lm_head.weight",
+_SINGLE = {
+    "norm.weight": ("norm_mlstm.weight",),
+    "mixer.qkvo.weight": tuple(f"mlstm_layer.{name}.weight" for name in ("q", "k", "v", "ogate_preact")),
+    "mixer.gates.weight": ("mlstm_layer.igate_preact.weight", "mlstm_layer.fgate_preact.weight"),
+    "mixer.gates.bias": ("mlstm_layer.igate_preact.bias", "mlstm_layer.fgate_preact.bias"),
+    "mixer.head_norm.weight": ("mlstm_layer.multihead_norm.weight",),
+    "mixer.out.weight": ("mlstm_layer.out_proj.weight",),
+    "feedforward_norm.weight": ("norm_ffn.weight",),
+    "feedforward.gate_up.weight": ("ffn.proj_up_gate.weight", "ffn.proj_up.weight"),
+    "feedforward.down.weight": ("ffn.proj_down.weight",),
 }
+_FUSED = _SINGLE | {
+    "mixer.qkvo.weight": ("mlstm_layer.qkv_opreact.weight",),
+    "mixer.gates.weight": ("mlstm_layer.ifgate_preact.weight",),
+    "mixer.gates.bias": ("mlstm_layer.ifgate_preact.bias",),
+    "feedforward.gate_up.weight": ("ffn.proj_up_gate_z.weight",),
+}
+NAMES = NameMap(_OUTER, "backbone.blocks.", {"single": _SINGLE, "fused": _FUSED})
+"""By `weight_mode`: one tensor a projection, or, as in ours, one for all that lie side by side."""
+LARGE_NAMES = dataclasses.replace(NAMES, outer=_OUTER | {"embedding.weight": ("embedding.weight",)})
+"""The same model in the authors' package, xLSTMLarge."""
 
 
-def from_transformers(values: dict[str, Any], tensors: dict[str, Tensor]) -> tuple[XLSTMConfig, dict[str, Tensor]]:
+def from_transformers(
+    values: dict[str, Any], tensors: dict[str, Tensor], names: NameMap = NAMES
+) -> tuple[XLSTMConfig, dict[str, Tensor]]:
     """Our configuration and weights for the `config.json` and the tensors of a transformers `xlstm` folder.
 
     transformers ignores `tie_word_embeddings` for this type and always has a head of its own. So does this, except that
@@ -55,23 +57,11 @@ def from_transformers(values: dict[str, Any], tensors: dict[str, Tensor]) -> tup
         raise ValueError(
             "config.json says use_bias: true; xlstm-lm's mlstm block has no biases but those of its gates."
         )
-    num_blocks = count_blocks(tensors, r"backbone\.blocks\.(\d+)\.")
+    num_blocks = names.count_blocks(tensors)
     fused = any(name.endswith("mlstm_layer.qkv_opreact.weight") for name in tensors)
-    wanted = {ours: (theirs,) for ours, theirs in OUTER_TENSORS.items()}
-    for index in range(max(num_blocks, 1)):
-        for ours, (single, one) in BLOCK_TENSORS.items():
-            theirs = (one,) if fused and one else single
-            wanted[f"blocks.{index}.{ours}"] = tuple(f"backbone.blocks.{index}.{name}" for name in theirs)
-    embedding, head = OUTER_TENSORS["embedding.weight"], OUTER_TENSORS["head.weight"]
-    tied = is_tied(bool(values.get("tie_word_embeddings")), tensors, embedding, head)
-    if tied:
-        wanted["head.weight"] = (embedding,)
-        tensors = {name: tensor for name, tensor in tensors.items() if name != head}
-    check_names(tensors, {name for parts in wanted.values() for name in parts}, "a transformers xlstm model")
-    weights = {
-        ours: torch.cat([tensors[name] for name in parts]) if len(parts) > 1 else tensors[parts[0]]
-        for ours, parts in wanted.items()
-    }
+    flag = bool(values.get("tie_word_embeddings"))
+    kinds = ["fused" if fused else "single"] * max(num_blocks, 1)
+    weights = joined(names.select(tensors, kinds, flag, "a transformers xlstm model"))
     vocab_size, width = weights["embedding.weight"].shape
     v_dim = weights["blocks.0.mixer.out.weight"].shape[1]
     config = XLSTMConfig(
@@ -87,6 +77,6 @@ def from_transformers(values: dict[str, Any], tensors: dict[str, Tensor]) -> tup
         logit_soft_cap=values.get("output_logit_soft_cap", 30.0),
         norm_eps=values.get("norm_eps", 1e-6),
         cell_eps=values.get("eps", 1e-6),
-        tie_embeddings=tied,
+        tie_embeddings=names.is_tied(flag, tensors),
     )
     return config, weights

@@ -1,47 +1,39 @@
-"""What the model families share: embedding, residual blocks, final norm, head and loss, and the walk through them."""
+"""The language model of every family: embedding, blocks, final norm and head, and the walk through them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from xlstm_lm.models.block import make_contexts
 from xlstm_lm.models.layers import soft_cap
+from xlstm_lm.models.mixers.mixer import State
 from xlstm_lm.ops.loss import linear_cross_entropy
 
-State = tuple[Tensor, ...]
-"""What a block remembers after the last token."""
+SATURATED = 0.95
+"""Share of its soft cap beyond which a gate counts as being at the cap."""
 
 
 class LanguageModel(nn.Module):
-    """Tokens to hidden states, hidden states to logits or loss. Weights are uninitialised until `init_weights`.
+    """Tokens to hidden states, hidden states to logits or loss. Weights have no values before `init_weights`."""
 
-    A block maps (x_BTD, context, state, return_state, **extras) to (x_BTD, state), where `context` is what
-    `make_context` says of the rows, by default where documents start.
-    """
-
-    def __init__(self, config: Any, blocks: Iterable[nn.Module], final_norm: nn.Module, width: int) -> None:
-        """`config` has vocab_size, embedding_dim, tie_embeddings and logit_soft_cap; `width` is that of the head."""
+    def __init__(self, config: Any) -> None:
+        """`config` is a family's: it builds the blocks and the final norm, and has the sizes of embedding and head."""
         super().__init__()
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.embedding_dim)
-        self.blocks = nn.ModuleList(blocks)
-        self.final_norm = final_norm
-        self.head = nn.Linear(width, config.vocab_size, bias=False)
+        self.blocks = nn.ModuleList(config.build_blocks())
+        self.final_norm = config.build_final_norm()
+        self.head = nn.Linear(config.head_width, config.vocab_size, bias=False)
         if config.tie_embeddings:
             self.head.weight = self.embedding.weight
         self.activation_checkpointing = False
 
-    def make_context(self, tokens_BT: Tensor, resets_BT: Tensor | None, state: list[State] | None) -> Any:
-        """What every block is told of the rows."""
-        del tokens_BT, state
-        return resets_BT
-
     def embed(self, tokens_BT: Tensor) -> Tensor:
-        """What the first block sees: (B, T, D)."""
+        """Input of the first block: (B, T, D)."""
         return self.embedding(tokens_BT)
 
     def forward(
@@ -54,13 +46,15 @@ class LanguageModel(nn.Module):
     ) -> Tensor | tuple[Tensor, list[State]]:
         """Hidden states (B, T, D) behind the final norm and, on request, the state after the last token.
 
-        Where `resets_BT` is true a document starts: nothing before it, nor in `state`, reaches it. The state holds a
-        tuple of tensors for each block; a recurrent block's has a size that does not depend on T.
+        Where `resets_BT` is true a document starts: nothing before it, nor in `state`, reaches it. It may be on the
+        host, where attention and the LSTM read it without waiting for a device. The state holds a tuple of tensors for
+        each block; a recurrent block's has a size that does not depend on T. The `extras` reach every block.
         """
-        context = self.make_context(tokens_BT, resets_BT, state)
         x_BTD = self.embed(tokens_BT)
+        before = state or [None] * len(self.blocks)
+        contexts = make_contexts(self.blocks, x_BTD, resets_BT, before)
         states = []
-        for block, block_state in zip(self.blocks, state or [None] * len(self.blocks), strict=True):
+        for block, context, block_state in zip(self.blocks, contexts, before, strict=True):
             if self.activation_checkpointing and torch.is_grad_enabled():
                 x_BTD, block_state = checkpoint(
                     block, x_BTD, context, block_state, return_state, use_reentrant=False, **extras
@@ -72,9 +66,11 @@ class LanguageModel(nn.Module):
         return (hidden_BTD, states) if return_state else hidden_BTD
 
     def decode_step(self, tokens_B1: Tensor, state: list[State]) -> tuple[Tensor, list[State]]:
-        """Hidden states (B, 1, D) of one more token, and the state after it. The state handed in is given up: a family
-        may overwrite it, so that generating takes the memory of one state."""
-        return self(tokens_B1, state=state, return_state=True)
+        """Hidden states (B, 1, D) of one more token, and the state after it.
+
+        The caller gives `state` up: mixers may overwrite it, so generating takes the memory of one state.
+        """
+        return self(tokens_B1, state=state, return_state=True, overwrite_state=True)
 
     def logits(self, hidden_BTD: Tensor) -> Tensor:
         """Logits (B, T, vocabulary), in float32 at least, of hidden states (B, T, D)."""
@@ -95,11 +91,44 @@ class LanguageModel(nn.Module):
             reduction=reduction,
         )
 
+    @torch.no_grad()
     def init_weights(self) -> None:
-        """Initialise every parameter as the family's authors do, from torch's current random state."""
-        raise NotImplementedError
+        """Initialize every parameter as the authors of its kind of block do, from torch's current random state."""
+        in_order, std, depth = self.config.drawn_in_order, self.config.embedding_std, len(self.blocks)
+        nn.init.normal_(self.embedding.weight, std=std)
+        if not in_order:
+            nn.init.normal_(self.head.weight, std=std)
+        nn.init.ones_(self.final_norm.weight)
+        for index, block in enumerate(self.blocks):
+            block.init_weights(index, depth, mixer_first=in_order)
+        if in_order and not self.config.tie_embeddings:
+            nn.init.normal_(self.head.weight, std=std)
 
     def no_decay_parameter_names(self) -> set[str]:
         """Names of the parameters that weight decay leaves alone: the embedding and all that is no matrix."""
-        no_decay = {name for name, parameter in self.named_parameters() if parameter.ndim < 2}
-        return no_decay | {"embedding.weight"}
+        names = {name for name, parameter in self.named_parameters() if parameter.ndim < 2}
+        names |= {f"blocks.{index}.{name}" for index, block in enumerate(self.blocks) for name in block.no_decay}
+        return names | {"embedding.weight"}
+
+    @torch.no_grad()
+    def gate_statistics(self, tokens_BT: Tensor, resets_BT: Tensor | None = None) -> dict[str, Tensor]:
+        """Means over tokens, heads and blocks (scalars): forget gate, input gate pre-activation, and, of the gates with
+        a soft cap, the share at it. Empty for a model without gates."""
+        if not any(block.has_gates for block in self.blocks):
+            return {}
+        inputs, forgets, at_cap = [], [], []
+
+        def observe(input_BTX: Tensor, forget_BTX: Tensor, cap: float | None) -> None:
+            inputs.append(input_BTX.flatten().float())
+            forgets.append(forget_BTX.flatten().float())
+            if cap is not None:
+                at_cap.append(torch.cat((inputs[-1], forgets[-1])).abs() > SATURATED * cap)
+
+        self(tokens_BT, resets_BT, observe=observe)
+        statistics = {
+            "forget_gate": torch.sigmoid(torch.cat(forgets)).mean(),
+            "input_gate_preactivation": torch.cat(inputs).mean(),
+        }
+        if at_cap:
+            statistics["share_at_soft_cap"] = torch.cat(at_cap).float().mean()
+        return statistics

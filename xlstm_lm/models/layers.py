@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from xlstm_lm.base.fields import Range
+from xlstm_lm.ops.compiling import without_autocast
 from xlstm_lm.ops.conv import causal_conv
 
 NormKind = Literal["rms", "layer"]
@@ -48,11 +49,13 @@ class HeadNorm(nn.Module):
 
 
 class Float32Linear(nn.Linear):
-    """A linear layer that computes in float32 at least, whatever the type of its input and weights."""
+    """A linear layer that computes in float32 at least, whatever the type of its input and weights, and also under
+    torch.autocast."""
 
     def forward(self, x: Tensor) -> Tensor:
         dtype = torch.promote_types(self.weight.dtype, torch.float32)
-        return F.linear(x.to(dtype), self.weight.to(dtype), self.bias.to(dtype))
+        with without_autocast(x):
+            return F.linear(x.to(dtype), self.weight.to(dtype), self.bias.to(dtype))
 
 
 class BlockDiagonalLinear(nn.Module):
@@ -85,7 +88,10 @@ def join_diagonal_blocks(weight_GOI: Tensor, width: int) -> Tensor:
     time.
     """
     blocks, units, _ = weight_GOI.shape
-    together = max((count for count in range(2, width // units + 1) if blocks % count == 0), default=1)
+    together = 1
+    for count in range(2, width // units + 1):  # not max(.., default=1), at which torch.compile breaks the graph
+        if blocks % count == 0:
+            together = count
     if together == 1:
         return weight_GOI
     apart_NM = torch.eye(together, dtype=weight_GOI.dtype, device=weight_GOI.device)

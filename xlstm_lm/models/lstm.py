@@ -7,22 +7,24 @@ has, run step by step.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_sequence, pad_sequence
 
 from xlstm_lm.base.fields import Epsilon, Range, Share, Size, VocabSize, check_fields
-from xlstm_lm.models.language_model import LanguageModel, State
+from xlstm_lm.models.language_model import LanguageModel
 from xlstm_lm.models.layers import NumBlocks, SoftCap
+from xlstm_lm.models.mixers.mixer import Mixer, OperationUse, State
 from xlstm_lm.ops.announce import announce_once
+from xlstm_lm.ops.document_rnn import KERNELS, document_rnn
 
 GATES = {"lstm": 4, "gru": 3, "rnn": 1}
 PADDING = 2
 """How many times longer a padded batch may be: on a CPU torch takes several times as long for a packed one."""
-_KERNELS = {"lstm": torch.lstm, "gru": torch.gru, "rnn": torch.rnn_tanh}
 
 
 @dataclass(kw_only=True)
@@ -71,14 +73,45 @@ class LSTMConfig:
         """Width of the layers."""
         return self.hidden_dim or self.embedding_dim
 
+    @property
+    def head_width(self) -> int:
+        """Width of the hidden states that the head sees."""
+        return self.width
+
+    def build_blocks(self) -> Iterator[nn.Module]:
+        """Modules of the layers."""
+        widths = [self.embedding_dim] + [self.width] * (self.num_blocks - 1)
+        return (Layer(self, width) for width in widths)
+
+    def build_final_norm(self) -> nn.Module:
+        """Module behind the last layer: nothing."""
+        return nn.Identity()
+
+    def flops_per_token(self, context_length: int) -> float:
+        """FLOPs of the layers' forward pass for one token: the matrices, and 20 for each unit's gates."""
+        del context_length
+        inputs = self.embedding_dim + (self.num_blocks - 1) * self.width
+        matrices = GATES[self.cell] * self.width * (inputs + self.num_blocks * self.width)
+        return 2 * matrices + 20 * self.num_blocks * self.width
+
+    def state_bytes(self, bytes_per_activation: int, context_length: int) -> int:
+        """Bytes of one sequence's state: outputs and, in an LSTM, cells."""
+        del context_length
+        return self.num_blocks * (2 if self.cell == "lstm" else 1) * self.width * bytes_per_activation
+
+    def operations(self, micro_rows: int) -> list[OperationUse]:
+        """None: the layers run on torch's own kernels."""
+        del micro_rows
+        return []
+
 
 class Context(NamedTuple):
     """Where the documents of packed rows lie."""
 
     resets_BT: Tensor | None
     places: PackedSequence | None = None
-    """The documents as packed sequences of places in the rows laid end to end; None where each row is one that may go
-    on an earlier one."""
+    """The documents as packed sequences of places in the rows laid end to end; None without resets, and in a graph of
+    torch.compile, where an operator finds them."""
     first_B: Tensor | None = None
     """The number of each row's first document, which goes on the state unless it starts there."""
     last_B: Tensor | None = None
@@ -89,11 +122,13 @@ class Context(NamedTuple):
     """Where in these each token of the rows stands."""
 
 
-class Layer(nn.Module):
+class Layer(Mixer):
     """One recurrent layer, its layer norm and its dropout: (B, T, D) -> (B, T, H).
 
     The state is (y, c) for an LSTM and (y,) otherwise, each (B, H).
     """
+
+    context_key = "documents"
 
     def __init__(self, config: LSTMConfig, input_width: int) -> None:
         super().__init__()
@@ -104,18 +139,49 @@ class Layer(nn.Module):
         self.bias = nn.Parameter(torch.empty(gates * width))
         if config.peepholes:
             self.peephole = nn.Parameter(torch.empty(3, width))
+            self.no_decay = frozenset({"peephole"})
         self.norm = nn.LayerNorm(width, eps=config.norm_eps) if config.layer_norm else nn.Identity()
         self.dropout = nn.Dropout(config.dropout)
 
+    def make_context(self, x_BTD: Tensor, resets_BT: Tensor | None, state: State | None) -> Context:
+        """Documents as sequences of their own, where there is more than one in a row.
+
+        torch's kernels need their lengths on the host: resets on a device are waited for.
+        """
+        del state
+        (B, T), device = x_BTD.shape[:2], x_BTD.device
+        if resets_BT is None or torch.compiler.is_compiling():
+            return Context(None if resets_BT is None else resets_BT.to(device, non_blocking=True))
+        starts_BT = resets_BT.cpu().clone()
+        starts_BT[:, 0] = True
+        start_M = starts_BT.flatten().nonzero().flatten()
+        length_M = torch.cat((start_M[1:], start_M.new_tensor([B * T]))) - start_M
+        documents = torch.arange(B * T).split(length_M.tolist())
+        documents_B = starts_BT.sum(1)
+        last_B = documents_B.cumsum(0) - 1
+        parts = (resets_BT, pack_sequence(documents, enforce_sorted=False), last_B + 1 - documents_B, last_B)
+        context = Context(*(part.to(device, non_blocking=True) for part in parts))
+        longest = int(length_M.max())
+        if device.type == "cpu" and longest * len(documents) <= PADDING * B * T:
+            row_M = longest * torch.arange(len(documents)) - start_M  # of a document, less where it starts
+            back_P = torch.arange(B * T) + row_M.repeat_interleave(length_M)
+            context = context._replace(padded_MS=pad_sequence(documents, batch_first=True), back_P=back_P)
+        return context
+
     def forward(
-        self, x_BTD: Tensor, context: Context, state: State | None = None, return_state: bool = False
+        self, x_BTD: Tensor, context: Context, state: State | None = None, return_state: bool = False, **_: Any
     ) -> tuple[Tensor, State | None]:
         if state is None:
             state = (x_BTD.new_zeros(x_BTD.shape[0], self.config.width),) * (2 if self.config.cell == "lstm" else 1)
         if self.config.peepholes:
             y_BTH, state = self._with_peepholes(x_BTD, context.resets_BT, state)
-        elif context.places is None:
+        elif context.resets_BT is None:
             y_BTH, state = self._kernel((x_BTD,), state)
+        elif context.places is None:
+            weights = (self.input_weight, self.recurrent_weight, self.bias)
+            first = state if len(state) == 2 else (*state, None)
+            y_BTH, *last = document_rnn(x_BTD, context.resets_BT, *first, *weights, self.config.cell)
+            state = tuple(last[: len(state)])
         elif context.padded_MS is not None and not return_state:
             y_BTH = self._padded(x_BTD, context, state)
         else:
@@ -130,7 +196,7 @@ class Layer(nn.Module):
         options = {"num_layers": 1, "dropout": 0.0, "train": self.training, "bidirectional": False}
         if len(x) == 1:
             options["batch_first"] = True
-        y, *last = _KERNELS[self.config.cell](
+        y, *last = KERNELS[self.config.cell](
             *x, first if self.config.cell == "lstm" else first[0], weights, has_biases=True, **options
         )
         return y, tuple(each[0] for each in last)
@@ -168,61 +234,39 @@ class Layer(nn.Module):
             steps.append(y_BH)
         return torch.stack(steps, dim=1), (y_BH, c_BH)
 
+    @torch.no_grad()
+    def init_weights(self, index: int, depth: int) -> None:
+        """Make each gate's recurrence orthogonal (arXiv 1312.6120); no biases but an LSTM's forget gate's."""
+        for gate in self.input_weight.chunk(GATES[self.config.cell]):
+            nn.init.xavier_uniform_(gate)
+        for gate in self.recurrent_weight.chunk(GATES[self.config.cell]):
+            nn.init.orthogonal_(gate)
+        nn.init.zeros_(self.bias)
+        if self.config.cell == "lstm":  # gates in torch's order: input, forget, cell input, output
+            self.bias.chunk(4)[1].fill_(self.config.forget_bias)
+        if self.config.peepholes:
+            nn.init.zeros_(self.peephole)
+        if self.config.layer_norm:
+            nn.init.ones_(self.norm.weight)
+            nn.init.zeros_(self.norm.bias)
+
 
 class LSTM(LanguageModel):
     """A stack of recurrent layers."""
 
     def __init__(self, config: LSTMConfig) -> None:
-        widths = [config.embedding_dim] + [config.width] * (config.num_blocks - 1)
-        super().__init__(config, (Layer(config, width) for width in widths), nn.Identity(), config.width)
+        super().__init__(config)
         self.dropout = nn.Dropout(config.dropout)
 
     def embed(self, tokens_BT: Tensor) -> Tensor:
         """Embeddings, some units dropped in training."""
         return self.dropout(super().embed(tokens_BT))
 
-    def make_context(self, tokens_BT: Tensor, resets_BT: Tensor | None, state: list[State] | None) -> Context:
-        """The documents as sequences of their own, where there is more than one in a row."""
-        del state
-        if resets_BT is None:
-            return Context(None)
-        B, T = tokens_BT.shape
-        starts_BT = resets_BT.clone()
-        starts_BT[:, 0] = True
-        start_M = starts_BT.flatten().nonzero().flatten()
-        length_M = torch.cat((start_M[1:], start_M.new_tensor([B * T]))) - start_M
-        documents = torch.arange(B * T, device=tokens_BT.device).split(length_M.tolist())
-        documents_B = starts_BT.sum(1)
-        last_B = documents_B.cumsum(0) - 1
-        context = Context(resets_BT, pack_sequence(documents, enforce_sorted=False), last_B + 1 - documents_B, last_B)
-        longest = int(length_M.max())
-        if tokens_BT.device.type == "cpu" and longest * len(documents) <= PADDING * B * T:
-            row_M = longest * torch.arange(len(documents)) - start_M  # of a document, less where it starts
-            back_P = torch.arange(B * T) + row_M.repeat_interleave(length_M)
-            context = context._replace(padded_MS=pad_sequence(documents, batch_first=True), back_P=back_P)
-        return context
-
     @torch.no_grad()
     def init_weights(self) -> None:
-        """An embedding of unit variance, as the projections of inputs expect it (Glorot and Bengio, 2010); each gate's
-        recurrence orthogonal (arXiv 1312.6120); no biases but an LSTM's forget gate's."""
+        """Draw an embedding of unit variance, as the input projections expect it (Glorot and Bengio, 2010), the head,
+        then the layers."""
         nn.init.normal_(self.embedding.weight)
         nn.init.normal_(self.head.weight, std=self.config.width**-0.5)
-        for layer in self.blocks:
-            for gate in layer.input_weight.chunk(GATES[self.config.cell]):
-                nn.init.xavier_uniform_(gate)
-            for gate in layer.recurrent_weight.chunk(GATES[self.config.cell]):
-                nn.init.orthogonal_(gate)
-            nn.init.zeros_(layer.bias)
-            if self.config.cell == "lstm":  # gates in torch's order: input, forget, cell input, output
-                layer.bias.chunk(4)[1].fill_(self.config.forget_bias)
-            if self.config.peepholes:
-                nn.init.zeros_(layer.peephole)
-            if self.config.layer_norm:
-                nn.init.ones_(layer.norm.weight)
-                nn.init.zeros_(layer.norm.bias)
-
-    def no_decay_parameter_names(self) -> set[str]:
-        """As for every family, and the peepholes."""
-        peepholes = {name for name, _ in self.named_parameters() if name.endswith("peephole")}
-        return super().no_decay_parameter_names() | peepholes
+        for index, layer in enumerate(self.blocks):
+            layer.init_weights(index, len(self.blocks))

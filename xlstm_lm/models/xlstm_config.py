@@ -1,22 +1,27 @@
-"""What an xLSTM language model is told: its sizes, and which block stands where."""
+"""Stacks of blocks of any kind: xLSTMs (arXiv 2405.04517, 2503.13427) and hybrids with attention or Mamba."""
 
 from __future__ import annotations
 
+import dataclasses
+import difflib
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from xlstm_lm.base.fields import CountOrZero, Epsilon, Factor, Size, VocabSize, check_fields
-from xlstm_lm.models.layers import NormKind, NumBlocks, SoftCap, round_up
+from xlstm_lm.models.block import BlockStack
+from xlstm_lm.models.layers import NormKind, NumBlocks, SoftCap
+from xlstm_lm.models.mixers import MIXERS
+from xlstm_lm.models.mixers.mixer import MixerConfig
+from xlstm_lm.models.mixers.mlstm_cell import MLSTMBackend
+from xlstm_lm.models.mixers.slstm import SLSTMBackend
 
-BLOCK_KINDS = ("mlstm", "mlstm_paper", "slstm")
-# All that there are on any machine: a run that names a GPU's kernel is also read where that cannot run.
-MLSTMBackend = Literal["auto", "recurrence", "chunkwise", "compiled", "step", "triton", "triton_step"]
-SLSTMBackend = Literal["auto", "recurrence", "compiled", "triton", "cluster", "batched"]
+MixerKind = Literal[*MIXERS]
 
 
 @dataclass(kw_only=True)
-class XLSTMConfig:
+class XLSTMConfig(BlockStack):
     """An xLSTM language model."""
 
     family: Literal["xlstm"] = "xlstm"
@@ -28,13 +33,17 @@ class XLSTMConfig:
     num_blocks: NumBlocks = 12
     """Number of residual blocks."""
     num_heads: Size = 4
-    """Heads of every mLSTM and sLSTM cell."""
+    """Heads of every mLSTM and sLSTM cell, and of attention."""
     pattern: str | list[str] = "mlstm"
-    """Blocks from first to last: mlstm, mlstm_paper or slstm for all, xlstm[a:b] for a mLSTM to b sLSTM, or a list."""
-    mlstm_block: Literal["mlstm", "mlstm_paper"] = "mlstm"
-    """The mLSTM block that xlstm[a:b] stands for."""
+    """Blocks from first to last: one kind of mixer for all, xlstm[a:b] for a mLSTM to b sLSTM, or a list of kinds."""
+    mlstm_block: MixerKind = "mlstm"
+    """Kind of the first a of every a + b blocks in xlstm[a:b]."""
+    slstm_block: MixerKind | None = None
+    """Kind of the last b of every a + b blocks in xlstm[a:b]; null for slstm."""
     slstm_positions: list[CountOrZero] | None = None
-    """Positions (from 0) of the sLSTM blocks in xlstm[a:b]; by default the last b of every a + b blocks."""
+    """Positions (from 0) of the slstm_block in xlstm[a:b]; by default the last b of every a + b blocks."""
+    mixers: list[dict[str, Any]] | None = None
+    """Settings by kind, as [{kind: attention, num_heads: 8}], in place of those that the kind shares with the model."""
     input_gate: Literal["exp", "sigmoid"] = "exp"
     """Input gate of the mLSTM."""
     qk_dim_factor: Factor = 0.5
@@ -42,9 +51,9 @@ class XLSTMConfig:
     v_dim_factor: Factor = 1.0
     """Width of values over the model width, in mlstm blocks."""
     feedforward_factor: Factor = 2.667
-    """Feed-forward width over the model width in mlstm blocks, rounded up to a multiple of 64."""
+    """Feed-forward width over the model width in mlstm and attention blocks, rounded up to a multiple of 64."""
     feedforward_dim: Size | None = None
-    """Feed-forward width of mlstm blocks where it does not follow from the factor."""
+    """Feed-forward width of mlstm and attention blocks where it does not follow from the factor."""
     gate_soft_cap: SoftCap | None = 15.0
     """Soft cap of the mLSTM's input and forget gate pre-activations; null for none."""
     logit_soft_cap: SoftCap | None = 30.0
@@ -58,7 +67,7 @@ class XLSTMConfig:
     cell_eps: Epsilon = 1e-6
     """Epsilon of the mLSTM's normalizer."""
     conv_width: Size = 4
-    """Width of the causal convolution in mlstm_paper and slstm blocks."""
+    """Width of the causal convolution in mlstm_paper, slstm and Mamba blocks."""
     paper_projection_factor: Factor = 2.0
     """Inner width over the model width in mlstm_paper blocks, rounded up to a multiple of 64."""
     paper_qkv_block_size: Size = 4
@@ -76,67 +85,92 @@ class XLSTMConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        kinds = set(self.block_kinds())
-        widths = {}
-        if "mlstm" in kinds:
-            widths |= {"query and key width embedding_dim * qk_dim_factor": self.qk_dim}
-            widths |= {"value width embedding_dim * v_dim_factor": self.v_dim}
-        if "slstm" in kinds:
-            widths |= {"embedding_dim": self.embedding_dim}
-        if "mlstm_paper" in kinds:
-            widths |= {"inner width embedding_dim * paper_projection_factor": self.paper_inner_dim}
-            if self.paper_inner_dim % self.paper_qkv_block_size:
+        self._check_sections()
+        self.block_mixers()
+
+    def mixer(self, kind: str) -> MixerConfig:
+        """Mixer of the blocks of a kind: its section in `mixers` over the fields that it shares with the model."""
+        section = next((each for each in self.mixers or () if each["kind"] == kind), {})
+        try:
+            return MIXERS[kind](**self.mixer_settings(MIXERS[kind]) | section)
+        except ValueError as error:
+            raise ValueError(f"mixers, section {kind}: {error}" if section else str(error)) from None
+
+    def with_backends(self, backends: Mapping[str, str]) -> XLSTMConfig:
+        """The same model with backends pinned, by the name of the field in the mixers, such as scan_backend."""
+        own = {field.name for field in dataclasses.fields(self)}
+        sections = {each["kind"]: dict(each) for each in self.mixers or ()}
+        for kind in dict.fromkeys(self.block_kinds()):
+            fields = {field.name for field in dataclasses.fields(MIXERS[kind])} & backends.keys()
+            for name in fields:
+                if name not in own or name in sections.get(kind, {}):
+                    sections.setdefault(kind, {"kind": kind})[name] = backends[name]
+        flat = {name: backend for name, backend in backends.items() if name in own}
+        return dataclasses.replace(self, **flat, mixers=list(sections.values()) or None)
+
+    def _check_sections(self) -> None:
+        kinds, seen = self.block_kinds(), []
+        for index, section in enumerate(self.mixers or ()):
+            kind = section.get("kind") if isinstance(section, dict) else None
+            if not isinstance(kind, str) or kind not in MIXERS:
                 raise ValueError(
-                    f"paper_qkv_block_size {self.paper_qkv_block_size} does not divide the inner width "
-                    f"{self.paper_inner_dim} of mlstm_paper blocks; choose a divisor of it."
+                    f"mixers[{index}] is {section!r}; it must be a section whose kind is one of {', '.join(MIXERS)}."
                 )
-        for name, width in widths.items():
-            if width < 1 or width % self.num_heads:
+            if kind in seen:
+                raise ValueError(f"mixers has two sections of kind {kind}; join them.")
+            if kind not in kinds:
                 raise ValueError(
-                    f"num_heads {self.num_heads} does not divide the {name} = {width}; "
-                    f"choose a num_heads that does, for example {_largest_divisor(width, self.num_heads)}."
+                    f"mixers has a section of kind {kind}, but the pattern has only {', '.join(dict.fromkeys(kinds))}: "
+                    "remove it, or name the kind in the pattern."
                 )
+            seen.append(kind)
+            known = [field.name for field in dataclasses.fields(MIXERS[kind]) if field.name != "embedding_dim"]
+            for name in section:
+                if name not in known:
+                    near = difflib.get_close_matches(str(name), known, n=1)
+                    hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(known)}."
+                    raise ValueError(f"mixers, section {kind} has no field {name!r}; {hint}")
+
+    def block_mixers(self) -> list[MixerConfig]:
+        kinds = self.block_kinds()
+        mixers = {kind: self.mixer(kind) for kind in dict.fromkeys(kinds)}
+        return [mixers[kind] for kind in kinds]
 
     @property
     def qk_dim(self) -> int:
         """Width of all queries of an mlstm block together."""
-        return round(self.embedding_dim * self.qk_dim_factor)
+        return self.mixer("mlstm").qk_dim
 
     @property
     def v_dim(self) -> int:
         """Width of all values of an mlstm block together."""
-        return round(self.embedding_dim * self.v_dim_factor)
+        return self.mixer("mlstm").v_dim
 
     @property
     def mlstm_feedforward_dim(self) -> int:
         """Feed-forward width of an mlstm block."""
-        return self.feedforward_dim or round_up(self.embedding_dim * self.feedforward_factor, 64)
-
-    @property
-    def slstm_feedforward_dim(self) -> int:
-        """Feed-forward width of an slstm block."""
-        return round_up(self.embedding_dim * self.slstm_feedforward_factor, 64)
+        return self.mixer("mlstm").feedforward().hidden
 
     @property
     def paper_inner_dim(self) -> int:
         """Inner width of an mlstm_paper block."""
-        return round_up(self.embedding_dim * self.paper_projection_factor, 64)
+        return self.mixer("mlstm_paper").inner_dim
 
     def block_kinds(self) -> list[str]:
         """The kind of every block, first to last, that `pattern` and `slstm_positions` stand for."""
         if isinstance(self.pattern, list):
-            unknown = [kind for kind in self.pattern if kind not in BLOCK_KINDS]
+            unknown = [kind for kind in self.pattern if kind not in MIXERS]
             if unknown:
-                raise ValueError(f"pattern names {unknown[0]!r}; the blocks are {', '.join(BLOCK_KINDS)}.")
+                raise ValueError(f"pattern names {unknown[0]!r}; the blocks are {', '.join(MIXERS)}.")
             if len(self.pattern) != self.num_blocks:
                 raise ValueError(f"pattern lists {len(self.pattern)} blocks, but num_blocks is {self.num_blocks}.")
             return self.pattern
-        if self.pattern in BLOCK_KINDS:
+        if self.pattern in MIXERS:
             return [self.pattern] * self.num_blocks
         ratio = re.fullmatch(r"xlstm\[(\d+):(\d+)\]", self.pattern)
         if not ratio or (period := int(ratio[1]) + int(ratio[2])) == 0:
             raise ValueError(
-                f"pattern {self.pattern!r} is none of {', '.join(BLOCK_KINDS)}, xlstm[a:b] (as xlstm[7:1]) "
+                f"pattern {self.pattern!r} is none of {', '.join(MIXERS)}, xlstm[a:b] (as xlstm[7:1]) "
                 "or a list of blocks."
             )
         positions = self.slstm_positions
@@ -151,8 +185,15 @@ class XLSTMConfig:
             raise ValueError(
                 f"slstm_positions {positions} must lie between 0 and num_blocks - 1 = {self.num_blocks - 1}."
             )
-        return ["slstm" if index in positions else self.mlstm_block for index in range(self.num_blocks)]
+        return [
+            (self.slstm_block or "slstm") if index in positions else self.mlstm_block
+            for index in range(self.num_blocks)
+        ]
 
 
-def _largest_divisor(number: int, limit: int) -> int:
-    return next(divisor for divisor in range(min(limit, max(number, 1)), 0, -1) if number % divisor == 0)
+@dataclass(kw_only=True)
+class HybridConfig(XLSTMConfig):
+    """A language model of mixed blocks that is no xLSTM: the fields are those of the family xlstm."""
+
+    family: Literal["hybrid"] = "hybrid"
+    """Model family."""

@@ -8,7 +8,7 @@ documents at once as a jagged tensor, for which torch has flash attention on a G
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from xlstm_lm.ops.announce import announce_once
-from xlstm_lm.ops.selfcheck import asked_once, some_resets, what_is_wrong
+from xlstm_lm.ops.operation import Backend, Call, Cost, Operation, Sample
+from xlstm_lm.ops.selfcheck import Checked, some_resets
 
 SHORT = 128  # mean steps of a document below which one masked product beats a call for each, on a CPU
 
@@ -33,39 +34,79 @@ class Packing:
     """Which of the S keys of earlier calls belong to document 0."""
     offsets: Tensor | None = None
     """First positions of the documents in the rows laid end to end, and the end, where all keys are the rows' own."""
+    lengths: tuple[int, ...] | None = None
+    """Steps of each document; None where they are not known on the host."""
+    window: int | None = None
+    """Keys that a query sees back, itself included; None where that hides none."""
 
-    @functools.cached_property
+    @property
     def mask_B1TS(self) -> Tensor | None:
         """True where a query (T) sees a key (S); None: all that is not after it."""
+        # At the lock of a cached property torch.compile breaks the graph; a graph has no need of a cache.
+        return self._make_mask() if torch.compiler.is_compiling() else self._mask_B1TS
+
+    @functools.cached_property
+    def _mask_B1TS(self) -> Tensor | None:
+        return self._make_mask()
+
+    def _make_mask(self) -> Tensor | None:
         if self.document_BT is None:
             return None
         causal_TT = torch.ones(self.T, self.T, dtype=torch.bool, device=self.document_BT.device).tril()
+        if self.window is not None:
+            causal_TT = causal_TT.triu(1 - self.window)
         mask_BTS = (self.document_BT[:, :, None] == self.document_BT[:, None]) & causal_TT
         if self.seen_BS is not None:
-            mask_BTS = torch.cat(((self.document_BT == 0)[:, :, None] & self.seen_BS[:, None], mask_BTS), dim=2)
+            seen_BTS = (self.document_BT == 0)[:, :, None] & self.seen_BS[:, None]
+            if self.window is not None:
+                seen_BTS = seen_BTS.triu(seen_BTS.shape[2] - self.window + 1)
+            mask_BTS = torch.cat((seen_BTS, mask_BTS), dim=2)
         return mask_BTS[:, None]
 
 
 def pack(
-    B: int, T: int, device: torch.device, resets_BT: Tensor | None = None, seen_BS: Tensor | None = None
+    B: int,
+    T: int,
+    device: torch.device,
+    resets_BT: Tensor | None = None,
+    seen_BS: Tensor | None = None,
+    window: int | None = None,
 ) -> Packing:
-    """How rows of T tokens see each other, and the keys before them.
+    """Describe how rows of T tokens see each other, and the keys before them.
+
+    No value is read from a device, and none in a graph of torch.compile. The lengths of documents, which the faster
+    forms need, are known where the resets are given on the host.
 
     Args:
-        resets_BT: (B, T) bool, true where a document starts.
+        device: of the queries.
+        resets_BT: (B, T) bool, on `device` or, better, on the host: true where a document starts.
         seen_BS: (B, S) bool, which of the S keys of earlier calls belong to the document that goes on at the first
             token; None or S = 0 for none.
+        window: keys that a query sees back, itself included; None for all.
     """
-    if seen_BS is not None and seen_BS.shape[1]:
-        if resets_BT is None:
-            return Packing(B, T, torch.zeros(B, T, dtype=torch.int64, device=device), seen_BS)
-        return Packing(B, T, resets_BT.cumsum(1), seen_BS)
-    if resets_BT is None or not bool(resets_BT[:, 1:].any()):
+    earlier = 0 if seen_BS is None else seen_BS.shape[1]
+    if resets_BT is None:
+        document_BT = torch.zeros(B, T, dtype=torch.int64, device=device)
+    else:
+        document_BT = resets_BT.to(device, non_blocking=True).cumsum(1)
+    if window is not None and window < earlier + T:
+        return Packing(B, T, document_BT, seen_BS if earlier else None, window=window)
+    if earlier:
+        return Packing(B, T, document_BT, seen_BS)
+    if resets_BT is None:
+        return Packing(B, T)
+    if torch.compiler.is_compiling():
+        return Packing(B, T, document_BT)
+    if resets_BT.device.type != "cpu":
+        announce_once("attention takes one mask for all pairs (`sdpa`), which is slower: give resets on the host")
+        return Packing(B, T, document_BT)
+    if not bool(resets_BT[:, 1:].any()):
         return Packing(B, T)
     starts_BT = resets_BT.clone()
     starts_BT[:, 0] = True
     offsets = F.pad(starts_BT.flatten().nonzero().flatten(), (0, 1), value=B * T)
-    return Packing(B, T, resets_BT.cumsum(1), offsets=offsets)
+    lengths = tuple(offsets.diff().tolist())
+    return Packing(B, T, document_BT, offsets=offsets.to(device, non_blocking=True), lengths=lengths)
 
 
 def attention(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, packing: Packing, *, backend: str = "auto") -> Tensor:
@@ -74,7 +115,7 @@ def attention(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, packing: Packing, 
     Args:
         q_BTHK: queries (B, T, H, K). k_BSGK, v_BSGK: keys and values (B, S, G, K) where G divides H: each serves
             H / G heads (arXiv 2305.13245). The last T of the S are the rows' own.
-        backend: "auto" or a name in `BACKENDS`.
+        backend: "auto" or the name of a backend of `ATTENTION`.
 
     Returns:
         (B, T, H, K).
@@ -82,24 +123,17 @@ def attention(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, packing: Packing, 
     Raises:
         ValueError: an unknown backend.
     """
-    if backend == "auto":
-        backend = choose_backend(q_BTHK, packing)
-    elif backend not in BACKENDS:
-        raise ValueError(
-            f"unknown attention backend {backend!r}: choose 'auto' or one of {', '.join(map(repr, BACKENDS))}"
-        )
-    return BACKENDS[backend](q_BTHK, k_BSGK, v_BSGK, packing)
+    chosen = ATTENTION.backend_for((q_BTHK, k_BSGK, v_BSGK), backend, options=_kind_of_rows(packing))
+    return chosen.loaded(q_BTHK, k_BSGK, v_BSGK, packing)
 
 
-def choose_backend(q_BTHK: Tensor, packing: Packing) -> str:
-    """What "auto" means: "jagged" on a GPU for 16-bit types where it proves right, "by_document" on a CPU unless the
-    documents are short, else "sdpa"."""
-    if packing.offsets is None:
-        return "sdpa"
-    if q_BTHK.device.type == "cuda" and q_BTHK.dtype in (torch.bfloat16, torch.float16):
-        return "jagged" if _jagged_is_right(q_BTHK.device, q_BTHK.dtype) else "sdpa"
-    long = SHORT * (len(packing.offsets) - 1) <= packing.B * packing.T
-    return "by_document" if long and q_BTHK.device.type == "cpu" else "sdpa"
+def _kind_of_rows(packing: Packing) -> str:
+    """The property of packed rows that decides which backend is fastest."""
+    if packing.window is not None:
+        return "narrow" if 2 * packing.window <= packing.T else "whole"
+    if packing.lengths is None:
+        return "whole"
+    return "short" if SHORT * len(packing.lengths) > packing.B * packing.T else "long"
 
 
 def _causal(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, mask_B1TS: Tensor | None = None) -> Tensor:
@@ -117,8 +151,7 @@ def _sdpa(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, packing: Packing) -> T
 
 
 def _by_document(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, packing: Packing) -> Tensor:
-    lengths = packing.offsets.diff().tolist()
-    documents = (x.flatten(0, 1).split(lengths) for x in (q_BTHK, k_BSGK, v_BSGK))
+    documents = (x.flatten(0, 1).split(packing.lengths) for x in (q_BTHK, k_BSGK, v_BSGK))
     out = [_causal(*(x[None] for x in document))[0] for document in zip(*documents, strict=True)]
     return torch.cat(out).unflatten(0, (packing.B, packing.T))
 
@@ -126,34 +159,111 @@ def _by_document(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, packing: Packin
 def _jagged(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, packing: Packing) -> Tensor:
     repeat = q_BTHK.shape[2] // k_BSGK.shape[2]
     k_BSHK, v_BSHK = (x if repeat == 1 else x.repeat_interleave(repeat, dim=2) for x in (k_BSGK, v_BSGK))
+    bounds = {"min_seqlen": min(packing.lengths), "max_seqlen": max(packing.lengths)}  # else read from the device
     q, k, v = (
-        torch.nested.nested_tensor_from_jagged(x.flatten(0, 1), packing.offsets).transpose(1, 2)
+        torch.nested.nested_tensor_from_jagged(x.flatten(0, 1), packing.offsets, **bounds).transpose(1, 2)
         for x in (q_BTHK, k_BSHK, v_BSHK)
     )
     out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
     return out.transpose(1, 2).values().unflatten(0, (packing.B, packing.T))
 
 
-BACKENDS: dict[str, Callable[[Tensor, Tensor, Tensor, Packing], Tensor]] = {
-    "sdpa": _sdpa,
-    "by_document": _by_document,
-    "jagged": _jagged,
-}
-"""Every form by its name. "by_document" and "jagged" are for rows of several documents that see no earlier keys."""
+def _banded(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, packing: Packing) -> Tensor:
+    """Queries in blocks of a window W, each over the W keys before it and its own: 2 T W products instead of T S."""
+    W, T = packing.window, packing.T
+    earlier = min(k_BSGK.shape[1] - T, W)
+    end = -T % W
+    document_BS = packing.document_BT
+    if packing.seen_BS is not None:
+        document_BS = torch.cat((packing.seen_BS[:, -W:].to(document_BS.dtype) - 1, document_BS), dim=1)
+    document_BS = F.pad(document_BS, (W - earlier, end), value=-1)
+
+    def with_window_before(x_BS: Tensor) -> Tensor:
+        return x_BS.unfold(1, 2 * W, W).movedim(-1, 2).flatten(0, 1)
+
+    band_WS = torch.ones(W, 2 * W, dtype=torch.bool, device=q_BTHK.device).tril(W).triu(1)
+    mask_NWS = band_WS & (document_BS[:, W:].reshape(-1, W, 1) == with_window_before(document_BS)[:, None])
+    q_NWHK = F.pad(q_BTHK, (0, 0, 0, 0, 0, end)).reshape(-1, W, *q_BTHK.shape[2:])
+    k_NSGK, v_NSGK = (
+        with_window_before(F.pad(x[:, x.shape[1] - T - earlier :], (0, 0, 0, 0, W - earlier, end)))
+        for x in (k_BSGK, v_BSGK)
+    )
+    return _causal(q_NWHK, k_NSGK, v_NSGK, mask_NWS[:, None]).reshape(packing.B, -1, *q_BTHK.shape[2:])[:, :T]
 
 
-@asked_once
-def _jagged_is_right(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether jagged attention agrees with the mask on this device, values and gradients; if not, says so."""
+def _definition(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, packing: Packing) -> Tensor:
+    """All scores at once, hidden by the mask."""
+    k_BSHK, v_BSHK = (x.repeat_interleave(q_BTHK.shape[2] // x.shape[2], dim=2) for x in (k_BSGK, v_BSGK))
+    scores_BHTS = torch.einsum("bthk,bshk->bhts", q_BTHK, k_BSHK) * q_BTHK.shape[-1] ** -0.5
+    seen_TS = torch.ones(scores_BHTS.shape[-2:], dtype=torch.bool, device=q_BTHK.device).tril()
+    seen = seen_TS if packing.mask_B1TS is None else packing.mask_B1TS
+    return torch.einsum("bhts,bshk->bthk", scores_BHTS.masked_fill(~seen, -torch.inf).softmax(-1), v_BSHK)
 
-    def prepare() -> tuple[Callable, Callable, list[Tensor]]:
-        inputs = [torch.randn(2, 100, 2, 64, device=device, dtype=dtype) for _ in range(3)]
-        packing = pack(2, 100, device, some_resets(inputs))
-        return *(functools.partial(attention, packing=packing, backend=name) for name in ("jagged", "sdpa")), inputs
 
-    found = what_is_wrong(prepare, device, dtype)
-    if found is not None:
-        verdict, reason = found
-        slow = "attention takes one mask for all pairs (`sdpa`), which is slower"
-        announce_once(f"jagged attention's kernels {verdict} on {device}, {dtype} ({reason}): {slow}")
-    return found is None
+def samples(call: Call, backend: str) -> Iterator[Sample]:
+    """Rows of several documents, twice as many heads of queries as of keys; a window for "banded"."""
+    K = 16 if call.device.type == "cpu" else 64
+    inputs = [torch.randn(2, 100, heads, K, device=call.device, dtype=call.dtype) for heads in (4, 2, 2)]
+    window = 24 if backend == "banded" else None
+    packing = pack(2, 100, inputs[0].device, some_resets(inputs).cpu(), window=window)
+    yield Sample(inputs, {"packing": packing}, "definition")
+
+
+def run(backend: Backend, sample: Sample) -> Checked:
+    """The attention of a sample's packed rows as a function of q, k and v."""
+
+    def function(*inputs: Tensor) -> Tensor:
+        return backend.loaded(*inputs, sample.options["packing"])
+
+    return function
+
+
+def cost(*, B: int, T: int, H: int, K: int, G: int | None = None, itemsize: int = 2) -> Cost:
+    """The causal half of both products; q, k, v read and the output written once."""
+    return Cost(2 * B * T * T * H * K, itemsize * 2 * B * T * K * (H + (H if G is None else G)))
+
+
+def _not_jagged(call: Call) -> str | None:
+    if call.dtype not in (torch.bfloat16, torch.float16):
+        return "torch has flash attention over jagged rows on a GPU in 16-bit types only"
+    return None if call.options in ("short", "long") else "no row holds several documents whole"
+
+
+def _not_by_document(call: Call) -> str | None:
+    if call.device.type != "cpu":
+        return "a call for each document is slow on a GPU"
+    return None if call.options == "long" else "no row holds several long documents"
+
+
+def _not_banded(call: Call) -> str | None:
+    return None if call.options == "narrow" else "no window leaves out half of the keys"
+
+
+ATTENTION = Operation(
+    name="attention",
+    title="attention",
+    subject="q",
+    backends=(
+        # "banded" is for a window, "jagged" and "by_document" for rows of several documents that see no earlier keys.
+        Backend(name="banded", function="xlstm_lm.ops.attention:_banded", unsuited=_not_banded),
+        Backend(
+            name="jagged",
+            function="xlstm_lm.ops.attention:_jagged",
+            devices=("cuda",),
+            unsuited=_not_jagged,
+            checked_on=("cuda",),
+        ),
+        Backend(name="by_document", function="xlstm_lm.ops.attention:_by_document", unsuited=_not_by_document),
+        Backend(
+            name="sdpa",
+            function="xlstm_lm.ops.attention:_sdpa",
+            slow="with one mask for all pairs",
+            fast_on=("cpu", "cuda"),
+        ),
+        Backend(name="definition", function="xlstm_lm.ops.attention:_definition"),
+    ),
+    samples=samples,
+    run=run,
+    cost=cost,
+    options="long",
+)

@@ -7,12 +7,15 @@ the backward pass. Nothing of the weight is kept, so it may be a parameter that 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
-from torch.autograd.function import once_differentiable
+from torch import Tensor
+
+from xlstm_lm.ops.compiling import autocast_dtype, custom_operator, needs_gradient, without_autocast
 
 Reduction = Literal["mean", "sum", "none"]
 
@@ -21,8 +24,7 @@ _CHUNK_LOGITS_CPU = 1 << 20
 _CHUNK_LOGITS_ACCELERATOR = 1 << 27
 
 
-@dataclass(kw_only=True, frozen=True)
-class _Options:
+class _Options(NamedTuple):
     """What stays the same for every chunk."""
 
     soft_cap: float | None
@@ -33,16 +35,16 @@ class _Options:
 
 
 def linear_cross_entropy(
-    hidden_BTD: torch.Tensor,
-    weight_VD: torch.Tensor,
-    targets_BT: torch.Tensor,
+    hidden_BTD: Tensor,
+    weight_VD: Tensor,
+    targets_BT: Tensor,
     *,
     soft_cap: float | None = None,
     z_loss: float = 0.0,
     ignore_index: int = -100,
     chunk_tokens: int | None = None,
     reduction: Reduction = "mean",
-) -> torch.Tensor:
+) -> Tensor:
     """Cross entropy of the tokens under softmax(cap(hidden @ weight^T)), without ever holding all logits.
 
     cap(x) = soft_cap * tanh(x / soft_cap) bounds the logits (arXiv 2503.13427, section 3); z_loss * logsumexp(logits)^2
@@ -69,83 +71,175 @@ def linear_cross_entropy(
     """
     _check(hidden_BTD, weight_VD, targets_BT, soft_cap, z_loss, chunk_tokens, reduction)
     device = hidden_BTD.device.type
-    matmul_dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_BTD.dtype
+    matmul_dtype = autocast_dtype(hidden_BTD) or hidden_BTD.dtype
     if chunk_tokens is None:
         budget = _CHUNK_LOGITS_CPU if device == "cpu" else _CHUNK_LOGITS_ACCELERATOR
         chunk_tokens = max(64, budget // weight_VD.shape[0])
-    options = _Options(
-        soft_cap=soft_cap,
-        z_loss=z_loss,
-        ignore_index=ignore_index,
-        chunk_tokens=chunk_tokens,
-        matmul_dtype=matmul_dtype,
-    )
+    options = _Options(soft_cap, z_loss, ignore_index, chunk_tokens, matmul_dtype)
     hidden_ND, targets_N = hidden_BTD.flatten(0, -2), targets_BT.flatten()
     if reduction == "none":
-        return _TokenLosses.apply(hidden_ND, weight_VD, targets_N, options).view(targets_BT.shape)
-    differentiate = torch.is_grad_enabled() and (hidden_BTD.requires_grad or weight_VD.requires_grad)
-    return _TotalLoss.apply(hidden_ND, weight_VD, targets_N, options, reduction == "mean", differentiate)
+        return _token_losses(hidden_ND, weight_VD, targets_N, *options).view(targets_BT.shape)
+    needed = needs_gradient(hidden_BTD), needs_gradient(weight_VD)
+    loss, *_ = _total_loss(hidden_ND, weight_VD, targets_N, *options, reduction == "mean", *needed)
+    return loss
 
 
-class _TotalLoss(torch.autograd.Function):
-    """Sum or mean over the tokens; its gradients are made in the forward pass."""
-
-    @staticmethod
-    def forward(ctx, hidden_ND, weight_VD, targets_N, options, mean, differentiate):
-        with torch.autocast(hidden_ND.device.type, enabled=False):
-            ctx.weight_dtype = weight_VD.dtype
-            weight_VD = weight_VD.to(options.matmul_dtype)
-            needs_hidden = differentiate and ctx.needs_input_grad[0]
-            needs_weight = differentiate and ctx.needs_input_grad[1]
-            gradients = _Gradients(hidden_ND, weight_VD, options, needs_hidden=needs_hidden, needs_weight=needs_weight)
-            total = hidden_ND.new_zeros((), dtype=_softmax_dtype(hidden_ND))
-            for chunk in _chunks(hidden_ND, weight_VD, targets_N, options):
-                total += chunk.losses_N.sum()
-                if differentiate:
-                    gradients.add(chunk, None)
-            scale = total.new_ones(())
-            if mean:
-                scale = scale / (targets_N != options.ignore_index).sum().clamp(min=1)
-            ctx.save_for_backward(gradients.hidden_ND, gradients.weight_VD, scale)
-            return total * scale
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dloss):
-        dhidden_ND, dweight_VD, scale = ctx.saved_tensors
-        scale = scale * dloss
-        return (
-            None if dhidden_ND is None else dhidden_ND * scale.to(dhidden_ND.dtype),
-            None if dweight_VD is None else (dweight_VD * scale).to(ctx.weight_dtype),
-            *[None] * 4,
-        )
+def _compute_total_loss(
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    targets_N: Tensor,
+    soft_cap: float | None,
+    z_loss: float,
+    ignore_index: int,
+    chunk_tokens: int,
+    matmul_dtype: torch.dtype,
+    mean: bool,
+    needs_hidden: bool,
+    needs_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Sum or mean over the tokens; the gradients of the sum by hidden states and weight, each empty unless it is
+    needed; and the share of the sum that is returned."""
+    options = _Options(soft_cap, z_loss, ignore_index, chunk_tokens, matmul_dtype)
+    with without_autocast(hidden_ND):
+        weight_VD = weight_VD.to(matmul_dtype)
+        gradients = _Gradients(hidden_ND, weight_VD, options, needs_hidden=needs_hidden, needs_weight=needs_weight)
+        total = hidden_ND.new_zeros((), dtype=_softmax_dtype(hidden_ND))
+        for chunk in _chunks(hidden_ND, weight_VD, targets_N, options):
+            total += chunk.losses_N.sum()
+            if needs_hidden or needs_weight:
+                gradients.add(chunk, None)
+        scale = total.new_ones(())
+        if mean:
+            scale = scale / (targets_N != ignore_index).sum().clamp(min=1)
+        return total * scale, gradients.hidden_ND, gradients.weight_VD, scale
 
 
-class _TokenLosses(torch.autograd.Function):
-    """The loss of every token; the backward pass makes the logits a second time."""
+def _total_loss_shapes(
+    hidden_ND, weight_VD, targets_N, soft_cap, z_loss, ignore_index, chunk_tokens, matmul_dtype, mean, *needed
+) -> tuple[Tensor, ...]:
+    loss = hidden_ND.new_empty((), dtype=_softmax_dtype(hidden_ND))
+    return loss, *_gradient_shapes(hidden_ND, weight_VD, *needed), torch.empty_like(loss)
 
-    @staticmethod
-    def forward(ctx, hidden_ND, weight_VD, targets_N, options):
-        ctx.save_for_backward(hidden_ND, weight_VD, targets_N)
-        ctx.options = options
-        with torch.autocast(hidden_ND.device.type, enabled=False):
-            chunks = _chunks(hidden_ND, weight_VD.to(options.matmul_dtype), targets_N, options)
-            return torch.cat([chunk.losses_N for chunk in chunks])
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dlosses_N):
-        hidden_ND, weight_VD, targets_N = ctx.saved_tensors
-        needs_hidden, needs_weight, *_ = ctx.needs_input_grad
-        with torch.autocast(hidden_ND.device.type, enabled=False):
-            weight_dtype, weight_VD = weight_VD.dtype, weight_VD.to(ctx.options.matmul_dtype)
-            gradients = _Gradients(
-                hidden_ND, weight_VD, ctx.options, needs_hidden=needs_hidden, needs_weight=needs_weight
-            )
-            for chunk in _chunks(hidden_ND, weight_VD, targets_N, ctx.options):
-                gradients.add(chunk, dlosses_N[chunk.tokens])
-        dweight_VD = gradients.weight_VD
-        return gradients.hidden_ND, None if dweight_VD is None else dweight_VD.to(weight_dtype), None, None
+def _keep_for_total_loss(ctx: Any, inputs: tuple, output: tuple) -> None:
+    ctx.weight_dtype, (*_, ctx.needs_hidden, ctx.needs_weight) = inputs[1].dtype, inputs
+    ctx.save_for_backward(*output[1:])
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _gradients_of_total_loss(ctx: Any, dloss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    if dloss is None:
+        return (None,) * 11
+    dhidden_ND, dweight_VD, scale = ctx.saved_tensors
+    scale = scale * dloss
+    return (
+        dhidden_ND * scale.to(dhidden_ND.dtype) if ctx.needs_hidden else None,
+        (dweight_VD * scale).to(ctx.weight_dtype) if ctx.needs_weight else None,
+        *[None] * 9,
+    )
+
+
+_total_loss = custom_operator(
+    "total_loss",
+    _compute_total_loss,
+    _total_loss_shapes,
+    gradients=_gradients_of_total_loss,
+    keep=_keep_for_total_loss,
+)
+
+
+def _compute_token_losses(
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    targets_N: Tensor,
+    soft_cap: float | None,
+    z_loss: float,
+    ignore_index: int,
+    chunk_tokens: int,
+    matmul_dtype: torch.dtype,
+) -> Tensor:
+    """The loss of every token."""
+    options = _Options(soft_cap, z_loss, ignore_index, chunk_tokens, matmul_dtype)
+    with without_autocast(hidden_ND):
+        chunks = _chunks(hidden_ND, weight_VD.to(matmul_dtype), targets_N, options)
+        return torch.cat([chunk.losses_N for chunk in chunks])
+
+
+def _token_losses_shapes(hidden_ND, *_) -> Tensor:
+    return hidden_ND.new_empty(hidden_ND.shape[0], dtype=_softmax_dtype(hidden_ND))
+
+
+def _compute_token_losses_backward(
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    targets_N: Tensor,
+    dlosses_N: Tensor,
+    soft_cap: float | None,
+    z_loss: float,
+    ignore_index: int,
+    chunk_tokens: int,
+    matmul_dtype: torch.dtype,
+    needs_hidden: bool,
+    needs_weight: bool,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of hidden states and weight, each empty unless it is needed, from logits made a second time."""
+    options = _Options(soft_cap, z_loss, ignore_index, chunk_tokens, matmul_dtype)
+    with without_autocast(hidden_ND):
+        weight_VD = weight_VD.to(matmul_dtype)
+        gradients = _Gradients(hidden_ND, weight_VD, options, needs_hidden=needs_hidden, needs_weight=needs_weight)
+        for chunk in _chunks(hidden_ND, weight_VD, targets_N, options):
+            gradients.add(chunk, dlosses_N[chunk.tokens])
+    return gradients.hidden_ND, gradients.weight_VD
+
+
+def _token_losses_backward_shapes(
+    hidden_ND, weight_VD, targets_N, dlosses_N, soft_cap, z_loss, ignore_index, chunk_tokens, matmul_dtype, *needed
+) -> tuple[Tensor, Tensor]:
+    return _gradient_shapes(hidden_ND, weight_VD, *needed)
+
+
+_token_losses_backward = custom_operator(
+    "token_losses_backward", _compute_token_losses_backward, _token_losses_backward_shapes
+)
+
+
+def _keep_for_token_losses(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    hidden_ND, weight_VD, targets_N, *options = inputs
+    ctx.save_for_backward(hidden_ND, weight_VD, targets_N)
+    ctx.options = options
+
+
+def _gradients_of_token_losses(ctx: Any, dlosses_N: Tensor) -> tuple[Tensor | None, ...]:
+    hidden_ND, weight_VD, targets_N = ctx.saved_tensors
+    needs_hidden, needs_weight, *_ = ctx.needs_input_grad
+    dhidden_ND, dweight_VD = _token_losses_backward(
+        hidden_ND, weight_VD, targets_N, dlosses_N, *ctx.options, needs_hidden, needs_weight
+    )
+    return (
+        dhidden_ND if needs_hidden else None,
+        dweight_VD.to(weight_VD.dtype) if needs_weight else None,
+        *[None] * 6,
+    )
+
+
+_token_losses = custom_operator(
+    "token_losses",
+    _compute_token_losses,
+    _token_losses_shapes,
+    gradients=_gradients_of_token_losses,
+    keep=_keep_for_token_losses,
+)
+
+
+def _gradient_shapes(hidden_ND, weight_VD, needs_hidden: bool, needs_weight: bool) -> tuple[Tensor, Tensor]:
+    """Gradients of hidden states, in their dtype, and of the weight, in at least float32, without content."""
+    dtype = _softmax_dtype(hidden_ND)
+    dhidden_ND = torch.empty_like(hidden_ND, memory_format=torch.contiguous_format)
+    return (
+        dhidden_ND if needs_hidden else hidden_ND.new_empty(0),
+        weight_VD.new_empty(weight_VD.shape if needs_weight else 0, dtype=dtype),
+    )
 
 
 @dataclass(kw_only=True)
@@ -153,25 +247,25 @@ class _Chunk:
     """The tokens of one chunk: their losses, and what the gradients need."""
 
     tokens: slice
-    hidden_ND: torch.Tensor
-    targets_N: torch.Tensor
-    counted_N: torch.Tensor
-    capped_NV: torch.Tensor | None  # tanh(logits / soft_cap)
-    log_probability_NV: torch.Tensor
-    log_normalizer_N: torch.Tensor | None
-    losses_N: torch.Tensor
+    hidden_ND: Tensor
+    targets_N: Tensor
+    counted_N: Tensor
+    capped_NV: Tensor | None  # tanh(logits / soft_cap)
+    log_probability_NV: Tensor
+    log_normalizer_N: Tensor | None
+    losses_N: Tensor
 
 
-def _softmax_dtype(hidden_ND: torch.Tensor) -> torch.dtype:
+def _softmax_dtype(hidden_ND: Tensor) -> torch.dtype:
     return torch.promote_types(hidden_ND.dtype, torch.float32)
 
 
-def _chunks(
-    hidden_ND: torch.Tensor, weight_VD: torch.Tensor, targets_N: torch.Tensor, options: _Options
-) -> Iterator[_Chunk]:
-    """The losses, one chunk of tokens after another; `weight_VD` in the dtype to multiply in."""
-    for start in range(0, hidden_ND.shape[0], options.chunk_tokens):
-        tokens = slice(start, start + options.chunk_tokens)
+def _chunks(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, options: _Options) -> Iterator[_Chunk]:
+    """The losses, one chunk of tokens after another, all about as long; `weight_VD` in the dtype to multiply in."""
+    N = hidden_ND.shape[0]
+    length = math.ceil(N / math.ceil(N / options.chunk_tokens))
+    for start in range(0, N, length):
+        tokens = slice(start, start + length)
         chunk_ND = hidden_ND[tokens].to(options.matmul_dtype)
         logits_NV = (chunk_ND @ weight_VD.t()).to(_softmax_dtype(hidden_ND))
         capped_NV = None
@@ -203,8 +297,8 @@ class _Gradients:
 
     def __init__(
         self,
-        hidden_ND: torch.Tensor,
-        weight_VD: torch.Tensor,
+        hidden_ND: Tensor,
+        weight_VD: Tensor,
         options: _Options,
         *,
         needs_hidden: bool,
@@ -212,10 +306,11 @@ class _Gradients:
     ) -> None:
         self.options = options
         self.head_VD = weight_VD
-        self.hidden_ND = torch.empty_like(hidden_ND) if needs_hidden else None
-        self.weight_VD = torch.zeros_like(weight_VD, dtype=_softmax_dtype(hidden_ND)) if needs_weight else None
+        self.needs_hidden, self.needs_weight = needs_hidden, needs_weight
+        self.hidden_ND, self.weight_VD = _gradient_shapes(hidden_ND, weight_VD, needs_hidden, needs_weight)
+        self.weight_VD.zero_()
 
-    def add(self, chunk: _Chunk, dlosses_N: torch.Tensor | None) -> None:
+    def add(self, chunk: _Chunk, dlosses_N: Tensor | None) -> None:
         """Add the chunk's share, its losses weighted by `dlosses_N` (None: all by one). Overwrites the chunk."""
         dlogits_NV = chunk.log_probability_NV.exp_()
         if chunk.log_normalizer_N is not None:
@@ -226,9 +321,9 @@ class _Gradients:
             dlogits_NV = torch.ops.aten.tanh_backward(dlogits_NV, chunk.capped_NV)
         weight_N = chunk.counted_N.to(dlogits_NV.dtype) if dlosses_N is None else dlosses_N * chunk.counted_N
         dlogits_NV = dlogits_NV.mul_(weight_N[:, None]).to(self.options.matmul_dtype)
-        if self.hidden_ND is not None:
+        if self.needs_hidden:
             self.hidden_ND[chunk.tokens] = dlogits_NV @ self.head_VD
-        if self.weight_VD is None:
+        if not self.needs_weight:
             return
         if self.options.matmul_dtype == self.weight_VD.dtype:
             self.weight_VD.addmm_(dlogits_NV.t(), chunk.hidden_ND)
@@ -237,9 +332,9 @@ class _Gradients:
 
 
 def _check(
-    hidden_BTD: torch.Tensor,
-    weight_VD: torch.Tensor,
-    targets_BT: torch.Tensor,
+    hidden_BTD: Tensor,
+    weight_VD: Tensor,
+    targets_BT: Tensor,
     soft_cap: float | None,
     z_loss: float,
     chunk_tokens: int | None,

@@ -28,6 +28,7 @@ from xlstm_lm.base.durable_files import crc32_of, replace_durably
 from xlstm_lm.base.read_files import read_json
 from xlstm_lm.ops.announce import announce_once
 from xlstm_lm.ops.compiling import constant_result
+from xlstm_lm.ops.native_operators import register_operators
 
 _OPS = Path(__file__).parent
 _SOURCES = [
@@ -45,18 +46,10 @@ class KernelsUnavailableError(RuntimeError):
     """The kernels can be neither built nor loaded on this machine."""
 
 
-@constant_result  # torch.compile would follow it into the hashing of sources
-def kernels_available(consequence: str) -> bool:
-    """Whether the compiled kernels can be used here; builds them if need be.
-
-    Where they cannot be used, says so once, with the `consequence` for the operation that asks.
-    """
-    try:
-        load_kernels()
-    except KernelsUnavailableError as error:
-        announce_once(f"no compiled CPU kernels, so {consequence}: {error}")
-        return False
-    return True
+def why_no_kernels() -> str | None:
+    """Why the compiled kernels cannot be used here; None if they can. Builds them if need be."""
+    problem = _load_once()
+    return None if problem is None else f"no compiled CPU kernels: {problem}"
 
 
 @constant_result
@@ -74,6 +67,14 @@ def load_kernels() -> None:
 @functools.cache
 def _load_once() -> str | None:
     """None when the library is loaded, else what went wrong; cached, so that a failing build is not tried each call."""
+    problem = _load()
+    if problem is None:
+        register_operators()
+    return problem
+
+
+def _load() -> str | None:
+    """None when the library is loaded, after building it where it is missing or damaged; else what went wrong."""
     try:
         path = _library_path()
         problem = damage(path)

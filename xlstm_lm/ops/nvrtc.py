@@ -14,11 +14,15 @@ from pathlib import Path
 
 import torch
 
+from xlstm_lm.ops.build_cache import cached_binary
+
 _MAX_DYNAMIC_SHARED_SIZE = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 
 
 def compile_cuda(source: str, name: str, architecture: str, macros: dict[str, object]) -> bytes:
-    """The binary of a program for "sm_90" and the like.
+    """The binary of a program for "sm_90" and the like; PTX of compute_90 for a newer GPU than NVRTC can compile for.
+
+    Kept on this node, for later processes.
 
     Args:
         source: the program, which includes nothing.
@@ -27,19 +31,29 @@ def compile_cuda(source: str, name: str, architecture: str, macros: dict[str, ob
         macros: defined before the program is read.
 
     Raises:
-        RuntimeError: there is no NVRTC, it does not know the architecture, or the program has an error; says which.
+        RuntimeError: there is no NVRTC, the GPU is older than any that it can compile for, or the program has an error;
+            says which.
     """
+    major, minor, supported = _version_and_capabilities()
+    if int(architecture.removeprefix("sm_")) > max(90, *supported):
+        architecture = "compute_90"  # the driver compiles it on
+    options = ["--std=c++17", f"--gpu-architecture={architecture}"]
+    options += [f"--define-macro={macro}={value}" for macro, value in macros.items()]
+    key = (source, name, *options, f"NVRTC {major}.{minor}")
+    return cached_binary(key, lambda: _compile(source, name, architecture, options))
+
+
+def _compile(source: str, name: str, architecture: str, options: list[str]) -> bytes:
     library = _nvrtc()
     program = ctypes.c_void_p()
     _check_nvrtc(library.nvrtcCreateProgram(ctypes.byref(program), source.encode(), name.encode(), 0, None, None))
     try:
-        options = ["--std=c++17", f"--gpu-architecture={architecture}"]
-        options += [f"--define-macro={macro}={value}" for macro, value in macros.items()]
         encoded = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
         if library.nvrtcCompileProgram(program, len(options), encoded) != 0:
             log = _read(program, "nvrtcGetProgramLogSize", "nvrtcGetProgramLog").decode().strip("\0\n ")
             raise RuntimeError(f"NVRTC cannot compile {name} for {architecture}: {log}")
-        return _read(program, "nvrtcGetCUBINSize", "nvrtcGetCUBIN")
+        form = "PTX" if architecture.startswith("compute_") else "CUBIN"
+        return _read(program, f"nvrtcGet{form}Size", f"nvrtcGet{form}")
     finally:
         library.nvrtcDestroyProgram(ctypes.byref(program))
 
@@ -47,11 +61,11 @@ def compile_cuda(source: str, name: str, architecture: str, macros: dict[str, ob
 class Kernel:
     """A compiled kernel, loaded into the memory of one GPU."""
 
-    def __init__(self, cubin: bytes, name: str, dynamic_shared_bytes: int, device: torch.device) -> None:
+    def __init__(self, binary: bytes, name: str, dynamic_shared_bytes: int, device: torch.device) -> None:
         """Load it.
 
         Args:
-            cubin: as `compile_cuda` returns it.
+            binary: as `compile_cuda` returns it.
             name: the kernel's, declared `extern "C"`.
             dynamic_shared_bytes: the shared memory that every launch asks for.
             device: the GPU.
@@ -62,7 +76,7 @@ class Kernel:
         self.device, self.dynamic_shared_bytes = device, dynamic_shared_bytes
         self._function, module = ctypes.c_void_p(), ctypes.c_void_p()
         with _current(device):
-            _check_driver("cuModuleLoadData", ctypes.byref(module), cubin)
+            _check_driver("cuModuleLoadData", ctypes.byref(module), binary)
             _check_driver("cuModuleGetFunction", ctypes.byref(self._function), module, name.encode())
             _check_driver("cuFuncSetAttribute", self._function, _MAX_DYNAMIC_SHARED_SIZE, dynamic_shared_bytes)
 
@@ -91,6 +105,17 @@ def _nvrtc() -> ctypes.CDLL:
         except OSError:
             continue
     raise RuntimeError("CUDA's run-time compiler, libnvrtc.so, is not installed (pip install nvidia-cuda-nvrtc)")
+
+
+@functools.cache
+def _version_and_capabilities() -> tuple[int, int, tuple[int, ...]]:
+    """Major and minor version of NVRTC, and the compute capabilities that it compiles for, as 90 for 9.0."""
+    library, (major, minor, count) = _nvrtc(), (ctypes.c_int() for _ in range(3))
+    _check_nvrtc(library.nvrtcVersion(ctypes.byref(major), ctypes.byref(minor)))
+    _check_nvrtc(library.nvrtcGetNumSupportedArchs(ctypes.byref(count)))
+    capabilities = (ctypes.c_int * count.value)()
+    _check_nvrtc(library.nvrtcGetSupportedArchs(capabilities))
+    return major.value, minor.value, tuple(capabilities)
 
 
 def _read(program: ctypes.c_void_p, size_function: str, function: str) -> bytes:

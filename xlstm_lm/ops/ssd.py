@@ -6,16 +6,17 @@ an mLSTM with q = C, k = B, v = x, e^i = dt and sigmoid(f) = e^(dt A). Every spe
 
 from __future__ import annotations
 
-import functools
-import importlib.util
-from collections.abc import Callable
+import importlib
+from collections.abc import Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from xlstm_lm.ops.compiling import not_compiled
 from xlstm_lm.ops.mlstm import mlstm
-from xlstm_lm.ops.selfcheck import TOLERANCE, asked_once, proves_right, ssd_inputs, with_states
+from xlstm_lm.ops.operation import Backend, Call, Cost, Operation, Sample
+from xlstm_lm.ops.selfcheck import TOLERANCE, Checked, some_resets
 
 Result = tuple[Tensor, Tensor | None]
 
@@ -39,7 +40,7 @@ def ssd(
             where G divides H: each group serves H / G heads. dt and a are taken in float32 at least.
         resets: (B, T) bool, true where the state before the step is empty. initial_state: (B, H, N, P) or None for an
             empty one. return_state: whether to return the last one, in float32 at least.
-        backend: "auto" or a name in `BACKENDS`.
+        backend: "auto" or the name of a backend of `SSD`.
 
     Returns:
         y (B, T, H, P) in x's type, and the last state or None.
@@ -47,21 +48,15 @@ def ssd(
     Raises:
         ValueError: an unknown backend.
     """
-    if backend == "auto":
-        backend = choose_backend(x_BTHP)
-    elif backend not in BACKENDS:
-        raise ValueError(f"unknown SSD backend {backend!r}: choose 'auto' or one of {', '.join(map(repr, BACKENDS))}")
-    dtype = torch.promote_types(x_BTHP.dtype, torch.float32)
-    return BACKENDS[backend](
-        x_BTHP, dt_BTH.to(dtype), a_H.to(dtype), b_BTGN, c_BTGN, resets, initial_state, return_state
+    chosen = SSD.backend_for(
+        (x_BTHP, dt_BTH, a_H, b_BTGN, c_BTGN, initial_state),
+        backend,
+        has_resets=resets is not None,
+        P=x_BTHP.shape[-1],
+        N=b_BTGN.shape[-1],
     )
-
-
-def choose_backend(x_BTHP: Tensor) -> str:
-    """What "auto" means: "mamba_ssm" on a GPU where that package is installed and proves right, else "mlstm"."""
-    if x_BTHP.device.type == "cuda" and "mamba_ssm" in BACKENDS and x_BTHP.dtype in TOLERANCE:
-        return "mamba_ssm" if _mamba_ssm_is_right(x_BTHP.device, x_BTHP.dtype) else "mlstm"
-    return "mlstm"
+    dtype = torch.promote_types(x_BTHP.dtype, torch.float32)
+    return chosen.loaded(x_BTHP, dt_BTH.to(dtype), a_H.to(dtype), b_BTGN, c_BTGN, resets, initial_state, return_state)
 
 
 def _recurrence(x_BTHP, dt_BTH, a_H, b_BTGN, c_BTGN, resets_BT, state_BHNP, return_state) -> Result:
@@ -107,8 +102,7 @@ def _mlstm(x_BTHP, dt_BTH, a_H, b_BTGN, c_BTGN, resets_BT, state_BHNP, return_st
 
 @not_compiled("mamba_ssm")  # torch.compile cannot look into the package
 def _mamba_ssm(x_BTHP, dt_BTH, a_H, b_BTGN, c_BTGN, resets_BT, state_BHNP, return_state) -> Result:
-    from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
-
+    mamba_chunk_scan_combined = importlib.import_module("mamba_ssm.ops.triton.ssd_combined").mamba_chunk_scan_combined
     document_BT = None if resets_BT is None else resets_BT.cumsum(1).to(torch.int32)
     y_BTHP, state_BHPN = mamba_chunk_scan_combined(
         x_BTHP,
@@ -130,26 +124,77 @@ def _for_each_head(x_BTGN: Tensor, num_heads: int) -> Tensor:
     return x_BTGN[:, :, :, None].expand(B, T, G, num_heads // G, N).reshape(B, T, num_heads, N)
 
 
-BACKENDS: dict[str, Callable[..., Result]] = {
-    "recurrence": _recurrence,
-    "mlstm": _mlstm,
-    "chunkwise": functools.partial(_mlstm, backend="chunkwise"),
-}
-"""The definition, the mLSTM's fastest kernels, and its form in plain PyTorch; where the package mamba_ssm is installed,
-also its own for a GPU."""
-if importlib.util.find_spec("mamba_ssm") is not None:
-    BACKENDS["mamba_ssm"] = _mamba_ssm
+def ssd_inputs(
+    device: torch.device | str,
+    dtype: torch.dtype,
+    *,
+    B: int = 2,
+    T: int = 300,
+    H: int = 2,
+    P: int = 64,
+    G: int = 1,
+    N: int = 128,
+) -> list[Tensor]:
+    """x, dt, a, b, c and a state for SSD, longer than mamba_ssm's chunks; dt, a and the state in float32."""
+    x, b, c = (torch.randn(B, T, *sizes, device=device, dtype=dtype) for sizes in ((H, P), (G, N), (G, N)))
+    dt, a, state = (torch.randn(shape, device=device) for shape in ((B, T, H), (H,), (B, H, N, P)))
+    return [x, F.softplus(dt - 2), -a.exp(), b, c, state]
 
 
-@asked_once
-def _mamba_ssm_is_right(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether mamba_ssm's kernels compute the definition on this device, values and gradients; if not, says so."""
+def samples(call: Call, backend: str) -> Iterator[Sample]:
+    """A sequence from a state: on a GPU longer than a chunk of any kernel there."""
+    steps = 300 if call.device.type == "cuda" else 100
+    sizes = {letter: call.size(letter) for letter in "PN"}
+    inputs = ssd_inputs(call.device, call.dtype, T=steps, G=call.size("G", 1), **sizes)
+    resets_BT = some_resets(inputs)
+    if steps > 256:
+        resets_BT[0, 256] = True  # where a chunk of mamba_ssm begins
+    resets_BT[1] = False  # the other row goes from state to state
+    yield Sample(inputs, {"resets_BT": resets_BT}, "recurrence")
 
-    def prepare() -> tuple[Callable, Callable, list[Tensor]]:
-        inputs = ssd_inputs(device, dtype)
-        resets_BT = torch.zeros(inputs[0].shape[:2], dtype=torch.bool, device=device)
-        resets_BT[0, [31, 256, 299]] = True  # the other row goes from state to state
-        run = functools.partial(with_states(ssd), resets=resets_BT)
-        return *(functools.partial(run, backend=name) for name in ("mamba_ssm", "recurrence")), inputs
 
-    return proves_right(prepare, device, dtype, kernel="mamba_ssm's kernels", instead="SSD takes the mLSTM's")
+def run(backend: Backend, sample: Sample) -> Checked:
+    """y and the last state as a function of x, dt, a, b, c and the first state."""
+
+    def function(*inputs: Tensor) -> Result:
+        *inputs, state_BHNP = inputs
+        return backend.loaded(*inputs, sample.options["resets_BT"], state_BHNP, True)
+
+    return function
+
+
+def cost(*, B: int, T: int, H: int, P: int, N: int, G: int = 1, itemsize: int = 2) -> Cost:
+    """The state updated and read; x, dt, b, c read and y written once."""
+    return Cost(B * T * H * (4 * N * P + 64 * (N + P)), B * T * (itemsize * (2 * H * P + 2 * G * N) + 4 * H))
+
+
+SSD = Operation(
+    name="ssd",
+    title="SSD",
+    subject="x",
+    backends=(
+        Backend(
+            name="mamba_ssm",
+            function="xlstm_lm.ops.ssd:_mamba_ssm",
+            devices=("cuda",),
+            dtypes=tuple(TOLERANCE),
+            package="mamba_ssm",
+            exports=lambda call: False,
+            checked_on=("cuda",),
+        ),
+        Backend(name="mlstm", function="xlstm_lm.ops.ssd:_mlstm"),
+        Backend(
+            name="chunkwise",
+            function="xlstm_lm.ops.ssd:_mlstm",
+            arguments={"backend": "chunkwise"},
+            slow="as batched matrix products in PyTorch",
+        ),
+        Backend(name="recurrence", function="xlstm_lm.ops.ssd:_recurrence", slow="step by step in Python"),
+    ),
+    samples=samples,
+    run=run,
+    cost=cost,
+    identity="NP",
+    examples=({"P": 24, "N": 16, "G": 2},),
+    gpu_examples=({"P": 64, "N": 128, "G": 1},),
+)

@@ -1,4 +1,4 @@
-"""Where this process stands among all processes of a run."""
+"""The processes of a run: their axes, how they exchange objects, join and leave."""
 
 from __future__ import annotations
 
@@ -23,18 +23,42 @@ LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 TIMEOUT = timedelta(minutes=30)  # rank 0 alone writes a large checkpoint while the others wait
 
 
-@dataclass(frozen=True)
-class World:
-    """This process's rank, the number of processes, its rank on its node and its device."""
+@dataclass(frozen=True, kw_only=True)
+class Axis:
+    """Processes that divide one dimension of the work among them, such as the rows of a batch."""
 
     rank: int
+    """Position of this process among them."""
     size: int
+    """Number of processes."""
+    group: torch.distributed.ProcessGroup | None = None
+    """Their process group; None for that of all processes."""
+
+    def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Replace `tensor`, on this process's device, by its sum over the axis, and return it."""
+        if self.size > 1:
+            torch.distributed.all_reduce(tensor, group=self.group)
+        return tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class World(Axis):
+    """All processes of a run: the axis over which losses, targets and gradients are summed and ZeRO shards."""
+
     local_rank: int
+    """Rank of this process on its node."""
     device: torch.device
+    """Device of this process."""
 
     @property
     def is_first(self) -> bool:
+        """Whether this process writes the run's files."""
         return self.rank == 0
+
+    @property
+    def data(self) -> Axis:
+        """Axis over which the rows of a batch are divided: all processes, each of which has whole rows."""
+        return Axis(rank=self.rank, size=self.size, group=self.group)
 
     def gather(self, value: Any) -> list[Any]:
         """The picklable `value` of every rank, in rank order, on rank 0; an empty list on the others."""
@@ -53,7 +77,7 @@ class World:
         return values[0]
 
     def on_first(self, action: Callable[[], Any]) -> Any:
-        """What `action` gives on rank 0, on every rank; an error there is raised on every rank."""
+        """The result of `action` on rank 0, on every rank; an error there is raised on every rank."""
         value, error = None, None
         if self.is_first:
             try:
@@ -64,12 +88,6 @@ class World:
         if error is not None:
             raise told_once(error)
         return value
-
-    def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Replace `tensor` (on this world's device) by its sum over all ranks, and return it."""
-        if self.size > 1:
-            torch.distributed.all_reduce(tensor)
-        return tensor
 
 
 def join_world() -> World:
@@ -158,7 +176,7 @@ def _gloo_runs() -> bool:
     """Whether a thread of Gloo is running or ready to; False where the system does not tell (it is not Linux)."""
     for thread in Path("/proc/self/task").glob("*"):
         try:
-            name, state = re.search(r"\((.*)\) (\w)", (thread / "stat").read_text()).groups()
+            name, state = re.search(r"\((.*)\) (\w)", (thread / "stat").read_text()).groups()  # type: ignore[union-attr]
         except (FileNotFoundError, ProcessLookupError):  # it has just ended
             continue
         if "gloo" in name and state != "S":

@@ -3,7 +3,7 @@
 checkpoints/latest                     the name of the newest
 checkpoints/step_00000100/
     model.safetensors                  float32 weights
-    optimizer.safetensors              NAME.exp_avg and NAME.exp_avg_sq of AdamW
+    optimizer.safetensors              the optimizer's state, NAME.KEY, such as NAME.exp_avg of AdamW
     state.json                         step, tokens, data state of every lane, counters
     random_rank0000.pt                 states of all random number generators, one file a process
     config.yaml, tokenizer/            what it takes to use the model
@@ -33,23 +33,37 @@ from xlstm_lm.base.durable_files import (
     write_durably,
 )
 from xlstm_lm.base.read_files import read_json
-from xlstm_lm.base.run_layout import STEP_FOLDER, checkpoint_folders
+from xlstm_lm.base.run_layout import (
+    CHECKPOINTS,
+    CONFIG,
+    LATEST,
+    MANIFEST,
+    STATE,
+    TOKENIZER,
+    checkpoint_folder,
+    checkpoint_folders,
+    step_in_name,
+)
 from xlstm_lm.base.tensor_files import TensorWriter, read_tensors, tensor_files
 from xlstm_lm.parallel.process_group import World
+from xlstm_lm.runs.folder import RunFolder
 from xlstm_lm.runs.random_state import random_state_bytes
 
 logger = logging.getLogger("xlstm_lm")
 
 FORMAT = 1
-MOMENTS = ("exp_avg", "exp_avg_sq")
-"""Keys of AdamW's state, as torch names them."""
+"""Version that is written. A new one keeps the reader of the old one in `READERS`."""
+RANDOM_STATE = "random_rank{:04}.pt"
 LEFTOVER = ".tmp-"
-WRITTEN_ALWAYS = ("state.json", "config.yaml")
+WRITTEN_ALWAYS = (STATE, CONFIG)
 TAKE_AWAY = "Restore {folder} from a copy, or move it away to continue from the checkpoint before it."
 
 
 class Checkpoint:
-    """A checkpoint on disk that `newest_checkpoint` or `find_checkpoint` has found intact."""
+    """An intact checkpoint on disk, in format 1; `read_checkpoint` makes it.
+
+    The reader of another format derives from this class and gives the same names, tensors and state as of today.
+    """
 
     def __init__(self, folder: Path) -> None:
         """
@@ -57,12 +71,26 @@ class Checkpoint:
             ValueError: state.json is damaged.
         """
         self.folder = folder
-        self.state = read_json(folder / "state.json", {"step": int}, TAKE_AWAY.format(folder=folder))
+        self.state = read_json(folder / STATE, {"step": int}, TAKE_AWAY.format(folder=folder))
 
     @property
     def is_imported(self) -> bool:
-        """Whether it holds weights from elsewhere and nothing of a run."""
+        """True for an imported model: weights alone, and nothing of a run."""
         return "imported_from" in self.state
+
+    @property
+    def optimizer(self) -> str:
+        """Kind of the optimizer whose state it holds. Older checkpoints do not name theirs, AdamW."""
+        return self.state.get("optimizer", "adamw")
+
+    def config(self) -> dict[str, Any]:
+        """Sections of its config.yaml; an imported model's has the model's section alone."""
+        return RunFolder(self.folder).config()
+
+    def all_weights(self) -> dict[str, Tensor]:
+        """Every float32 weight by name. They stay in their files until they are used."""
+        files = tensor_files(self.folder)
+        return dict(read_tensors(files, files))
 
     def weights(self, names: list[str]) -> Iterator[tuple[str, Tensor]]:
         """Name and float32 weight of each named parameter, in order.
@@ -73,12 +101,12 @@ class Checkpoint:
         return self._read("model", names)
 
     def moments(self, names: list[str]) -> Iterator[tuple[str, Tensor]]:
-        """As `weights`, of AdamW's moments, which are named NAME.exp_avg and NAME.exp_avg_sq."""
+        """Name and value of each named tensor of the optimizer's state, in order; raises as `weights` does."""
         return self._read("optimizer", names)
 
     def random_state(self, rank: int) -> bytes | None:
         """The random states of a rank; None where the run had fewer ranks."""
-        path = self.folder / f"random_rank{rank:04}.pt"
+        path = self.folder / RANDOM_STATE.format(rank)
         return path.read_bytes() if path.is_file() else None
 
     def _read(self, stem: str, names: list[str]) -> Iterator[tuple[str, Tensor]]:
@@ -92,15 +120,43 @@ class Checkpoint:
         return read_tensors(files, names)
 
 
+READERS: dict[int, type[Checkpoint]] = {1: Checkpoint}
+"""The reader of each format."""
+
+
+def read_checkpoint(folder: Path) -> Checkpoint:
+    """Open a checkpoint that `newest_checkpoint` or `find_checkpoint` has found intact, whatever its format.
+
+    Raises:
+        ValueError: its state.json is damaged, or its format unknown.
+    """
+    return READERS[_format_of(folder)](folder)
+
+
+def data_fingerprint(folder: Path) -> dict[str, Any]:
+    """Fingerprint of the data in a checkpoint, from its state.json alone.
+
+    Raises:
+        ValueError: that file is missing or damaged.
+    """
+    return read_json(folder / STATE, {"data_fingerprint": dict})["data_fingerprint"]
+
+
+def _format_of(folder: Path) -> int:
+    form = read_json(folder / MANIFEST, {"format": int}, "")["format"]
+    if form not in READERS:
+        known = ", ".join(map(str, READERS))
+        raise ValueError(f"{folder} has checkpoint format {form}, but this version of xlstm-lm reads format {known}.")
+    return form
+
+
 def damage(folder: Path) -> str:
-    """What is wrong with a checkpoint, naming the file; empty if it is intact."""
-    manifest_path = folder / "manifest.json"
+    """Describe the damage of a checkpoint, naming the file; empty if it is intact."""
+    manifest_path = folder / MANIFEST
     if not manifest_path.is_file():
         return f"{folder} is not a checkpoint: it has no manifest.json."
     try:
-        form = read_json(manifest_path, {"format": int}, "")["format"]
-        if form != FORMAT:
-            return f"{folder} has checkpoint format {form}, but this version of xlstm-lm reads format {FORMAT}."
+        _format_of(folder)
         manifest = read_json(manifest_path, {"step": int, "files": dict}, "")
     except ValueError as error:
         return str(error).strip()
@@ -119,7 +175,7 @@ def damage(folder: Path) -> str:
         if crc32_of(path) != recorded["crc32"]:
             return f"{path} is damaged: its checksum differs from the one in manifest.json."
     try:
-        step = read_json(folder / "state.json", {"step": int}, "")["step"]
+        step = read_json(folder / STATE, {"step": int}, "")["step"]
     except ValueError as error:
         return str(error).strip()
     if step != manifest["step"]:
@@ -127,10 +183,15 @@ def damage(folder: Path) -> str:
     return ""
 
 
+def looks_like_a_checkpoint(path: Path) -> bool:
+    """Whether a path is a run's folder with checkpoints or a checkpoint's, by file names alone."""
+    return (path / CHECKPOINTS).is_dir() or (path / MANIFEST).is_file()
+
+
 def misnamed(checkpoint: Checkpoint) -> str:
     """Problem of a checkpoint stored under the number of another step; empty if the numbers agree."""
-    name, step = checkpoint.folder.name, checkpoint.state["step"]
-    if not STEP_FOLDER.fullmatch(name) or name == f"step_{step:08}":
+    step = checkpoint.state["step"]
+    if step_in_name(checkpoint.folder) in (None, step):
         return ""
     return f"holds the checkpoint of step {step}, by its state.json: it was copied or renamed"
 
@@ -152,7 +213,7 @@ def newest_checkpoint(run_dir: Path) -> Path:
         problems.append(problem)
         logger.warning("%s The checkpoint before it is taken.", problem)
     raise ValueError(
-        f"None of the {len(folders)} checkpoints in {Path(run_dir) / 'checkpoints'} can be used:\n"
+        f"None of the {len(folders)} checkpoints in {Path(run_dir) / CHECKPOINTS} can be used:\n"
         + "\n".join(problems)
         + "\nRestore one from a copy, or choose another training.run_dir to start afresh."
     )
@@ -164,9 +225,9 @@ def find_checkpoint(path: Path) -> Path:
     Raises:
         ValueError: it is neither, or damaged, or a folder of the run with the number of another step.
     """
-    if (path / "checkpoints").is_dir():
+    if (path / CHECKPOINTS).is_dir():
         newest = newest_checkpoint(path)
-        problem = misnamed(Checkpoint(newest))
+        problem = misnamed(read_checkpoint(newest))
         if problem:
             raise ValueError(f"{newest} {problem}. Rename it, or move it out of {newest.parent}.")
         return newest
@@ -180,7 +241,7 @@ def find_checkpoint(path: Path) -> Path:
 
 def remove_leftovers(run_dir: Path) -> None:
     """Delete what a killed writer left behind."""
-    parent = run_dir / "checkpoints"
+    parent = run_dir / CHECKPOINTS
     for path in parent.glob(f"{LEFTOVER}*"):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
@@ -192,15 +253,16 @@ def write_checkpoint(
     state: dict[str, Any],
     sizes: dict[str, int],
     weights: Iterator[tuple[str, Tensor]],
-    moments: Iterator[tuple[str, Tensor]] | None,
+    moment_sizes: dict[str, int] | None = None,
+    moments: Iterator[tuple[str, Tensor]] | None = None,
     config_yaml: str,
     save_tokenizer: Callable[[Path], None],
     keep: int,
 ) -> Path:
     """Save the run at `state["step"]`, then delete all but the newest `keep` checkpoints up to it. Collective.
 
-    `sizes` gives the number of elements of each weight, in the order that `weights` yields them; `moments` yields two
-    tensors for each, and is None for an imported model. Only rank 0 writes. Returns the checkpoint's folder.
+    `sizes` and `moment_sizes` give the number of elements of each tensor, in the order that `weights` and `moments`
+    yield them; the moments are None for an imported model. Only rank 0 writes. Returns the checkpoint's folder.
 
     Raises:
         RunError: on every rank, where rank 0 could not write; the unfinished folder is gone.
@@ -208,11 +270,10 @@ def write_checkpoint(
     random_states = world.gather(random_state_bytes()) if moments is not None else []
     writer = _Writer(run_dir, state["step"], config_yaml, save_tokenizer) if world.is_first else None
     message = writer.attempt(writer.begin) if writer else None
-    parts = [("model", weights, ("",))]
+    parts = [("model", weights, sizes)]
     if moments is not None:
-        parts.append(("optimizer", moments, tuple(f".{key}" for key in MOMENTS)))
-    for stem, tensors, moment_keys in parts:
-        stem_sizes = {name + key: size for name, size in sizes.items() for key in moment_keys}
+        parts.append(("optimizer", moments, moment_sizes))
+    for stem, tensors, stem_sizes in parts:
         if writer and not message:
             message = writer.attempt(lambda stem=stem, sizes=stem_sizes: writer.open(stem, sizes))
         for name, tensor in tensors:  # collective: goes on even where writing has failed
@@ -223,15 +284,15 @@ def write_checkpoint(
     message = world.from_first(message)
     if message:
         raise RunError(message)
-    return run_dir / "checkpoints" / f"step_{state['step']:08}"
+    return checkpoint_folder(run_dir, state["step"])
 
 
 class _Writer:
     """Rank 0's part of writing one checkpoint."""
 
     def __init__(self, run_dir: Path, step: int, config_yaml: str, save_tokenizer: Callable[[Path], None]) -> None:
-        self.parent = run_dir / "checkpoints"
-        self.target = self.parent / f"step_{step:08}"
+        self.target = checkpoint_folder(run_dir, step)
+        self.parent = self.target.parent
         self.folder = self.parent / f"{LEFTOVER}{self.target.name}"
         self.step, self.config_yaml, self.save_tokenizer = step, config_yaml, save_tokenizer
         self.files: dict[str, dict[str, int]] = {}
@@ -261,17 +322,17 @@ class _Writer:
 
     def finish(self, state: dict[str, Any], random_states: list[bytes], keep: int) -> None:
         for rank, content in enumerate(random_states):
-            self.write(f"random_rank{rank:04}.pt", content)
-        self.write("state.json", json.dumps(state).encode())
-        self.write("config.yaml", self.config_yaml.encode())
-        tokenizer = self.folder / "tokenizer"
+            self.write(RANDOM_STATE.format(rank), content)
+        self.write(STATE, json.dumps(state).encode())
+        self.write(CONFIG, self.config_yaml.encode())
+        tokenizer = self.folder / TOKENIZER
         self.save_tokenizer(tokenizer)
         for path in sorted(tokenizer.rglob("*")):
             if path.is_file():
                 self.write(path.relative_to(self.folder).as_posix(), path.read_bytes())
         sync_folder(tokenizer)
         manifest = {"format": FORMAT, "step": self.step, "files": self.files}
-        write_durably(self.folder / "manifest.json", json.dumps(manifest, indent=1).encode())
+        write_durably(self.folder / MANIFEST, json.dumps(manifest, indent=1).encode())
         sync_folder(self.folder)
         if self.target.exists():  # a damaged one, or one of a run whose newer steps were given up
             replaced = self.parent / f"{LEFTOVER}replaced-{self.target.name}"
@@ -281,7 +342,7 @@ class _Writer:
         else:
             self.folder.rename(self.target)
         sync_folder(self.parent)
-        replace_durably(self.parent / "latest", f"{self.target.name}\n".encode())
+        replace_durably(self.parent / LATEST, f"{self.target.name}\n".encode())
         older = [folder for step, folder in checkpoint_folders(self.parent.parent).items() if step <= self.step]
         for folder in older[keep:]:
             # Renamed first, so that a half-deleted one is never taken for a damaged checkpoint.

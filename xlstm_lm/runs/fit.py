@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from xlstm_lm.base.read_files import NUMBER, Fields, read_json
+from xlstm_lm.base.run_layout import STATE as STATE_FILE
 from xlstm_lm.base.tensor_files import tensor_files, tensor_forms
-from xlstm_lm.runs.checkpoint import MOMENTS, Checkpoint, misnamed
-from xlstm_lm.runs.folder import RunFolder
+from xlstm_lm.runs.checkpoint import RANDOM_STATE, Checkpoint, misnamed
 from xlstm_lm.runs.random_state import random_state_bytes, restore_random_state
-from xlstm_lm.runs.run_folder import differing_fields
+from xlstm_lm.runs.same_run import differing_fields
 
 FLOAT32 = "F32"
 IMPORTED_STATE: Fields = {"step": int, "imported_from": str, "tokenizer_fingerprint": str}
@@ -38,6 +38,10 @@ class Wanted:
     """The model section of its configuration."""
     shapes: Mapping[str, tuple[int, ...]]
     """The shape of each parameter."""
+    optimizer: str
+    """Kind of the optimizer."""
+    moments: Mapping[str, tuple[int, ...]]
+    """The shape of each tensor of the optimizer's state."""
     lanes: int
     """Rows of the global batch."""
 
@@ -54,13 +58,12 @@ def check_fit(checkpoint: Checkpoint, wanted: Wanted) -> None:
     folder = checkpoint.folder
     fields = IMPORTED_STATE if checkpoint.is_imported else STATE
     take_away = f"Move {folder} away to continue from another checkpoint"
-    read_json(folder / "state.json", fields, f"{take_away}.")
+    read_json(folder / STATE_FILE, fields, f"{take_away}.")
     problems = [f"It {problem}"] if (problem := misnamed(checkpoint)) else []
     problems += _other_configuration(checkpoint, wanted)
-    problems += _other_tensors(checkpoint, "model", {name: tuple(shape) for name, shape in wanted.shapes.items()})
+    problems += _other_tensors(checkpoint, "model", wanted.shapes)
     if not checkpoint.is_imported:
-        moments = {f"{name}.{key}": tuple(shape) for name, shape in wanted.shapes.items() for key in MOMENTS}
-        problems += _other_tensors(checkpoint, "optimizer", moments)
+        problems += _other_optimizer(checkpoint, wanted)
         problems += _other_state(checkpoint, wanted.lanes)
         problems += _damaged_random_states(checkpoint)
     if problems:
@@ -73,14 +76,21 @@ def check_fit(checkpoint: Checkpoint, wanted: Wanted) -> None:
 
 def _other_configuration(checkpoint: Checkpoint, wanted: Wanted) -> list[str]:
     """The fields of the checkpoint's own model section that differ, those aside that do not change what is computed."""
-    there = RunFolder(checkpoint.folder).config()["model"]
+    there = checkpoint.config()["model"]
     now = {name: value for name, value in wanted.model.items() if name in there}  # of new fields it says nothing
     return [f"config.yaml: {line.strip()}" for line in differing_fields({"model": there}, {"model": now})]
 
 
-def _other_tensors(checkpoint: Checkpoint, stem: str, shapes: dict[str, tuple[int, ...]]) -> list[str]:
+def _other_optimizer(checkpoint: Checkpoint, wanted: Wanted) -> list[str]:
+    if checkpoint.optimizer == wanted.optimizer:
+        return _other_tensors(checkpoint, "optimizer", wanted.moments)
+    kinds = f"{checkpoint.optimizer!r} there, {wanted.optimizer!r} now"
+    return [f"state.json: optimizer.kind {kinds}: one optimizer cannot go on from another's state"]
+
+
+def _other_tensors(checkpoint: Checkpoint, stem: str, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
     forms = tensor_forms(tensor_files(checkpoint.folder, stem))
-    wanted = {name: (FLOAT32, shape) for name, shape in shapes.items()}
+    wanted = {name: (FLOAT32, tuple(shape)) for name, shape in shapes.items()}
     different = [name for name in [*wanted, *sorted(forms.keys() - wanted)] if forms.get(name) != wanted.get(name)]
     lines = [f"{name}: {_form(forms.get(name))} there, {_form(wanted.get(name))} now" for name in different[:SHOWN]]
     more = [f"{len(different) - SHOWN} more tensors"] if len(different) > SHOWN else []
@@ -108,7 +118,7 @@ def _damaged_random_states(checkpoint: Checkpoint) -> list[str]:
     before = random_state_bytes()
     for rank in range(checkpoint.state["processes"]):
         content = checkpoint.random_state(rank)
-        name = f"random_rank{rank:04}.pt"
+        name = RANDOM_STATE.format(rank)
         if content is None:
             problems.append(f"{name}: absent, of {checkpoint.state['processes']} processes by state.json")
             break

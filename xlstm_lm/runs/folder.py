@@ -1,80 +1,151 @@
-"""The files of a run's folder, read in one place: whoever wants to know of a run reads them through `RunFolder`."""
+"""A run's folder: the one owner of the names in it, and of how its files are read and written."""
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import json
+import logging
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from xlstm_lm.base.durable_files import disk_errors_explained, replace_durably
 from xlstm_lm.base.read_files import NUMBER_OR_NULL, Fields, Line, json_lines, read_json
-from xlstm_lm.base.run_layout import checkpoint_folders
+from xlstm_lm.base.recipe import read_recipe
+from xlstm_lm.base.run_layout import (
+    CONFIG,
+    CURVE,
+    ENVIRONMENT,
+    LIBRARY_LOG,
+    METRICS,
+    MODEL_RECIPE,
+    ORIGIN,
+    SAMPLES,
+    SUPERSEDED,
+    TOKENIZER,
+    WANDB_ID,
+    checkpoint_folders,
+    run_of_checkpoint,
+)
 from xlstm_lm.ops.announce import announce_once
-from xlstm_lm.recipe import read_recipe
+
+logger = logging.getLogger("xlstm_lm")
 
 COMMON: Fields = {"split": str, "step": int}
+"""Fields of every line of metrics.jsonl."""
 MEASURED: Fields = {"tokens": int}
-"""In every line of metrics.jsonl about training or validation."""
+"""Further fields of every line about training or validation."""
 NUMBERS = ("loss", "bits_per_byte", "perplexity", "elapsed_seconds", "tokens_per_second")
-"""Further numbers that readers use; null where they are not finite."""
+"""Numbers that readers use where a line has them; null where they are not finite."""
+
+
+@dataclass(frozen=True)
+class MetricsSplit:
+    """The lines of metrics.jsonl, parted at a step."""
+
+    step: int
+    kept: list[bytes]
+    """Sound lines up to the step."""
+    cut: list[bytes]
+    """Later lines and damaged ones."""
+    last_step: int
+    """Step of the latest sound line; 0 where there is none."""
 
 
 class RunFolder:
-    """A run's folder, or, for `config`, a checkpoint's. Reads, never writes.
+    """A run's folder, or, for its configuration, a checkpoint's.
 
-    Every method raises ValueError where its file is damaged: empty, cut short, no UTF-8, or of another type; the
-    message names the file and what to do. (A last line of metrics.jsonl that was never finished is no damage: that is
-    how a killed run leaves it.)
+    Every method that reads raises ValueError where its file is damaged: empty, cut short, no UTF-8, or of another type.
+    The message names the file and the remedy. A last line of metrics.jsonl that was never finished is left out and is
+    no damage: a killed run leaves it.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+        self.config_path = self.path / CONFIG
+        self.metrics_path = self.path / METRICS
+        self.superseded_path = self.path / SUPERSEDED
+        self.curve_path = self.path / CURVE
+        self.library_log_path = self.path / LIBRARY_LOG
+        self.model_recipe_path = self.path / MODEL_RECIPE
+        self.tokenizer_path = self.path / TOKENIZER
+        self.origin_path = self.path / ORIGIN
+        self._environment_path = self.path / ENVIRONMENT
+        self._wandb_id_path = self.path / WANDB_ID
+
+    @classmethod
+    def of_checkpoint(cls, folder: Path) -> RunFolder | None:
+        """The run that a checkpoint's folder lies in; None where it lies in none."""
+        run_dir = run_of_checkpoint(folder)
+        return None if run_dir is None else cls(run_dir)
+
+    def checkpoints(self) -> dict[int, Path]:
+        """Folders of its checkpoints by step, newest first, damaged ones included."""
+        return checkpoint_folders(self.path)
 
     def config(self) -> dict[str, Any]:
-        """The sections in config.yaml, with at least that of the model."""
-        return read_config(self.path / "config.yaml")
+        """Sections in config.yaml, with at least that of the model."""
+        return read_config(self.config_path)
+
+    def write_config(self, config_yaml: str) -> None:
+        """Write config.yaml."""
+        replace_durably(self.config_path, config_yaml.encode())
 
     def metrics(self) -> list[dict[str, Any]]:
-        """The records of metrics.jsonl, first to last; none where there is no such file."""
-        lines = self._metric_lines()
+        """Records of metrics.jsonl, first to last; none where there is no such file."""
+        lines = [line for line in self._metric_lines() if not line.is_torn]
         for line in lines:
             if line.problem:
                 raise ValueError(self._damaged_line(line))
         return [line.value for line in lines]
 
-    def metric_lines(self, up_to: int) -> list[str]:
-        """The lines of metrics.jsonl, as they stand, up to a step. Damage behind the last of them does not count, but
-        is pointed out."""
+    def split(self, step: int) -> MetricsSplit:
+        """Part the lines of metrics.jsonl at a step, without changing the file.
+
+        A damaged line behind the last that is kept is announced and cut.
+
+        Raises:
+            ValueError: a line before the last that is kept is damaged.
+        """
         lines = self._metric_lines()
-        kept = [line for line in lines if not line.problem and line.value["step"] <= up_to]
+        kept = [line for line in lines if not line.problem and line.value["step"] <= step]
         end = kept[-1].number if kept else 0
-        for line in (line for line in lines if line.problem):
+        for line in (line for line in lines if line.problem and not line.is_torn):
             if line.number < end:
                 raise ValueError(self._damaged_line(line))
-            announce_once(f"{self._metrics_path}, line {line.number}, is damaged and left out: {line.problem}.")
-        return [line.text for line in kept]
+            announce_once(f"{self.metrics_path}, line {line.number}, is damaged and left out: {line.problem}.")
+        stays = {line.number for line in kept}
+        return MetricsSplit(
+            step=step,
+            kept=[line.content for line in kept],
+            cut=[line.content for line in lines if line.number not in stays],
+            last_step=max((line.value["step"] for line in lines if not line.problem), default=0),
+        )
 
-    def point_out_lost_metrics(self, checkpoint: Path, step: int) -> None:
-        """Warn where metrics.jsonl ends before a checkpoint of the run, although each save writes it through first."""
+    def point_out_lost_metrics(self, split: MetricsSplit, checkpoint: Path) -> None:
+        """Warn where metrics.jsonl ends before the checkpoint at the split: each save syncs that file first."""
         log_every = RunFolder(checkpoint).config().get("training", {}).get("log_every")
-        last = max((line.value["step"] for line in self._metric_lines() if not line.problem), default=0)
-        if isinstance(log_every, int) and last <= step - log_every:
-            ends = f"ends at step {last}" if last else "has no line"
+        if isinstance(log_every, int) and split.last_step <= split.step - log_every:
+            ends = f"ends at step {split.last_step}" if split.last_step else "has no line"
             announce_once(
-                f"{self._metrics_path} {ends}, but {checkpoint} is of step {step}: what came between is lost. The run "
-                "goes on without it; to have it back, stop the run and restore the file from a copy."
+                f"{self.metrics_path} {ends}, but {checkpoint} is of step {split.step}: what came between is lost. The "
+                "run goes on without it; to have it back, stop the run and restore the file from a copy."
             )
 
     def last_validation(self) -> dict[str, Any] | None:
-        """The newest record of held-out documents; None where there is none."""
+        """Newest record of held-out documents; None where there is none."""
         return next((record for record in reversed(self.metrics()) if record["split"] == "validation"), None)
 
-    def checkpoints(self) -> dict[int, Path]:
-        """The folders of its checkpoints by step, newest first, damaged ones included."""
-        return checkpoint_folders(self.path)
+    def add_sample(self, step: int, prompt: str, text: str) -> None:
+        """Append a text that the run's model generated to samples.jsonl."""
+        path = self.path / SAMPLES
+        with disk_errors_explained(path), path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, "prompt": prompt, "text": text}) + "\n")
 
     def environment(self) -> list[dict[str, Any]]:
-        """The sessions in environment.json, first to last; none where there is no such file."""
-        path = self.path / "environment.json"
+        """Sessions in environment.json, first to last; none where there is no such file."""
+        path = self._environment_path
         remedy = "Move it away: no run depends on it."
         if not path.is_file():
             return []
@@ -83,32 +154,44 @@ class RunFolder:
             raise ValueError(f"{path} is damaged: not all of its sessions are objects. {remedy}")
         return sessions
 
+    def add_session(self, session: dict[str, Any]) -> None:
+        """Append a session to environment.json. A damaged file is kept under another name and a new one begun."""
+        path = self._environment_path
+        try:
+            sessions = self.environment()
+        except ValueError as error:
+            names = (path.with_name(f"{path.name}.damaged-{number}") for number in itertools.count(1))
+            kept = next(name for name in names if not name.exists())
+            path.rename(kept)
+            logger.warning("%s It is kept as %s, and a new one begun.", error, kept.name)
+            sessions = []
+        replace_durably(path, json.dumps({"sessions": [*sessions, session]}, indent=2).encode())
+
     def wandb_id(self) -> str | None:
-        """The id in wandb.json that the run has at Weights & Biases; None where none was drawn yet."""
-        path = self.path / "wandb.json"
-        if not path.is_file():
+        """Id in wandb.json that the run has at Weights & Biases; None where none was drawn yet."""
+        if not self._wandb_id_path.is_file():
             return None
         remedy = 'Write the run\'s id at Weights & Biases there, as {"id": ...}, or delete the file for a new one.'
-        return read_json(path, {"id": str}, remedy)["id"]
+        return read_json(self._wandb_id_path, {"id": str}, remedy)["id"]
 
-    @property
-    def _metrics_path(self) -> Path:
-        return self.path / "metrics.jsonl"
+    def write_wandb_id(self, wandb_id: str) -> None:
+        """Keep the id that the run has at Weights & Biases, in wandb.json."""
+        replace_durably(self._wandb_id_path, json.dumps({"id": wandb_id}).encode())
 
     def _metric_lines(self) -> list[Line]:
-        if not self._metrics_path.is_file():
+        if not self.metrics_path.is_file():
             return []
-        return [_checked(line) for line in json_lines(self._metrics_path, COMMON)]
+        return [_checked(line) for line in json_lines(self.metrics_path, COMMON)]
 
     def _damaged_line(self, line: Line) -> str:
         return (
-            f"{self._metrics_path}, line {line.number}, is damaged: {line.problem}. Restore the file from a copy, or "
+            f"{self.metrics_path}, line {line.number}, is damaged: {line.problem}. Restore the file from a copy, or "
             "delete that line."
         )
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The sections of the config.yaml of a run or a checkpoint; an imported model's has no section but the model's.
+    """Read the config.yaml of a run or a checkpoint; an imported model's has the model's section alone.
 
     Raises:
         ValueError: the file is missing or damaged; names it.
@@ -130,7 +213,7 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def _checked(line: Line) -> Line:
-    """A line of metrics.jsonl; one with another type than a number where readers use a number is damaged, too."""
+    """Mark a line of metrics.jsonl as damaged where it has another type than a number where readers use a number."""
     record = line.value
     required = MEASURED if record.get("split") in ("train", "validation") else {}
     wrong = [name for name, types in required.items() if not isinstance(record.get(name, ""), types)]

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from xlstm_lm.base.durable_files import disk_errors_explained
-from xlstm_lm.runs.folder import RunFolder
 
 SPLITS = {"train": {"linewidth": 1, "alpha": 0.7}, "validation": {"marker": "o", "linewidth": 1.5}}
 """The lines of the picture and their styles."""
@@ -16,10 +16,15 @@ BEYOND = 1e30
 """A loss from here on, of a run that diverges, leaves no axis that could be drawn."""
 
 
-def draw_learning_curve(run_dir: Path) -> Path:
-    """Draw bits per byte, where the tokens are no text the loss, over the tokens of run_dir/metrics.jsonl into
-    run_dir/learning_curve.png."""
-    records = [record for record in RunFolder(run_dir).metrics() if record["split"] in SPLITS]
+def draw_learning_curve(records: list[dict[str, Any]], path: Path, title: str) -> None:
+    """Draw bits per byte, or the loss where the tokens are no text, over tokens.
+
+    Args:
+        records: those of metrics.jsonl.
+        path: the picture to write.
+        title: its title.
+    """
+    records = [record for record in records if record["split"] in SPLITS]
     is_text = any(record.get("bits_per_byte") is not None for record in records)
     measure, label = ("bits_per_byte", "bits per byte") if is_text else ("loss", "loss (nats a token)")
     figure = Figure(figsize=(7, 4.2), layout="constrained")
@@ -34,11 +39,9 @@ def draw_learning_curve(run_dir: Path) -> Path:
         if points:
             tokens, values = zip(*points, strict=True)
             axes.plot(tokens, values, label=f"{split}: {values[-1]:.3f} at the end", **style)
-    axes.set(xlabel="tokens", ylabel=label, title=run_dir.resolve().name)
+    axes.set(xlabel="tokens", ylabel=label, title=title)
     axes.grid(alpha=0.3)
     if axes.lines:
         axes.legend()
-    path = run_dir / "learning_curve.png"
     with disk_errors_explained(path):
         figure.savefig(path, dpi=120)
-    return path

@@ -16,7 +16,7 @@ def random_state_bytes() -> bytes:
     states = {
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
-        "numpy": (name, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached),
+        "numpy": (name, torch.from_numpy(np.asarray(keys).astype(np.int64)), position, has_gauss, cached),
         "python": (version, list(internal), gauss_next),
     }
     buffer = io.BytesIO()

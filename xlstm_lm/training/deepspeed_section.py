@@ -1,6 +1,6 @@
-"""The section `deepspeed` of a recipe: the keys of DeepSpeed's JSON that runs here may set, with their types.
+"""The section `deepspeed` of a recipe: the keys of DeepSpeed's JSON that a run may set, with their types.
 
-DeepSpeed ignores most unknown keys, so a misspelt one would be lost in silence.
+DeepSpeed ignores most unknown keys, so a misspelled one would have no effect and no message.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ REFUSED = {
     "zero_optimization.offload_optimizer.super_offload": "checkpoints here cannot reach moments that it holds",
     "zero_optimization.offload_param.nvme_path": _NO_NVME,
 }
-"""DeepSpeed's keys that a recipe must not hold, and why, or the field that is for it."""
+"""DeepSpeed's keys that a recipe must not set, with the reason or the field to use instead."""
 
 
 def _refuse(section: Any) -> Any:
@@ -86,7 +86,7 @@ def _refuse(section: Any) -> Any:
 
 
 def _problems(section: Any, prefix: str) -> list[str]:
-    """One line for each key of `REFUSED`, and for each value that only the Hugging Face Trainer fills in."""
+    """One line for each key in `REFUSED` and each value 'auto', which only the Hugging Face Trainer resolves."""
     problems = []
     for key, value in section.items() if isinstance(section, dict) else ():
         name = f"{prefix}{key}"
@@ -99,38 +99,37 @@ def _problems(section: Any, prefix: str) -> list[str]:
     return problems
 
 
-class OffloadOptimizer(TypedDict, total=False):
-    """Master weights and moments in the host's memory."""
-
-    __pydantic_config__ = _FORBID
+class Offload(TypedDict, total=False):
+    """Tensors in the host's memory."""
 
     device: Literal["none", "cpu"]
     """Device that holds them. Checkpoints can be read from and written to device cpu only."""
     pin_memory: StrictBool
     """Whether the memory is page-locked."""
+    buffer_count: Count
+    """Buffers of offloading."""
+
+
+class OffloadOptimizer(Offload, total=False):
+    """Master weights and moments in the host's memory."""
+
+    __pydantic_config__ = _FORBID
+
     ratio: Literal[1]
     """Part of them that is offloaded."""
     fast_init: StrictBool
     """Whether they are set up faster."""
-    buffer_count: Count
-    """Buffers of offloading."""
     pipeline_read: StrictBool
     """Whether reads overlap with computation."""
     pipeline_write: StrictBool
     """Whether writes overlap with computation."""
 
 
-class OffloadParam(TypedDict, total=False):
+class OffloadParam(Offload, total=False):
     """Weights in the host's memory, at stage 3."""
 
     __pydantic_config__ = _FORBID
 
-    device: Literal["none", "cpu"]
-    """Device that holds them. Checkpoints can be read from and written to device cpu only."""
-    pin_memory: StrictBool
-    """Whether the memory is page-locked."""
-    buffer_count: Count
-    """Buffers of offloading."""
     buffer_size: Count
     """Elements of a buffer."""
     max_in_cpu: CountOrZero
@@ -312,4 +311,4 @@ class DeepSpeedSection(TypedDict, total=False):
 
 
 CheckedSection = Annotated[DeepSpeedSection, BeforeValidator(_refuse)]
-"""The section, with keys of `REFUSED` rejected by name."""
+"""Type of the section, with the keys in `REFUSED` rejected by name."""

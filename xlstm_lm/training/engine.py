@@ -1,4 +1,4 @@
-"""One optimizer step through DeepSpeed, and its weights and moments by parameter name, whatever the ZeRO stage."""
+"""One training step through DeepSpeed, and access to weights and optimizer state by name at every ZeRO stage."""
 
 from __future__ import annotations
 
@@ -20,11 +20,10 @@ from deepspeed.utils import (
 from torch import Tensor, nn
 
 from xlstm_lm.parallel.process_group import World
-from xlstm_lm.runs.checkpoint import MOMENTS
 from xlstm_lm.training.deepspeed_config import Precision, deepspeed_json, refusals_explained
-from xlstm_lm.training.optimizer import OptimizerConfig, build_optimizer
+from xlstm_lm.training.optimizer import OptimizerConfig, build_optimizer, state_shapes
 
-# Calls inside DeepSpeed that newer versions of torch have other names for.
+# DeepSpeed calls functions under names that newer versions of torch deprecate.
 warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed.c10d_logger")
 
 MicroBatch = tuple[Tensor, Tensor, Tensor]  # tokens_BT, targets_BT, resets_BT
@@ -39,8 +38,10 @@ class TrainingModule(nn.Module):
         self.z_loss = z_loss
 
     def forward(self, tokens_BT: Tensor, targets_BT: Tensor | None, resets_BT: Tensor) -> Tensor | dict[str, Tensor]:
-        """The sum of the target tokens' losses in nats, in training with the z-loss; without targets the gate
-        statistics."""
+        """Sum of the target tokens' losses in nats, in training mode with the z-loss.
+
+        Without targets, the model's gate statistics.
+        """
         if targets_BT is None:
             return self.model.gate_statistics(tokens_BT, resets_BT)
         z_loss = self.z_loss if self.training else 0.0
@@ -49,15 +50,18 @@ class TrainingModule(nn.Module):
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step did on this rank: whether weights changed, its own loss sum (nats), the whole gradient's norm."""
+    """Outcome of a step."""
 
     applied: bool
+    """Whether the weights were updated; the same on all ranks."""
     loss_sum: Tensor
+    """Sum of the losses of this rank's target tokens, in nats."""
     gradient_norm: Tensor | float
+    """Norm of the whole gradient before clipping."""
 
 
 class TrainingEngine:
-    """A DeepSpeed engine around a model, with AdamW of ours."""
+    """A DeepSpeed engine around a model and one of OPTIMIZERS."""
 
     def __init__(
         self,
@@ -71,11 +75,25 @@ class TrainingEngine:
         accumulation_steps: int,
         z_loss: float = 0.0,
     ) -> None:
-        """`model` has been built alike on every rank; `deepspeed_section` has been checked with the recipe."""
+        """Set up DeepSpeed. Collective.
+
+        Args:
+            model: The model, with the same weights on every rank.
+            optimizer_config: Section optimizer of the recipe, checked against the layout.
+            deepspeed_section: Section deepspeed of the recipe, checked.
+            world: All processes; ZeRO divides state over them.
+            precision: Type of weights and activations; master weights are float32 in both.
+            micro_batch_size: Rows of one forward and backward pass on one rank.
+            accumulation_steps: Micro batches of a step on one rank.
+            z_loss: Weight of the z-loss; 0 for none.
+        """
         persistent = set(model.state_dict()) - {name for name, _ in model.named_parameters(remove_duplicate=False)}
         assert not persistent, f"checkpoints hold parameters only, but the model has persistent buffers {persistent}"
         self.world = world
         self.shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+        no_decay = model.no_decay_parameter_names()
+        self.moment_shapes = state_shapes(optimizer_config, self.shapes, no_decay)
+        """Shape of each tensor that `moments` yields, by name, in order."""
         self._parameters = dict(model.named_parameters())
         self._clip = optimizer_config.gradient_clip
         self._accumulation_steps = accumulation_steps
@@ -88,35 +106,39 @@ class TrainingEngine:
             gradient_clip=self._clip,
         )
         self.stage = config["zero_optimization"]["stage"]
-        # Only its shared-memory all-reduce for CPUs asks for this list. Made by DeepSpeed itself, it takes a probe of
-        # all compiled operations, and a minute to compile that one, which gloo makes unnecessary.
+        # DeepSpeed reads this list only for its shared-memory all-reduce on CPUs, which gloo makes unnecessary. Left
+        # to DeepSpeed, the list costs a probe of all its operations and a minute of compiling that one.
         deepspeed.ops.__compatible_ops__ = {}
         deepspeed.init_distributed(dist_backend="nccl" if world.device.type == "cuda" else "gloo")
-        # Moved first, so that torch sees parameters on the device they will stay on when it picks its fused kernel.
+        # The module moves first, because torch chooses its fused optimizer kernel by the parameters' device.
         module = TrainingModule(model, z_loss).to(world.device)
-        self._adamw = build_optimizer(optimizer_config, model.named_parameters(), model.no_decay_parameter_names())
+        self._optimizer = build_optimizer(optimizer_config, model.named_parameters(), no_decay)
         with refusals_explained():
-            self._engine, *_ = deepspeed.initialize(model=module, optimizer=self._adamw, config=config)
+            self._engine, *_ = deepspeed.initialize(model=module, optimizer=self._optimizer, config=config)
         self._create_optimizer_state()
 
     def train_step(self, micro_batches: list[MicroBatch], scale: Tensor | float, learning_rate: float) -> StepResult:
-        """Forward, backward, reduction and update.
+        """Run forward, backward, reduction and update. Collective.
 
-        The gradient is the sum over all ranks' micro batches of d(loss sum * scale / world size): with a scale of world
-        size / target tokens of the global batch it is that of the mean token loss. A loss or gradient that is not
-        finite anywhere leaves weights, moments and the optimizer's step as they are, on every rank.
+        The gradient is that of sum(loss sum * scale) / world size over all ranks' micro batches. If a loss or gradient
+        is not finite on any rank, weights, optimizer state and its step count stay unchanged on every rank.
 
-        DeepSpeed reads the gradient norm on the host before it updates: the one device synchronisation of a step.
+        DeepSpeed reads the gradient norm on the host before the update, the only device synchronization of a step.
+
+        Args:
+            micro_batches: This rank's rows of the step, accumulation_steps of them.
+            scale: Factor of the losses; world size / target tokens of the global batch gives the mean token loss.
+            learning_rate: Rate of the schedule; each parameter group multiplies it by its lr_scale.
         """
         assert len(micro_batches) == self._accumulation_steps
         self._engine.train()
-        for group in self._adamw.param_groups:
-            group["lr"] = learning_rate
+        for group in self._optimizer.param_groups:
+            group["lr"] = learning_rate * group["lr_scale"]
         loss_sum = torch.zeros((), device=self.world.device)
         for index, micro_batch in enumerate(micro_batches):
             loss = self._engine(*micro_batch)
             loss_sum = loss_sum + loss.detach().float()
-            # An infinite loss can have a finite gradient: a NaN for a scale makes every rank see that this went wrong.
+            # An infinite loss can have a finite gradient. A scale of NaN then makes the gradient NaN on every rank.
             finite_scale = torch.where(
                 torch.isfinite(loss.detach()), torch.as_tensor(scale, device=loss.device), torch.nan
             )
@@ -134,7 +156,7 @@ class TrainingEngine:
         applied = bool(torch.isfinite(norm))
         if not applied:
             for parameter in self._parameters.values():
-                parameter.grad = None  # AdamW passes over parameters without a gradient
+                parameter.grad = None  # optimizers leave parameters without a gradient unchanged
         elif self._clip:
             torch.nn.utils.clip_grads_with_norm_(self._parameters.values(), self._clip, norm)
         self._engine.step()
@@ -142,39 +164,46 @@ class TrainingEngine:
 
     @torch.no_grad()
     def evaluate(self, micro_batch: MicroBatch) -> Tensor:
-        """The loss sum (nats) of one micro batch. Under ZeRO-3 every rank must call it equally often."""
+        """Loss sum of one micro batch in nats. Under ZeRO-3, every rank must call it equally often."""
         self._engine.eval()
         return self._engine(*micro_batch)
 
     @torch.no_grad()
     def gate_statistics(self, micro_batch: MicroBatch) -> dict[str, Tensor]:
-        """The model's gate statistics on one micro batch, if it has gates. Under ZeRO-3 every rank must call it."""
+        """Gate statistics on one micro batch; empty if the model has none. Under ZeRO-3, every rank must call it."""
         if not hasattr(self._engine.module.model, "gate_statistics"):
             return {}
         self._engine.eval()
         tokens_BT, _, resets_BT = micro_batch
         return self._engine(tokens_BT, None, resets_BT)
 
-    # Weights and moments. Reading is collective: every rank asks for the same names in the same order.
+    # Weights and optimizer state. Reading is collective: every rank must read the same names in the same order.
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Name and float32 master weight of every parameter, one at a time, on the device."""
+        """Yield name and float32 master weight of every parameter, on the device."""
         for name, parameter in self._parameters.items():
             value = parameter if self.stage == 0 else safe_get_full_fp32_param(parameter)
             yield name, value.detach().float().view(self.shapes[name])
 
     def moments(self) -> Iterator[tuple[str, Tensor]]:
-        """As `weights`, of both moments: NAME.exp_avg and NAME.exp_avg_sq. Before the first step they are zero."""
-        for name, parameter in self._parameters.items():
-            for key in MOMENTS:
-                if self.stage == 0:
-                    value = self._adamw.state[parameter][key]
-                else:
-                    value = safe_get_full_optimizer_state(parameter, key)
-                yield f"{name}.{key}", value.detach().float().view(self.shapes[name])
+        """Yield name, PARAMETER.KEY, and float32 value of each tensor of optimizer state, which starts at zero."""
+        for name, shape in self.moment_shapes.items():
+            parameter_name, _, key = name.rpartition(".")
+            parameter = self._parameters[parameter_name]
+            if self.stage == 0:
+                value = self._optimizer.state[parameter][key]
+            else:
+                value = safe_get_full_optimizer_state(parameter, key)
+            yield name, value.detach().float().view(shape)
 
     def load(self, weights: Iterator[tuple[str, Tensor]], moments: Iterator[tuple[str, Tensor]], step: int) -> None:
-        """Take full float32 weights and moments, as `weights` and `moments` give them, on every rank alike."""
+        """Replace weights and optimizer state by full float32 tensors, the same on every rank. Collective.
+
+        Args:
+            weights: Name and value of parameters, as `weights` yields them.
+            moments: Name and value of optimizer state, as `moments` yields it; without any, the state stays.
+            step: Updates that the optimizer has made.
+        """
         for name, value in weights:
             self._write(self._parameters[name], value)
         for name, value in moments:
@@ -182,17 +211,23 @@ class TrainingEngine:
             self._write(self._parameters[name], value, key)
         if self.stage in (1, 2):
             self._engine.optimizer.update_lp_params()
-        for state in self._adamw.state.values():
+        for state in self._optimizer.state.values():
             state["step"].fill_(step)
 
     def weights_are_finite(self) -> bool:
-        """Whether every weight is a finite number. Collective: each rank looks at the weights, or shares, it holds."""
+        """Whether every weight is finite. Collective: each rank checks the weights, or parts of weights, it holds."""
         own = [self._own_part(parameter) for parameter in self._parameters.values()]
         broken = torch.stack([(~torch.isfinite(each).all()).to(self.world.device, torch.int64) for each in own]).sum()
         return not int(self.world.sum_(broken))
 
+    def parameter_norm(self) -> Tensor:
+        """Euclidean norm of all weights together, a float32 scalar on the device. Collective."""
+        own = [self._own_part(parameter) for parameter in self._parameters.values()]
+        square = torch.stack([torch.linalg.vector_norm(each, dtype=torch.float32) for each in own]).square().sum()
+        return (self.world.sum_(square) if self.stage == 3 else square).sqrt()
+
     def _own_part(self, parameter: nn.Parameter) -> Tensor:
-        """The values of a parameter on this rank: under ZeRO-3 its share, without the padding of the last one."""
+        """Values of a parameter on this rank; under ZeRO-3 its share without padding."""
         if self.stage < 3:
             return parameter.detach()
         share = parameter.ds_tensor.ds_numel
@@ -200,20 +235,15 @@ class TrainingEngine:
         return parameter.ds_tensor.detach().flatten()[:own]
 
     @property
-    def moment_names(self) -> list[str]:
-        """The names that `moments` yields, in order."""
-        return [f"{name}.{key}" for name in self.shapes for key in MOMENTS]
-
-    @property
     def optimizer_steps(self) -> int:
-        """Updates that AdamW has made: the run's steps but for the skipped ones."""
-        return max((int(state["step"]) for state in self._adamw.state.values()), default=0)
+        """Updates that the optimizer has made: the run's steps without the skipped ones."""
+        return max((int(state["step"]) for state in self._optimizer.state.values()), default=0)
 
     @torch.no_grad()
     def _write(self, parameter: nn.Parameter, value: Tensor, moment: str | None = None) -> None:
         value = value.to(self.world.device)
         if self.stage == 0:
-            (self._adamw.state[parameter][moment] if moment else parameter).copy_(value)
+            (self._optimizer.state[parameter][moment] if moment else parameter).copy_(value)
         elif self.stage < 3:
             if moment:
                 safe_set_full_optimizer_state(parameter, value, moment)
@@ -223,7 +253,7 @@ class TrainingEngine:
             if not moment:
                 with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
                     parameter.copy_(value)
-            # A rank's share is of equal size on all ranks: the last one is filled up.
+            # Shares have the same size on all ranks; the last one is padded.
             share = parameter.ds_tensor.ds_numel
             filled = torch.zeros(share * self.world.size, device=value.device)
             filled[: value.numel()] = value.flatten()
@@ -234,30 +264,28 @@ class TrainingEngine:
                 safe_set_local_fp32_param(parameter, own)
 
     def _create_optimizer_state(self) -> None:
-        """What AdamW would create in its first step.
+        """Create the state that the optimizer would create in its first step.
 
-        Left to itself, ZeRO 1 and 2 link the moments to the parameters after the first group's first step, when those
-        of the second group do not exist yet: they could never be read by name (DeepSpeed 0.19.8).
+        By default, ZeRO 1 and 2 link the state to the parameters after the first group's first step, when that of the
+        second group does not exist yet: it could never be read by name (DeepSpeed 0.19.8).
         """
-        zero_optimizer = self._engine.optimizer
-        if self.stage == 0:
-            partitions = list(self._parameters.values())
-        elif self.stage == 3:
-            partitions = zero_optimizer.fp32_partitioned_groups_flat
-        elif hasattr(zero_optimizer, "fp32_groups_flat_partition"):  # bf16 at stage 1
-            partitions = zero_optimizer.fp32_groups_flat_partition
-        else:
-            partitions = zero_optimizer.single_partition_of_fp32_groups
-        for partition in partitions:
-            if not self._adamw.state[partition]:
-                self._adamw.state[partition] = {
+        zero_optimizer, groups = self._engine.optimizer, self._optimizer.param_groups
+        if self.stage == 3:
+            partitions = [
+                (partition, groups[zero_optimizer.sub_group_to_group_id[index]])
+                for index, partition in enumerate(zero_optimizer.fp32_partitioned_groups_flat)
+            ]
+        else:  # at stages 1 and 2 each group holds this rank's flat float32 partition
+            partitions = [(partition, group) for group in groups for partition in group["params"]]
+        for partition, group in partitions:
+            if not self._optimizer.state[partition]:
+                self._optimizer.state[partition] = {
                     "step": torch.zeros((), device=partition.device),
-                    "exp_avg": torch.zeros_like(partition),
-                    "exp_avg_sq": torch.zeros_like(partition),
+                    **{key: torch.zeros_like(partition) for key in group["state_keys"]},
                 }
         if self.stage in (1, 2):
             zero_optimizer._lazy_init_hp_params_optimizer_state()
 
     def close(self) -> None:
-        """Give back what DeepSpeed holds."""
+        """Free DeepSpeed's buffers and hooks."""
         self._engine.destroy()

@@ -18,11 +18,9 @@ from xlstm_lm.base.finite import listed
 from xlstm_lm.base.lease import FolderLease
 from xlstm_lm.base.outputs import check_run_folder
 from xlstm_lm.base.paths import user_path
-from xlstm_lm.base.run_layout import checkpoint_folders
-from xlstm_lm.config import RunConfig, as_dict, as_recipe
 from xlstm_lm.data import Batch, DocumentData, TrainingData
 from xlstm_lm.models import build_model
-from xlstm_lm.models.accounting import parameter_shapes, training_flops_per_token
+from xlstm_lm.models.accounting import training_flops_per_token
 from xlstm_lm.ops.announce import announce_once
 from xlstm_lm.parallel.launcher import program_command
 from xlstm_lm.parallel.process_group import World, join_world, lost_processes_explained
@@ -30,26 +28,23 @@ from xlstm_lm.runs.checkpoint import (
     Checkpoint,
     find_checkpoint,
     newest_checkpoint,
+    read_checkpoint,
     remove_leftovers,
     write_checkpoint,
 )
 from xlstm_lm.runs.fit import Wanted, check_fit
-from xlstm_lm.runs.folder import RunFolder
+from xlstm_lm.runs.folder import MetricsSplit, RunFolder
 from xlstm_lm.runs.picture import draw_learning_curve
 from xlstm_lm.runs.random_state import restore_random_state
-from xlstm_lm.runs.run_folder import (
-    FREE_WHEN_BRANCHING,
-    check_same_run,
-    open_run_folder,
-    record_environment,
-    write_config,
-)
+from xlstm_lm.runs.same_run import FREE_WHEN_BRANCHING, check_same_run, open_run_folder
+from xlstm_lm.runs.session import record_session
 from xlstm_lm.training.config import split_batch
-from xlstm_lm.training.deepspeed_config import choose_precision
-from xlstm_lm.training.engine import TrainingEngine
-from xlstm_lm.training.kernel_check import with_kernels_that_are_right
-from xlstm_lm.training.memory import check_memory, memory_errors_explained
+from xlstm_lm.training.deepspeed_config import choose_precision, zero_stage
+from xlstm_lm.training.engine import MicroBatch, TrainingEngine
+from xlstm_lm.training.kernel_check import check_kernels
+from xlstm_lm.training.memory import check_memory, memory_errors_explained, planned_shapes
 from xlstm_lm.training.report import Report
+from xlstm_lm.training.run_config import RunConfig, as_dict, as_recipe
 from xlstm_lm.training.safeguards import NOT_FINITE, SkipCounter, StopRequest
 from xlstm_lm.training.schedule import learning_rate_ratio
 from xlstm_lm.training.validation import count_targets, evaluate, split_rows
@@ -60,32 +55,39 @@ FRESH_STATE = {"step": 0, "tokens": 0, "elapsed_seconds": 0.0, "skipped_steps": 
 
 
 def train(run: RunConfig, data: TrainingData | None = None) -> Path:
-    """Train, or go on training, the run that `run` describes. Returns its folder.
+    """Start or continue a run and train it to its last step. Every process of the run calls this.
 
-    Every process of the run calls this; started without a launcher it is a run of one process. `data`, where given,
-    takes the place of the documents that `run.data` names.
+    Args:
+        run: Configuration of the run.
+        data: Data to train on; None for the documents that `run.data` names.
+
+    Returns:
+        The run's folder.
 
     Raises:
         ValueError: the configuration cannot be trained, the run folder or a checkpoint does not fit it, or another
-            process is at work in the folder.
-        RunError: the disk is full, too many steps in a row were not finite, or the run folder is no longer there.
-        SystemExit: with code 0, where SIGTERM or Ctrl-C asked to stop and the run has been saved.
+            process trains in the folder.
+        RunError: the disk is full, too many steps in a row were not finite, or the run folder has disappeared.
+        SystemExit: with code 0, after SIGTERM or Ctrl-C, once the run is saved.
     """
     run.schedule.check_steps(run.training.steps)
     world = join_world()
-    # Gates let moments and states fade through numbers that a CPU computes with a hundred times more slowly.
+    # Decaying states and moments pass through denormal numbers, which slow a CPU down a hundred times.
     torch.set_flush_denormal(True)
-    micro_rows, _ = split_batch(run.data.global_batch_size, world.size, run.training.micro_batch_size)
-    check_memory(run, world, choose_precision(run.training.precision, world.device), micro_rows)
+    micro_rows, _ = split_batch(run.data.global_batch_size, world.data.size, run.training.micro_batch_size)
+    precision = choose_precision(run.training.precision, world.device)
+    run.optimizer.check_layout(zero_stage(run.deepspeed, precision), run.deepspeed.get("zero_optimization", {}))
+    check_memory(run, world, precision, micro_rows)
     stop_request = StopRequest()
     with memory_errors_explained(run), contextlib.ExitStack() as resources, lost_processes_explained(world):
         trainer = Trainer(run, world, stop_request, resources, data)
-        with stop_request:  # before the first step there is nothing to save: Ctrl-C and SIGTERM end the run at once
+        with stop_request:  # earlier there is nothing to save, and Ctrl-C and SIGTERM end the run at once
             stopped = trainer.run_steps()
     if world.is_first:
-        draw_learning_curve(trainer.run_dir)
+        folder = RunFolder(trainer.run_dir)
+        draw_learning_curve(folder.metrics(), folder.curve_path, trainer.run_dir.resolve().name)
         if stopped:
-            words = [*program_command(launched=True), "train", "--config", str(trainer.run_dir / "config.yaml")]
+            words = [*program_command(launched=True), "train", "--config", str(folder.config_path)]
             how = f" Continue with: {shlex.join(words)}" if data is None else ""
             console.say(f"Saved step {trainer.step} of {run.training.steps}.{how}")
     if stopped:
@@ -104,10 +106,19 @@ class Trainer:
         resources: contextlib.ExitStack,
         data: TrainingData | None = None,
     ) -> None:
-        """Set up everything, from the newest checkpoint if there is one; `resources` will close it."""
+        """Set up data, model and reports, from the newest checkpoint if there is one.
+
+        Args:
+            run: Configuration of the run.
+            world: All processes of the run.
+            stop_request: Signals received so far.
+            resources: Stack that closes what is opened here.
+            data: Data to train on; None for the documents that `run.data` names.
+        """
         self.run, self.world, self.stop_request = run, world, stop_request
         self.run_dir = run.training.folder
         self.lease: FolderLease | None = None  # rank 0's
+        self.metrics: MetricsSplit | None = None  # rank 0's: the metrics that the folder has
         world.on_first(lambda: self.take_folder(resources))
         config = as_dict(run)
         self.config_yaml = as_recipe(run)
@@ -121,14 +132,14 @@ class Trainer:
             )
         self.bytes_per_token = torch.as_tensor(self.tokenizer.bytes_per_token)
         self.micro_rows, micro_batches = split_batch(
-            run.data.global_batch_size, world.size, run.training.micro_batch_size
+            run.data.global_batch_size, world.data.size, run.training.micro_batch_size
         )
         start = world.on_first(lambda: self.open_folder(config))
-        console.keep_library_output(self.run_dir / "libraries.log")
-        checkpoint = Checkpoint(start) if start else None
+        console.keep_library_output(RunFolder(self.run_dir).library_log_path)
+        checkpoint = read_checkpoint(start) if start else None
 
         rows = self.micro_rows * micro_batches
-        lanes = range(world.rank * rows, (world.rank + 1) * rows)
+        lanes = range(world.data.rank * rows, (world.data.rank + 1) * rows)
         self.stream = self.data.stream(lanes, run.training.seed)
         resources.callback(self.stream.close)
         if checkpoint:
@@ -139,10 +150,10 @@ class Trainer:
         precision = choose_precision(run.training.precision, world.device)
         dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         console.stage("checking the kernels")
-        model_config, kernels = with_kernels_that_are_right(run.model, world, dtype, self.micro_rows)
+        kernels = check_kernels(run.model, world, dtype, self.micro_rows)
         console.stage("building the model")
         torch.manual_seed(run.training.seed)
-        model = build_model(model_config)
+        model = build_model(run.model)
         model.activation_checkpointing = run.training.activation_checkpointing
         self.engine = TrainingEngine(
             model,
@@ -170,53 +181,55 @@ class Trainer:
             steps=run.training.steps,
             flops_per_token=training_flops_per_token(run.model, run.data.context_length),
             state=state,
+            split=self.metrics,
         )
         resources.callback(self.report.close)
         if world.is_first:
-            record_environment(self.run_dir, world, self.step, kernels)
+            record_session(self.run_dir, world, self.step, kernels)
         if checkpoint and checkpoint.is_imported:
             self.report.progress.say(f"Starting from weights imported from {checkpoint.state['imported_from']}")
         elif checkpoint:
             self.report.progress.say(f"Continuing after step {self.step}, from {checkpoint.folder}")
 
     def take_folder(self, resources: contextlib.ExitStack) -> None:
-        """On rank 0: keep every other process out of the run's folder until `resources` are closed."""
+        """Lock the run's folder against other runs until `resources` are closed. For rank 0."""
         check_run_folder(self.run_dir)
         self.lease = FolderLease.take(self.run_dir)
         resources.callback(self.lease.release)
 
     def open_folder(self, config: dict[str, Any]) -> Path | None:
-        """On rank 0: make the run folder this run's, and find the checkpoint to start from, if any."""
-        resume = self.run.training.resume
+        """Prepare the run folder and return the checkpoint to start from, None for a fresh start. For rank 0."""
+        resume, folder = self.run.training.resume, RunFolder(self.run_dir)
         branch = None
-        if resume not in ("auto", "never") and not checkpoint_folders(self.run_dir):
+        if resume not in ("auto", "never") and not folder.checkpoints():
             branch = find_checkpoint(user_path(resume))
             check_same_run(branch, config, FREE_WHEN_BRANCHING)
         open_run_folder(self.run_dir, config, resume)
-        start = newest_checkpoint(self.run_dir) if checkpoint_folders(self.run_dir) else branch
-        if start:
-            self.check_start(Checkpoint(start), config, is_branch=start == branch)
-        write_config(self.run_dir, self.config_yaml)
+        start = newest_checkpoint(self.run_dir) if folder.checkpoints() else branch
+        checkpoint = read_checkpoint(start) if start else None
+        if checkpoint:
+            self.check_start(checkpoint, config)
+        self.metrics = folder.split(0 if checkpoint is None or checkpoint.is_imported else checkpoint.state["step"])
+        if checkpoint and start != branch:
+            folder.point_out_lost_metrics(self.metrics, start)
+        folder.write_config(self.config_yaml)
         remove_leftovers(self.run_dir)
         return start
 
-    def check_start(self, checkpoint: Checkpoint, config: dict[str, Any], is_branch: bool) -> None:
-        """Refuse to start from a checkpoint that does not fit, or in a folder with damaged records.
+    def check_start(self, checkpoint: Checkpoint, config: dict[str, Any]) -> None:
+        """Check that the checkpoint fits the run, and that its id at Weights & Biases can be read.
 
         Raises:
-            ValueError: names the folder or file, and what is wrong with it.
+            ValueError: names the folder or file and the fault.
         """
-        shapes = {name: tuple(shape) for name, shape in parameter_shapes(self.run.model).items()}
-        check_fit(checkpoint, Wanted(config["model"], shapes, self.run.data.global_batch_size))
-        folder = RunFolder(self.run_dir)
-        if not is_branch:
-            folder.metric_lines(checkpoint.state["step"])
-            folder.point_out_lost_metrics(checkpoint.folder, checkpoint.state["step"])
+        shapes, moments = planned_shapes(self.run)
+        kind, lanes = self.run.optimizer.kind, self.run.data.global_batch_size
+        check_fit(checkpoint, Wanted(config["model"], shapes, kind, moments, lanes))
         if self.run.wandb.mode != "disabled" and self.run.wandb.id is None:
-            folder.wandb_id()
+            RunFolder(self.run_dir).wandb_id()
 
     def run_steps(self) -> bool:
-        """Train until the last step is done (False) or somebody asks to stop (True). Either way the run is saved."""
+        """Train and save. Returns True if a stop was requested before the last step, False after the last step."""
         training, optimizer = self.run.training, self.run.optimizer
         if self.step >= training.steps:
             self.report.progress.say(f"The run has its {training.steps} steps; raise training.steps to go on.")
@@ -226,7 +239,7 @@ class Trainer:
             counts = self.count(batch)
             learning_rate = optimizer.learning_rate * learning_rate_ratio(self.run.schedule, self.step, training.steps)
             micro_batches = split_rows(batch, self.micro_rows, self.world.device)
-            # The gradient of the mean loss of all target tokens of the step, on whichever rank they are.
+            # This scale makes the gradient that of the mean loss over the target tokens of all ranks.
             result = self.engine.train_step(micro_batches, self.world.size / counts[0].clamp(min=1), learning_rate)
             self.step += 1
             self.report.count(counts[0])
@@ -240,8 +253,8 @@ class Trainer:
             last = self.step == training.steps
             gates_due = training.gate_statistics_every and self.step % training.gate_statistics_every == 0
             if self.step % training.log_every == 0 or last or gates_due or not result.applied:
-                gates = self.engine.gate_statistics(micro_batches[0]) if gates_due else {}
-                self.report.train_step(self.step, result, counts, learning_rate, gates)
+                measured = self.measure(micro_batches[0], gates_due)
+                self.report.train_step(self.step, result, counts, learning_rate, measured)
             # The engine has waited for the device in this step already: reading the flag costs nothing.
             stop = bool(counts[2]) and not last
             with self.report.clock.paused():
@@ -253,10 +266,18 @@ class Trainer:
                 return True
         return False
 
-    def count(self, batch: Batch) -> torch.Tensor:
-        """Target tokens, their bytes, and ranks that want to stop, summed over the ranks: int64 (3,), on the device.
+    def measure(self, micro_batch: MicroBatch, gates_due: bool) -> dict[str, torch.Tensor]:
+        """Scalar metrics of a logged step, by name, that need a computation of their own. Collective."""
+        gates = self.engine.gate_statistics(micro_batch) if gates_due else {}
+        return {
+            "parameter_norm": self.engine.parameter_norm(),
+            **{f"gates/{name}": value for name, value in gates.items()},
+        }
 
-        Rank 0 wants to where the run's folder is no longer in its place; `save` then says so.
+    def count(self, batch: Batch) -> torch.Tensor:
+        """Count target tokens, their bytes, and ranks that must stop, over all ranks: int64 (3,), on the device.
+
+        Rank 0 must stop as well when the run's folder has been moved or removed, which `save` then reports.
         """
         folder_is_gone = self.lease is not None and not self.lease.is_in_place
         asked_to_stop = torch.tensor([int(self.stop_request.received > 0 or folder_is_gone)])
@@ -264,23 +285,24 @@ class Trainer:
         return self.world.sum_(counts.to(self.world.device, non_blocking=True))
 
     def document_ids(self, batch: Batch) -> list[str]:
-        """The documents in all rows of all ranks, on rank 0."""
+        """Ids of the documents in the rows of all ranks, on rank 0. Collective."""
         ids = self.world.gather([each for row in batch.document_ids for each in row])
         return list(dict.fromkeys(each for of_rank in ids for each in of_rank))
 
     def validate(self) -> None:
-        """Measure the held-out documents, if there are any."""
-        batches = self.data.validation_batches(rows=self.micro_rows, rank=self.world.rank, world_size=self.world.size)
+        """Measure and report the loss of the held-out documents, if there are any. Collective."""
+        data = self.world.data
+        batches = self.data.validation_batches(rows=self.micro_rows, rank=data.rank, world_size=data.size)
         if batches is None:
             return
         totals = evaluate(self.engine, batches, world=self.world, bytes_per_token=self.bytes_per_token)
         self.report.validation(self.step, *totals)
 
     def save(self) -> None:
-        """Write a checkpoint of this step. Collective. Where its weights are not finite, no older one is deleted.
+        """Write a checkpoint of this step; older ones are kept if its weights are not finite. Collective.
 
         Raises:
-            RunError: the disk is full, or the run's folder is gone. Where it was moved, the step is saved there.
+            RunError: the disk is full, or the run's folder was removed or moved. If moved, the step is saved there.
         """
         run_dir = self.world.on_first(lambda: self.lease.place())
         keep = self.run.training.keep_checkpoints
@@ -300,6 +322,7 @@ class Trainer:
             "data_fingerprint": self.data_fingerprint,
             "processes": self.world.size,
             "zero_stage": self.engine.stage,
+            "optimizer": self.run.optimizer.kind,
         }
         self.report.sync()
         write_checkpoint(
@@ -308,6 +331,7 @@ class Trainer:
             state=state,
             sizes={name: shape.numel() for name, shape in self.engine.shapes.items()},
             weights=self.engine.weights(),
+            moment_sizes={name: shape.numel() for name, shape in self.engine.moment_shapes.items()},
             moments=self.engine.moments(),
             config_yaml=self.config_yaml,
             save_tokenizer=self.tokenizer.save,
@@ -316,14 +340,14 @@ class Trainer:
         if run_dir != self.run_dir:
             raise RunError(
                 f"The run's folder {self.run_dir} was moved to {run_dir} while the run was at work. Step {self.step} "
-                f"is saved there; continue with --config {shlex.quote(str(run_dir / 'config.yaml'))}"
+                f"is saved there; continue with --config {shlex.quote(str(RunFolder(run_dir).config_path))}"
             )
 
     def restore_data(self, checkpoint: Checkpoint) -> None:
-        """Go on in the data where a checkpoint stands; from an imported model, at the beginning.
+        """Set the data stream to a checkpoint's position; an imported model starts at the beginning.
 
         Raises:
-            ValueError: its data came in another order, or the imported model has another tokenizer.
+            ValueError: the checkpoint's data had another order, or the imported model has another tokenizer.
         """
         if checkpoint.is_imported:
             if checkpoint.state["tokenizer_fingerprint"] != self.tokenizer.fingerprint():
@@ -344,10 +368,10 @@ class Trainer:
         self.stream.load_state_dict(lanes, saved)
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Weights, moments and random states of a checkpoint, which any number of processes may have written.
+        """Load weights, optimizer state and random states of a checkpoint written by any number of processes.
 
         Raises:
-            ValueError: its parameters are others.
+            ValueError: the checkpoint belongs to another model.
         """
         broken: list[str] = []
 
@@ -359,7 +383,7 @@ class Trainer:
 
         weights, moments, steps = watched(checkpoint.weights(list(self.engine.shapes))), iter(()), 0
         if not checkpoint.is_imported:
-            moments = watched(checkpoint.moments(self.engine.moment_names))
+            moments = watched(checkpoint.moments(list(self.engine.moment_shapes)))
             steps = checkpoint.state["optimizer_steps"]
         self.engine.load(weights, moments, steps)
         if broken and self.world.is_first:

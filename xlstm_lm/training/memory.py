@@ -1,4 +1,4 @@
-"""Counts the memory that a run needs at least, before anything is built, and explains errors of allocation."""
+"""A lower bound on the memory of a run, checked before anything is built, and messages for failed allocations."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ import torch
 
 from xlstm_lm.base.durable_files import RunError
 from xlstm_lm.base.machine import first_line, is_out_of_memory, memory_bytes
-from xlstm_lm.config import RunConfig
+from xlstm_lm.models import build_model
 from xlstm_lm.models.accounting import count_parameters
 from xlstm_lm.parallel.process_group import World
-from xlstm_lm.training.deepspeed_config import Precision
+from xlstm_lm.training.deepspeed_config import Precision, zero_stage
+from xlstm_lm.training.optimizer import state_shapes
+from xlstm_lm.training.run_config import RunConfig
 
 REMEDIES = (
     "choose a smaller model, lower training.micro_batch_size or data.context_length, set "
@@ -23,17 +25,33 @@ REMEDIES = (
 
 
 def check_memory(run: RunConfig, world: World, precision: Precision, micro_batch_size: int) -> None:
-    """Refuse a run that cannot fit, whatever its kernels need beyond what is counted here.
+    """Refuse a run that cannot fit, whatever its kernels need in addition.
 
-    Counted are weights, gradients, master weights and moments, as ZeRO shares them out; one activation of the model's
-    width for each block and token of a micro batch, which any backward pass keeps; and the rows themselves. Every
-    process builds the whole model in float32 first.
+    The bound counts weights, gradients, master weights and optimizer state as ZeRO divides them; one activation of the
+    model's width for each block and token of a micro batch, which every backward pass keeps; and the rows of data. The
+    host must also hold the whole float32 model once for each of its processes, because each builds it.
 
     Raises:
-        ValueError: the device's or the host's memory is smaller; gives the numbers.
+        ValueError: the device or the host has less memory; names the amounts and the remedies.
     """
     parameters = count_parameters(run.model)
-    device, host = _needed_bytes(run, world.size, precision, micro_batch_size, parameters)
+    # Without building the model, because one that is far too large takes long to build even on the meta device.
+    state = run.optimizer.fewest_state_tensors * parameters
+    _check(run, world, _needed_bytes(run, world, precision, micro_batch_size, parameters, state), parameters)
+    state = sum(shape.numel() for shape in planned_shapes(run)[1].values())
+    _check(run, world, _needed_bytes(run, world, precision, micro_batch_size, parameters, state), parameters)
+
+
+def planned_shapes(run: RunConfig) -> tuple[dict[str, torch.Size], dict[str, torch.Size]]:
+    """Shapes of the run's parameters and of its optimizer's state, by name. Allocates no memory for them."""
+    with torch.device("meta"):
+        model = build_model(run.model)
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    return shapes, state_shapes(run.optimizer, shapes, model.no_decay_parameter_names())
+
+
+def _check(run: RunConfig, world: World, needed: tuple[dict[str, int], dict[str, int]], parameters: int) -> None:
+    device, host = needed
     if world.device.type == "cuda":
         _refuse_beyond(memory_bytes(world.device), device, run, parameters, f"{world.device} has")
     else:
@@ -47,21 +65,22 @@ def check_memory(run: RunConfig, world: World, precision: Precision, micro_batch
 
 
 def _needed_bytes(
-    run: RunConfig, processes: int, precision: Precision, micro_batch_size: int, parameters: int
+    run: RunConfig, world: World, precision: Precision, micro_batch_size: int, parameters: int, state: int
 ) -> tuple[dict[str, int], dict[str, int]]:
-    """Bytes for one process, by purpose, on its device and, where something is offloaded, in the host's memory."""
-    zero = run.deepspeed.get("zero_optimization", {})
-    stage = zero.get("stage", 0)
-    if precision == "bf16":
-        stage = max(stage, 1)
+    """Bytes that one process needs on its device and in the host's memory, by purpose.
+
+    `parameters` and `state` are the numbers of elements of the model and of its optimizer's state.
+    """
+    zero, stage = run.deepspeed.get("zero_optimization", {}), zero_stage(run.deepspeed, precision)
     width = 2 if precision == "bf16" else 4
     tokens = micro_batch_size * run.data.context_length
     activation = tokens * run.model.embedding_dim * width
-    rows = run.data.global_batch_size // processes * run.data.context_length
+    processes = world.size
+    rows = run.data.global_batch_size // world.data.size * run.data.context_length
     needed = {
         "weights": parameters * width // (processes if stage == 3 else 1),
         "gradients": parameters * width // (processes if stage >= 2 else 1),
-        "optimizer": parameters * (12 if precision == "bf16" else 8) // (processes if stage >= 1 else 1),
+        "optimizer": 4 * (state + (parameters if precision == "bf16" else 0)) // (processes if stage >= 1 else 1),
         "activations": activation * (run.model.num_blocks + 1),
     }
     offloaded = {
@@ -90,7 +109,7 @@ def _gib(count: int) -> str:
 
 @contextlib.contextmanager
 def memory_errors_explained(run: RunConfig) -> Iterator[None]:
-    """Turn an error of allocation into a RunError that says what needs less memory."""
+    """Turn an allocation error into a RunError that names the settings to change."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:

@@ -10,8 +10,10 @@ from typing import Any
 import torch
 
 from xlstm_lm.parallel.process_group import World
+from xlstm_lm.runs.folder import MetricsSplit, RunFolder
+from xlstm_lm.runs.metrics import MetricsFile
 from xlstm_lm.training.engine import StepResult
-from xlstm_lm.training.telemetry import Clock, MetricsFile, Progress, peak_flops, peak_memory_bytes
+from xlstm_lm.training.telemetry import Clock, Progress, peak_flops, peak_memory_bytes
 from xlstm_lm.training.wandb_run import WandbConfig, WandbRun
 
 
@@ -28,8 +30,12 @@ class Report:
         steps: int,
         flops_per_token: float,
         state: dict[str, Any],
+        split: MetricsSplit | None,
     ) -> None:
-        """Continue from `state` (as in a checkpoint: step, tokens, elapsed_seconds); later records are set aside."""
+        """Continue from `state` (as in a checkpoint: step, tokens, elapsed_seconds).
+
+        `split` parts the metrics there are at that step, on rank 0; the later ones are set aside. None on other ranks.
+        """
         self.world = world
         self.clock = Clock(state["elapsed_seconds"])
         self._flops_per_token = flops_per_token
@@ -39,13 +45,14 @@ class Report:
         self._resources = contextlib.ExitStack()
         self.progress = Progress(steps, state["step"], enabled=world.is_first)
         self._resources.callback(self.progress.close)
-        if world.is_first:
-            self._metrics = MetricsFile(run_dir / "metrics.jsonl")
+        if split is not None:
+            self._metrics = MetricsFile(RunFolder(run_dir))
             self._resources.callback(self._metrics.close)
-            if cut := self._metrics.cut_behind(state["step"]):
+            self._metrics.cut(split)
+            if split.cut:
                 self.progress.say(
-                    f"{cut} lines of metrics.jsonl come after step {state['step']}, from which this run goes on: they "
-                    f"are kept in {self._metrics.superseded}"
+                    f"{len(split.cut)} lines of metrics.jsonl come after step {split.step}, from which this run goes "
+                    f"on: they are kept in {self._metrics.superseded}"
                 )
             self._wandb = WandbRun(wandb, run_dir, config)
             self._resources.callback(self._wandb.close)
@@ -66,9 +73,17 @@ class Report:
         result: StepResult,
         counts: torch.Tensor,
         learning_rate: float,
-        gates: dict[str, torch.Tensor],
+        measured: dict[str, torch.Tensor],
     ) -> None:
-        """Report a step. `counts` begins with its target tokens and their bytes. Collective; waits for the device."""
+        """Report a step. Collective; waits for the device.
+
+        Args:
+            step: number of steps made, this one included.
+            result: from the engine.
+            counts: begins with the step's target tokens and their bytes, over all ranks.
+            learning_rate: of the step.
+            measured: further metrics by name, as scalars.
+        """
         nats = float(self.world.sum_(result.loss_sum.double()))
         if not self.world.is_first:
             return
@@ -93,7 +108,7 @@ class Report:
         record |= {
             "memory_bytes": peak_memory_bytes(self.world.device),
             "elapsed_seconds": self.clock.elapsed,
-            **{f"gates/{name}": float(value) for name, value in gates.items()},
+            **{name: float(value) for name, value in measured.items()},
         }
         self._write(record)
         self.progress.show(record["loss"], record["bits_per_byte"], tokens_per_second)

@@ -1,4 +1,4 @@
-"""What happens when numbers go wrong, or someone wants the run to stop."""
+"""Safeguards: steps whose numbers are not finite, and requests to stop the run."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ class SkipCounter:
 
 
 class StopRequest:
-    """SIGTERM or Ctrl-C: noted, so that the running step can be finished and saved. A second one acts at once.
+    """SIGTERM or Ctrl-C: noted, and acted on when the running step is saved. A second one acts at once.
 
     What comes within a second of the first is the same request: launchers pass on what the terminal has sent already.
     """

@@ -1,47 +1,24 @@
-"""What a run reports: metrics.jsonl and one line of progress. Numbers stay on the device until a step is logged."""
+"""Speed, memory, and the line of progress of a run at work."""
 
 from __future__ import annotations
 
 import contextlib
-import json
-import math
-import os
 import resource
 import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
 
 import torch
 from tqdm import tqdm
 
 from xlstm_lm.base import console
-from xlstm_lm.base.durable_files import disk_errors_explained, replace_durably
-from xlstm_lm.runs.folder import RunFolder
-
-PEAK_BF16_FLOPS = {
-    # Dense, without sparsity, from the makers' data sheets.
-    "H100 PCIe": 756e12,
-    "H100 NVL": 835e12,
-    "H100": 989e12,
-    "H200": 989e12,
-    "B200": 2250e12,
-    "A100": 312e12,
-    "A10G": 70e12,
-    "L40S": 362e12,
-    "RTX 4090": 165e12,
-    "MI300X": 1307e12,
-}
-"""Peak of bf16 products by a part of the device's name; the first that fits counts."""
+from xlstm_lm.ops.gpu import gpu_of
 
 
 def peak_flops(device: torch.device) -> float | None:
     """Operations a second that the device can do at most in bf16; None where it is not known."""
-    if device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for part, peak in PEAK_BF16_FLOPS.items() if part in name), None)
+    gpu = gpu_of(device)
+    return gpu.bf16_flops if gpu else None
 
 
 def peak_memory_bytes(device: torch.device) -> int:
@@ -49,57 +26,6 @@ def peak_memory_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-class MetricsFile:
-    """metrics.jsonl: one JSON object a line, each with split and step."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.superseded = path.with_name("superseded.jsonl")
-        self._file: Any = None
-
-    def cut_behind(self, step: int) -> int:
-        """Move what was written after the checkpoint of `step`, and damaged lines, to the end of superseded.jsonl.
-
-        A run that was killed trains those steps again; one that goes on from an older checkpoint may take another way.
-
-        Returns:
-            how many lines were moved.
-        """
-        lines = self.path.read_bytes().split(b"\n") if self.path.is_file() else []
-        kept = [line.encode() for line in RunFolder(self.path.parent).metric_lines(step)]
-        stays = set(kept)
-        cut = [line for line in lines if line.strip() and line not in stays]
-        with disk_errors_explained(self.path):
-            if cut:
-                before = self.superseded.read_bytes() if self.superseded.is_file() else b""
-                replace_durably(self.superseded, before + b"".join(line + b"\n" for line in cut))
-            replace_durably(self.path, b"".join(line + b"\n" for line in kept))
-            self.open()
-        return len(cut)
-
-    def open(self) -> None:
-        """Get ready to append. Unbuffered, so that no half of a line is left over to fail at the end."""
-        self._file = self.path.open("ab", buffering=0)
-
-    def append(self, record: dict[str, Any]) -> None:
-        """Add a line. A number that is not finite becomes null, which JSON has no other word for."""
-        finite = {
-            key: None if isinstance(value, float) and not math.isfinite(value) else value
-            for key, value in record.items()
-        }
-        with disk_errors_explained(self.path):
-            self._file.write(json.dumps(finite, allow_nan=False).encode() + b"\n")
-
-    def sync(self) -> None:
-        """Write all lines through to the disk, so that no checkpoint is newer than they are."""
-        with disk_errors_explained(self.path):
-            os.fsync(self._file.fileno())
-
-    def close(self) -> None:
-        if self._file:
-            self._file.close()
 
 
 class Clock:

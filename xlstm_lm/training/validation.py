@@ -13,9 +13,9 @@ from xlstm_lm.training.engine import MicroBatch, TrainingEngine
 
 
 def split_rows(batch: Batch, rows: int, device: torch.device) -> list[MicroBatch]:
-    """A batch in parts of `rows` rows, on the device."""
-    tensors = (batch.tokens_BT, batch.targets_BT, batch.resets_BT)
-    return list(zip(*(tensor.to(device, non_blocking=True).split(rows) for tensor in tensors), strict=True))
+    """A batch in parts of `rows` rows, on the device; the resets on the host, where attention needs them."""
+    tensors = (tensor.to(device, non_blocking=True) for tensor in (batch.tokens_BT, batch.targets_BT))
+    return list(zip(*(tensor.split(rows) for tensor in (*tensors, batch.resets_BT)), strict=True))
 
 
 def count_targets(batch: Batch, bytes_per_token: Tensor) -> Tensor:

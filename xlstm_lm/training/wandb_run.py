@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import socket
@@ -12,7 +11,6 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from xlstm_lm.base.durable_files import replace_durably
 from xlstm_lm.runs.folder import RunFolder
 
 logger = logging.getLogger("xlstm_lm")
@@ -114,10 +112,11 @@ class WandbRun:
 
 def _kept_id(run_dir: Path) -> str:
     """The id of the run in this folder, drawn at first use: wandb itself remembers none when offline."""
-    kept = RunFolder(run_dir).wandb_id()
+    folder = RunFolder(run_dir)
+    kept = folder.wandb_id()
     if kept is None:
         kept = uuid.uuid4().hex[:12]
-        replace_durably(run_dir / "wandb.json", json.dumps({"id": kept}).encode())
+        folder.write_wandb_id(kept)
     return kept
 
 

@@ -4,18 +4,17 @@ Every source is read through `datasets` in streaming mode and shows the same fac
 `read`, which gives the records of a list of shards from any position on.
 """
 
-from xlstm_lm.data.sources.config import LOCAL_KINDS, ONE_DOCUMENT_A_FILE, SourceConfig
-from xlstm_lm.data.sources.hub import HubSource
+from pkgutil import resolve_name
+
+from xlstm_lm.data.sources.config import KINDS, SourceConfig
 from xlstm_lm.data.sources.local import FileSource
 from xlstm_lm.data.sources.record import ORDER, START, Piece, Position, Record, Source, refuse
 
 __all__ = [
-    "LOCAL_KINDS",
-    "ONE_DOCUMENT_A_FILE",
+    "KINDS",
     "ORDER",
     "START",
     "FileSource",
-    "HubSource",
     "Piece",
     "Position",
     "Record",
@@ -33,4 +32,4 @@ def open_source(config: SourceConfig, order: int = ORDER) -> Source:
         ValueError: files that are missing or empty; a data set that is not there.
         ConnectionError: the hub does not answer.
     """
-    return HubSource(config, order) if config.kind == "hub" else FileSource(config, order)
+    return resolve_name(KINDS[config.kind].source)(config, order)

@@ -7,16 +7,45 @@ from typing import Annotated, Literal
 
 from xlstm_lm.base.fields import NonNegative, Range, check_fields
 
-LOCAL_KINDS = ("text", "text_lines", "jsonl", "parquet")
-ONE_DOCUMENT_A_FILE = ("text", "python_stdlib")
+_READERS = "xlstm_lm.data.sources.readers"
+_LOCAL = "xlstm_lm.data.sources.local"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kind:
+    """One way in which documents are stored. Code is named as "module:name" and imported at its first use."""
+
+    source: str = f"{_LOCAL}:FileSource"
+    """The `Source` that opens it."""
+    reader: str = ""
+    """Generator of the records of files, as those in `xlstm_lm.data.sources.readers`."""
+    look: str = ""
+    """Function of an opened `FileSource` that inspects its files and refuses or announces; empty for none."""
+    takes_paths: bool = True
+    """Whether `paths` name its files."""
+    one_document_a_file: bool = False
+    has_text_field: bool = False
+    """Whether a document is the field `text_field` among several."""
+
+
+KINDS = {
+    "text": Kind(reader=f"{_READERS}:read_whole_files", look=f"{_LOCAL}:point_out_json", one_document_a_file=True),
+    "text_lines": Kind(reader=f"{_READERS}:read_lines", look=f"{_LOCAL}:point_out_json"),
+    "jsonl": Kind(reader=f"{_READERS}:read_lines", has_text_field=True),
+    "csv": Kind(reader="xlstm_lm.data.sources.delimited:read_csv", has_text_field=True),
+    "parquet": Kind(reader=f"{_READERS}:read_rows", look=f"{_LOCAL}:check_column", has_text_field=True),
+    "hub": Kind(source="xlstm_lm.data.sources.hub:HubSource", takes_paths=False, has_text_field=True),
+    "python_stdlib": Kind(reader=f"{_READERS}:read_whole_files", takes_paths=False, one_document_a_file=True),
+}
+"""Every kind of source. A new one is its reader, in a file of its own, and a row here."""
 
 
 @dataclass(kw_only=True)
 class SourceConfig:
     """One source of documents in a mixture."""
 
-    kind: Literal["text", "text_lines", "jsonl", "parquet", "hub", "python_stdlib"] = "text"
-    """One document a file (text), line (text_lines), JSON object (jsonl) or row (parquet); the hub; Python's source."""
+    kind: Literal[*KINDS] = "text"
+    """One document a file (text), line (text_lines), object (jsonl) or row (csv, parquet); the hub; Python's source."""
     paths: list[str] = field(default_factory=list)
     """Local files or glob patterns (** goes into folders, ~ is the home folder); a name that exists is no pattern. Text
     and JSON lines may be compressed by gzip, bzip2, xz or zstd, whatever the name."""
@@ -31,22 +60,22 @@ class SourceConfig:
     split: str = "train"
     """Split of the hub data set; for python_stdlib train, or validation for the files held out of it (1 in 16)."""
     text_field: str = "text"
-    """Field or column that holds the text (kinds jsonl, parquet, hub)."""
+    """Field or column that holds the text (kinds jsonl, csv, parquet, hub)."""
     weight: Annotated[float, Range(0, 1e15, open_below=True)] = 1.0
     """Share of the training tokens, relative to the other sources' weights."""
     on_bad_document: Literal["error", "skip"] = "error"
     """Whether a document that is not UTF-8, not JSON, without text or not encodable stops the run, or is skipped and
     counted."""
     retry_seconds: NonNegative = 600.0
-    """How long to go on asking when the hub does not answer (kind hub)."""
+    """Seconds of retries while the hub does not answer (kind hub)."""
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if self.kind in LOCAL_KINDS and not self.paths:
+        if KINDS[self.kind].takes_paths and not self.paths:
             raise ValueError(
                 f"a source of kind {self.kind} needs paths: a list of files or patterns such as data/*.txt"
             )
-        if self.kind not in LOCAL_KINDS and self.paths:
+        if not KINDS[self.kind].takes_paths and self.paths:
             raise ValueError(f"a source of kind {self.kind} takes no paths (got {self.paths})")
         if self.kind == "hub" and not self.dataset:
             raise ValueError("a source of kind hub needs dataset: its id, such as HuggingFaceFW/fineweb-edu")
@@ -59,7 +88,7 @@ class SourceConfig:
 
     @property
     def description(self) -> str:
-        """How messages call the source."""
+        """Name of the source in messages."""
         if self.kind == "hub":
             return f"hub data set {self.dataset}"
         return "python_stdlib" if self.kind == "python_stdlib" else f"{self.kind} {', '.join(self.paths)}"

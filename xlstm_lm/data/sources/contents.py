@@ -44,7 +44,7 @@ SAMPLE_BYTES = 64 * 2**10
 
 
 def _open_zstandard(path: str) -> IO[bytes]:
-    return io.BufferedReader(pyarrow.input_stream(path, compression="zstd"))  # type: ignore[arg-type]
+    return io.BufferedReader(pyarrow.input_stream(path, compression="zstd"))
 
 
 COMPRESSIONS: dict[bytes, Callable[[str], Any]] = {

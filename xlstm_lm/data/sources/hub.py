@@ -54,9 +54,10 @@ class HubSource:
         return {**self.__dict__, "_dataset": None}
 
     def _newest_revision(self) -> str | None:
-        """The commit that the wanted revision stands for now, so that all processes read the same one."""
+        """The current commit of the wanted revision, which all processes then read."""
         from huggingface_hub import HfApi
 
+        assert self.config.dataset is not None
         return HfApi().dataset_info(self.config.dataset, revision=self.config.revision).sha
 
     def _open(self) -> Any:

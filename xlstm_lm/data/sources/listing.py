@@ -119,7 +119,7 @@ def stdlib_files(split: str) -> tuple[list[str], list[str]]:
     digests = {name: hashlib.sha256(name.encode()).digest() for name in names}
     held_out = {name for name in names if digests[name][0] % STDLIB_HELD_OUT == 0}
     if split == "validation":
-        # In the order of the digests, so that the first few are a fair sample.
+        # In the order of the digests, the first few are a fair sample.
         names = sorted(held_out, key=digests.__getitem__)
     else:
         names = sorted(set(names) - held_out)

@@ -8,28 +8,22 @@ import re
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 import pyarrow
 import pyarrow.parquet
 
-from xlstm_lm.data.sources.config import ONE_DOCUMENT_A_FILE, SourceConfig
+from xlstm_lm.data.sources.config import KINDS, SourceConfig
 from xlstm_lm.data.sources.contents import BYTE_ORDER_MARK, HEAD_BYTES, READ_ERRORS, Contents, hash_files, open_text
 from xlstm_lm.data.sources.listing import list_files, stdlib_files
-from xlstm_lm.data.sources.readers import Shard, read_lines, read_rows, read_whole_files
+from xlstm_lm.data.sources.readers import Shard
 from xlstm_lm.data.sources.record import ORDER, START, Piece, Position, Record
 from xlstm_lm.ops.announce import announce_once
 
 JSON_NAMES = {".json", ".jsonl", ".ndjson"}
 JSON_BEGINNING = re.compile(rb'\s*(\[\s*)?\{\s*"[^"\n]*"\s*:')
 """First bytes of a JSON object, or an array of objects, on one line or several."""
-READERS = {
-    "text": read_whole_files,
-    "python_stdlib": read_whole_files,
-    "text_lines": read_lines,
-    "jsonl": read_lines,
-    "parquet": read_rows,
-}
 
 
 class FileSource:
@@ -47,52 +41,14 @@ class FileSource:
         self.announced_skipping = False
         # Names identify documents wherever the files lie: an installation's own path is no part of them.
         if config.kind == "python_stdlib":
-            self.names, self._paths = stdlib_files(config.split)
+            self.names, self.paths = stdlib_files(config.split)
         else:
-            self.names = self._paths = list_files(config, order)
-        self._sizes = [Path(path).stat().st_size for path in self._paths]
+            self.names = self.paths = list_files(config, order)
+        self._sizes = [Path(path).stat().st_size for path in self.paths]
         self.shard_sizes = self._sizes
-        self.num_shards = len(self._paths)
-        if config.kind == "parquet":
-            self._check_column()
-        elif config.kind in ("text", "text_lines"):
-            self._point_out_json()
-
-    def _check_column(self) -> None:
-        """Look into the first file for the column with the text, unless what is bad is skipped.
-
-        Raises:
-            ValueError: the file is no parquet, or has no such column of text.
-        """
-        if self.config.on_bad_document == "skip":
-            return
-        try:
-            with pyarrow.OSFile(self._paths[0]) as opened, pyarrow.parquet.ParquetFile(opened) as file:
-                types = dict(zip(file.schema_arrow.names, file.schema_arrow.types)) if file.metadata.num_rows else None
-        except READ_ERRORS as error:
-            raise ValueError(
-                f"parquet {self._paths[0]} cannot be read ({error}): repair the file, or set "
-                "on_bad_document: skip for this source"
-            ) from error
-        if types is None or _is_text(types.get(self.config.text_field)):
-            return
-        kind = types.get(self.config.text_field)
-        found = "has no column" if kind is None else f"holds {kind}, not text, in column"
-        raise ValueError(
-            f"parquet {self._paths[0]} {found} {self.config.text_field!r}: set text_field to one of "
-            f"{', '.join(name for name in types if _is_text(types[name])) or '(it has no column of text)'}"
-        )
-
-    def _point_out_json(self) -> None:
-        """Say so if files of JSON are read as plain text: by their names, or by what the first one begins with."""
-        found = next((path for path in self._paths if JSON_NAMES & set(Path(path.lower()).suffixes)), None)
-        if found is None and _begins_with_json(self._paths[0]):
-            found = self._paths[0]
-        if found is not None:
-            announce_once(
-                f"{self.config.description}: {found} holds JSON and is read as plain text, names and quotes included; "
-                "to read one field of an object a line, set kind: jsonl and text_field"
-            )
+        self.num_shards = len(self.paths)
+        if look := KINDS[config.kind].look:
+            resolve_name(look)(self)
 
     def read(self, pieces: list[Piece], first: Position = START) -> Iterator[Record]:
         from datasets.iterable_dataset import ExamplesIterable, IterableDataset
@@ -100,7 +56,7 @@ class FileSource:
         shards = [
             Shard(
                 index,
-                self._paths[piece.shard],
+                self.paths[piece.shard],
                 self.names[piece.shard],
                 piece,
                 first if index == first.piece else Position(index),
@@ -110,20 +66,23 @@ class FileSource:
         ]
         if not shards:
             return
-        arguments: dict[str, Any] = {"shards": shards, "order": self.order}
-        if self.config.kind not in ONE_DOCUMENT_A_FILE:
-            arguments["text_field"] = None if self.config.kind == "text_lines" else self.config.text_field
-            arguments["strict"] = self.config.on_bad_document == "error"
+        kind = KINDS[self.config.kind]
+        arguments: dict[str, Any] = {
+            "shards": shards,
+            "text_field": self.config.text_field if kind.has_text_field else None,
+            "order": self.order,
+            "strict": self.config.on_bad_document == "error",
+        }
         # IterableDataset.from_generator would leave a lock file in the user's cache for every lane, epoch and restart.
-        for record in IterableDataset(ExamplesIterable(READERS[self.config.kind], arguments)):
+        for record in IterableDataset(ExamplesIterable(resolve_name(kind.reader), arguments)):
             yield Record(**record)
 
     def name_of(self, shard: int) -> str:
-        return self._paths[shard]
+        return self.paths[shard]
 
     @cached_property
     def _contents(self) -> Contents:
-        return hash_files(self._paths)
+        return hash_files(self.paths)
 
     def identity(self) -> dict[str, Any]:
         files = [[Path(name).name, size] for name, size in zip(self.names, self._sizes)]
@@ -135,7 +94,45 @@ class FileSource:
             "contents": "".join(self._contents.digests),
             "newest": self._contents.newest,
         }
-        return identity | ({"text_field": self.config.text_field} if self.config.kind in ("jsonl", "parquet") else {})
+        return identity | ({"text_field": self.config.text_field} if KINDS[self.config.kind].has_text_field else {})
+
+
+def check_column(source: FileSource) -> None:
+    """Look into the first file for the column with the text, unless what is bad is skipped.
+
+    Raises:
+        ValueError: the file is no parquet, or has no such column of text.
+    """
+    if source.config.on_bad_document == "skip":
+        return
+    try:
+        with pyarrow.OSFile(source.paths[0]) as opened, pyarrow.parquet.ParquetFile(opened) as file:
+            types = dict(zip(file.schema_arrow.names, file.schema_arrow.types)) if file.metadata.num_rows else None
+    except READ_ERRORS as error:
+        raise ValueError(
+            f"parquet {source.paths[0]} cannot be read ({error}): repair the file, or set "
+            "on_bad_document: skip for this source"
+        ) from error
+    if types is None or _is_text(types.get(source.config.text_field)):
+        return
+    kind = types.get(source.config.text_field)
+    found = "has no column" if kind is None else f"holds {kind}, not text, in column"
+    raise ValueError(
+        f"parquet {source.paths[0]} {found} {source.config.text_field!r}: set text_field to one of "
+        f"{', '.join(name for name in types if _is_text(types[name])) or '(it has no column of text)'}"
+    )
+
+
+def point_out_json(source: FileSource) -> None:
+    """Say so if files of JSON are read as plain text: by their names, or by what the first one begins with."""
+    found = next((path for path in source.paths if JSON_NAMES & set(Path(path.lower()).suffixes)), None)
+    if found is None and _begins_with_json(source.paths[0]):
+        found = source.paths[0]
+    if found is not None:
+        announce_once(
+            f"{source.config.description}: {found} holds JSON and is read as plain text, names and quotes included; "
+            "to read one field of an object a line, set kind: jsonl and text_field"
+        )
 
 
 def _is_text(kind: pyarrow.DataType | None) -> bool:

@@ -25,7 +25,7 @@ KeyedRecord = tuple[str, dict[str, Any]]
 class Shard(NamedTuple):
     """A file to be read."""
 
-    index: int
+    index: int  # type: ignore[assignment]  # tuple.index is never called
     """Position in the list of pieces."""
     path: str
     name: str
@@ -33,9 +33,17 @@ class Shard(NamedTuple):
     first: Position
     """Position to begin at."""
 
+    def changed(self, units: str) -> ValueError:
+        """The error of a file that is no longer what the run has read of it; `units` are its lines or rows."""
+        return ValueError(
+            f"data file {self.path} has changed in its first {self.first.document} {units}, which this run has read "
+            "already: put it back as it was, or choose another training.run_dir for a new run"
+        )
 
-def read_whole_files(shards: list[Shard], order: int) -> Iterator[KeyedRecord]:
+
+def read_whole_files(shards: list[Shard], text_field: None, order: int, strict: bool) -> Iterator[KeyedRecord]:
     """Records of files that are one document each; a part is that part of the characters."""
+    del text_field, strict  # there is one text, and every lane meets its part of a bad file
     errors = READ_ERRORS  # at exit, globals are gone before generators are closed
     for index, path, name, piece, first in shards:
         if first.document > 0:
@@ -110,10 +118,7 @@ def read_lines(shards: list[Shard], text_field: str | None, order: int, strict: 
                 for line in islice(file, shard.first.document):
                     count, checksum = count + 1, zlib.crc32(line, checksum)
                 if shard.first.checksum not in (None, checksum) or count < shard.first.document:
-                    raise ValueError(
-                        f"data file {shard.path} has changed in its first {shard.first.document} lines, which this run "
-                        "has read already: put it back as it was, or choose another training.run_dir for a new run"
-                    )
+                    raise shard.changed("lines")
                 for line in file:
                     number, count, checksum = count, count + 1, zlib.crc32(line, checksum)
                     if order > 1 and (number == 0 or text_field is not None):  # also where such files were joined
@@ -152,7 +157,7 @@ def read_rows(shards: list[Shard], text_field: str, order: int, strict: bool) ->
 def _column(path: str, name: str, first_row: int) -> Iterator[Any]:
     """The values of a column from a row on; bytes where a text is not UTF-8."""
     with pyarrow.OSFile(path) as opened, pyarrow.parquet.ParquetFile(opened) as file:
-        groups = []
+        groups: list[int] = []
         for group in range(file.num_row_groups):
             rows = file.metadata.row_group(group).num_rows
             if not groups and first_row >= rows:

@@ -1,4 +1,4 @@
-"""The face that every source shows: documents as records, and positions among them."""
+"""Interface of all sources: documents as records, and positions among them."""
 
 from __future__ import annotations
 
@@ -38,18 +38,18 @@ START = Position()
 
 
 class Record(NamedTuple):
-    """A document as read, or what is wrong with it."""
+    """A document as read, or the problem with it."""
 
     piece: int
     """Position in the list of pieces that is being read."""
     document: int
     """Number of the document within its shard."""
     text: str
-    """Its text; empty if there is a problem."""
+    """Text of the document; empty if there is a problem."""
     id: str
     """File and, within files of many documents, line or row."""
     problem: str | None = None
-    """What is wrong with it, naming file and line."""
+    """The problem, naming file and line; None if there is none."""
     turn: int = 0
     """Good documents of the shard up to this one, which is counted too."""
     checksum: int | None = None
@@ -69,7 +69,7 @@ class Source(Protocol):
     shard_sizes: list[int]
     """Relative sizes by which shards are dealt to lanes."""
     announced_skipping: bool
-    """Whether it was said that bad documents are skipped."""
+    """Whether the skipping of bad documents was announced."""
 
     def read(self, pieces: list[Piece], first: Position = START) -> Iterator[Record]:
         """Records of `pieces` in order, from `first` on. Lanes that read parts of a shard take turns with its good
@@ -79,7 +79,7 @@ class Source(Protocol):
         """Identity of the documents and their order, as JSON; see `xlstm_lm.data.fingerprint`."""
 
     def name_of(self, shard: int) -> str:
-        """How messages call a shard."""
+        """Name of a shard in messages."""
 
 
 def refuse(source: Source, record: Record) -> None:

@@ -1,5 +1,6 @@
 """The causal convolution in front of the cells' gates: the definition, and a compiled form for the CPU."""
 
-from xlstm_lm.ops.conv.dispatch import BACKENDS, causal_conv, choose_backend
+from xlstm_lm.ops.conv.dispatch import causal_conv
+from xlstm_lm.ops.conv.operation import CONV
 
-__all__ = ["BACKENDS", "causal_conv", "choose_backend"]
+__all__ = ["CONV", "causal_conv"]

@@ -157,10 +157,13 @@ template <int TAPS = kMostTaps, typename F> void with_taps(int64_t taps, F body)
   else if constexpr (TAPS > 1) with_taps<TAPS - 1>(taps, body);
 }
 
-// -> y (B, T, D). x is (B, T, D) with channels side by side, taps (W, D), documents (B, T) int64.
+// Exported models call these two with sources of their own, written by any version: keep what is given and returned.
+
+// -> y (B, T, D) in the type of x. x is (B, T, D), taps (W, D), documents (B, T) int64, the latter two dense. taps and
+// bias are of the type to compute in.
 Tensor conv_forward(
-    const Tensor& x, const Tensor& taps, const OptionalTensor& bias, const OptionalTensor& documents) {
-  const Tensor y = at::empty(x.sizes(), x.options());
+    const Tensor& x_, const Tensor& taps, const OptionalTensor& bias, const OptionalTensor& documents) {
+  const Tensor x = readable(x_, compute_type(x_)), y = at::empty(x.sizes(), x.options());
   by_dtype(x, [&](auto zero) {
     using T = decltype(zero);
     const Problem<T> p(x, taps, documents);
@@ -168,12 +171,13 @@ Tensor conv_forward(
       forward<T, count.value>(p, bias ? bias->const_data_ptr<T>() : nullptr, y.data_ptr<T>());
     });
   });
-  return y;
+  return y.to(x_.scalar_type());
 }
 
 // -> gradients of x, of the taps and of the bias, the latter two for each row.
 std::tuple<Tensor, Tensor, Tensor> conv_backward(
-    const Tensor& x, const Tensor& taps, const OptionalTensor& documents, const Tensor& dy) {
+    const Tensor& x_, const Tensor& taps, const OptionalTensor& documents, const Tensor& dy_) {
+  const Tensor x = readable(x_, compute_type(x_)), dy = readable(dy_, compute_type(x_));
   const int64_t B = x.size(0), D = x.size(2);
   const Tensor dx = at::empty(x.sizes(), x.options()), dbias = at::empty({B, D}, x.options());
   const Tensor dtaps = at::empty({B, taps.size(0), D}, x.options());
@@ -184,7 +188,7 @@ std::tuple<Tensor, Tensor, Tensor> conv_backward(
       backward<T, count.value>(p, Sequences<T>(dy), dx.data_ptr<T>(), dtaps.data_ptr<T>(), dbias.data_ptr<T>());
     });
   });
-  return {dx, dtaps, dbias};
+  return {dx.to(x_.scalar_type()), dtaps, dbias};
 }
 
 }  // namespace

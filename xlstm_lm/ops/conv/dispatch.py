@@ -3,25 +3,10 @@ fastest form there is."""
 
 from __future__ import annotations
 
-import functools
-import importlib.util
-from collections.abc import Callable
-
 import torch
 from torch.nn.functional import pad
 
-from xlstm_lm.ops.conv.causal_conv1d import conv_causal_conv1d
-from xlstm_lm.ops.conv.compiled import conv_compiled
-from xlstm_lm.ops.conv.shifts import conv_shifts
-from xlstm_lm.ops.native import kernels_available
-from xlstm_lm.ops.selfcheck import TOLERANCE, asked_once, proves_right, some_resets
-
-BACKENDS: dict[str, Callable[..., torch.Tensor]] = {"torch": conv_shifts, "compiled": conv_compiled}
-"""The convolution from an empty past by name: the definition in PyTorch, a compiled form for the CPU and, where the
-package causal_conv1d is installed, its kernel for a GPU."""
-if importlib.util.find_spec("causal_conv1d") is not None:
-    BACKENDS["causal_conv1d"] = conv_causal_conv1d
-SLOW = "the convolution runs in PyTorch (`torch`), which is slower"
+from xlstm_lm.ops.conv.operation import CONV
 
 
 def causal_conv(
@@ -46,7 +31,7 @@ def causal_conv(
         resets_BT: (B, T) bool; true where a document starts: nothing before it is seen from there on.
         initial_state_BWD: (B, W - 1, D), the inputs before the first, oldest first; None means zeros.
         return_state: also return such a state for what follows, with what precedes the last reset set to zero.
-        backend: "auto" or a name in `BACKENDS`.
+        backend: "auto" or the name of a backend of `CONV`.
 
     Returns:
         y (B, T, D) in x's dtype and, with `return_state`, the state (B, W - 1, D). Half precisions are summed in
@@ -56,12 +41,8 @@ def causal_conv(
         ValueError: shapes or dtypes that do not fit each other, or an unknown backend.
     """
     _check(x_BTD, weight_DW, bias_D, resets_BT, initial_state_BWD)
-    if backend == "auto":
-        backend = choose_backend(x_BTD, weight_DW)
-    elif backend not in BACKENDS:
-        raise ValueError(
-            f"unknown convolution backend {backend!r}: choose 'auto' or one of {', '.join(map(repr, BACKENDS))}"
-        )
+    D, W = weight_DW.shape
+    chosen = CONV.backend_for((x_BTD, weight_DW, bias_D), backend, has_resets=resets_BT is not None, D=D, W=W)
     past = weight_DW.shape[1] - 1
     extended_BTD = x_BTD
     if initial_state_BWD is not None:
@@ -69,7 +50,7 @@ def causal_conv(
         resets_BT = None if resets_BT is None else pad(resets_BT, (past, 0))
     documents_BT = None if resets_BT is None else resets_BT.cumsum(1)
 
-    y_BTD = BACKENDS[backend](extended_BTD, weight_DW, bias_D, documents_BT)
+    y_BTD = chosen.loaded(extended_BTD, weight_DW, bias_D, documents_BT)
     if initial_state_BWD is not None:
         y_BTD = y_BTD[:, past:]
     if not return_state:
@@ -81,32 +62,6 @@ def causal_conv(
         of_last_document_BW = documents_BT[:, max(first, 0) :] == documents_BT[:, -1:]
         state_BWD = torch.where(of_last_document_BW[:, :, None], state_BWD, 0.0)
     return y_BTD, pad(state_BWD, (0, 0, max(-first, 0), 0))
-
-
-def choose_backend(x_BTD: torch.Tensor, weight_DW: torch.Tensor) -> str:
-    """What "auto" means: "compiled" on a CPU, which is built on first use; "causal_conv1d" on a GPU where that package
-    is installed; each where it takes such a width and such weights and proves right, else "torch"."""
-    device, dtype, backend = x_BTD.device, x_BTD.dtype, "torch"
-    if torch.compiler.is_exporting():  # the program is to run where our kernels are not
-        return backend
-    if device.type == "cpu" and kernels_available(SLOW):
-        backend = "compiled"
-    elif device.type == "cuda" and "causal_conv1d" in BACKENDS and dtype in TOLERANCE:
-        backend = "causal_conv1d"
-    return backend if backend == "torch" or _is_right(backend, device, dtype, *weight_DW.shape) else "torch"
-
-
-@asked_once
-def _is_right(backend: str, device: torch.device, dtype: torch.dtype, D: int, W: int) -> bool:
-    """Whether a kernel computes the definition on this device, values and gradients; if not, says so."""
-
-    def prepare() -> tuple[Callable, Callable, list[torch.Tensor]]:
-        inputs = [torch.randn(shape, device=device, dtype=dtype) for shape in ((2, 70, D), (D, W), (D,))]
-        run = functools.partial(causal_conv, resets_BT=some_resets(inputs))
-        return *(functools.partial(run, backend=name) for name in (backend, "torch")), inputs
-
-    kernel, sizes = f"the kernels of the convolution {backend!r}", f", {D} channels, {W} taps"
-    return proves_right(prepare, device, dtype, kernel=kernel, sizes=sizes, instead=SLOW)
 
 
 def _check(x_BTD, weight_DW, bias_D, resets_BT, initial_state_BWD) -> None:

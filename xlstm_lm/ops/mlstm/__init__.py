@@ -1,5 +1,6 @@
 """The mLSTM: a matrix memory with exponential or sigmoid gates, the same function in several forms."""
 
-from xlstm_lm.ops.mlstm.dispatch import BACKENDS, INPUT_GATES, STEPS, choose_backend, mlstm
+from xlstm_lm.ops.mlstm.dispatch import INPUT_GATES, mlstm
+from xlstm_lm.ops.mlstm.operation import MLSTM
 
-__all__ = ["BACKENDS", "INPUT_GATES", "STEPS", "choose_backend", "mlstm"]
+__all__ = ["INPUT_GATES", "MLSTM", "mlstm"]

@@ -11,25 +11,38 @@
 
 namespace {
 
-constexpr int64_t kSpan = 4;  // chunks between two states that the forward pass keeps
+constexpr int64_t kSpan = 4;  // longest chunks a span: the forward pass keeps the state before each span
 
 // Steps start, ..., start + length - 1. A reset begins a new chunk, so that no chunk holds steps of two documents;
-// `empty` says that the state before it is. Chunks and spans are numbered through all rows.
+// `empty` says that the state before it is. A span of a row holds the chunks that start in kSpan * longest steps.
+//
+// How much is kept does not depend on the resets: a chunk with a state before it follows `longest` steps of the same
+// document, so at most one starts in `longest` steps, and at most kSpan in a span.
 struct Chunk {
-  int64_t start, length, index, span;
+  int64_t start, length;
+  int64_t m;              // place of the m before it among those of its row
+  int64_t span;           // number of its span in the row
+  int64_t first_of_span;  // number of that span's first chunk
+  int64_t state;          // chunks before it in the span that have a state before them
   bool empty;
 };
 
-// The chunks of a row, after `chunks` and `spans` of the rows before it.
+// The places for m in a row, and its spans.
+inline int64_t places(int64_t steps, int64_t longest) { return (steps + longest - 1) / longest; }
+inline int64_t spans(int64_t steps, int64_t longest) { return places(steps, kSpan * longest); }
+
 inline std::vector<Chunk> cut_row(
-    const bool* resets, int64_t steps, int64_t longest, bool has_initial_state, int64_t chunks, int64_t spans) {
+    const bool* resets, int64_t steps, int64_t longest, bool has_initial_state) {
   std::vector<Chunk> out;
   for (int64_t start = 0; start < steps; start += out.back().length) {
     const int64_t end = std::min(start + longest, steps);
     const int64_t next = resets ? std::find(resets + start + 1, resets + end, true) - resets : end;
     const bool empty = (resets && resets[start]) || (start == 0 && !has_initial_state);
-    const int64_t before = out.size();
-    out.push_back({start, next - start, chunks + before, spans + before / kSpan, empty});
+    const int64_t number = out.size(), span = start / (kSpan * longest);
+    const bool opens = out.empty() || out.back().span != span;
+    const int64_t first_of_span = opens ? number : out.back().first_of_span;
+    const int64_t state = opens ? 0 : out.back().state + !out.back().empty;
+    out.push_back({start, next - start, start / longest, span, first_of_span, state, empty});
   }
   return out;
 }

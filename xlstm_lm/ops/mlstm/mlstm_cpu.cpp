@@ -2,8 +2,8 @@
 //
 // Inside a chunk each step sees the earlier ones through a triangle of weights, as in attention, of which only the
 // blocks on and below the diagonal are computed; older steps are seen through the state. (Chunkwise form: arXiv
-// 2503.14376.) The forward pass keeps the normalizer of each step, m before each chunk, and the state before every
-// kSpan-th chunk. The backward pass makes the states of a span again and takes its chunks from the last to the first.
+// 2503.14376.) The forward pass keeps the normalizer of each step, m before each chunk, and the state before each
+// span of chunks. The backward pass makes the states of a span again and takes its chunks from the last to the first.
 //
 // Tiles are copied to scratch memory with rows of whole vectors; what lies beyond the true sizes is zero there. q is
 // scaled by 1 / sqrt(K) on the way in, its gradient on the way out.
@@ -12,6 +12,7 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
+#include <tuple>
 #include <vector>
 
 #include "../by_dtype.h"
@@ -46,8 +47,8 @@ void invert_normalizer(T* inverse, const T* d, const T* m, int64_t length, const
   }
 }
 
-// What the forward pass keeps: d of each step (B, H, T), m before each chunk (chunks, H), C and n before each span
-// (spans, H, state size).
+// What the forward pass keeps: d of each step (B, H, T), m before each chunk (B, H, places), C and n before each span
+// (B, H, spans, state size).
 template <typename T> struct Kept {
   T *d, *m, *states;
 };
@@ -81,9 +82,10 @@ void forward(
       const Chunk& chunk = chunks[number];
       const int64_t length = chunk.length;
       if (chunk.empty) m = p.empty_m();
-      if (kept.d) {
-        kept.m[chunk.index * p.H + h] = m;
-        if (number % kSpan == 0 && !chunk.empty) std::copy_n(C, p.state_size(), kept.states + p.state_at(chunk, h));
+      if (kept.d && !chunk.empty) {
+        kept.m[p.m_at(chunk, b, h)] = m;
+        if (int64_t(number) == chunk.first_of_span)
+          std::copy_n(C, p.state_size(), kept.states + p.state_at(chunk, b, h));
       }
       p.load_gates(gates, chunk, m, b, h);
       ahead.clear();
@@ -173,7 +175,7 @@ void backward(
         later += double(final_state.n[p.n_at(b, h) + j]) * final_gradient.n[p.n_at(b, h) + j];
     }
     auto load_chunk = [&](const Chunk& chunk) {
-      p.load_gates(gates, chunk, kept.m[chunk.index * p.H + h], b, h);
+      p.load_gates(gates, chunk, chunk.empty ? p.empty_m() : kept.m[p.m_at(chunk, b, h)], b, h);
       copy_in(k, kp, p.k.at(b, chunk.start, h), p.k.step, chunk.length, p.K);
       copy_in(v, vp, p.v.at(b, chunk.start, h), p.v.step, chunk.length, p.V);
     };
@@ -181,13 +183,13 @@ void backward(
     const std::vector<Chunk>& chunks = p.rows[b];
     for (int64_t number = chunks.size() - 1; number >= 0; --number) {
       const Chunk& chunk = chunks[number];
-      const int64_t length = chunk.length, first_of_span = number / kSpan * kSpan;
-      if (number + 1 == int64_t(chunks.size()) || number % kSpan == kSpan - 1) {
-        T* state = states;
-        for (int64_t each = first_of_span; each <= number; ++each, state += state_size) {
+      const int64_t length = chunk.length;
+      if (number + 1 == int64_t(chunks.size()) || chunks[number + 1].span != chunk.span) {
+        for (int64_t each = chunk.first_of_span; each <= number; ++each) {
           if (chunks[each].empty) continue;
-          if (each == first_of_span) {
-            const T* from = kept.states + p.state_at(chunk, h);
+          T* state = states + chunks[each].state * state_size;
+          if (each == chunk.first_of_span) {
+            const T* from = kept.states + p.state_at(chunk, b, h);
             transpose(state, kp, from, vp, kp, vp);
             std::copy_n(from + kp * vp, kp, state + kp * vp);
             continue;
@@ -202,7 +204,7 @@ void backward(
           product<true>(state, kp, p.V, kp / W, before.length, v, 1, vp, k, kp, decay);
         }
       }
-      const T *C_transposed = states + (number - first_of_span) * state_size, *n = C_transposed + kp * vp;
+      const T *C_transposed = states + chunk.state * state_size, *n = C_transposed + kp * vp;  // unless it is empty
 
       ahead.clear();
       for (const Strided<T>* x : {&out.q, &out.k}) ahead.add(*x, b, h, chunk, p.K, true);
@@ -316,73 +318,92 @@ void backward(
   });
 }
 
-template <typename T> State<T> pointers(at::TensorList state) {
-  if (state.empty()) return {nullptr, nullptr, nullptr};
-  return {pointer<T>(state[0]), pointer<T>(state[1]), state.size() > 2 ? pointer<T>(state[2]) : nullptr};
+template <typename T> T* pointer(const OptionalTensor& x) { return x ? x->data_ptr<T>() : nullptr; }
+
+OptionalTensor dense(const OptionalTensor& x, at::ScalarType type) {
+  return x ? OptionalTensor(x->to(type).contiguous()) : x;
 }
 
 // -> h (B, T, H, V); C, n, m of the state after the last step, or empty unless `return_state`; and, or empty unless
 // `save`, what the backward pass needs besides the inputs and h: d, m, states.
-std::vector<Tensor> mlstm_forward(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> mlstm_forward(
     const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& i, const Tensor& f, const OptionalTensor& resets,
-    at::TensorList initial_state, bool return_state, bool save, bool sigmoid_gate, bool normalize, double eps,
-    int64_t chunk_length) {
-  return by_dtype(q, [&](auto zero) {
+    const OptionalTensor& C, const OptionalTensor& n, const OptionalTensor& m, bool return_state, bool save,
+    bool sigmoid_gate, bool normalize, double eps, int64_t chunk_length) {
+  const auto type = compute_type(q);
+  const Tensor q_ = readable(q, type), k_ = readable(k, type), v_ = readable(v, type);
+  const OptionalTensor C_ = dense(C, type), n_ = dense(n, type), m_ = dense(m, type);
+  const OptionalTensor resets_ = dense(resets, at::kBool);
+  return by_dtype(q_, [&](auto zero) {
     using T = decltype(zero);
-    const Problem<T> p(
-        q, k, v, i, f, resets, !initial_state.empty(), chunk_length, {sigmoid_gate, normalize, eps});
+    const Tensor i_ = i.to(type), f_ = f.to(type);
+    const Problem<T> p(q_, k_, v_, i_, f_, resets_, C.has_value(), chunk_length, {sigmoid_gate, normalize, eps});
     auto empty = [&](at::IntArrayRef sizes, bool needed) {
-      return needed ? at::empty(sizes, q.options()) : at::empty({0}, q.options());
+      return at::empty(needed ? sizes : at::IntArrayRef(0), q_.options());
     };
-    std::vector<Tensor> out = {
-        empty({p.B, p.steps, p.H, p.V}, true),
-        empty({p.B, p.H, p.K, p.V}, return_state),
-        empty({p.B, p.H, p.K}, return_state),
-        empty({p.B, p.H}, return_state),
-        empty({p.B, p.H, p.steps}, save),
-        empty({p.chunks, p.H}, save),
-        empty({p.spans, p.H, p.state_size()}, save),
-    };
-    State<T> final_state{nullptr, nullptr, nullptr};
-    if (return_state) final_state = {pointer<T>(out[1]), pointer<T>(out[2]), pointer<T>(out[3])};
+    const Tensor h = empty({p.B, p.steps, p.H, p.V}, true);
+    const Tensor C_last = empty({p.B, p.H, p.K, p.V}, return_state);
+    const Tensor n_last = empty({p.B, p.H, p.K}, return_state), m_last = empty({p.B, p.H}, return_state);
+    const Tensor d = empty({p.B, p.H, p.steps}, save);
+    // Empty chunks leave gaps in these.
+    const Tensor m_kept = empty({p.B, p.H, p.places}, save).zero_();
+    const Tensor states = empty({p.B, p.H, p.spans, p.state_size()}, save).zero_();
+    State<T> last{nullptr, nullptr, nullptr};
+    if (return_state) last = {pointer<T>(C_last), pointer<T>(n_last), pointer<T>(m_last)};
     Kept<T> kept{nullptr, nullptr, nullptr};
-    if (save) kept = {pointer<T>(out[4]), pointer<T>(out[5]), pointer<T>(out[6])};
-    forward<T>(p, pointers<T>(initial_state), out[0], final_state, kept);
-    return out;
+    if (save) kept = {pointer<T>(d), pointer<T>(m_kept), pointer<T>(states)};
+    forward<T>(p, {pointer<T>(C_), pointer<T>(n_), pointer<T>(m_)}, h, last, kept);
+    return std::make_tuple(h.to(v.scalar_type()), C_last, n_last, m_last, d, m_kept, states);
   });
 }
 
-// -> gradients of q, k, v, i, f, and of C and n of the initial state. `kept` is d, m, states; `final_state` C and n
-// and `final_gradient` theirs, or nothing where they have none.
-std::vector<Tensor> mlstm_backward(
+// -> gradients of q, k, v, i, f, and of C and n of the initial state, or empty where there was none. d, m, states: as
+// kept; C_last, n_last: the returned state, dC_last and dn_last its gradients, where it has any.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> mlstm_backward(
     const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& i, const Tensor& f, const OptionalTensor& resets,
-    const Tensor& h, const Tensor& dh, at::TensorList kept, at::TensorList final_state, at::TensorList final_gradient,
-    bool has_initial_state, bool sigmoid_gate, bool normalize, double eps, int64_t chunk_length) {
-  return by_dtype(q, [&](auto zero) {
+    const Tensor& h, const Tensor& dh, const Tensor& d, const Tensor& m, const Tensor& states,
+    const OptionalTensor& C_last, const OptionalTensor& n_last, const OptionalTensor& dC_last,
+    const OptionalTensor& dn_last, bool has_initial_state, bool sigmoid_gate, bool normalize, double eps,
+    int64_t chunk_length) {
+  const auto type = compute_type(q);
+  const Tensor q_ = readable(q, type), k_ = readable(k, type), v_ = readable(v, type);
+  const Tensor h_ = readable(h, type), dh_ = readable(dh, type);
+  const OptionalTensor dC = dense(dC_last, type), dn = dense(dn_last, type), resets_ = dense(resets, at::kBool);
+  return by_dtype(q_, [&](auto zero) {
     using T = decltype(zero);
-    const Problem<T> p(q, k, v, i, f, resets, has_initial_state, chunk_length, {sigmoid_gate, normalize, eps});
-    std::vector<Tensor> out;
-    for (const Tensor* x : {&q, &k, &v, &i, &f}) out.push_back(at::empty(x->sizes(), q.options()));
-    out.push_back(at::empty({p.B, p.H, p.K, p.V}, q.options()));
-    out.push_back(at::empty({p.B, p.H, p.K}, q.options()));
+    const Tensor i_ = i.to(type), f_ = f.to(type);
+    const Problem<T> p(q_, k_, v_, i_, f_, resets_, has_initial_state, chunk_length, {sigmoid_gate, normalize, eps});
+    auto like = [&](const Tensor& x) { return at::empty(x.sizes(), q_.options()); };
+    const Tensor dq = like(q), dk = like(k), dv = like(v), di = like(i), df = like(f);
+    const Tensor dC_first = at::empty({p.B, p.H, p.K, p.V}, q_.options());
+    const Tensor dn_first = at::empty({p.B, p.H, p.K}, q_.options());
     backward<T>(
-        p, h, dh, pointers<T>(final_state), pointers<T>(final_gradient),
-        {pointer<T>(kept[0]), pointer<T>(kept[1]), pointer<T>(kept[2])},
-        {out[0], out[1], out[2], out[3], out[4], pointer<T>(out[5]), pointer<T>(out[6])});
-    return out;
+        p, h_, dh_, {pointer<T>(C_last), pointer<T>(n_last), nullptr}, {pointer<T>(dC), pointer<T>(dn), nullptr},
+        {pointer<T>(d), pointer<T>(m), pointer<T>(states)},
+        {dq, dk, dv, di, df, pointer<T>(dC_first), pointer<T>(dn_first)});
+    auto in_type_of = [](const Tensor& x, const Tensor& gradient) { return gradient.to(x.scalar_type()); };
+    auto if_initial = [&](const Tensor& x) { return has_initial_state ? x : at::empty({0}, q_.options()); };
+    return std::make_tuple(
+        in_type_of(q, dq), in_type_of(k, dk), in_type_of(v, dv), in_type_of(i, di), in_type_of(f, df),
+        if_initial(dC_first), if_initial(dn_first));
   });
 }
+
+int64_t simd_bytes() { return kVectorBytes; }
 
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(xlstm_lm, library) {
+  library.def("simd_bytes() -> int", &simd_bytes);
   library.def(
-      "mlstm_forward(Tensor q, Tensor k, Tensor v, Tensor i, Tensor f, Tensor? resets, Tensor[] initial_state,"
-      " bool return_state, bool save, bool sigmoid_gate, bool normalize, float eps, int chunk_length) -> Tensor[]");
+      "mlstm_forward(Tensor q, Tensor k, Tensor v, Tensor i, Tensor f, Tensor? resets, Tensor? C, Tensor? n, Tensor? m,"
+      " bool return_state, bool save, bool sigmoid_gate, bool normalize, float eps, int chunk_length)"
+      " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   library.def(
-      "mlstm_backward(Tensor q, Tensor k, Tensor v, Tensor i, Tensor f, Tensor? resets, Tensor h, Tensor dh,"
-      " Tensor[] kept, Tensor[] final_state, Tensor[] final_gradient, bool has_initial_state, bool sigmoid_gate,"
-      " bool normalize, float eps, int chunk_length) -> Tensor[]");
+      "mlstm_backward(Tensor q, Tensor k, Tensor v, Tensor i, Tensor f, Tensor? resets, Tensor h, Tensor dh, Tensor d,"
+      " Tensor m, Tensor states, Tensor? C_last, Tensor? n_last, Tensor? dC_last, Tensor? dn_last,"
+      " bool has_initial_state, bool sigmoid_gate, bool normalize, float eps, int chunk_length)"
+      " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 
 TORCH_LIBRARY_IMPL(xlstm_lm, CPU, library) {

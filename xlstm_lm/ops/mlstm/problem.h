@@ -73,19 +73,18 @@ template <typename T> struct Problem {
   Options options;
   Strided<T> q, k, v, i, f;
   std::vector<std::vector<Chunk>> rows;
-  int64_t chunks = 0, spans = 0;
+  int64_t places, spans;  // of a row, see chunk.h
 
   Problem(
       const Tensor& q_, const Tensor& k_, const Tensor& v_, const Tensor& i_, const Tensor& f_,
       const OptionalTensor& resets, bool has_initial_state, int64_t chunk_length, const Options& options_)
       : B(q_.size(0)), steps(q_.size(1)), H(q_.size(2)), K(q_.size(3)), V(v_.size(3)),
         longest(padded(std::min(chunk_length, steps))), kp(padded(K)), vp(padded(V)),
-        scale(T(1.0 / std::sqrt(double(K)))), options(options_), q(q_), k(k_), v(v_), i(i_), f(f_) {
+        scale(T(1.0 / std::sqrt(double(K)))), options(options_), q(q_), k(k_), v(v_), i(i_), f(f_),
+        places(::places(steps, chunk_length)), spans(::spans(steps, chunk_length)) {
     for (int64_t b = 0; b < B; ++b) {
       const bool* row = resets ? resets->const_data_ptr<bool>() + b * steps : nullptr;
-      rows.push_back(cut_row(row, steps, chunk_length, has_initial_state, chunks, spans));
-      chunks = rows.back().back().index + 1;
-      spans = rows.back().back().span + 1;
+      rows.push_back(cut_row(row, steps, chunk_length, has_initial_state));
     }
   }
 
@@ -95,7 +94,10 @@ template <typename T> struct Problem {
   int64_t C_at(int64_t b, int64_t h) const { return (b * H + h) * K * V; }
   int64_t n_at(int64_t b, int64_t h) const { return (b * H + h) * K; }
 
-  int64_t state_at(const Chunk& chunk, int64_t h) const { return (chunk.span * H + h) * state_size(); }
+  int64_t m_at(const Chunk& chunk, int64_t b, int64_t h) const { return (b * H + h) * places + chunk.m; }
+  int64_t state_at(const Chunk& chunk, int64_t b, int64_t h) const {
+    return ((b * H + h) * spans + chunk.span) * state_size();
+  }
 
   template <typename F> void for_each_task(int64_t scratch, F body) const {
     at::parallel_for(0, B * H, 1, [&](int64_t begin, int64_t end) {

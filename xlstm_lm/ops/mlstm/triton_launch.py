@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
+import functools
+import os
 from typing import NamedTuple
 
 import torch
 
-from xlstm_lm.ops.gpu import padded, processors
+from xlstm_lm.ops.assembler import why_not_chained
+from xlstm_lm.ops.compiling import constant_result
+from xlstm_lm.ops.gpu import ARCHITECTURES, KIB, architecture, padded, processors, why_no_launches
 
 PROGRAMS = 2
 """Programs of a walk for each processor to aim at."""
@@ -71,14 +73,27 @@ TABLE = {
     (False, "sm_90"): (16, 64, 64, 4096, 8, 8, 1, 64),
     (False, "sm_100"): (16, 64, 64, 4096, 8, 8, 1, 64),
     (False, "gfx942"): (16, 32, 64, 4096, 8, 8, 1, 64),
+    # K or V of more than WIDE on any NVIDIA architecture.
+    (True, "wide"): (32, 64, 16, 8192, 8, 8, 2, 128),
+    (False, "wide"): (16, 32, 64, 4096, 8, 8, 1, 64),
 }
 """Chosen so that everything fits and nothing spills on sm_90 and sm_100, as `eval.kernels --compile-report` shows.
 Their speed has not been measured."""
+WIDE = 512
+"""The largest padded K or V for the warp-group products of sm_90 and sm_100. A larger state leaves 16 columns to a
+program, too few for such products: with those architectures' parameters the walks spill 11 to 15 KB a thread."""
+BEYOND_512 = 160 * KIB
+"""Shared memory, in bytes, for a larger K or V on NVIDIA: the walks hold 128 bytes a unit, and 7 KiB. On AMD, where
+they prefetch nothing, 8 KiB are enough for any."""
+TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def launches(K: int, V: int, dtype: torch.dtype, architecture: str) -> Launches:
-    """The launch parameters for such heads on an architecture of `TABLE`."""
-    L, part, most, numbers, least_warps, most_warps, stages, edge = TABLE[dtype != torch.float32, architecture]
+    """The launch parameters for such heads on an architecture of `gpu.ARCHITECTURES`."""
+    row = ARCHITECTURES[architecture].launches
+    if row != "gfx942" and padded(max(K, V)) > WIDE:
+        row = "wide"
+    L, part, most, numbers, least_warps, most_warps, stages, edge = TABLE[dtype != torch.float32, row]
 
     def walk(rows: int, width: int) -> Launch:
         rows = padded(rows)
@@ -97,24 +112,46 @@ def launches(K: int, V: int, dtype: torch.dtype, architecture: str) -> Launches:
     )
 
 
-def make_plan(chosen: Launches, B: int, T: int, H: int, K: int, V: int, device: torch.device) -> Plan:
-    """Super-chunks that are as many as keep all processors busy, but of SHORTEST chunks at least."""
+def widest(architecture: str) -> int:
+    """The largest K or V for which the walks fit an architecture of `gpu.ARCHITECTURES`."""
+    has_room = architecture.startswith("gfx") or ARCHITECTURES[architecture].shared_bytes >= BEYOND_512
+    return 1024 if has_room else WIDE
+
+
+@constant_result
+@functools.cache
+def why_not_step(dtype: torch.dtype, device: torch.device) -> str | None:
+    """The reason why the Triton kernels run for no heads in `dtype` on a device; None if they do.
+
+    It continues a sentence about the backend, as does that of `why_not`.
+    """
+    if dtype not in TYPES:
+        return f"takes float32, bfloat16 or float16, got {dtype}"
+    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"takes tensors of a GPU, got {device}"
+    return why_no_launches(device)
+
+
+@constant_result
+@functools.cache
+def why_not(K: int, V: int, dtype: torch.dtype, device: torch.device) -> str | None:
+    """The reason why the Triton kernels do not train heads of K x V in `dtype` on a device; None if they do."""
+    problem = why_not_step(dtype, device) or why_not_chained(device)
+    if problem is not None:
+        return problem
+    name = architecture(device)
+    shared, limit = ARCHITECTURES[name].shared_bytes, widest(name)
+    if max(K, V) <= limit:
+        return None
+    return f"takes K and V of up to {limit} where a block has {shared} bytes of shared memory ({name}), got {K} and {V}"
+
+
+def make_plan(
+    chosen: Launches, B: int, T: int, H: int, K: int, V: int, device: torch.device, shortest: int = SHORTEST
+) -> Plan:
+    """Super-chunks that are as many as keep all processors busy, but of `shortest` chunks at least."""
     chunks = -(-T // chosen.L)
     blocks = min(-(-V // chosen.forward.block_v), -(-K // chosen.dq.block_v))
     wanted = max(1, PROGRAMS * processors(device) // (B * H * blocks))
     longest = -(-chunks // wanted)
-    return Plan(chosen.L, min(chunks, max(longest, SHORTEST)), chosen.precision)
-
-
-@contextlib.contextmanager
-def super_chunks_of(chunks: int) -> Iterator[None]:
-    """Have super-chunks of `chunks` chunks at least, so that in a check a few steps make several.
-
-    In the whole process: the backward pass of a GPU has a thread of its own.
-    """
-    global SHORTEST
-    before, SHORTEST = SHORTEST, chunks
-    try:
-        yield
-    finally:
-        SHORTEST = before
+    return Plan(chosen.L, min(chunks, max(longest, shortest)), chosen.precision)

@@ -11,20 +11,16 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
+from xlstm_lm.ops.assembler import check_machine_code
 from xlstm_lm.ops.gpu import architecture
 from xlstm_lm.ops.mlstm.recurrence import State, unit_stabilizer
 from xlstm_lm.ops.mlstm.triton_gates import LOG2E, Gates, count_resets, gate_gradients, make_gates
-from xlstm_lm.ops.mlstm.triton_launch import launches, make_plan
-from xlstm_lm.ops.mlstm.triton_scores import dscores, scores
-from xlstm_lm.ops.mlstm.triton_states import border_normalizers, border_states
-from xlstm_lm.ops.mlstm.triton_walk import walk
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-INTERPRETED = triton.knobs.runtime.interpret
-"""Whether Triton's interpreter stands in for a GPU, as TRITON_INTERPRET=1 makes it: slow, for tests."""
+from xlstm_lm.ops.mlstm.triton_launch import SHORTEST, launches, make_plan, why_not
+from xlstm_lm.ops.mlstm.triton_scores import dscores, dscores_kernel, scores, scores_kernel
+from xlstm_lm.ops.mlstm.triton_states import border_normalizers, border_states, contributions_kernel
+from xlstm_lm.ops.mlstm.triton_walk import walk, walk_kernel
 
 
 def mlstm_triton(
@@ -41,20 +37,22 @@ def mlstm_triton(
     normalize: bool = True,
     chunk_length: int | None = None,
     eps: float = 1e-6,
+    super_chunk: int | None = None,
 ) -> tuple[Tensor, State | None]:
     """The mLSTM of `xlstm_lm.ops.mlstm.mlstm` (shapes, options and returns there) on a GPU.
 
     q, k and v are multiplied in their own type with float32 sums; gates and states are float32. `chunk_length` is the
-    chunkwise backend's. Not twice differentiable.
+    chunkwise backend's. `super_chunk` is the least number of chunks that run one after another; None picks one, and a
+    check picks few, so that a few steps make several super-chunks. Not twice differentiable.
 
-    Raises: ValueError for a type other than float32, bfloat16 and float16, or a device without Triton.
+    Raises:
+        ValueError: `triton_launch.why_not` names a reason.
     """
     del chunk_length
     dtype = torch.promote_types(torch.promote_types(q_BTHK.dtype, k_BTHK.dtype), v_BTHV.dtype)
-    if dtype not in DTYPES:
-        raise ValueError(f"The triton backend takes float32, bfloat16 or float16, got {dtype}: use 'chunkwise'.")
-    if q_BTHK.device.type != "cuda" and not INTERPRETED:
-        raise ValueError(f"The triton backend takes tensors of a GPU, got {q_BTHK.device}: use 'chunkwise'.")
+    problem = why_not(q_BTHK.shape[-1], v_BTHV.shape[-1], dtype, q_BTHK.device)
+    if problem is not None:
+        raise ValueError(f"The triton backend {problem}: use 'chunkwise'.")
     C_BHKV = n_BHK = m_BH = None
     if initial_state is not None:
         state = unit_stabilizer(initial_state) if input_gate == "sigmoid" else initial_state
@@ -73,6 +71,7 @@ def mlstm_triton(
         input_gate == "sigmoid",
         normalize,
         eps,
+        SHORTEST if super_chunk is None else super_chunk,
     )
     return h_BTHV.to(v_BTHV.dtype), (C, n, m.detach()) if return_state else None
 
@@ -91,17 +90,19 @@ def launch_forward(
     sigmoid: bool,
     normalize: bool,
     eps: float,
+    shortest: int = SHORTEST,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """h, the last C, n and m (empty unless `return_state`), and c, x, m, x_divided, d and scores for the backward."""
     with torch.cuda.device_of(q):  # Triton launches on the current device
         B, T, H, K = q.shape
         chosen = launches(K, v.shape[-1], q.dtype, architecture(q.device))
-        plan = make_plan(chosen, B, T, H, K, v.shape[-1], q.device)
+        plan = make_plan(chosen, B, T, H, K, v.shape[-1], q.device, shortest)
         gates = make_gates(i, f, count_resets(resets), m, plan.L, sigmoid=sigmoid)
         normalizers = border_normalizers(k, gates, n, plan.L)
         weights, x_divided, d = scores(q, k, normalizers, gates, plan, normalize=normalize, eps=eps)
         states = border_states(k, v, gates, C, plan, chosen.states, x_query_BHT=x_divided, to_the_end=return_state)
         h, _ = walk(q, k, v, v, weights, states, gates, x_divided, plan, chosen.forward, transposed=False)
+        check_machine_code((scores_kernel, contributions_kernel, walk_kernel), q.device)
         last = (states[:, :, -1].clone(), normalizers[:, :, -1].clone(), gates.m_BHT1[..., -1] / LOG2E.value)
         if not return_state:
             last = tuple(d.new_empty(0) for _ in range(3))
@@ -112,7 +113,7 @@ forward = torch.library.custom_op("xlstm_lm_triton::mlstm_forward", launch_forwa
 
 
 @forward.register_fake
-def _(q, k, v, i, f, resets, C, n, m, return_state, sigmoid, normalize, eps):
+def _(q, k, v, i, f, resets, C, n, m, return_state, sigmoid, normalize, eps, shortest=SHORTEST):
     B, T, H, K = q.shape
     L = launches(K, v.shape[-1], q.dtype, architecture(q.device)).L
     shapes = ((B, H, K, v.shape[-1]), (B, H, K), (B, H)) if return_state else ((0,),) * 3
@@ -143,13 +144,14 @@ def launch_backward(
     sigmoid: bool,
     normalize: bool,
     eps: float,
+    shortest: int = SHORTEST,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, i, f and of the state before the first step, C and n (empty if there was none)."""
     with torch.cuda.device_of(q):  # Triton launches on the current device
         B, T, H, K = q.shape
         V = v.shape[-1]
         chosen = launches(K, V, q.dtype, architecture(q.device))
-        plan = make_plan(chosen, B, T, H, K, V, q.device)
+        plan = make_plan(chosen, B, T, H, K, V, q.device, shortest)
         gates = Gates(c, x, m, count_resets(resets))
         has_first, has_last = C is not None, dC_last is not None
         dweights, delta, q_dq = dscores(h, dh, v, gates, x_divided, d, plan, normalize=normalize, eps=eps)
@@ -167,6 +169,7 @@ def launch_backward(
             other_BTHW=k,
         )  # fmt: skip
         dv, _ = walk(k, q, dh, v, weights, dstates, **shared, launch=chosen.dv, transposed=False, reverse=True)
+        check_machine_code((dscores_kernel, contributions_kernel, walk_kernel), q.device)
         products = None
         if plan.supers(T) > 1 or has_last:
             at = torch.arange(plan.supers(T) + 1, device=q.device).mul(plan.chunks).clamp(max=n_all.shape[2] - 1)
@@ -184,16 +187,39 @@ backward = torch.library.custom_op("xlstm_lm_triton::mlstm_backward", launch_bac
 
 
 @backward.register_fake
-def _(q, k, v, i, f, resets, C, n, h, c, x, m, x_divided, d, weights, dh, dC_last, dn_last, sigmoid, normalize, eps):
+def _(
+    q,
+    k,
+    v,
+    i,
+    f,
+    resets,
+    C,
+    n,
+    h,
+    c,
+    x,
+    m,
+    x_divided,
+    d,
+    weights,
+    dh,
+    dC_last,
+    dn_last,
+    sigmoid,
+    normalize,
+    eps,
+    shortest=SHORTEST,
+):
     dstate = (C.new_empty(C.shape), n.new_empty(n.shape)) if C is not None else (d.new_empty(0), d.new_empty(0))
     return *(torch.empty_like(each) for each in (q, k, v, i, f)), *dstate
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-    q, k, v, i, f, resets, C, n, _, _, sigmoid, normalize, eps = inputs
+    q, k, v, i, f, resets, C, n, _, _, *options = inputs
     h, _, _, m, *kept = output
     ctx.save_for_backward(q, k, v, i, f, resets, C, n, h, *kept)
-    ctx.options = (sigmoid, normalize, eps)
+    ctx.options = options
     ctx.mark_non_differentiable(m, *kept)
     ctx.set_materialize_grads(False)  # else there would be zeros for all of them
 
@@ -212,7 +238,7 @@ def _backward_of_forward(
     with torch.autocast(dh.device.type, enabled=False):  # the little that PyTorch computes in it stays float32
         *gradients, dC_first, dn_first = backward(*saved, dh, dC, dn, *ctx.options)
     dstate = (None, None) if C_first is None else (dC_first, dn_first)
-    return (*gradients, None, *dstate, *(None,) * 5)
+    return (*gradients, None, *dstate, *(None,) * 6)
 
 
 forward.register_autograd(_backward_of_forward, setup_context=_setup_context)

@@ -17,7 +17,7 @@ from torch import Tensor
 from xlstm_lm.ops.gpu import padded
 from xlstm_lm.ops.mlstm.recurrence import State
 from xlstm_lm.ops.mlstm.triton_gates import SMALLEST, log_sigmoid
-from xlstm_lm.ops.mlstm.triton_op import DTYPES, INTERPRETED
+from xlstm_lm.ops.mlstm.triton_launch import why_not_step
 
 BLOCK_K, BLOCK_V = 256, 32
 """Rows and columns of the state that a program has at a time, at most: columns that fill the lines of the cache."""
@@ -41,17 +41,16 @@ def mlstm_triton_step(
 ) -> tuple[Tensor, State | None]:
     """`xlstm_lm.ops.mlstm.step.mlstm_step` (all as there) on a GPU, computed in float32.
 
-    Raises: ValueError for more than one token, a type other than float32, bfloat16 and float16, or a device without
-    Triton.
+    Raises:
+        ValueError: more than one token, or `triton_launch.why_not_step` names a reason.
     """
     del chunk_length
     if q_B1HK.shape[1] != 1:
         raise ValueError(f"The triton_step backend takes one token, T = 1, got T = {q_B1HK.shape[1]}: use 'triton'.")
     for x in (q_B1HK, k_B1HK, v_B1HV):
-        if x.dtype not in DTYPES:
-            raise ValueError(f"The triton_step backend takes float32, bfloat16 or float16, got {x.dtype}: use 'step'.")
-    if q_B1HK.device.type != "cuda" and not INTERPRETED:
-        raise ValueError(f"The triton_step backend takes tensors of a GPU, got {q_B1HK.device}: use 'step'.")
+        problem = why_not_step(x.dtype, x.device)
+        if problem is not None:
+            raise ValueError(f"The triton_step backend {problem}: use 'step'.")
     with torch.no_grad():
         inputs = [x.detach() for x in (q_B1HK, k_B1HK, v_B1HV, i_B1H, f_B1H)]
         state = [None] * 3 if initial_state is None else [x.detach().float().contiguous() for x in initial_state]

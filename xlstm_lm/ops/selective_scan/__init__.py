@@ -1,5 +1,6 @@
 """Mamba-1's selective scan: the definition, and a compiled form for the CPU."""
 
-from xlstm_lm.ops.selective_scan.dispatch import BACKENDS, choose_backend, selective_scan
+from xlstm_lm.ops.selective_scan.dispatch import selective_scan
+from xlstm_lm.ops.selective_scan.operation import SCAN
 
-__all__ = ["BACKENDS", "choose_backend", "selective_scan"]
+__all__ = ["SCAN", "selective_scan"]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from xlstm_lm.ops.compiling import without_autocast
+
 Result = tuple[Tensor, Tensor | None]
 
 
@@ -28,9 +30,10 @@ def scan_recurrence(
     # unbind, because an index at each step would make the backward quadratic in T
     inputs = [each.to(dtype).unbind(1) for each in (dt_BTE, dt_BTE * x_BTE.to(dtype), b_BTN, c_BTN)]
     steps = []
-    for t, (dt_BE, input_BE, b_BN, c_BN) in enumerate(zip(*inputs, strict=True)):
-        if kept is not None:
-            state_BEN = state_BEN * kept[t][:, None, None]
-        state_BEN = torch.exp(dt_BE[..., None] * a_EN) * state_BEN + input_BE[..., None] * b_BN[:, None]
-        steps.append(torch.einsum("ben,bn->be", state_BEN, c_BN))
+    with without_autocast(x_BTE):
+        for t, (dt_BE, input_BE, b_BN, c_BN) in enumerate(zip(*inputs, strict=True)):
+            if kept is not None:
+                state_BEN = state_BEN * kept[t][:, None, None]
+            state_BEN = torch.exp(dt_BE[..., None] * a_EN) * state_BEN + input_BE[..., None] * b_BN[:, None]
+            steps.append(torch.einsum("ben,bn->be", state_BEN, c_BN))
     return torch.stack(steps, dim=1).to(x_BTE.dtype), state_BEN if return_state else None

@@ -180,25 +180,34 @@ void backward(const Problem<T>& p, const T* checkpoints, const T* dy, const T* d
   });
 }
 
-// -> y (B, T, E), the last state (B, E, N), checkpoints (blocks, B, E, N) or empty unless `save`. Inputs are contiguous.
+// Exported models call these two with sources of their own, written by any version: keep what is given and returned.
+
+// -> y (B, T, E) in the type of x, the last state (B, E, N), checkpoints (blocks, B, E, N) or empty unless `save`. dt, a
+// and the state are of the type to compute in, the resets contiguous.
 std::tuple<Tensor, Tensor, Tensor> scan_forward(
-    const Tensor& x, const Tensor& dt, const Tensor& a, const Tensor& b, const Tensor& c, const OptionalTensor& resets,
-    const OptionalTensor& initial, bool save) {
-  return by_dtype(x, [&](auto zero) {
+    const Tensor& x_, const Tensor& dt_, const Tensor& a, const Tensor& b_, const Tensor& c_,
+    const OptionalTensor& resets, const OptionalTensor& initial, bool save) {
+  const auto type = dt_.scalar_type();
+  const Tensor x = x_.to(type).contiguous(), dt = dt_.contiguous();
+  const Tensor b = b_.to(type).contiguous(), c = c_.to(type).contiguous();
+  return by_dtype(dt, [&](auto zero) {
     using T = decltype(zero);
     const Problem<T> p(x, dt, a, b, c, resets, initial);
     const Tensor y = at::empty(x.sizes(), x.options()), last = at::empty({p.B, p.E, p.N}, x.options());
     const Tensor checkpoints = at::empty({save ? (p.steps + kBlock - 1) / kBlock : 0, p.B, p.E, p.N}, x.options());
     forward<T>(p, y.data_ptr<T>(), last.data_ptr<T>(), save ? checkpoints.data_ptr<T>() : nullptr);
-    return std::make_tuple(y, last, checkpoints);
+    return std::make_tuple(y.to(x_.scalar_type()), last, checkpoints);
   });
 }
 
 // -> gradients of x, dt, a (to be summed over B), b, c (to be summed over a first dimension) and of the first state.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> scan_backward(
-    const Tensor& x, const Tensor& dt, const Tensor& a, const Tensor& b, const Tensor& c, const OptionalTensor& resets,
-    const Tensor& checkpoints, const Tensor& dy, const OptionalTensor& dlast) {
-  return by_dtype(x, [&](auto zero) {
+    const Tensor& x_, const Tensor& dt_, const Tensor& a, const Tensor& b_, const Tensor& c_,
+    const OptionalTensor& resets, const Tensor& checkpoints, const Tensor& dy_, const OptionalTensor& dlast) {
+  const auto type = dt_.scalar_type();
+  const Tensor x = x_.to(type).contiguous(), dt = dt_.contiguous(), dy = dy_.to(type).contiguous();
+  const Tensor b = b_.to(type).contiguous(), c = c_.to(type).contiguous();
+  return by_dtype(dt, [&](auto zero) {
     using T = decltype(zero);
     const Problem<T> p(x, dt, a, b, c, resets, std::nullopt);
     const Tensor dx = at::empty(x.sizes(), x.options()), ddt = at::empty(x.sizes(), x.options());
@@ -208,7 +217,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> scan_backward(
         p, checkpoints.const_data_ptr<T>(), dy.const_data_ptr<T>(), dlast ? dlast->const_data_ptr<T>() : nullptr,
         {dx.data_ptr<T>(), ddt.data_ptr<T>(), da.data_ptr<T>(), db.data_ptr<T>(), dc.data_ptr<T>(),
          dinitial.data_ptr<T>()});
-    return std::make_tuple(dx, ddt, da, db, dc, dinitial);
+    return std::make_tuple(dx.to(x_.scalar_type()), ddt, da, db, dc, dinitial);
   });
 }
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from xlstm_lm.ops.slstm.dispatch import BACKENDS, choose_backend, slstm
+from xlstm_lm.ops.slstm.dispatch import slstm
+from xlstm_lm.ops.slstm.operation import SLSTM
 from xlstm_lm.ops.slstm.recurrence import SLSTMState
 
-__all__ = ["BACKENDS", "SLSTMState", "choose_backend", "slstm"]
+__all__ = ["SLSTM", "SLSTMState", "slstm"]

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from xlstm_lm.ops.compiling import custom_operator, without_autocast
 from xlstm_lm.ops.slstm.recurrence import SLSTMState, compute_dtype, empty_state
 
 CHECKPOINT_STEPS = 64
@@ -109,8 +110,7 @@ def slstm_fused(
     return (y_BTHD, (*last[:3], last[3].detach())) if return_state else y_BTHD
 
 
-@torch.library.custom_op("xlstm_lm_slstm::forward", mutates_args=())
-def forward(
+def compute_forward(
     wx: Tensor,
     r: Tensor,
     bias: Tensor,
@@ -123,7 +123,7 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """y of all steps, checkpoints, and y, c, n, m after the last step."""
     # Triton launches on the current device; products are taken in the types that they are given.
-    with torch.cuda.device_of(wx), torch.autocast(wx.device.type, enabled=False):
+    with torch.cuda.device_of(wx), without_autocast(wx):
         y_BTHD, checkpoints_NSBHD, last = loops_of(backend).forward_loop(
             _last_dense(wx),
             r.to(wx.dtype).contiguous(),
@@ -134,15 +134,13 @@ def forward(
         return y_BTHD, checkpoints_NSBHD, *last
 
 
-@forward.register_fake
-def _(wx, r, bias, resets, y, c, n, m, backend):
+def _forward_shapes(wx, r, bias, resets, y, c, n, m, backend) -> tuple[Tensor, ...]:
     B, T, _, H, D = wx.shape
     checkpoints_NSBHD = y.new_empty(-(-T // CHECKPOINT_STEPS), 3, B, H, D)
     return wx.new_empty(B, T, H, D), checkpoints_NSBHD, *(y.new_empty(B, H, D) for _ in range(4))
 
 
-@torch.library.custom_op("xlstm_lm_slstm::backward", mutates_args=())
-def backward(
+def compute_backward(
     wx: Tensor,
     r: Tensor,
     bias: Tensor,
@@ -158,7 +156,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of wx, R, the bias, and of y, c, n before the first step."""
     # Triton launches on the current device; products are taken in the types that they are given.
-    with torch.cuda.device_of(wx), torch.autocast(wx.device.type, enabled=False):
+    with torch.cuda.device_of(wx), without_autocast(wx):
         B, T, G, H, D = wx.shape
         dtype = bias.dtype
         r_GHDE = r.to(wx.dtype).contiguous()
@@ -192,8 +190,9 @@ def backward(
         return dgates_BTGHD, dr_GHDE, dbias_HGD.transpose(0, 1).contiguous(), *dfirst
 
 
-@backward.register_fake
-def _(wx, r, bias, resets, y_first, y, checkpoints, dy, dy_last, dc_last, dn_last, backend):
+def _backward_shapes(
+    wx, r, bias, resets, y_first, y, checkpoints, dy, dy_last, dc_last, dn_last, backend
+) -> tuple[Tensor, ...]:
     B, T, G, H, D = wx.shape
     dwx_BTGHD = wx.new_empty(H, B, T, G, D).permute(1, 2, 3, 0, 4)
     dstate = (torch.empty_like(y_first, memory_format=torch.contiguous_format) for _ in range(3))
@@ -215,16 +214,17 @@ def product(a: Tensor, b: Tensor, sums: Tensor | None = None) -> Tensor:
     return torch.bmm(a, b) if sums is None else sums.baddbmm_(a, b)
 
 
-def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+def _keep(ctx: Any, inputs: tuple, output: tuple) -> None:
     wx, r, bias, resets, y_first, *_, backend = inputs
     ctx.save_for_backward(wx, r, bias, resets, y_first, *output[:2])
     ctx.backend = backend
     ctx.mark_non_differentiable(output[1], output[5])
 
 
-def _backward_of_forward(ctx: Any, dy: Tensor, _: Any, *dlast: Tensor) -> tuple[Tensor | None, ...]:
+def _gradients(ctx: Any, dy: Tensor, _: Any, *dlast: Tensor) -> tuple[Tensor | None, ...]:
     dwx, dr, dbias, *dfirst = backward(*ctx.saved_tensors, dy, *dlast[:3], ctx.backend)
     return dwx, dr, dbias, None, *dfirst, None, None
 
 
-forward.register_autograd(_backward_of_forward, setup_context=_setup_context)
+backward = custom_operator("slstm_fused_backward", compute_backward, _backward_shapes)
+forward = custom_operator("slstm_fused", compute_forward, _forward_shapes, gradients=_gradients, keep=_keep)

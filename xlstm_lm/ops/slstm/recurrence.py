@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch.nn.functional import logsigmoid
 
+from xlstm_lm.ops.compiling import without_autocast
+
 SLSTMState = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 """(y, c, n, m), each (B, H, D): output, cell, normalizer, and the stabilizer m; c and n are scaled by e^-m."""
 
@@ -46,20 +48,21 @@ def slstm_recurrence(
     reset_steps = [None] * wx_BTGHD.shape[1] if resets_BT is None else resets_BT[:, :, None, None].unbind(1)
 
     outputs = []
-    for wx_BGHD, reset_B11 in zip(wx_BTGHD.unbind(1), reset_steps, strict=True):
-        if reset_B11 is not None:
-            y_BHD, c_BHD, n_BHD = (part.masked_fill(reset_B11, 0.0) for part in (y_BHD, c_BHD, n_BHD))
-            m_BHD = m_BHD.masked_fill(reset_B11, -torch.inf)
-        gates_BGHD = wx_BGHD.to(dtype) + torch.einsum("bhd,ghde->bghe", y_BHD, r_GHDE) + bias_GHD
-        i_BHD, f_BHD, z_BHD, o_BHD = gates_BGHD.unbind(1)
-        decayed_BHD = logsigmoid(f_BHD) + m_BHD
-        m_BHD = torch.maximum(i_BHD, decayed_BHD).detach()
-        input_BHD = torch.exp(i_BHD - m_BHD)
-        forget_BHD = torch.exp(decayed_BHD - m_BHD)
-        c_BHD = forget_BHD * c_BHD + input_BHD * torch.tanh(z_BHD)
-        n_BHD = forget_BHD * n_BHD + input_BHD
-        y_BHD = torch.sigmoid(o_BHD) * c_BHD / n_BHD
-        outputs.append(y_BHD)
+    with without_autocast(wx_BTGHD):
+        for wx_BGHD, reset_B11 in zip(wx_BTGHD.unbind(1), reset_steps, strict=True):
+            if reset_B11 is not None:
+                y_BHD, c_BHD, n_BHD = (part.masked_fill(reset_B11, 0.0) for part in (y_BHD, c_BHD, n_BHD))
+                m_BHD = m_BHD.masked_fill(reset_B11, -torch.inf)
+            gates_BGHD = wx_BGHD.to(dtype) + torch.einsum("bhd,ghde->bghe", y_BHD, r_GHDE) + bias_GHD
+            i_BHD, f_BHD, z_BHD, o_BHD = gates_BGHD.unbind(1)
+            decayed_BHD = logsigmoid(f_BHD) + m_BHD
+            m_BHD = torch.maximum(i_BHD, decayed_BHD).detach()
+            input_BHD = torch.exp(i_BHD - m_BHD)
+            forget_BHD = torch.exp(decayed_BHD - m_BHD)
+            c_BHD = forget_BHD * c_BHD + input_BHD * torch.tanh(z_BHD)
+            n_BHD = forget_BHD * n_BHD + input_BHD
+            y_BHD = torch.sigmoid(o_BHD) * c_BHD / n_BHD
+            outputs.append(y_BHD)
 
     y_BTHD = torch.stack(outputs, dim=1).to(wx_BTGHD.dtype)
     return (y_BTHD, (y_BHD, c_BHD, n_BHD, m_BHD)) if return_state else y_BTHD

@@ -317,8 +317,8 @@ template <typename T> void backward(const Problem<T>& p, const Saved<T>& saved, 
 
 // -> y (B, T, H, D); c, n, m (B, H, D) after the last step; checkpoints (blocks, 3, B, H, D), or empty unless `save`.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> slstm_forward(
-    const Tensor& wx, const Tensor& r, const Tensor& bias, const OptionalTensor& resets, at::TensorList initial_state,
-    bool save) {
+    const Tensor& wx, const Tensor& r, const Tensor& bias, const OptionalTensor& resets, const OptionalTensor& y_initial,
+    const OptionalTensor& c_initial, const OptionalTensor& n_initial, const OptionalTensor& m_initial, bool save) {
   return by_dtype(wx, [&](auto zero) {
     using T = decltype(zero);
     const Problem<T> p(wx, r, bias, resets, 64);
@@ -326,7 +326,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> slstm_forward(
     const int64_t blocks = save ? (p.steps + kBlock - 1) / kBlock : 0;
     const Tensor checkpoints = at::empty({blocks, 3, p.B, p.H, p.D}, wx.options());
     std::vector<const T*> initial;
-    for (const Tensor& part : initial_state) initial.push_back(part.const_data_ptr<T>());
+    for (const OptionalTensor* part : {&y_initial, &c_initial, &n_initial, &m_initial})
+      if (*part) initial.push_back((*part)->const_data_ptr<T>());
     std::vector<Tensor> final_state;
     std::vector<T*> final_pointers;
     for (int part = 0; part < 3; ++part) {
@@ -338,7 +339,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> slstm_forward(
   });
 }
 
-// -> gradients of wx, r and bias (both still to be summed over a first dimension), and of y, c, n of the initial state.
+// -> gradients of wx, r and bias, and of y, c, n of the initial state.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> slstm_backward(
     const Tensor& wx, const Tensor& r, const Tensor& bias, const OptionalTensor& resets,
     const OptionalTensor& y_initial, const Tensor& y, const Tensor& checkpoints, const Tensor& dy,
@@ -361,7 +362,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> slstm_backward(
         p, saved,
         {dwx.data_ptr<T>(), dr.data_ptr<T>(), dbias.data_ptr<T>(), dy_initial.data_ptr<T>(), dc_initial.data_ptr<T>(),
          dn_initial.data_ptr<T>()});
-    return std::make_tuple(dwx, dr, dbias, dy_initial, dc_initial, dn_initial);
+    return std::make_tuple(dwx, dr.sum(0), dbias.sum(0), dy_initial, dc_initial, dn_initial);
   });
 }
 
@@ -369,7 +370,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> slstm_backward(
 
 TORCH_LIBRARY_FRAGMENT(xlstm_lm, library) {
   library.def(
-      "slstm_forward(Tensor wx, Tensor r, Tensor bias, Tensor? resets, Tensor[] initial_state, bool save)"
+      "slstm_forward(Tensor wx, Tensor r, Tensor bias, Tensor? resets, Tensor? y_initial, Tensor? c_initial,"
+      " Tensor? n_initial, Tensor? m_initial, bool save)"
       " -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   library.def(
       "slstm_backward(Tensor wx, Tensor r, Tensor bias, Tensor? resets, Tensor? y_initial, Tensor y,"

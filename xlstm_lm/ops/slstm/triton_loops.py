@@ -14,7 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from xlstm_lm.ops.gpu import architecture, padded
+from xlstm_lm.ops.assembler import check_machine_code
+from xlstm_lm.ops.gpu import ARCHITECTURES, KIB, architecture, padded, processors, why_no_launches
 from xlstm_lm.ops.slstm.fused import CHECKPOINT_STEPS
 from xlstm_lm.ops.slstm.recurrence import SLSTMState
 from xlstm_lm.ops.slstm.shares import from_shares, into_shares
@@ -23,6 +24,8 @@ from xlstm_lm.ops.slstm.triton_pointwise import advance, rebuild, retreat
 LARGEST = {torch.float32: 32, torch.bfloat16: 128, torch.float16: 128}
 """Units of the largest heads, by type: R has to fit into shared memory, and in float32 is there in two parts. AMD's
 processors have less of it, for half as many."""
+BEYOND_64 = 160 * KIB
+"""Shared memory, in bytes, that heads of more than 64 units need; in 16-bit types those of 64 need 64 KiB."""
 TILES = (8, 16)
 """Rows of the batch in a program; the fewest that leave no program waiting for a processor."""
 
@@ -40,7 +43,10 @@ class Launch(NamedTuple):
 
 def largest(dtype: torch.dtype, device: torch.device) -> int:
     """Units of the largest heads that these kernels take; 0 for types that they do not take."""
-    return LARGEST.get(dtype, 0) // (2 if architecture(device).startswith("gfx") else 1)
+    name, most = architecture(device), LARGEST.get(dtype, 0)
+    if name.startswith("gfx"):
+        return most // 2
+    return most if ARCHITECTURES[name].shared_bytes >= BEYOND_64 else min(most, 64)
 
 
 def why_not(device: torch.device, D: int, dtype: torch.dtype) -> str | None:
@@ -49,8 +55,16 @@ def why_not(device: torch.device, D: int, dtype: torch.dtype) -> str | None:
         return f"Triton's kernels run on a GPU, not on {device}"
     if dtype not in LARGEST:
         return f"it takes float32, bfloat16 and float16, not {dtype}"
-    limit = largest(dtype, device)
-    return f"it takes heads of up to {limit} units in {dtype}" if limit < D else None
+    problem = why_no_launches(device)
+    if problem is not None:
+        return f"it {problem}"
+    limit, name = largest(dtype, device), architecture(device)
+    if limit >= D:
+        return None
+    shared = ARCHITECTURES[name].shared_bytes
+    return (
+        f"it takes heads of up to {limit} units in {dtype} where a block has {shared} bytes of shared memory ({name})"
+    )
 
 
 def rows(B: int, H: int, D: int, dtype: torch.dtype, device: torch.device) -> int:
@@ -60,11 +74,10 @@ def rows(B: int, H: int, D: int, dtype: torch.dtype, device: torch.device) -> in
 
 def launch_for(B: int, H: int, D: int, device: torch.device) -> Launch:
     """The launch parameters on a device."""
-    target = architecture(device)
+    target = ARCHITECTURES[architecture(device)].launches
     amd = target.startswith("gfx")
     tiles = TILES[1:] if amd else TILES  # its matrix instructions take 16 columns
-    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
-    tile = next((tile for tile in tiles if H * -(-B // tile) <= processors), tiles[-1])
+    tile = next((tile for tile in tiles if H * -(-B // tile) <= processors(device)), tiles[-1])
     room = padded(D) * tile * (2 if target == "sm_80" else 1)  # of one step, relative to what there is
     stages = 3 if room <= 1024 else 2 if room <= 2048 else 1
     many = D > 64 or (target == "sm_100" and padded(D) * tile > 512)  # four warps would spill
@@ -255,6 +268,7 @@ def forward_loop(
         STAGES=3,
         num_warps=launch.warps,
     )
+    check_machine_code((forward_loop_kernel,), y_BTHD.device)
     return y_BTHD, checkpoints_NSBHD, tuple(part.clone() for part in last_SBHD)
 
 
@@ -288,4 +302,5 @@ def backward_loop(
         STAGES=launch.stages,
         num_warps=launch.warps,
     )
+    check_machine_code((backward_loop_kernel,), dy_BTHD.device)
     return dgates_BTGHD, from_shares(*dfirst_SBHD, kept)

@@ -1,0 +1,1 @@
+"""How fast kernels and models are, and how that is measured."""

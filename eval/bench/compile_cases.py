@@ -1,0 +1,223 @@
+"""The configurations of each operation that we ship, as the kernels that each launches.
+
+An operation is an entry of `CASES`: a function without arguments that returns its cases. A case's `calls(target)` gives
+the kernels launched on "sm_80" or another of `gpu.ARCHITECTURES` (none where the operation has no kernel for it):
+
+    Case("slstm D64 bfloat16", lambda target: recorded(lambda: launch_forward(...tensors of device "meta"...)))
+    Case("slstm cluster D256", lambda target: [CudaCall(kernel=..., launch=..., binary=..., dynamic_shared_bytes=...)])
+
+Cases with `quick=True` are compiled in the quick tests too: one or two an operation, because each kernel takes seconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from unittest import mock
+
+import torch
+
+from eval.bench.compile_calls import CudaCall, TritonCall, recorded
+from eval.bench.speed_models import PRESETS
+from xlstm_lm.models import XLSTMConfig
+from xlstm_lm.models.accounting import model_config
+from xlstm_lm.ops.gpu import ARCHITECTURES, KIB
+
+Calls = Callable[[str], Sequence[TritonCall | CudaCall]]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One configuration of an operation."""
+
+    name: str
+    calls: Calls
+    quick: bool = False
+
+
+def _mlstm_calls(
+    K: int, V: int, dtype: torch.dtype, target: str, *, resets: bool, state: bool = True, sigmoid: bool = False
+) -> list[TritonCall]:
+    """Every kernel that a forward and a backward pass launches, in a long sequence; with `state` from one and to one,
+    with `sigmoid` as the field has it beside that gate: without a normalizer."""
+    from xlstm_lm.ops.mlstm import triton_op
+    from xlstm_lm.ops.mlstm.triton_launch import widest
+
+    B, T, H = 2, 8192, 4
+    meta = partial(torch.empty, device="meta")
+    q, k, v = (meta(B, T, H, size, dtype=dtype) for size in (K, K, V))
+    i, f = (meta(B, T, H) for _ in range(2))
+    resets_BT = meta(B, T, dtype=torch.bool) if resets else None
+    C, n, m = (meta(B, H, K, V), meta(B, H, K), meta(B, H)) if state else (None,) * 3
+
+    def both() -> None:
+        gates = sigmoid, not sigmoid, 1e-6
+        h, *last, c, x, m_BHT, x_divided, d, weights = triton_op.launch_forward(
+            q, k, v, i, f, resets_BT, C, n, m, state, *gates
+        )  # fmt: skip
+        last = last[:2] if state else (None, None)
+        triton_op.launch_backward(
+            q, k, v, i, f, resets_BT, C, n, h, c, x, m_BHT, x_divided, d, weights, h, *last, *gates
+        )  # fmt: skip
+
+    with mock.patch.object(triton_op, "architecture", lambda device: target):
+        return recorded(both) if max(K, V) <= widest(target) else []
+
+
+def preset_configurations() -> list[XLSTMConfig]:
+    """The configuration of every preset that has an mLSTM or an sLSTM."""
+    configurations = (model_config(path) for path in sorted(PRESETS.glob("*.yaml")))
+    return [each for each in configurations if isinstance(each, XLSTMConfig)]
+
+
+def preset_mlstm_heads() -> set[tuple[int, int]]:
+    """K and V of the mLSTM's heads in all presets."""
+    heads = set()
+    for config in preset_configurations():
+        widths = {"mlstm": (config.qk_dim, config.v_dim), "mlstm_paper": (config.paper_inner_dim,) * 2}
+        kinds = set(config.block_kinds())
+        heads |= {(K // config.num_heads, V // config.num_heads) for kind, (K, V) in widths.items() if kind in kinds}
+    return heads
+
+
+def preset_slstm_heads() -> set[int]:
+    """Units of the sLSTM's heads in all presets."""
+    return {each.embedding_dim // each.num_heads for each in preset_configurations() if "slstm" in each.block_kinds()}
+
+
+def mlstm_cases() -> list[Case]:
+    """The heads of all presets in bfloat16; and in every type and with every option those of the published models and
+    two whose sizes are no powers of two. Nothing where the kernels refuse them."""
+    bf16 = torch.bfloat16
+    cases = [
+        Case("mlstm K256 V512 bfloat16", partial(_mlstm_calls, 256, 512, bf16, resets=False)),
+        Case("mlstm K256 V512 bfloat16 no state", partial(_mlstm_calls, 256, 512, bf16, resets=True, state=False)),
+        Case("mlstm K128 V256 bfloat16 sigmoid", partial(_mlstm_calls, 128, 256, bf16, resets=True, sigmoid=True)),
+    ]
+    for K, V in ((64, 128), (128, 256), (256, 512), (48, 96), (80, 160)):
+        for dtype in (bf16, torch.float16, torch.float32):
+            name = f"mlstm K{K} V{V} {str(dtype).removeprefix('torch.')} resets"
+            cases.append(Case(name, partial(_mlstm_calls, K, V, dtype, resets=True), (K, dtype) == (256, bf16)))
+    for K, V in sorted(preset_mlstm_heads()):
+        cases.append(Case(f"mlstm K{K} V{V} bfloat16 preset", partial(_mlstm_calls, K, V, bf16, resets=True)))
+    return cases
+
+
+def _mlstm_step_calls(K: int, V: int, dtype: torch.dtype, target: str) -> list[TritonCall]:
+    """The decode step from a state."""
+    from xlstm_lm.ops.mlstm import triton_step
+
+    del target  # it is launched in one way everywhere
+    B, H = 2, 4
+    meta = partial(torch.empty, device="meta")
+    q, k, v = (meta(B, 1, H, size, dtype=dtype) for size in (K, K, V))
+    i, f, C, n, m = meta(B, 1, H), meta(B, 1, H), meta(B, H, K, V), meta(B, H, K), meta(B, H)
+    return recorded(lambda: triton_step.launch_step(q, k, v, i, f, None, C, n, m, C, False, True, 1e-6))
+
+
+def mlstm_step_cases() -> list[Case]:
+    """Of the heads as for training, and of the widest of the first paper's block, which take the rows in turns."""
+    cases = []
+    for K, V in ((64, 128), (256, 512), (80, 160), (1024, 1024)):
+        cases.append(Case(f"mlstm step K{K} V{V} bfloat16", partial(_mlstm_step_calls, K, V, torch.bfloat16), K == 256))
+    return [*cases, Case("mlstm step K256 V512 float32", partial(_mlstm_step_calls, 256, 512, torch.float32))]
+
+
+def _slstm_cluster_calls(D: int, dtype: torch.dtype, target: str) -> list[CudaCall]:
+    """Both passes, with one and with two groups of eight sequences a cluster where there is room for them."""
+    from xlstm_lm.ops.slstm.cluster import DIRECTIONS, Layout
+
+    if ARCHITECTURES[target].launches not in ("sm_90", "sm_100"):
+        return []
+    layouts = [Layout(direction=each, D=D, dtype=dtype, tiles=tiles) for each in DIRECTIONS for tiles in (1, 2)]
+    return [
+        CudaCall(
+            kernel=f"slstm_{layout.direction}",
+            launch=f"{layout.blocks} blocks, {layout.warps} warps, {layout.tiles * 8} sequences, D {D}, {dtype}",
+            binary=layout.binary,
+            dynamic_shared_bytes=layout.shared_bytes,
+        )
+        for layout in layouts
+        if layout.tiles == 1 or layout.shared_bytes + KIB <= ARCHITECTURES[target].shared_bytes
+    ]
+
+
+def slstm_cluster_cases() -> list[Case]:
+    """Heads beyond what one multiprocessor holds, and two that it would."""
+    cases = []
+    for dtype, widths in {
+        torch.bfloat16: sorted({64, 128, 160, 192, 256, 320, 384, 512} | preset_slstm_heads()),
+        torch.float16: (256, 512),
+        torch.float32: (128, 192, 256),
+    }.items():
+        for D in widths:
+            name = f"slstm cluster D{D} {str(dtype).removeprefix('torch.')}"
+            quick = (D, dtype) == (256, torch.bfloat16)
+            cases.append(Case(name, partial(_slstm_cluster_calls, D, dtype), quick))
+    return cases
+
+
+def _slstm_calls(D: int, dtype: torch.dtype, B: int, target: str) -> list[TritonCall]:
+    """Both loops, with resets; nothing where heads are too large for the target."""
+    from xlstm_lm.ops.slstm import triton_loops
+
+    T, H = 1024, max(1, 768 // D)
+    meta = partial(torch.empty, device="meta")
+    wx, r, bias = meta(B, T, 4, H, D, dtype=dtype), meta(4, H, D, D, dtype=dtype), meta(4, H, D)
+    resets_BT = meta(B, T, dtype=torch.bool)
+    state = tuple(meta(B, H, D) for _ in range(4))
+    gates = meta(H, B, T, 4, D).permute(1, 2, 3, 0, 4)
+
+    def both() -> None:
+        y, checkpoints, _ = triton_loops.forward_loop(wx, r, bias, resets_BT, state)
+        triton_loops.backward_loop(gates, r, y, checkpoints, resets_BT, state[:3])
+
+    with mock.patch.object(triton_loops, "architecture", lambda device: target):
+        return recorded(both) if triton_loops.largest(dtype, torch.device("meta")) >= D else []
+
+
+def _slstm_pointwise_calls(dtype: torch.dtype, target: str) -> list[TritonCall]:
+    """The step of either loop of `batched`, for heads of any size."""
+    from xlstm_lm.ops.slstm import triton_pointwise
+
+    del target  # they are launched in one way everywhere
+    B, H, D = 16, 2, 384
+    meta = partial(torch.empty, device="meta")
+    gates, product, state = meta(B, 4, H, D, dtype=dtype), meta(H, B, 4, D), meta(B, H, D)
+    y, y_HBD, resets_B = meta(B, H, D, dtype=dtype), meta(H, B, D, dtype=dtype), meta(B, dtype=torch.bool)
+
+    def both() -> None:
+        triton_pointwise.forward_step(
+            product.permute(1, 2, 0, 3), gates, meta(4, H, D), resets_B, y, y_HBD, (state,) * 3
+        )  # fmt: skip
+        triton_pointwise.backward_step(meta(B, 6, H, D), gates, product.to(dtype), (product[:, :, 0], *(state,) * 4))
+
+    return recorded(both)
+
+
+def slstm_cases() -> list[Case]:
+    """The largest heads of each type and smaller ones, with tiles of 8 rows and of 16; and the kernels of `batched`."""
+    cases = [
+        Case(f"slstm pointwise {str(dtype).removeprefix('torch.')}", partial(_slstm_pointwise_calls, dtype))
+        for dtype in (torch.bfloat16, torch.float32)
+    ]
+    for dtype, widths in {
+        torch.bfloat16: sorted({24, 64, 80, 128} | preset_slstm_heads()),
+        torch.float16: (64, 128),
+        torch.float32: (24, 32),
+    }.items():
+        for D in widths:
+            for B in (16, 256):
+                name = f"slstm D{D} {str(dtype).removeprefix('torch.')} B{B}"
+                cases.append(Case(name, partial(_slstm_calls, D, dtype, B), (D, dtype, B) == (128, torch.bfloat16, 16)))
+    return cases
+
+
+CASES: dict[str, Callable[[], list[Case]]] = {
+    "mlstm": mlstm_cases,
+    "mlstm_step": mlstm_step_cases,
+    "slstm": slstm_cases,
+    "slstm_cluster": slstm_cluster_cases,
+}
+"""The cases of each operation."""

@@ -1,0 +1,1 @@
+"""How far back the gradient of a loss reaches: `python -m eval.gradient_reach`."""

@@ -1,0 +1,1 @@
+"""How good a model is: loss of documents, accuracy on tasks."""

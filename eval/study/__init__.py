@@ -1,0 +1,1 @@
+"""How a study runs: its file, its jobs, the journal of a measurement, its results and pictures."""

@@ -1,0 +1,123 @@
+"""Every operation: its table, its samples, its cost, its choice, and that the one check finds what is wrong."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.ops.stand_ins import replace_backend
+from xlstm_lm.ops.mlstm import MLSTM
+from xlstm_lm.ops.mlstm.chunkwise import mlstm_chunkwise
+from xlstm_lm.ops.operation import choose, make_call, refuse, verify, why_impossible
+from xlstm_lm.ops.operations import OPERATIONS
+
+pytestmark = pytest.mark.usefixtures("fresh_choices")
+CPU = torch.device("cpu")
+each_operation = pytest.mark.parametrize("operation", OPERATIONS.values(), ids=OPERATIONS)
+BACKENDS = [
+    pytest.param(operation, backend.name, id=f"{operation.name}-{backend.name}")
+    for operation in OPERATIONS.values()
+    for backend in operation.backends
+    if "cpu" in (backend.devices or ("cpu",))
+]
+COSTS = {
+    "mlstm": {"B": 1, "T": 8, "H": 2, "K": 4, "V": 8},
+    "slstm": {"B": 1, "T": 8, "H": 2, "D": 4},
+    "convolution": {"B": 1, "T": 8, "D": 4, "W": 4},
+    "selective scan": {"B": 1, "T": 8, "E": 4, "N": 4},
+    "ssd": {"B": 1, "T": 8, "H": 2, "P": 4, "N": 4},
+    "attention": {"B": 1, "T": 8, "H": 2, "K": 4},
+    "loss": {"B": 1, "T": 8, "D": 4, "V": 32},
+}
+
+
+def example(operation, dtype=torch.float32):
+    return make_call(CPU, dtype, operation.examples[0], operation.options)
+
+
+@each_operation
+def test_the_reference_is_last_and_runs_everywhere(operation):
+    reference = operation.backends[-1]
+    assert operation.reference == reference.name
+    assert reference.devices is reference.dtypes is reference.package is reference.limits is None
+    assert reference.gradients and not reference.native
+
+
+@each_operation
+def test_samples_are_the_same_for_one_seed(operation):
+    def samples():
+        torch.manual_seed(0)
+        return [sample.inputs for sample in operation.samples(example(operation), operation.backends[-2].name)]
+
+    torch.testing.assert_close(samples(), samples(), rtol=0, atol=0)
+
+
+@each_operation
+def test_the_cost_doubles_with_the_rows(operation):
+    sizes = COSTS[operation.name]
+    one, two = operation.cost(**sizes), operation.cost(**{**sizes, "B": 2})
+    assert one.flops > 0 and two.flops == 2 * one.flops
+    assert one.moved_bytes < two.moved_bytes <= 2 * one.moved_bytes
+
+
+@pytest.mark.parametrize(("operation", "backend"), BACKENDS)
+def test_every_backend_for_a_cpu_is_right(operation, backend):
+    assert verify(operation, backend, example(operation)) is None
+
+
+@each_operation
+def test_a_choice_gives_a_reason_for_each_backend_passed_over(operation):
+    choice = choose(operation, example(operation))
+    names = list(operation.names)
+    assert [name for name, _ in choice.passed_over] == names[: names.index(choice.backend)]
+    assert all(reason for _, reason in choice.passed_over)
+
+
+@each_operation
+def test_a_backend_that_is_wrong_is_found(operation, monkeypatch):
+    on_cpu = [each for each in operation.backends[:-1] if "cpu" in (each.devices or ("cpu",)) and each.gradients]
+    backend = on_cpu[0]
+    right = backend.load()
+
+    def wrong(*inputs, **options):
+        result = right(*inputs, **options)
+        return (1.01 * result[0], *result[1:]) if isinstance(result, tuple) else 1.01 * result
+
+    replace_backend(monkeypatch, operation, backend.name, wrong, arguments={})
+    assert "its values or gradients are wrong (error" in verify(operation, backend.name, example(operation))
+
+
+def test_a_miscompiled_software_pipeline_is_found(monkeypatch):
+    """Right in the first three chunks of 32 steps and wrong from the fourth on: more steps than a short check has."""
+
+    def miscompiled(*inputs, super_chunk=None, **options):
+        h_BTHV, state = mlstm_chunkwise(*inputs, **options)
+        later_T = torch.arange(h_BTHV.shape[1]) >= 3 * 32
+        return torch.where(later_T[:, None, None], 1.01 * h_BTHV, h_BTHV), state
+
+    replace_backend(monkeypatch, MLSTM, "triton", miscompiled)
+    assert "its values or gradients are wrong (error" in verify(MLSTM, "triton", example(MLSTM))
+
+
+@each_operation
+def test_a_refused_backend_is_not_chosen_for_any_type_nor_where_it_is_named(operation):
+    call = example(operation)
+    first = choose(operation, call).backend
+    refuse(operation, first, call, "another rank found it wrong")
+    for other in (call, call._replace(dtype=torch.bfloat16, needs_gradient=False)):
+        for backend in ("auto", first):
+            choice = choose(operation, other, backend)
+            assert choice.backend != first
+            assert dict(choice.passed_over)[first] == "another rank found it wrong"
+
+
+@each_operation
+def test_an_unknown_backend_is_refused_with_the_names_that_there_are(operation):
+    with pytest.raises(ValueError, match=f"unknown {operation.name} backend 'fast': choose 'auto' or one of '"):
+        choose(operation, example(operation), "fast")
+
+
+def test_a_backend_for_another_device_is_refused_by_name():
+    assert why_impossible(MLSTM, MLSTM["triton"], example(MLSTM)) == "it takes GPU tensors, but q is on cpu"
+    with pytest.raises(ValueError, match="the mlstm backend 'triton' cannot compute this: it takes GPU tensors"):
+        choose(MLSTM, example(MLSTM), "triton")

@@ -1,0 +1,162 @@
+"""Residual blocks, and what a family's configuration derives from the blocks that it describes."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from xlstm_lm.models.layers import GatedFeedForward, NormKind, make_norm
+from xlstm_lm.models.mixers.mixer import (
+    FeedForwardConfig,
+    MixerConfig,
+    OperationUse,
+    State,
+    residual_std,
+    small_std,
+)
+
+ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu}
+
+
+class BlockConfig(NamedTuple):
+    """A residual block."""
+
+    mixer: MixerConfig
+    norm: NormKind
+    """Norm before the mixer and before the feed-forward."""
+    norm_eps: float
+    feedforward: FeedForwardConfig | None
+    """None for a block that is a mixer alone."""
+
+    def flops_per_token(self, context_length: int) -> float:
+        """FLOPs of the forward pass for one token in a row of `context_length` tokens."""
+        feedforward = 6 * self.mixer.embedding_dim * self.feedforward.hidden if self.feedforward else 0
+        return self.mixer.flops_per_token(context_length) + feedforward
+
+
+class Block(nn.Module):
+    """Pre-norm residual block: a mixer along time, then a gated feed-forward where it has one."""
+
+    def __init__(self, config: BlockConfig) -> None:
+        super().__init__()
+        width = config.mixer.embedding_dim
+        self.norm = make_norm(config.norm, width, config.norm_eps)
+        self.mixer = config.mixer.build()
+        self.feedforward = None
+        if config.feedforward is not None:
+            hidden, activation = config.feedforward
+            self.feedforward_norm = make_norm(config.norm, width, config.norm_eps)
+            self.feedforward = GatedFeedForward(width, hidden, ACTIVATIONS[activation])
+        self.context_key, self.has_gates = self.mixer.context_key, self.mixer.has_gates
+        self.no_decay = {f"mixer.{name}" for name in self.mixer.no_decay}
+
+    def make_context(self, x_BTD: Tensor, resets_BT: Tensor | None, state: State | None) -> Any:
+        """The mixer's context."""
+        return self.mixer.make_context(x_BTD, resets_BT, state)
+
+    def forward(
+        self, x_BTD: Tensor, context: Any, state: State | None = None, return_state: bool = False, **extras: Any
+    ) -> tuple[Tensor, State | None]:
+        """Tokens (B, T, D) and the mixer's state, as `Mixer.forward` describes its arguments."""
+        mixed_BTD, state = self.mixer(self.norm(x_BTD), context, state, return_state, **extras)
+        x_BTD = x_BTD + mixed_BTD
+        if self.feedforward is not None:
+            x_BTD = x_BTD + self.feedforward(self.feedforward_norm(x_BTD))
+        return x_BTD, state
+
+    @torch.no_grad()
+    def init_weights(self, index: int, depth: int, mixer_first: bool = False) -> None:
+        """Initialize every parameter, in block `index` from 0 of `depth`.
+
+        Args:
+            index: Position of the block, from 0.
+            depth: Number of blocks.
+            mixer_first: Whether the mixer's weights are drawn before the feed-forward's.
+        """
+        nn.init.ones_(self.norm.weight)
+        if mixer_first:
+            self.mixer.init_weights(index, depth)
+        if self.feedforward is not None:
+            width = self.norm.weight.shape[0]
+            nn.init.ones_(self.feedforward_norm.weight)
+            nn.init.normal_(self.feedforward.gate_up.weight, std=small_std(width))
+            nn.init.normal_(self.feedforward.down.weight, std=residual_std(width, depth))
+        if not mixer_first:
+            self.mixer.init_weights(index, depth)
+
+
+def make_contexts(
+    blocks: Iterable[Any], x_BTD: Tensor, resets_BT: Tensor | None, states: Sequence[State | None]
+) -> list[Any]:
+    """The context of each block; blocks with the same `context_key` share one, which is computed once."""
+    contexts: dict[Any, Any] = {}
+    keys = []
+    for block, state in zip(blocks, states, strict=True):
+        keys.append(block.context_key)
+        if block.context_key not in contexts:
+            contexts[block.context_key] = block.make_context(x_BTD, resets_BT, state)
+    return [contexts[key] for key in keys]
+
+
+class BlockStack:
+    """Base of the configurations of models that are a stack of residual blocks.
+
+    A subclass is a dataclass with `vocab_size`, `embedding_dim`, `num_blocks`, `norm_eps`, `logit_soft_cap` and
+    `tie_embeddings`, and answers `block_mixers`.
+    """
+
+    norm: ClassVar[NormKind] = "rms"
+    drawn_in_order: ClassVar[bool] = False
+    """Whether initial weights are drawn from the first layer to the last. Otherwise the head follows the embedding,
+    and a block's feed-forward precedes its mixer. Weights of a seed depend on it, so it never changes."""
+
+    def block_mixers(self) -> list[MixerConfig]:
+        """The mixer of every block, first to last."""
+        raise NotImplementedError
+
+    def mixer_settings(self, mixer: type[MixerConfig]) -> dict[str, Any]:
+        """Values of the fields that a mixer's configuration has in common with this one, by name."""
+        own = {field.name for field in dataclasses.fields(self)}
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(mixer) if field.name in own}
+
+    def blocks(self) -> list[BlockConfig]:
+        """Every block, first to last."""
+        return [BlockConfig(each, self.norm, self.norm_eps, each.feedforward()) for each in self.block_mixers()]
+
+    def build_blocks(self) -> Iterator[nn.Module]:
+        """Modules of the blocks."""
+        return map(Block, self.blocks())
+
+    def build_final_norm(self) -> nn.Module:
+        """Module behind the last block."""
+        return make_norm(self.norm, self.embedding_dim, self.norm_eps)
+
+    @property
+    def head_width(self) -> int:
+        """Width of the hidden states that the head sees."""
+        return self.embedding_dim
+
+    @property
+    def embedding_std(self) -> float:
+        """Standard deviation of embedding and head at the start."""
+        return small_std(self.embedding_dim)
+
+    def flops_per_token(self, context_length: int) -> float:
+        """FLOPs of the blocks' forward pass for one token in a row of `context_length` tokens."""
+        return sum(block.flops_per_token(context_length) for block in self.blocks())
+
+    def state_bytes(self, bytes_per_activation: int, context_length: int) -> int:
+        """Bytes of one sequence's state after `context_length` tokens."""
+        return sum(mixer.state_bytes(bytes_per_activation, context_length) for mixer in self.block_mixers())
+
+    def operations(self, micro_rows: int) -> list[OperationUse]:
+        """Operations that a forward pass over `micro_rows` rows calls, each with other sizes or settings once."""
+        uses: list[OperationUse] = []
+        for mixer in self.block_mixers():
+            uses += [use for use in mixer.operations(micro_rows) if use not in uses]
+        return uses

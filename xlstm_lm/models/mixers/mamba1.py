@@ -1,0 +1,120 @@
+"""Mamba-1, the selective scan (arXiv 2312.00752)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from xlstm_lm.base.fields import Range, Size
+from xlstm_lm.models.layers import CausalConv
+from xlstm_lm.models.mixers.mamba_steps import init_step_bias, negative_decay, positive_steps
+from xlstm_lm.models.mixers.mixer import Mixer, MixerConfig, OperationUse, State
+from xlstm_lm.ops.selective_scan import selective_scan
+
+# Backends of any machine: a run that names a GPU's kernel is also read where that cannot run.
+SelectiveScanBackend = Literal["auto", "recurrence", "compiled", "mamba_ssm"]
+
+
+@dataclass(kw_only=True)
+class Mamba1Config(MixerConfig):
+    """Settings of Mamba-1."""
+
+    kind: Literal["mamba1"] = "mamba1"
+    """Kind of mixer."""
+    expand: Annotated[int, Range(1, 1024)] = 2
+    """Inner width over the model width."""
+    state_dim: Annotated[int, Range(1, 2**16)] = 16
+    """State units for each inner unit."""
+    step_rank: Size | None = None
+    """Rank of the step sizes' projection; null for a sixteenth of the model width."""
+    conv_width: Size = 4
+    """Width of the causal convolution, in tokens."""
+    scan_backend: SelectiveScanBackend = "auto"
+    """Backend of the selective scan."""
+
+    @property
+    def inner_dim(self) -> int:
+        """Width between the projections."""
+        return self.embedding_dim * self.expand
+
+    @property
+    def rank(self) -> int:
+        """Rank of the step sizes' projection."""
+        return self.step_rank or math.ceil(self.embedding_dim / 16)
+
+    def build(self) -> Mamba1Mixer:
+        return Mamba1Mixer(self)
+
+    def flops_per_token(self, context_length: int) -> float:
+        """Projections, convolution, and 9 for each state unit: decay, update and output."""
+        by_inner_unit = 3 * self.embedding_dim + self.conv_width + 2 * self.rank + 2 * self.state_dim
+        return self.inner_dim * (2 * by_inner_unit + 9 * self.state_dim)
+
+    def state_bytes(self, bytes_per_activation: int, context_length: int) -> int:
+        """Float32 states and the convolution's last inputs."""
+        return self.inner_dim * (4 * self.state_dim + bytes_per_activation * (self.conv_width - 1))
+
+    def operations(self, micro_rows: int) -> list[OperationUse]:
+        scan = {"B": micro_rows, "E": self.inner_dim, "N": self.state_dim}
+        conv = {"B": micro_rows, "D": self.inner_dim, "W": self.conv_width}
+        return [OperationUse("selective_scan", scan, {}, self.scan_backend), OperationUse("conv", conv, {}, "auto")]
+
+
+class Mamba1Mixer(Mixer):
+    """Mamba-1. The state holds the convolution's last inputs and (B, E, N)."""
+
+    no_decay = frozenset({"log_decay"})
+
+    def __init__(self, config: Mamba1Config) -> None:
+        super().__init__()
+        self.config = config
+        inner = config.inner_dim
+        self.widths = (config.rank, config.state_dim, config.state_dim)
+        self.input = nn.Linear(config.embedding_dim, 2 * inner, bias=False)
+        self.conv = CausalConv(inner, config.conv_width)
+        self.selection = nn.Linear(inner, sum(self.widths), bias=False)
+        self.step = nn.Linear(config.rank, inner)
+        self.log_decay = nn.Parameter(torch.empty(inner, config.state_dim))
+        self.skip = nn.Parameter(torch.empty(inner))
+        self.out = nn.Linear(inner, config.embedding_dim, bias=False)
+
+    def forward(
+        self, x_BTD: Tensor, context: Tensor | None, state: State | None, return_state: bool, **_: Any
+    ) -> tuple[Tensor, State | None]:
+        x_BTE, gate_BTE = self.input(x_BTD).chunk(2, dim=-1)
+        x_BTE, conv_state = self.conv(x_BTE, context, state and state[0], return_state)
+        x_BTE = F.silu(x_BTE)
+        step_BTR, b_BTN, c_BTN = self.selection(x_BTE).split(self.widths, dim=-1)
+        y_BTE, cell_state = selective_scan(
+            x_BTE,
+            positive_steps(F.linear(step_BTR, self.step.weight), self.step.bias),
+            negative_decay(self.log_decay),
+            b_BTN,
+            c_BTN,
+            resets=context,
+            initial_state=state and state[1],
+            return_state=return_state,
+            backend=self.config.scan_backend,
+        )
+        y_BTE = (y_BTE + self.skip * x_BTE) * F.silu(gate_BTE)
+        return self.out(y_BTE), (conv_state, cell_state) if return_state else None
+
+    @torch.no_grad()
+    def init_weights(self, index: int, depth: int) -> None:
+        """As published: decays of 1 to the number of states; torch's own start for the projections, the one back to the
+        residual stream smaller with depth."""
+        rank, states = self.config.rank, self.config.state_dim
+        self.input.reset_parameters()
+        self.out.reset_parameters()
+        self.out.weight /= depth**0.5
+        self.conv.init_weights()
+        nn.init.ones_(self.skip)
+        self.selection.reset_parameters()
+        nn.init.uniform_(self.step.weight, -(rank**-0.5), rank**-0.5)
+        self.log_decay.copy_(torch.arange(1, states + 1).to(self.log_decay).log())
+        init_step_bias(self.step.bias)

@@ -1,0 +1,152 @@
+"""Mamba-2, state space duality (arXiv 2405.21060)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from xlstm_lm.base.fields import Epsilon, Range, Size
+from xlstm_lm.models.layers import CausalConv
+from xlstm_lm.models.mixers.mamba_steps import init_step_bias, negative_decay, positive_steps
+from xlstm_lm.models.mixers.mixer import (
+    COUNTED_CHUNK,
+    Mixer,
+    MixerConfig,
+    OperationUse,
+    State,
+    linear_attention_flops,
+)
+from xlstm_lm.ops.ssd import ssd
+
+# Backends of any machine: a run that names a GPU's kernel is also read where that cannot run.
+SSDBackend = Literal["auto", "recurrence", "mlstm", "chunkwise", "mamba_ssm"]
+
+
+@dataclass(kw_only=True)
+class Mamba2Config(MixerConfig):
+    """Settings of Mamba-2."""
+
+    kind: Literal["mamba2"] = "mamba2"
+    """Kind of mixer."""
+    expand: Annotated[int, Range(1, 1024)] = 2
+    """Inner width over the model width."""
+    state_dim: Annotated[int, Range(1, 2**16)] = 128
+    """State units for each inner unit."""
+    head_dim: Size = 64
+    """Inner units that share a decay."""
+    num_groups: Size = 1
+    """Groups of heads that share B and C."""
+    conv_width: Size = 4
+    """Width of the causal convolution, in tokens."""
+    norm_eps: Epsilon = 1e-5
+    """Epsilon of the norm behind the cell."""
+    scan_backend: SSDBackend = "auto"
+    """Backend of the scan."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.inner_dim % self.head_dim or self.num_heads % self.num_groups:
+            raise ValueError(
+                f"head_dim {self.head_dim} and num_groups {self.num_groups} do not divide the inner width "
+                f"embedding_dim * expand = {self.inner_dim} into whole heads and groups; choose divisors of it."
+            )
+
+    @property
+    def inner_dim(self) -> int:
+        """Width between the projections."""
+        return self.embedding_dim * self.expand
+
+    @property
+    def num_heads(self) -> int:
+        """Heads of the cell."""
+        return self.inner_dim // self.head_dim
+
+    @property
+    def convolved_dim(self) -> int:
+        """Width of the convolution: the inner units, B and C."""
+        return self.inner_dim + 2 * self.num_groups * self.state_dim
+
+    def build(self) -> Mamba2Mixer:
+        return Mamba2Mixer(self)
+
+    def flops_per_token(self, context_length: int) -> float:
+        """Projections, convolution and the cell, which is linear attention with K = states and V = head."""
+        projections = self.embedding_dim * (2 * self.inner_dim + self.convolved_dim + self.num_heads)
+        cell = linear_attention_flops(min(COUNTED_CHUNK, context_length), self.num_heads, self.state_dim, self.head_dim)
+        return 2 * (projections + self.conv_width * self.convolved_dim) + cell
+
+    def state_bytes(self, bytes_per_activation: int, context_length: int) -> int:
+        """Float32 states and the convolution's last inputs."""
+        remembered = bytes_per_activation * (self.conv_width - 1) * self.convolved_dim
+        return 4 * self.inner_dim * self.state_dim + remembered
+
+    def operations(self, micro_rows: int) -> list[OperationUse]:
+        cell = {
+            "B": micro_rows,
+            "H": self.num_heads,
+            "P": self.head_dim,
+            "G": self.num_groups,
+            "N": self.state_dim,
+        }
+        conv = {"B": micro_rows, "D": self.convolved_dim, "W": self.conv_width}
+        return [OperationUse("ssd", cell, {}, self.scan_backend), OperationUse("conv", conv, {}, "auto")]
+
+
+class Mamba2Mixer(Mixer):
+    """Mamba-2. The state holds the convolution's last inputs and (B, H, N, P)."""
+
+    def __init__(self, config: Mamba2Config) -> None:
+        super().__init__()
+        self.config = config
+        inner, shared = config.inner_dim, config.num_groups * config.state_dim
+        self.widths = (inner, config.convolved_dim, config.num_heads)
+        self.inner_widths = (inner, shared, shared)
+        self.input = nn.Linear(config.embedding_dim, sum(self.widths), bias=False)
+        self.conv = CausalConv(config.convolved_dim, config.conv_width)
+        self.step_bias = nn.Parameter(torch.empty(config.num_heads))
+        self.log_decay = nn.Parameter(torch.empty(config.num_heads))
+        self.skip = nn.Parameter(torch.empty(config.num_heads))
+        self.norm_weight = nn.Parameter(torch.empty(inner))
+        self.out = nn.Linear(inner, config.embedding_dim, bias=False)
+
+    def forward(
+        self, x_BTD: Tensor, context: Tensor | None, state: State | None, return_state: bool, **_: Any
+    ) -> tuple[Tensor, State | None]:
+        config = self.config
+        gate_BTE, inner_BTF, step_BTH = self.input(x_BTD).split(self.widths, dim=-1)
+        inner_BTF, conv_state = self.conv(inner_BTF, context, state and state[0], return_state)
+        x_BTE, b_BTF, c_BTF = F.silu(inner_BTF).split(self.inner_widths, dim=-1)
+        x_BTHP = x_BTE.unflatten(-1, (config.num_heads, config.head_dim))
+        b_BTGN, c_BTGN = (each.unflatten(-1, (config.num_groups, config.state_dim)) for each in (b_BTF, c_BTF))
+        y_BTHP, cell_state = ssd(
+            x_BTHP,
+            positive_steps(step_BTH, self.step_bias),
+            negative_decay(self.log_decay),
+            b_BTGN,
+            c_BTGN,
+            resets=context,
+            initial_state=state and state[1],
+            return_state=return_state,
+            backend=config.scan_backend,
+        )
+        y_BTE = (y_BTHP + self.skip[:, None] * x_BTHP).flatten(2) * F.silu(gate_BTE)
+        groups = y_BTE.unflatten(-1, (config.num_groups, -1))
+        y_BTE = F.rms_norm(groups, groups.shape[-1:], eps=config.norm_eps).flatten(2) * self.norm_weight
+        return self.out(y_BTE), (conv_state, cell_state) if return_state else None
+
+    @torch.no_grad()
+    def init_weights(self, index: int, depth: int) -> None:
+        """As published: decays between 1 and 16; torch's own start for the projections, the one back to the residual
+        stream smaller with depth."""
+        self.input.reset_parameters()
+        self.out.reset_parameters()
+        self.out.weight /= depth**0.5
+        self.conv.init_weights()
+        nn.init.ones_(self.skip)
+        nn.init.ones_(self.norm_weight)
+        self.log_decay.uniform_(1, 16).log_()
+        init_step_bias(self.step_bias)

@@ -1,0 +1,145 @@
+"""The description that every mixer gives, and the module that it builds: a mixer is what a block does along time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+from torch import Tensor, nn
+
+from xlstm_lm.base.fields import Size, check_fields
+
+State = tuple[Tensor, ...]
+"""Everything that a mixer keeps after the last token, each tensor with the batch first."""
+Observer = Callable[[Tensor, Tensor, float | None], None]
+"""Receives a cell's input and forget gate pre-activations, soft cap included, and the cap (None for none)."""
+COUNTED_CHUNK = 64
+"""Chunk length that FLOPs are counted with where the backend chooses its own."""
+
+
+class OperationUse(NamedTuple):
+    """One operation as a mixer calls it."""
+
+    operation: str
+    """Name of the operation."""
+    sizes: dict[str, int]
+    """Sizes by the letters in the operation's tensor names; B is the number of rows."""
+    options: dict[str, Any]
+    """Keyword arguments that change the result."""
+    backend: str
+    """Configured backend, or "auto"."""
+
+
+class FeedForwardConfig(NamedTuple):
+    """Gated feed-forward behind a mixer."""
+
+    hidden: int
+    """Units between the projections."""
+    activation: str
+    """Name of the gate's activation: silu or gelu."""
+
+
+@dataclass(kw_only=True)
+class MixerConfig:
+    """Settings of a mixer. Each mixer adds `kind`, its own fields, and answers to the methods below."""
+
+    embedding_dim: Size
+    """Model width."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+    def build(self) -> Mixer:
+        """Module with these settings; its weights have no values before `init_weights`."""
+        raise NotImplementedError
+
+    def flops_per_token(self, context_length: int) -> float:
+        """FLOPs of the forward pass for one token in a row of `context_length` tokens."""
+        raise NotImplementedError
+
+    def state_bytes(self, bytes_per_activation: int, context_length: int) -> int:
+        """Bytes of one sequence's state after `context_length` tokens."""
+        raise NotImplementedError
+
+    def operations(self, micro_rows: int) -> list[OperationUse]:
+        """Operations that a forward pass over `micro_rows` rows calls."""
+        raise NotImplementedError
+
+    def feedforward(self) -> FeedForwardConfig | None:
+        """Feed-forward of the mixer's block; None for a block without one."""
+        return None
+
+
+class Mixer(nn.Module):
+    """Maps (B, T, D) to (B, T, D) along time."""
+
+    no_decay: ClassVar[frozenset[str]] = frozenset()
+    """Parameters with two dimensions or more that are no matrices, so that weight decay leaves them alone."""
+    has_gates: ClassVar[bool] = False
+    """Whether `forward` calls `observe`."""
+    context_key: Hashable = None
+    """Mixers of a model with equal keys share one context."""
+
+    def make_context(self, x_BTD: Tensor, resets_BT: Tensor | None, state: State | None) -> Any:
+        """Everything that mixers with this key derive from the rows once a forward pass: by default, the resets."""
+        del state
+        return None if resets_BT is None else resets_BT.to(x_BTD.device, non_blocking=True)
+
+    def forward(
+        self,
+        x_BTD: Tensor,
+        context: Any,
+        state: State | None,
+        return_state: bool,
+        observe: Observer | None = None,
+        overwrite_state: bool = False,
+    ) -> tuple[Tensor, State | None]:
+        """Mixed tokens (B, T, D) and, where `return_state` is set, the state after the last one.
+
+        Args:
+            x_BTD: normalized input (B, T, D).
+            context: result of `make_context`.
+            state: state after the previous call; None where every row begins.
+            return_state: whether to return the state.
+            observe: called with the gates; None for no call.
+            overwrite_state: whether the memory of `state` may be reused for the state returned.
+        """
+        raise NotImplementedError
+
+    def init_weights(self, index: int, depth: int) -> None:
+        """Initialize every parameter as the mixer's authors do, in block `index` from 0 of `depth`."""
+        raise NotImplementedError
+
+
+def small_std(width: int) -> float:
+    """Standard deviation of a projection from `width` units at the start (arXiv 1910.05895)."""
+    return (2 / (5 * width)) ** 0.5
+
+
+def residual_std(width: int, depth: int) -> float:
+    """Standard deviation at the start of a projection back to the residual stream of `depth` blocks."""
+    return 2 / (depth * width**0.5)
+
+
+def check_heads(num_heads: int, name: str, width: int) -> None:
+    """Check that heads divide a width.
+
+    Raises:
+        ValueError: they do not; names the nearest smaller number that does.
+    """
+    if width < 1 or width % num_heads:
+        divisor = next(each for each in range(min(num_heads, max(width, 1)), 0, -1) if width % each == 0)
+        raise ValueError(
+            f"num_heads {num_heads} does not divide the {name} = {width}; "
+            f"choose a num_heads that does, for example {divisor}."
+        )
+
+
+def linear_attention_flops(chunk: int, heads: int, K: int, V: int) -> int:
+    """FLOPs of chunkwise linear attention for a token.
+
+    Within a chunk of L tokens, a head takes 2 L (K + V) / 2 for the causal half of Q K^T and W V and 4 L for gates and
+    row sums; 4 K V read the state and write it.
+    """
+    return heads * (chunk * (K + V) + 4 * K * V + 4 * chunk)

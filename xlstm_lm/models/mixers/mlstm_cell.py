@@ -1,0 +1,112 @@
+"""The mLSTM cell (arXiv 2405.04517, section 2.3) as both mLSTM mixers use it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from xlstm_lm.base.fields import Epsilon, Size
+from xlstm_lm.models.layers import NormKind, SoftCap, soft_cap
+from xlstm_lm.models.mixers.mixer import (
+    COUNTED_CHUNK,
+    MixerConfig,
+    Observer,
+    OperationUse,
+    State,
+    linear_attention_flops,
+)
+from xlstm_lm.ops.mlstm import mlstm
+
+# Backends of any machine: a run that names a GPU's kernel is also read where that cannot run.
+MLSTMBackend = Literal["auto", "recurrence", "chunkwise", "compiled", "step", "triton", "triton_step"]
+
+
+@dataclass(kw_only=True)
+class MLSTMCellConfig(MixerConfig):
+    """Settings of an mLSTM cell."""
+
+    num_heads: Size
+    """Heads of the cell."""
+    input_gate: Literal["exp", "sigmoid"]
+    """Input gate."""
+    gate_soft_cap: SoftCap | None
+    """Soft cap of the gates' pre-activations; null for none."""
+    cell_norm: NormKind
+    """Norm of each head behind the cell."""
+    norm_eps: Epsilon
+    """Epsilon of that norm."""
+    cell_eps: Epsilon
+    """Epsilon of the normalizer."""
+    chunk_length: Size | None
+    """Chunk length, in tokens; null lets the backend choose."""
+    mlstm_backend: MLSTMBackend
+    """Backend of the cell."""
+
+    @property
+    def qk_dim(self) -> int:
+        """Width of the queries of all heads."""
+        raise NotImplementedError
+
+    @property
+    def v_dim(self) -> int:
+        """Width of the values of all heads."""
+        raise NotImplementedError
+
+    def cell_flops(self, context_length: int) -> int:
+        """FLOPs of the cell for a token; the normalizer takes 4 for each query unit."""
+        chunk, heads = min(self.chunk_length or COUNTED_CHUNK, context_length), self.num_heads
+        return linear_attention_flops(chunk, heads, self.qk_dim // heads, self.v_dim // heads) + 4 * self.qk_dim
+
+    def cell_state_bytes(self) -> int:
+        """Bytes of matrices, normalizers and stabilizers, in float32."""
+        return 4 * (self.qk_dim * self.v_dim // self.num_heads + self.qk_dim + self.num_heads)
+
+    def cell_operation(self, micro_rows: int) -> OperationUse:
+        """The cell's call."""
+        heads = self.num_heads
+        sizes = {"B": micro_rows, "H": heads, "K": self.qk_dim // heads, "V": self.v_dim // heads}
+        options = {"input_gate": self.input_gate, "chunk_length": self.chunk_length, "eps": self.cell_eps}
+        return OperationUse("mlstm", sizes, options, self.mlstm_backend)
+
+
+def run_mlstm_cell(
+    config: MLSTMCellConfig,
+    qkv_BTE: tuple[Tensor, Tensor, Tensor],
+    gates_BTG: Tensor,
+    resets_BT: Tensor | None,
+    state: State | None,
+    return_state: bool,
+    observe: Observer | None,
+    overwrite_state: bool,
+) -> tuple[Tensor, State | None]:
+    """Cap the gates, split the heads and run the cell: h (B, T, H, V) and the state after the last token."""
+    input_BTH, forget_BTH = soft_cap(gates_BTG, config.gate_soft_cap).chunk(2, dim=-1)
+    if observe is not None:
+        observe(input_BTH, forget_BTH, config.gate_soft_cap)
+    h_BTHV = mlstm(
+        *(tensor.unflatten(-1, (config.num_heads, -1)) for tensor in qkv_BTE),
+        input_BTH,
+        forget_BTH,
+        resets=resets_BT,
+        initial_state=state,
+        return_state=return_state,
+        input_gate=config.input_gate,
+        chunk_length=config.chunk_length,
+        eps=config.cell_eps,
+        overwrite_state=overwrite_state,
+        backend=config.mlstm_backend,
+    )
+    return h_BTHV if return_state else (h_BTHV, None)
+
+
+def init_mlstm_gates(gates: nn.Linear) -> None:
+    """Zero the weights and spread forget biases from 3 to 6 over the heads, which then start with different memories.
+
+    The input gates' biases are the caller's.
+    """
+    num_heads = gates.bias.shape[0] // 2
+    nn.init.zeros_(gates.weight)
+    gates.bias[num_heads:] = torch.linspace(3, 6, num_heads, dtype=gates.bias.dtype, device=gates.bias.device)

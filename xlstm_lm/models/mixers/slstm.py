@@ -1,0 +1,144 @@
+"""The sLSTM of the first xLSTM paper with its convolution (arXiv 2405.04517, figure 10)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from xlstm_lm.base.fields import Epsilon, Factor, Size
+from xlstm_lm.models.layers import CausalConv, HeadNorm, NormKind, round_up
+from xlstm_lm.models.mixers.mixer import (
+    FeedForwardConfig,
+    Mixer,
+    MixerConfig,
+    Observer,
+    OperationUse,
+    State,
+    check_heads,
+    small_std,
+)
+from xlstm_lm.ops.slstm import slstm
+
+# Backends of any machine: a run that names a GPU's kernel is also read where that cannot run.
+SLSTMBackend = Literal["auto", "recurrence", "compiled", "triton", "cluster", "batched"]
+
+
+@dataclass(kw_only=True)
+class SLSTMConfig(MixerConfig):
+    """Settings of the sLSTM."""
+
+    kind: Literal["slstm"] = "slstm"
+    """Kind of mixer."""
+    num_heads: Size
+    """Heads of the cell."""
+    cell_norm: NormKind
+    """Norm of each head behind the cell."""
+    norm_eps: Epsilon
+    """Epsilon of that norm."""
+    conv_width: Size
+    """Width of the causal convolution, in tokens."""
+    slstm_feedforward_factor: Factor
+    """Feed-forward width over the model width, rounded up to a multiple of 64."""
+    slstm_backend: SLSTMBackend
+    """Backend of the cell."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_heads(self.num_heads, "embedding_dim", self.embedding_dim)
+
+    @property
+    def head_dim(self) -> int:
+        """Units of a head."""
+        return self.embedding_dim // self.num_heads
+
+    def build(self) -> SLSTMMixer:
+        return SLSTMMixer(self)
+
+    def flops_per_token(self, context_length: int) -> float:
+        """Convolution, input and recurrent products (8 D^2 each for a head of D units), 20 D for gates and states."""
+        head = 2 * 8 * self.head_dim**2 + 20 * self.head_dim
+        return 2 * self.conv_width * self.embedding_dim + self.num_heads * head
+
+    def state_bytes(self, bytes_per_activation: int, context_length: int) -> int:
+        """Four float32 numbers a unit, and the convolution's last inputs."""
+        return self.embedding_dim * (4 * 4 + bytes_per_activation * (self.conv_width - 1))
+
+    def operations(self, micro_rows: int) -> list[OperationUse]:
+        cell = {"B": micro_rows, "H": self.num_heads, "D": self.head_dim}
+        conv = {"B": micro_rows, "D": self.embedding_dim, "W": self.conv_width}
+        return [OperationUse("slstm", cell, {}, self.slstm_backend), OperationUse("conv", conv, {}, "auto")]
+
+    def feedforward(self) -> FeedForwardConfig:
+        return FeedForwardConfig(round_up(self.embedding_dim * self.slstm_feedforward_factor, 64), "gelu")
+
+
+class SLSTMMixer(Mixer):
+    """The first paper's sLSTM. The state holds the convolution's last inputs, then the cell's state."""
+
+    no_decay = frozenset({"bias"})  # a dimension each for gates, heads and units
+    has_gates = True
+
+    def __init__(self, config: SLSTMConfig) -> None:
+        super().__init__()
+        self.config = config
+        heads, head_dim = config.num_heads, config.head_dim
+        self.conv = CausalConv(config.embedding_dim, config.conv_width)
+        # Gates in the order input, forget, cell input, output.
+        self.input_weight = nn.Parameter(torch.empty(4, heads, head_dim, head_dim))
+        self.recurrent_weight = nn.Parameter(torch.empty(4, heads, head_dim, head_dim))
+        self.bias = nn.Parameter(torch.empty(4, heads, head_dim))
+        self.head_norm = HeadNorm(heads, head_dim, config.cell_norm, config.norm_eps)
+
+    def forward(
+        self,
+        x_BTD: Tensor,
+        context: Tensor | None,
+        state: State | None,
+        return_state: bool,
+        observe: Observer | None = None,
+        overwrite_state: bool = False,
+    ) -> tuple[Tensor, State | None]:
+        del overwrite_state  # a few numbers a unit: nothing to save
+        conv_BTD, conv_state = self.conv(x_BTD, context, state and state[0], return_state)
+        heads = self.config.num_heads
+        conv_BTHD, x_BTHD = F.silu(conv_BTD).unflatten(-1, (heads, -1)), x_BTD.unflatten(-1, (heads, -1))
+        wx_BTGHD = torch.cat(
+            (
+                torch.einsum("bthd,ghde->btghe", conv_BTHD, self.input_weight[:2]),
+                torch.einsum("bthd,ghde->btghe", x_BTHD, self.input_weight[2:]),
+            ),
+            dim=2,
+        )
+        y_BTHD = slstm(
+            wx_BTGHD,
+            self.recurrent_weight,
+            self.bias,
+            resets=context,
+            initial_state=state and state[1:],
+            return_state=return_state,
+            backend=self.config.slstm_backend,
+        )
+        y_BTHD, cell_state = y_BTHD if return_state else (y_BTHD, None)
+        if observe is not None:
+            first_y_BHD = state[1] if state else torch.zeros_like(y_BTHD[:, 0])
+            previous_BTHD = torch.cat((first_y_BHD.unsqueeze(1), y_BTHD[:, :-1]), dim=1)
+            if context is not None:
+                previous_BTHD = previous_BTHD.masked_fill(context[..., None, None], 0)
+            recurrent_BTGHD = torch.einsum("bthd,ghde->btghe", previous_BTHD, self.recurrent_weight[:2])
+            observe(*(wx_BTGHD[:, :, :2] + recurrent_BTGHD + self.bias[:2]).unbind(2), None)
+        return self.head_norm(y_BTHD), (conv_state, *cell_state) if return_state else None
+
+    @torch.no_grad()
+    def init_weights(self, index: int, depth: int) -> None:
+        """No recurrence at first; forget biases fall from 5 to -7 over a head, more steeply in later blocks."""
+        nn.init.ones_(self.head_norm.weight)
+        nn.init.normal_(self.input_weight, std=small_std(self.config.embedding_dim))
+        nn.init.zeros_(self.recurrent_weight)
+        nn.init.zeros_(self.bias)
+        self.conv.init_weights()
+        unit = torch.linspace(0, 1, self.bias.shape[-1])
+        self.bias[1] = 5 - 12 * unit ** (0.3 + 1.3 * (index / max(depth - 1, 1)))

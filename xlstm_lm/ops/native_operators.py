@@ -1,0 +1,181 @@
+"""Shapes and gradients of the C++ operators, which make each of them one node for torch.compile.
+
+Every formula reads its saved tensors once, as activation checkpointing wants it. None is differentiable twice.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+SPAN = 4  # longest chunks of the mLSTM from one kept state to the next: kSpan in mlstm/chunk.h
+BLOCK = 32  # steps from one checkpoint of the sLSTM and of the scan to the next: kBlock in their sources
+SCAN_VECTORS = 4  # vectors of units that a task of the scan takes: kVectors in selective_scan/scan_cpu.cpp
+
+
+def register_operators() -> None:
+    """Give PyTorch the shapes and gradients; once, after the library of the operators is loaded."""
+    for name, (shapes, gradients, keep) in OPERATORS.items():
+        torch.library.register_fake(f"xlstm_lm::{name}", shapes)
+        if gradients is not None:
+            torch.library.register_autograd(f"xlstm_lm::{name}", once_differentiable(gradients), setup_context=keep)
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _lanes(dtype: torch.dtype) -> int:
+    """Numbers in a vector register, as the library was compiled."""
+    return torch.ops.xlstm_lm.simd_bytes() // dtype.itemsize
+
+
+def _like(x: Tensor) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _mlstm_shapes(
+    q, k, v, i, f, resets, C, n, m, return_state, save, sigmoid_gate, normalize, eps, chunk_length
+) -> tuple[Tensor, ...]:
+    B, T, H, K = q.shape
+    V, dtype = v.shape[-1], _compute_dtype(q)
+    keys, values = (-(-size // _lanes(dtype)) * _lanes(dtype) for size in (K, V))
+    last = ((B, H, K, V), (B, H, K), (B, H)) if return_state else ((0,),) * 3
+    spans = -(-T // (SPAN * chunk_length))
+    kept = ((B, H, T), (B, H, -(-T // chunk_length)), (B, H, spans, keys * values + keys)) if save else ((0,),) * 3
+    return _like(v), *(q.new_empty(shape, dtype=dtype) for shape in (*last, *kept))
+
+
+def _mlstm_keep(ctx: Any, inputs: tuple, output: tuple) -> None:
+    q, k, v, i, f, resets, C, _, _, return_state, save, *options = inputs
+    assert save, "a call that needs gradients has to keep what they need"
+    h, C_last, n_last, _, *kept = output
+    ctx.save_for_backward(q, k, v, i, f, resets, h, *kept, C_last, n_last)
+    ctx.has_state, ctx.options = C is not None, options
+    ctx.mark_non_differentiable(*output[3 if return_state else 1 :])
+    ctx.set_materialize_grads(False)
+
+
+def _mlstm_gradients(
+    ctx: Any, dh: Tensor | None, dC: Tensor | None, dn: Tensor | None, *_: None
+) -> tuple[Tensor | None, ...]:
+    *inputs, h, d, m, states, C_last, n_last = ctx.saved_tensors
+    if dh is None:
+        dh = torch.zeros_like(h)
+    if dC is None and dn is None:
+        C_last = n_last = None
+    else:
+        dC = torch.zeros_like(C_last) if dC is None else dC
+        dn = torch.zeros_like(n_last) if dn is None else dn
+    *gradients, dC, dn = torch.ops.xlstm_lm.mlstm_backward(
+        *inputs, h, dh, d, m, states, C_last, n_last, dC, dn, ctx.has_state, *ctx.options
+    )
+    dstate = (dC, dn) if ctx.has_state else (None, None)
+    return *gradients, None, *dstate, *(None,) * 7
+
+
+def _mlstm_backward_shapes(q, k, v, i, f, resets, h, dh, d, m, states, *others) -> tuple[Tensor, ...]:
+    has_initial_state = others[4]
+    B, _, H, K = q.shape
+    dstate = ((B, H, K, v.shape[-1]), (B, H, K)) if has_initial_state else ((0,),) * 2
+    return *map(_like, (q, k, v, i, f)), *(d.new_empty(shape) for shape in dstate)
+
+
+def _slstm_shapes(wx, r, bias, resets, y, c, n, m, save) -> tuple[Tensor, ...]:
+    B, T, _, H, D = wx.shape
+    blocks = -(-T // BLOCK) if save else 0
+    state = (wx.new_empty(B, H, D) for _ in range(3))
+    return wx.new_empty(B, T, H, D), *state, wx.new_empty(blocks, 3, B, H, D)
+
+
+def _slstm_keep(ctx: Any, inputs: tuple, output: tuple) -> None:
+    *inputs, y_initial, _, _, _, save = inputs
+    assert save, "a call that needs gradients has to keep what they need"
+    y, _, _, m, checkpoints = output
+    ctx.save_for_backward(*inputs, y_initial, y, checkpoints)
+    ctx.mark_non_differentiable(m, checkpoints)
+    ctx.set_materialize_grads(False)
+
+
+def _slstm_gradients(
+    ctx: Any, dy: Tensor | None, dc: Tensor | None, dn: Tensor | None, *_: None
+) -> tuple[Tensor | None, ...]:
+    *inputs, y_initial, y, checkpoints = ctx.saved_tensors
+    dy = torch.zeros_like(y) if dy is None else dy.contiguous()
+    if dc is not None or dn is not None:
+        dc, dn = (torch.zeros_like(y[:, 0]) if each is None else each.contiguous() for each in (dc, dn))
+    *gradients, dy, dc, dn = torch.ops.xlstm_lm.slstm_backward(*inputs, y_initial, y, checkpoints, dy, dc, dn)
+    dstate = (None, None, None) if y_initial is None else (dy, dc, dn)
+    return *gradients, None, *dstate, None, None
+
+
+def _slstm_backward_shapes(wx, r, bias, resets, y_initial, y, *others) -> tuple[Tensor, ...]:
+    return *map(_like, (wx, r, bias)), *(torch.empty_like(y[:, 0]).contiguous() for _ in range(3))
+
+
+def _conv_shapes(x, taps, bias, documents) -> Tensor:
+    return _like(x)
+
+
+def _conv_keep(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    x, taps, bias, documents = inputs
+    ctx.save_for_backward(x, taps, documents)
+    ctx.has_bias = bias is not None
+
+
+def _conv_gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    dx, dtaps, dbias = torch.ops.xlstm_lm.conv_backward(*ctx.saved_tensors, dy)
+    return dx, dtaps.sum(0), dbias.sum(0) if ctx.has_bias else None, None
+
+
+def _conv_backward_shapes(x, taps, documents, dy) -> tuple[Tensor, ...]:
+    B, _, D = x.shape
+    return _like(x), taps.new_empty(B, *taps.shape), taps.new_empty(B, D)
+
+
+def _scan_shapes(x, dt, a, b, c, resets, initial, save) -> tuple[Tensor, ...]:
+    B, T, E = x.shape
+    N = a.shape[1]
+    blocks = -(-T // BLOCK) if save else 0
+    return _like(x), dt.new_empty(B, E, N), dt.new_empty(blocks, B, E, N)
+
+
+def _scan_keep(ctx: Any, inputs: tuple, output: tuple) -> None:
+    *inputs, initial, save = inputs
+    assert save, "a call that needs gradients has to keep what they need"
+    ctx.save_for_backward(*inputs, output[2])
+    ctx.has_state = initial is not None
+    ctx.mark_non_differentiable(output[2])
+    ctx.set_materialize_grads(False)
+
+
+def _scan_gradients(ctx: Any, dy: Tensor | None, dlast: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    x, dt, a, b, c, resets, checkpoints = ctx.saved_tensors
+    dy = torch.zeros_like(x) if dy is None else dy
+    dlast = None if dlast is None else dlast.contiguous()
+    dx, ddt, da, db, dc, dstate = torch.ops.xlstm_lm.scan_backward(x, dt, a, b, c, resets, checkpoints, dy, dlast)
+    db, dc = db.sum(0).to(b.dtype), dc.sum(0).to(c.dtype)
+    return dx, ddt, da.sum(0), db, dc, None, dstate if ctx.has_state else None, None
+
+
+def _scan_backward_shapes(x, dt, a, b, c, resets, checkpoints, dy, dlast) -> tuple[Tensor, ...]:
+    B, T, E = x.shape
+    N, units = a.shape[1], SCAN_VECTORS * _lanes(dt.dtype)
+    shared = (dt.new_empty(-(-E // units), B, T, N) for _ in range(2))
+    return _like(x), _like(dt), dt.new_empty(B, E, N), *shared, dt.new_empty(B, E, N)
+
+
+OPERATORS = {
+    "mlstm_forward": (_mlstm_shapes, _mlstm_gradients, _mlstm_keep),
+    "mlstm_backward": (_mlstm_backward_shapes, None, None),
+    "slstm_forward": (_slstm_shapes, _slstm_gradients, _slstm_keep),
+    "slstm_backward": (_slstm_backward_shapes, None, None),
+    "conv_forward": (_conv_shapes, _conv_gradients, _conv_keep),
+    "conv_backward": (_conv_backward_shapes, None, None),
+    "scan_forward": (_scan_shapes, _scan_gradients, _scan_keep),
+    "scan_backward": (_scan_backward_shapes, None, None),
+}
+"""Each operator's shapes and, where it has any, its gradients and what it keeps for them."""

@@ -1,0 +1,418 @@
+"""Operations that describe themselves, and the one choice among their backends.
+
+An `Operation` lists its backends from the fastest to the reference, which defines the right values. `choose` picks the
+first backend that accepts a call, `verify` compares a backend with the reference, and `refuse` withdraws one for the
+rest of the process. Backends are loaded on first use.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import importlib.util
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from xlstm_lm.ops.announce import announce_once
+from xlstm_lm.ops.compiling import constant_result
+from xlstm_lm.ops.selfcheck import TOLERANCE, Checked, compare, undisturbed
+
+INSTALL = {
+    "triton": "Triton is not installed (pip install 'xlstm-lm[gpu]')",
+    "mamba_ssm": "mamba_ssm is not installed",
+    "causal_conv1d": "causal_conv1d is not installed",
+}
+"""Reasons for packages that backends need."""
+TENSORS = {"cpu": "CPU", "cuda": "GPU"}
+
+
+class Expected(str):
+    """A reason to pass a backend over that needs no announcement: by design, or announced before."""
+
+
+class Call(NamedTuple):
+    """The properties of a call that decide which backend computes it."""
+
+    device: torch.device
+    dtype: torch.dtype
+    """Type of the inputs; float64 if any input has that type."""
+    sizes: tuple[tuple[str, int], ...] = ()
+    """(letter, size) in the order of the letters; only sizes that a choice depends on."""
+    options: Hashable = ()
+    needs_gradient: bool = True
+    has_resets: bool = True
+    one_step: bool = False
+    exporting: bool = False
+    """Whether torch.export traces the call, for a program that runs without this package."""
+
+    def size(self, letter: str, default: int | None = None) -> int:
+        """The size of that letter; `default` if the call has none."""
+        return dict(self.sizes).get(letter, default)
+
+    def __str__(self) -> str:
+        sizes = ", ".join(f"{letter} {size}" for letter, size in self.sizes)
+        return f"on {self.device}, {self.dtype}" + (f", {sizes}" if sizes else "")
+
+
+def make_call(
+    device: torch.device, dtype: torch.dtype, sizes: dict[str, int], options: Hashable = (), **others: bool
+) -> Call:
+    """A `Call` with its sizes in order."""
+    return Call(device, dtype, tuple(sorted(sizes.items())), options, **others)
+
+
+class Sample(NamedTuple):
+    """Inputs for a check and the backend that defines the right values for them, in float64."""
+
+    inputs: list[Tensor]
+    """Floating-point leaves."""
+    options: dict[str, Any]
+    """Further arguments, such as resets, for `Operation.run`."""
+    against: str
+
+
+class Cost(NamedTuple):
+    """Forward cost of an operation."""
+
+    flops: float
+    """Floating-point operations; a product of an m x k and a k x n matrix counts 2 m k n."""
+    moved_bytes: float
+    """Bytes that must be read or written at least."""
+
+
+class Choice(NamedTuple):
+    """The backend for a call, and the faster ones passed over, each with the reason."""
+
+    backend: str
+    passed_over: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(eq=False, kw_only=True)
+class Backend:
+    """One implementation of an operation."""
+
+    name: str
+    function: str | Callable
+    """The implementation, or "module:name" of it, imported on first use."""
+    arguments: dict[str, Any] = field(default_factory=dict)
+    """Keyword arguments that the function gets beside those of the operation."""
+    devices: tuple[str, ...] | None = None
+    """Types of the devices it runs on; None for all."""
+    dtypes: tuple[torch.dtype, ...] | None = None
+    """Types of inputs it accepts; None for all."""
+    package: str | None = None
+    """Package it needs; None for none."""
+    native: bool = False
+    """Whether it needs the compiled C++ kernels."""
+    gradients: bool = True
+    one_step: bool = False
+    """Whether it computes a single step only."""
+    exports: Callable[[Call], bool] = lambda call: True
+    """Whether torch.export can trace it for such a call into a program that runs anywhere."""
+    limits: str | Callable[[Call], str | None] | None = None
+    """Function or "module:name" of one: why it does not accept a call; None if it does."""
+    unsuited: Callable[[Call], str | None] = lambda call: None
+    """Why another backend is better for a call; None if none is. Ignored where the configuration names the backend."""
+    same_code: Callable[[Call], Call] = lambda call: call
+    """A call, the smallest, that runs the same compiled code: one verdict holds for both."""
+    checked_on: tuple[str, ...] = ()
+    """Types of the devices on which it is verified before its first use in a process."""
+    slow: str | None = None
+    """How the operation runs with it, for the announcement; None if it is fast."""
+    fast_on: tuple[str, ...] = ()
+    """Types of the devices on which it is as fast as any."""
+    loaded: Callable | None = None
+    """The function, once `load` was called."""
+
+    def load(self) -> Callable:
+        """The function, imported if need be."""
+        function = resolve(self.function) if isinstance(self.function, str) else self.function
+        self.loaded = functools.partial(function, **self.arguments) if self.arguments else function
+        return self.loaded
+
+
+@dataclass(eq=False, kw_only=True)
+class Operation:
+    """A function of tensors with several backends."""
+
+    name: str
+    title: str
+    """Name in a sentence, such as "the mLSTM"."""
+    subject: str
+    """Name of the first input, whose device and type count."""
+    backends: tuple[Backend, ...]
+    """From the fastest to the reference."""
+    samples: Callable[[Call, str], Iterator[Sample]]
+    """Seeded by the caller: inputs on which to check the named backend for a call."""
+    run: Callable[[Backend, Sample], Checked]
+    """A loaded backend as a function of a sample's inputs."""
+    cost: Callable[..., Cost]
+    """Cost by sizes."""
+    identity: str = ""
+    """Letters of the sizes for which a refusal holds."""
+    examples: tuple[dict[str, int], ...] = ({},)
+    """Sizes to check without a model."""
+    gpu_examples: tuple[dict[str, int], ...] = ()
+    """Further ones on a GPU, for which its kernels are made."""
+    options: Hashable = ()
+    """Options of the examples."""
+
+    def __post_init__(self) -> None:
+        self.by_name = {backend.name: backend for backend in self.backends}
+
+        @constant_result
+        def pick(backend: str, *of_call: Any, **sizes: int) -> str:
+            """The name of the backend for a call, loaded. Its arguments are what torch.compile can hold constant."""
+            device, dtype, options, *others = of_call
+            call = Call(device, dtype, tuple(sorted(sizes.items())), options, *others)
+            chosen = choose(self, call, backend).backend
+            self.by_name[chosen].load()
+            for record in _RECORDS:
+                if chosen not in record.setdefault(self.name, []):
+                    record[self.name].append(chosen)
+            return chosen
+
+        self.pick = pick
+
+    def __getitem__(self, name: str) -> Backend:
+        return self.by_name[name]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of all backends."""
+        return tuple(self.by_name)
+
+    @property
+    def reference(self) -> str:
+        """Name of the backend that defines the right values."""
+        return self.backends[-1].name
+
+    def backend_for(
+        self,
+        inputs: Sequence[Tensor | None],
+        backend: str = "auto",
+        *,
+        options: Hashable = (),
+        has_resets: bool = False,
+        one_step: bool = False,
+        **sizes: int,
+    ) -> Backend:
+        """The backend, loaded, for a call with these inputs, of which the first has the operation's device and type.
+
+        Raises:
+            ValueError: there is no such backend, or the one named does not accept the call.
+        """
+        dtype = inputs[0].dtype
+        needs_gradient = False
+        for each in inputs:
+            if each is not None:
+                needs_gradient = needs_gradient or each.requires_grad
+                dtype = torch.float64 if each.dtype == torch.float64 else dtype
+        chosen = self.pick(
+            backend,
+            inputs[0].device,
+            dtype,
+            options,
+            needs_gradient and torch.is_grad_enabled(),
+            has_resets,
+            one_step,
+            torch.compiler.is_exporting(),
+            **sizes,
+        )
+        return self.by_name[chosen]
+
+
+_REFUSED: dict[tuple, str] = {}
+_RECORDS: list[dict[str, list[str]]] = []
+
+
+def resolve(path: str) -> Callable:
+    """The function that "module:name" stands for; in an exported folder, whose modules stand side by side, its copy."""
+    module, _, name = path.partition(":")
+    if __package__ != "xlstm_lm.ops":
+        module = f"{__package__}.{module.removeprefix('xlstm_lm.').replace('.', '_')}"
+    return getattr(importlib.import_module(module), name)
+
+
+def choose(operation: Operation, call: Call, backend: str = "auto") -> Choice:
+    """The backend for a call: the one named, unless it was refused; else the first that accepts the call.
+
+    A backend that is checked on this device is verified before its first use. A slower path is announced once. Answers
+    are kept for the process.
+
+    Raises:
+        ValueError: there is no such backend, or the one named does not accept the call.
+    """
+    if backend == "auto":
+        return _first_that_accepts(operation, call)
+    if backend not in operation.names:
+        known = ", ".join(map(repr, operation.names))
+        raise ValueError(f"unknown {operation.name} backend {backend!r}: choose 'auto' or one of {known}")
+    reason = why_impossible(operation, operation[backend], call)
+    if reason is not None:
+        raise ValueError(f"the {operation.name} backend {backend!r} cannot compute this: {reason}; choose 'auto'")
+    refused = refusal(operation, backend, call)
+    if refused is None:
+        return Choice(backend)
+    chosen = _first_that_accepts(operation, call)
+    return Choice(chosen.backend, tuple(dict(((backend, refused), *chosen.passed_over)).items()))
+
+
+@functools.cache
+def _first_that_accepts(operation: Operation, call: Call) -> Choice:
+    passed_over: dict[str, str] = {}
+    failed = False
+    for backend in operation.backends:
+        if backend.name == operation.reference:
+            break
+        reason = why_not(operation, backend, call)
+        if reason is None and call.device.type in backend.checked_on:
+            reason = verdict(operation, backend.name, call)
+            failed = failed or reason is not None
+        if reason is None:
+            break
+        passed_over[backend.name] = reason
+    _announce(operation, call, backend, passed_over, failed)
+    return Choice(backend.name, tuple(passed_over.items()))
+
+
+def _announce(operation: Operation, call: Call, backend: Backend, passed_over: dict[str, str], failed: bool) -> None:
+    """Log that a slower backend runs, or that one failed its check, with the reasons."""
+    kind = call.device.type
+    slow = backend.slow is not None and kind not in (*backend.fast_on, "meta") and not call.exporting
+    notable = [f"`{name}`: {reason}" for name, reason in passed_over.items() if not isinstance(reason, Expected)]
+    if slow and not any(kind in (operation[name].devices or ()) for name in passed_over):
+        notable.append(f"there is no faster backend for {kind}")
+    if notable and (slow or failed):
+        how = f"{backend.slow} (`{backend.name}`), which is slower," if slow else f"by `{backend.name}`"
+        announce_once(f"{operation.title} runs {how} {call}: {'; '.join(notable)}")
+
+
+def why_not(operation: Operation, backend: Backend, call: Call) -> str | None:
+    """The reason why a backend is not chosen for a call; None if nothing but a check is in its way."""
+    if (backend.one_step and not call.one_step) or (call.needs_gradient and not backend.gradients):
+        return Expected("it computes a single step without gradient")
+    if call.exporting and not backend.exports(call):
+        return Expected("torch.export cannot trace it into a program that runs anywhere")
+    refused = refusal(operation, backend.name, call)
+    if refused is not None:
+        return Expected(refused)
+    unsuited = backend.unsuited(call)
+    if unsuited is not None:
+        return Expected(unsuited)
+    reason = why_impossible(operation, backend, call)
+    if reason is None and backend.dtypes is not None and call.dtype not in backend.dtypes:
+        return f"it accepts {', '.join(map(str, backend.dtypes))}, not {call.dtype}"
+    if reason is None and backend.native:
+        from xlstm_lm.ops.native import why_no_kernels
+
+        return why_no_kernels()
+    return reason
+
+
+def why_impossible(operation: Operation, backend: Backend, call: Call) -> str | None:
+    """The reason why a backend cannot compute a call even where it is named; None if there is none.
+
+    What a backend refuses by itself with a message of its own, such as a type, is left to it.
+    """
+    devices = backend.devices
+    if devices is not None and call.device.type not in devices and not _interpreted(backend):
+        tensors = " or ".join(TENSORS[kind] for kind in devices)
+        return Expected(f"it takes {tensors} tensors, but {operation.subject} is on {call.device}")
+    if backend.package is not None and importlib.util.find_spec(backend.package) is None:
+        return INSTALL[backend.package]
+    if backend.limits is None:
+        return None
+    return (resolve(backend.limits) if isinstance(backend.limits, str) else backend.limits)(call)
+
+
+def _interpreted(backend: Backend) -> bool:
+    """Whether Triton's interpreter stands in for a GPU."""
+    if backend.package != "triton":
+        return False
+    # Not an import: this file goes with exports, and transformers refuses code whose imports are not installed.
+    return importlib.import_module("triton").knobs.runtime.interpret
+
+
+def verify(operation: Operation, backend: str, call: Call) -> str | None:
+    """How a backend fails for a call: it does not run, or values or gradients are wrong; None if all is right.
+
+    Each sample is compared with its definition in float64: values, gradients of all inputs, and states. The random
+    state, the grad mode and saved-tensor hooks of the caller have no effect and stay as they are.
+    """
+    tolerance = TOLERANCE.get(call.dtype, 1e-9)
+    with undisturbed(call.device):
+        try:
+            for sample in operation.samples(call, backend):
+                error = error_of(operation, backend, sample)
+                if not error <= tolerance:
+                    return f"its values or gradients are wrong (error {error:.1e}, allowed {tolerance:.0e})"
+        except Exception as caught:  # anything that a compiler, an assembler or a driver raises
+            return f"it does not run ({first_line(caught)})"
+    return None
+
+
+def error_of(operation: Operation, backend: str, sample: Sample) -> float:
+    """The largest error of a backend on a sample, relative to the largest entry of each right value or gradient."""
+    functions = []
+    for name in (backend, sample.against):
+        operation[name].load()
+        functions.append(operation.run(operation[name], sample))
+    return compare(*functions, sample.inputs, gradients=operation[backend].gradients)
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message; its type if that is empty."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def verdict(operation: Operation, backend: str, call: Call) -> str | None:
+    """`verify`, once a process for all calls that run the same compiled code."""
+    call = call._replace(needs_gradient=operation[backend].gradients, exporting=False)
+    return _verdict(operation, backend, operation[backend].same_code(call))
+
+
+_verdict = functools.cache(verify)
+
+
+def refuse(operation: Operation, backend: str, call: Call, reason: str) -> None:
+    """Withdraw a backend for the rest of the process, for calls on such a device with such options and head sizes.
+
+    The reference cannot be refused.
+    """
+    assert backend != operation.reference
+    _REFUSED[_refusal_key(operation, backend, call)] = reason
+    _first_that_accepts.cache_clear()
+
+
+def refusal(operation: Operation, backend: str, call: Call) -> str | None:
+    """The reason given to `refuse`; None if the backend was not refused for such calls."""
+    return _REFUSED.get(_refusal_key(operation, backend, call))
+
+
+def _refusal_key(operation: Operation, backend: str, call: Call) -> tuple:
+    identity = tuple(call.size(letter) for letter in operation.identity)
+    return operation, backend, call.device.type, identity, call.options
+
+
+def forget() -> None:
+    """Drop all choices, verdicts and refusals of this process."""
+    _first_that_accepts.cache_clear()
+    _verdict.cache_clear()
+    _REFUSED.clear()
+
+
+@contextlib.contextmanager
+def recorded_choices() -> Iterator[dict[str, list[str]]]:
+    """Record, by operation, the names of the backends that compute calls while this is entered, in order."""
+    record: dict[str, list[str]] = {}
+    _RECORDS.append(record)
+    try:
+        yield record
+    finally:
+        _RECORDS.remove(record)

@@ -9,6 +9,7 @@ from xlstm_lm.models import HybridConfig, TransformerConfig, build_model
 from xlstm_lm.models.accounting import count_parameters, state_bytes, training_flops_per_token
 from xlstm_lm.models.mixers import MIXERS
 from xlstm_lm.ops import attention
+from xlstm_lm.ops.operation import choose, recorded_choices
 
 SECTIONS = {
     "mamba1": {"state_dim": 5},
@@ -125,10 +126,19 @@ def test_initialization_reaches_every_parameter_and_no_decay_names_exist(kind):
 
 
 @pytest.mark.parametrize("kind", MIXERS)
-def test_operations_have_rows_and_a_backend(kind):
-    uses = configure(kind).operations(micro_rows=3)
-    assert uses
-    assert all(use.sizes["B"] == 3 and use.backend == "auto" and min(use.sizes.values()) > 0 for use in uses)
+def test_operations_are_those_of_a_training_step(kind):
+    config = configure(kind)
+    model = build_model(config)
+    tokens_BT = torch.randint(0, config.vocab_size, (3, 20))
+    resets_BT = torch.rand(3, 20) < 0.2
+    device, dtype = tokens_BT.device, torch.float32
+    with recorded_choices() as taken:
+        model.loss(model(tokens_BT, resets_BT), tokens_BT).backward()
+    described = {use.operation.name for use in config.operations(micro_rows=3)}
+    described |= {"mlstm"} if "ssd" in described else set()  # whose kernels compute it
+    assert described == taken.keys() - {"loss"}
+    for use in config.operations(micro_rows=3):
+        assert use.backend == "auto" and choose(use.operation, use.call(device, dtype)).backend
 
 
 @pytest.mark.parametrize("window", [1, 3, 16, 49, 50, 200])

@@ -12,7 +12,6 @@ import torch
 from tests.ops.stand_ins import replace_backend
 from tests.training.runs import configure, records, write_text
 from xlstm_lm.models import LSTMConfig, MambaConfig, build_model
-from xlstm_lm.models.operations import operations_of
 from xlstm_lm.models.xlstm_config import XLSTMConfig
 from xlstm_lm.ops.announce import announce_once
 from xlstm_lm.ops.mlstm import MLSTM
@@ -77,7 +76,7 @@ def test_a_wrong_mlstm_is_replaced_by_name(kernel, configured, monkeypatch, capl
     replace_backend(monkeypatch, MLSTM, "compiled", kernel)
     config = replace(MIXED, mlstm_backend=configured)
     assert check_kernels(config, ALONE, torch.float32, 4)["mlstm"] == "chunkwise"
-    for use in operations_of(config, 4):  # the model's own calls take what the check found, in any type
+    for use in config.operations(4):  # the model's own calls take what the check found, in any type
         call = use.call(ALONE.device, torch.bfloat16)
         assert use.operation is not MLSTM or choose(MLSTM, call, configured).backend == "chunkwise"
     records_of_two_sizes = [record for record in caplog.records if "does not compute" in record.getMessage()]

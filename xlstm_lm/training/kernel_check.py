@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from xlstm_lm.models.operations import OperationUse, operations_of
+from xlstm_lm.models.mixers.mixer import OperationUse
 from xlstm_lm.ops.announce import announce_once
 from xlstm_lm.ops.operation import choose, refuse, verdict
 from xlstm_lm.parallel.process_group import World
@@ -20,7 +20,7 @@ def check_kernels(config: Any, world: World, dtype: torch.dtype, micro_rows: int
     not run, on any rank is refused on all of them, and announced. Collective; leaves the random state as it was.
     """
     taken: dict[str, dict[str, None]] = {}
-    for use in operations_of(config, micro_rows):
+    for use in config.operations(micro_rows):
         taken.setdefault(use.operation.name, {})[_agree(use, world, dtype)] = None
     if world.device.type == "cuda":
         torch.cuda.empty_cache()

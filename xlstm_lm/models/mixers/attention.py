@@ -19,7 +19,7 @@ from xlstm_lm.models.mixers.mixer import (
     residual_std,
     small_std,
 )
-from xlstm_lm.ops.attention import Packing, attention, pack
+from xlstm_lm.ops.attention import ATTENTION, Packing, attention, pack
 
 
 @dataclass(kw_only=True)
@@ -84,8 +84,8 @@ class AttentionConfig(MixerConfig):
         return 2 * self.key_value_heads * self.head_dim * bytes_per_activation * tokens
 
     def operations(self, micro_rows: int) -> list[OperationUse]:
-        sizes = {"B": micro_rows, "H": self.num_heads, "G": self.key_value_heads, "K": self.head_dim}
-        return [OperationUse("attention", sizes, {"window": self.window}, "auto")]
+        kinds = ("long", "short") if self.window is None else ("narrow",)
+        return [OperationUse(ATTENTION, {}, rows) for rows in kinds]
 
     def feedforward(self) -> FeedForwardConfig:
         hidden = self.feedforward_dim or round_up(int(self.embedding_dim * self.feedforward_factor), 64)

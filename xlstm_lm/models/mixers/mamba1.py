@@ -14,7 +14,8 @@ from xlstm_lm.base.fields import Range, Size
 from xlstm_lm.models.layers import CausalConv
 from xlstm_lm.models.mixers.mamba_steps import init_step_bias, negative_decay, positive_steps
 from xlstm_lm.models.mixers.mixer import Mixer, MixerConfig, OperationUse, State
-from xlstm_lm.ops.selective_scan import selective_scan
+from xlstm_lm.ops.conv import CONV
+from xlstm_lm.ops.selective_scan import SCAN, selective_scan
 
 # Backends of any machine: a run that names a GPU's kernel is also read where that cannot run.
 SelectiveScanBackend = Literal["auto", "recurrence", "compiled", "mamba_ssm"]
@@ -60,9 +61,8 @@ class Mamba1Config(MixerConfig):
         return self.inner_dim * (4 * self.state_dim + bytes_per_activation * (self.conv_width - 1))
 
     def operations(self, micro_rows: int) -> list[OperationUse]:
-        scan = {"B": micro_rows, "E": self.inner_dim, "N": self.state_dim}
-        conv = {"B": micro_rows, "D": self.inner_dim, "W": self.conv_width}
-        return [OperationUse("selective_scan", scan, {}, self.scan_backend), OperationUse("conv", conv, {}, "auto")]
+        scan = OperationUse(SCAN, {"N": self.state_dim}, backend=self.scan_backend)
+        return [scan, OperationUse(CONV, {"D": self.inner_dim, "W": self.conv_width})]
 
 
 class Mamba1Mixer(Mixer):

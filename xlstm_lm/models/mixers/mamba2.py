@@ -20,7 +20,8 @@ from xlstm_lm.models.mixers.mixer import (
     State,
     linear_attention_flops,
 )
-from xlstm_lm.ops.ssd import ssd
+from xlstm_lm.ops.conv import CONV
+from xlstm_lm.ops.ssd import SSD, ssd
 
 # Backends of any machine: a run that names a GPU's kernel is also read where that cannot run.
 SSDBackend = Literal["auto", "recurrence", "mlstm", "chunkwise", "mamba_ssm"]
@@ -85,15 +86,9 @@ class Mamba2Config(MixerConfig):
         return 4 * self.inner_dim * self.state_dim + remembered
 
     def operations(self, micro_rows: int) -> list[OperationUse]:
-        cell = {
-            "B": micro_rows,
-            "H": self.num_heads,
-            "P": self.head_dim,
-            "G": self.num_groups,
-            "N": self.state_dim,
-        }
-        conv = {"B": micro_rows, "D": self.convolved_dim, "W": self.conv_width}
-        return [OperationUse("ssd", cell, {}, self.scan_backend), OperationUse("conv", conv, {}, "auto")]
+        sizes = {"P": self.head_dim, "N": self.state_dim}
+        scan = OperationUse(SSD, sizes, backend=self.scan_backend)
+        return [scan, OperationUse(CONV, {"D": self.convolved_dim, "W": self.conv_width})]
 
 
 class Mamba2Mixer(Mixer):

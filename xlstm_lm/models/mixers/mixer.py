@@ -6,9 +6,11 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from xlstm_lm.base.fields import Size, check_fields
+from xlstm_lm.ops.operation import Call, Operation, make_call
 
 State = tuple[Tensor, ...]
 """Everything that a mixer keeps after the last token, each tensor with the batch first."""
@@ -19,16 +21,18 @@ COUNTED_CHUNK = 64
 
 
 class OperationUse(NamedTuple):
-    """One operation as a mixer calls it."""
+    """One operation of a mixer at one set of sizes."""
 
-    operation: str
-    """Name of the operation."""
+    operation: Operation
     sizes: dict[str, int]
-    """Sizes by the letters in the operation's tensor names; B is the number of rows."""
-    options: dict[str, Any]
-    """Keyword arguments that change the result."""
-    backend: str
+    """Sizes by the letters in the operation's tensor names, those that its choice of a backend depends on."""
+    options: Hashable = ()
+    backend: str = "auto"
     """Configured backend, or "auto"."""
+
+    def call(self, device: torch.device, dtype: torch.dtype) -> Call:
+        """The call in training: with gradient, over rows of several documents."""
+        return make_call(device, dtype, self.sizes, self.options)
 
 
 class FeedForwardConfig(NamedTuple):

@@ -66,7 +66,7 @@ class MLSTMConfig(MLSTMCellConfig):
         return self.cell_state_bytes()
 
     def operations(self, micro_rows: int) -> list[OperationUse]:
-        return [self.cell_operation(micro_rows)]
+        return [self.cell_operation()]
 
     def feedforward(self) -> FeedForwardConfig:
         hidden = self.feedforward_dim or round_up(self.embedding_dim * self.feedforward_factor, 64)

@@ -18,7 +18,8 @@ from xlstm_lm.models.mixers.mixer import (
     State,
     linear_attention_flops,
 )
-from xlstm_lm.ops.mlstm import mlstm
+from xlstm_lm.ops.mlstm import MLSTM, mlstm
+from xlstm_lm.ops.mlstm.operation import options_of
 
 # Backends of any machine: a run that names a GPU's kernel is also read where that cannot run.
 MLSTMBackend = Literal["auto", "recurrence", "chunkwise", "compiled", "step", "triton", "triton_step"]
@@ -64,12 +65,11 @@ class MLSTMCellConfig(MixerConfig):
         """Bytes of matrices, normalizers and stabilizers, in float32."""
         return 4 * (self.qk_dim * self.v_dim // self.num_heads + self.qk_dim + self.num_heads)
 
-    def cell_operation(self, micro_rows: int) -> OperationUse:
+    def cell_operation(self) -> OperationUse:
         """The cell's call."""
-        heads = self.num_heads
-        sizes = {"B": micro_rows, "H": heads, "K": self.qk_dim // heads, "V": self.v_dim // heads}
-        options = {"input_gate": self.input_gate, "chunk_length": self.chunk_length, "eps": self.cell_eps}
-        return OperationUse("mlstm", sizes, options, self.mlstm_backend)
+        sizes = {"K": self.qk_dim // self.num_heads, "V": self.v_dim // self.num_heads}
+        options = options_of(self.input_gate, True, self.chunk_length, self.cell_eps)
+        return OperationUse(MLSTM, sizes, options, self.mlstm_backend)
 
 
 def run_mlstm_cell(

@@ -21,6 +21,7 @@ from xlstm_lm.models.mixers.mixer import (
     small_std,
 )
 from xlstm_lm.models.mixers.mlstm_cell import MLSTMCellConfig, init_mlstm_gates, run_mlstm_cell
+from xlstm_lm.ops.conv import CONV
 
 
 @dataclass(kw_only=True)
@@ -74,8 +75,8 @@ class PaperMLSTMConfig(MLSTMCellConfig):
         return self.cell_state_bytes() + bytes_per_activation * (self.conv_width - 1) * self.inner_dim
 
     def operations(self, micro_rows: int) -> list[OperationUse]:
-        conv = OperationUse("conv", {"B": micro_rows, "D": self.inner_dim, "W": self.conv_width}, {}, "auto")
-        return [self.cell_operation(micro_rows), conv]
+        conv = OperationUse(CONV, {"D": self.inner_dim, "W": self.conv_width})
+        return [self.cell_operation(), conv]
 
 
 class PaperMLSTMMixer(Mixer):

@@ -21,7 +21,8 @@ from xlstm_lm.models.mixers.mixer import (
     check_heads,
     small_std,
 )
-from xlstm_lm.ops.slstm import slstm
+from xlstm_lm.ops.conv import CONV
+from xlstm_lm.ops.slstm import SLSTM, slstm
 
 # Backends of any machine: a run that names a GPU's kernel is also read where that cannot run.
 SLSTMBackend = Literal["auto", "recurrence", "compiled", "triton", "cluster", "batched"]
@@ -69,8 +70,8 @@ class SLSTMConfig(MixerConfig):
 
     def operations(self, micro_rows: int) -> list[OperationUse]:
         cell = {"B": micro_rows, "H": self.num_heads, "D": self.head_dim}
-        conv = {"B": micro_rows, "D": self.embedding_dim, "W": self.conv_width}
-        return [OperationUse("slstm", cell, {}, self.slstm_backend), OperationUse("conv", conv, {}, "auto")]
+        conv = {"D": self.embedding_dim, "W": self.conv_width}
+        return [OperationUse(SLSTM, cell, backend=self.slstm_backend), OperationUse(CONV, conv)]
 
     def feedforward(self) -> FeedForwardConfig:
         return FeedForwardConfig(round_up(self.embedding_dim * self.slstm_feedforward_factor, 64), "gelu")

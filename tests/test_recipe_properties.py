@@ -7,8 +7,8 @@ import math
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from xlstm_lm.config import as_dict, as_recipe, check_run_config, load_run_config
-from xlstm_lm.recipe import dotted_items, merge, merge_origins, parse_yaml, to_yaml
+from xlstm_lm.base.recipe import dotted_items, merge, merge_origins, parse_yaml, to_yaml
+from xlstm_lm.training.run_config import as_dict, as_recipe, check_run_config, load_run_config
 
 keys = st.text(st.characters(codec="utf-8", exclude_characters=".\0"), min_size=1, max_size=6)
 plain = (

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eval.scoring import score_sequences
+from eval.scoring.sequences import score_sequences
 
 
 class ContextCounter:

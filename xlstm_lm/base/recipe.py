@@ -182,7 +182,7 @@ def merge_origins(before: dict[str, str], over: dict[str, str]) -> dict[str, str
 
 def dotted_items(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """`{"model.num_blocks": 4, ...}`: every value that is no mapping, by the path of keys that leads to it."""
-    items = {}
+    items: dict[str, Any] = {}
     for key, value in values.items():
         items |= (
             dotted_items(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}

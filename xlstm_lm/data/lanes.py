@@ -125,12 +125,12 @@ class DealtSource:
                     break
                 state |= end._asdict()
             if not given:
-                bad = f" ({state['skipped']} bad ones skipped)" if state["skipped"] else ""
+                note = f" ({state['skipped']} bad ones skipped)" if state["skipped"] else ""
                 names = ", ".join(self.source.name_of(piece.shard) for piece in pieces[:3])
                 more = f" and {len(pieces) - 3} more" if len(pieces) > 3 else ""
                 raise ValueError(
                     f"{self.source.config.description} has no document for lane {lane}, one of the {self._lanes} of "
-                    f"global_batch_size: its share of {names}{more} is empty{bad}; use a smaller global_batch_size or "
+                    f"global_batch_size: its share of {names}{more} is empty{note}; use a smaller global_batch_size or "
                     "more text, and remove files without documents"
                 )
             state = {**state, "epoch": state["epoch"] + 1, **START._asdict()}

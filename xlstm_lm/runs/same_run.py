@@ -75,13 +75,14 @@ def differing_fields(before: dict[str, Any], now: dict[str, Any], free: tuple[st
 
 
 def _steps(items: dict[str, Any], name: str) -> Any:
-    length, steps = items.get(name), items.get("training.steps")
+    length: Any = items.get(name)
+    steps = items.get("training.steps")
     return in_steps(length, steps) if isinstance(steps, int) else length
 
 
 def _fields(values: dict[str, Any]) -> dict[str, Any]:
     """`dotted_items`, with the fields of each mapping in a list as data.sources[0].kind and so on."""
-    items = {}
+    items: dict[str, Any] = {}
     for name, value in dotted_items(values).items():
         if isinstance(value, list) and value and all(isinstance(each, dict) for each in value):
             for number, each in enumerate(value):

@@ -18,9 +18,9 @@ class Kind:
     source: str = f"{_LOCAL}:FileSource"
     """The `Source` that opens it."""
     reader: str = ""
-    """Generator of the records of files, as those in `xlstm_lm.data.sources.readers`."""
+    """Generator of the records of files, as in `xlstm_lm.data.sources.readers`; empty without files."""
     look: str = ""
-    """Function of an opened `FileSource` that inspects its files and refuses or announces; empty for none."""
+    """Function of the opened source that inspects its files and refuses or announces; empty for none."""
     takes_paths: bool = True
     """Whether `paths` name its files."""
     one_document_a_file: bool = False
@@ -44,7 +44,7 @@ KINDS = {
 class SourceConfig:
     """One source of documents in a mixture."""
 
-    kind: Literal[*KINDS] = "text"
+    kind: Literal[*KINDS] = "text"  # type: ignore[valid-type]  # a type made from the table
     """One document a file (text), line (text_lines), object (jsonl) or row (csv, parquet); the hub; Python's source."""
     paths: list[str] = field(default_factory=list)
     """Local files or glob patterns (** goes into folders, ~ is the home folder); a name that exists is no pattern. Text

@@ -131,7 +131,7 @@ def _stock_model(config: Any, generating: bool) -> Stock:
     """
     transformers = _import_transformers()
     if config.family in ("transformer", "mamba") and not getattr(config, "window", None):
-        from xlstm_lm.hub.baseline_formats import BASELINE_FORMAT  # needs more than torch
+        from xlstm_lm.hub.formats.baseline_formats import BASELINE_FORMAT  # needs more than torch
 
         stock = BASELINE_FORMAT.make_config(config)
     elif config.family == "xlstm" and set(config.block_kinds()) == {"mlstm"} and not config.mixers:

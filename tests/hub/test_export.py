@@ -18,8 +18,9 @@ import yaml
 from tests.hub.lively import STOCK, logits, make_trained, random_tokens
 from xlstm_lm import hub
 from xlstm_lm.data import TokenizerConfig, build_tokenizer, train_bpe
-from xlstm_lm.hub import bundle, model_card, own_format
+from xlstm_lm.hub import bundle, model_card
 from xlstm_lm.hub.export import choose_format, parse_size
+from xlstm_lm.hub.formats import own_format
 from xlstm_lm.hub.tokenizer_files import save_tokenizer_files
 from xlstm_lm.models import XLSTMConfig
 

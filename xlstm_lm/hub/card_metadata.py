@@ -12,7 +12,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from xlstm_lm.hub.export_format import ExportFormat
+from xlstm_lm.hub.formats.export_format import ExportFormat
 
 # https://huggingface.co/docs/hub/repositories-licenses
 LICENSES = (

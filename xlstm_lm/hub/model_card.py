@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from xlstm_lm.hub.card_metadata import CardOptions, make_metadata
-from xlstm_lm.hub.export_format import ExportFormat
+from xlstm_lm.hub.formats.export_format import ExportFormat
 from xlstm_lm.hub.lora import lora_targets
 from xlstm_lm.hub.origin import base_model, hub_id
 from xlstm_lm.models.accounting import count_parameters

@@ -49,11 +49,11 @@ class Row:
     """eager or compiled."""
     kernels: str = ""
     milliseconds: float | None = None
-    """Of a forward and a backward pass."""
+    """Time of a forward and a backward pass."""
     spread_milliseconds: float | None = None
     tokens_per_second: float | None = None
     ratio: float | None = None
-    """Of tokens a second, to the first model of the table that ran."""
+    """Tokens a second relative to the first model of the table that ran."""
     flops_share: float | None = None
     """MFU, of the matrix product measured in this run."""
     peak_bytes: int | None = None

@@ -127,7 +127,7 @@ def _mlstm_step_calls(K: int, V: int, dtype: torch.dtype, target: str) -> list[T
 
 
 def mlstm_step_cases() -> list[Case]:
-    """Of the heads as for training, and of the widest of the first paper's block, which take the rows in turns."""
+    """Steps with the heads of training, and with the widest of the first paper's block, where rows take turns."""
     cases = []
     for K, V in ((64, 128), (256, 512), (80, 160), (1024, 1024)):
         cases.append(Case(f"mlstm step K{K} V{V} bfloat16", partial(_mlstm_step_calls, K, V, torch.bfloat16), K == 256))

@@ -94,7 +94,7 @@ def _fields(text: str) -> dict[str, Any]:
 
 
 class Own(nn.Module):
-    """A model of ours."""
+    """One of our models."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -118,13 +118,13 @@ class Stock(nn.Module):
         return self.model.base_model(input_ids=tokens_BT, use_cache=False).last_hidden_state
 
     def loss(self, hidden_BTD: Tensor, targets_BT: Tensor, reduction: str = "mean") -> Tensor:
-        """As that of our models."""
+        """Cross entropy as in our models."""
         weight_VD = self.model.get_output_embeddings().weight
         return linear_cross_entropy(hidden_BTD, weight_VD, targets_BT, soft_cap=self.soft_cap, reduction=reduction)
 
 
 def _stock_model(config: Any, generating: bool) -> Stock:
-    """transformers' class for a configuration of ours, with the same sizes.
+    """The class of transformers for one of our configurations, with the same sizes.
 
     Raises:
         ValueError: it has none.

@@ -14,14 +14,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 from unittest import mock
 
 import torch
 
 from eval.bench.compile_calls import CudaCall, TritonCall, recorded
-from eval.bench.speed_models import PRESETS
 from xlstm_lm.models import XLSTMConfig
-from xlstm_lm.models.accounting import model_config
+from xlstm_lm.models.presets import preset, preset_names
 from xlstm_lm.ops.gpu import ARCHITECTURES, KIB
 
 Calls = Callable[[str], Sequence[TritonCall | CudaCall]]
@@ -65,25 +65,21 @@ def _mlstm_calls(
         return recorded(both) if max(K, V) <= widest(target) else []
 
 
-def preset_configurations() -> list[XLSTMConfig]:
-    """The configuration of every preset that has an mLSTM or an sLSTM."""
-    configurations = (model_config(path) for path in sorted(PRESETS.glob("*.yaml")))
-    return [each for each in configurations if isinstance(each, XLSTMConfig)]
+def _preset_mixers(kind: str) -> list[Any]:
+    """Mixers of a kind in all presets."""
+    stacks = [config for config in map(preset, preset_names()) if isinstance(config, XLSTMConfig)]
+    return [mixer for config in stacks for mixer in config.block_mixers() if mixer.kind == kind]
 
 
 def preset_mlstm_heads() -> set[tuple[int, int]]:
     """K and V of the mLSTM's heads in all presets."""
-    heads = set()
-    for config in preset_configurations():
-        widths = {"mlstm": (config.qk_dim, config.v_dim), "mlstm_paper": (config.paper_inner_dim,) * 2}
-        kinds = set(config.block_kinds())
-        heads |= {(K // config.num_heads, V // config.num_heads) for kind, (K, V) in widths.items() if kind in kinds}
-    return heads
+    heads = {(each.qk_dim // each.num_heads, each.v_dim // each.num_heads) for each in _preset_mixers("mlstm")}
+    return heads | {(each.inner_dim // each.num_heads,) * 2 for each in _preset_mixers("mlstm_paper")}
 
 
 def preset_slstm_heads() -> set[int]:
     """Units of the sLSTM's heads in all presets."""
-    return {each.embedding_dim // each.num_heads for each in preset_configurations() if "slstm" in each.block_kinds()}
+    return {each.embedding_dim // each.num_heads for each in _preset_mixers("slstm")}
 
 
 def mlstm_cases() -> list[Case]:

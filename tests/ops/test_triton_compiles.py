@@ -14,7 +14,7 @@ import pytest
 if importlib.util.find_spec("triton") is None:
     pytest.skip("Triton is not installed (pip install 'xlstm-lm[gpu]')", allow_module_level=True)
 
-from eval.compile_cases import CASES, preset_mlstm_heads, preset_slstm_heads
+from eval.bench.compile_cases import CASES, preset_mlstm_heads, preset_slstm_heads
 from eval.compile_report import TARGETS, Compiled
 
 

@@ -64,7 +64,7 @@ def with_preset_fields(section: Mapping[str, Any]) -> dict[str, Any]:
     try:
         fields = preset_fields(name)
     except ValueError as error:
-        raise ValueError(f"model.preset: {error}") from None
+        raise ValueError(f"model.preset = {error}") from None
     if own.get("family", fields["family"]) != fields["family"]:
         raise ValueError(
             f"model.preset = {name!r} is of the family {fields['family']}, but model.family is {own['family']!r}: "

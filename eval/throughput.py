@@ -212,7 +212,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         "--models",
         nargs="+",
         metavar="MODEL",
-        help="presets of configs/model, recipes, or families with fields (xlstm:embedding_dim=256,num_blocks=8); with "
+        help="presets, recipes, or families with fields (xlstm:embedding_dim=256,num_blocks=8); with "
         "transformers: in front, transformers' class of those sizes; NAME=MODEL gives it another name. "
         f"Default: {' '.join(GPU_MODELS)}; on a CPU {' '.join(CPU_MODELS)}",
     )

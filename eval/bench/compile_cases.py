@@ -19,9 +19,8 @@ from unittest import mock
 import torch
 
 from eval.bench.compile_calls import CudaCall, TritonCall, recorded
-from eval.bench.speed_models import PRESETS
-from xlstm_lm.models.accounting import model_config
 from xlstm_lm.models.mixers.mixer import OperationUse
+from xlstm_lm.models.presets import preset, preset_names
 from xlstm_lm.ops.gpu import ARCHITECTURES, KIB
 
 Calls = Callable[[str], Sequence[TritonCall | CudaCall]]
@@ -74,7 +73,7 @@ def _mlstm_calls(
 
 def _preset_uses(operation: str) -> list[OperationUse]:
     """The uses of an operation in all presets."""
-    configurations = [model_config(path) for path in sorted(PRESETS.glob("*.yaml"))]
+    configurations = map(preset, preset_names())
     return [use for each in configurations for use in each.operations(1) if use.operation.name == operation]
 
 

@@ -126,7 +126,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         "--models",
         nargs="+",
         metavar="MODEL",
-        help="To measure at initialisation: presets of configs/model, recipes, or families with fields, as "
+        help="To measure at initialisation: presets, recipes, or families with fields, as "
         f"eval.throughput takes them. Default, where no run is given: {' '.join(DEFAULT_MODELS)}.",
     )
     add("--runs", nargs="+", default=[], metavar="FOLDER", help="To measure: runs, checkpoints or exports.")

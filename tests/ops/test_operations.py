@@ -26,6 +26,7 @@ COSTS = {
     "convolution": {"B": 1, "T": 8, "D": 4, "W": 4},
     "selective scan": {"B": 1, "T": 8, "E": 4, "N": 4},
     "ssd": {"B": 1, "T": 8, "H": 2, "P": 4, "N": 4},
+    "gated_delta": {"B": 1, "T": 8, "H": 2, "K": 4, "V": 8},
     "attention": {"B": 1, "T": 8, "H": 2, "K": 4},
     "loss": {"B": 1, "T": 8, "D": 4, "V": 32},
 }

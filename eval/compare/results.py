@@ -102,7 +102,7 @@ class ModelResult:
     architecture: str
     """Its key in the configuration, such as xlstm or mamba2."""
     label: str
-    """For people, such as xLSTM[1:1]."""
+    """For people, such as xLSTM[1:1] (7B blocks)."""
     size: str
     """Its key in the configuration, such as 1m."""
     parameters: int

@@ -19,14 +19,14 @@ from xlstm_lm.training.run_config import load_run_config
 
 @dataclass(kw_only=True)
 class StudyConfig:
-    """The file of a study; its paths of recipes are relative to it."""
+    """The file of a study; paths of recipes in it are relative to its folder."""
 
     __pydantic_config__: ClassVar = {"extra": "forbid"}
 
     recipe: str
     """Recipe that all models are trained with: everything but the model."""
     models: dict[str, str]
-    """Recipes of the models, by their names in the table and the picture."""
+    """Presets or recipes of the models, by their names in the table and the picture."""
     learning_rates: dict[str, Positive] = field(default_factory=dict)
     """Peak learning rates other than the recipe's, by the models' names."""
     run_dir: str = "runs/gradient-reach"
@@ -39,7 +39,7 @@ class StudyConfig:
     def __post_init__(self) -> None:
         check_fields(self)
         if not self.models:
-            raise ValueError("models is empty; name a recipe, such as LSTM: ../model/lstm-cpu-0.7m.yaml.")
+            raise ValueError("models is empty; name a preset or a recipe, such as LSTM: lstm-cpu-0.7m.")
         if not self.run_dir:
             raise ValueError("run_dir is empty; give the folder of the runs, such as runs/gradient-reach.")
         folders = [folder_name(name) for name in self.models]
@@ -66,8 +66,12 @@ def load_study(path: Path) -> tuple[StudyConfig, list[PlannedRun]]:
 
 
 def _make_run(path: Path, config: StudyConfig, name: str) -> PlannedRun:
-    recipes = [str(path.parent / recipe) for recipe in (config.recipe, config.models[name])]
+    model = config.models[name]
+    is_recipe = model.endswith((".yaml", ".yml"))
+    recipes = [path.parent / config.recipe, *([path.parent / model] if is_recipe else [])]
     overrides: dict[str, Any] = {"training.run_dir": str(Path(config.run_dir) / folder_name(name))}
+    if not is_recipe:
+        overrides["model"] = model
     if name in config.learning_rates:
         overrides["optimizer.learning_rate"] = config.learning_rates[name]
     return PlannedRun(name, load_run_config(recipes, overrides))

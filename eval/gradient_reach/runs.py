@@ -14,6 +14,7 @@ from eval.study.jobs import alone_in
 from eval.study.study_file import check_section
 from xlstm_lm.base.fields import Count, Positive, Size, check_fields
 from xlstm_lm.base.recipe import read_recipe
+from xlstm_lm.models.presets import preset_fields
 from xlstm_lm.training.run_config import load_run_config
 
 
@@ -40,6 +41,12 @@ class StudyConfig:
         check_fields(self)
         if not self.models:
             raise ValueError("models is empty; name a preset or a recipe, such as LSTM: lstm-cpu-0.7m.")
+        for name, model in self.models.items():
+            if not _is_recipe(model):
+                try:
+                    preset_fields(model)
+                except ValueError as error:
+                    raise ValueError(f"models: {name} = {error}") from None
         if not self.run_dir:
             raise ValueError("run_dir is empty; give the folder of the runs, such as runs/gradient-reach.")
         folders = [folder_name(name) for name in self.models]
@@ -52,6 +59,11 @@ class StudyConfig:
 def folder_name(name: str) -> str:
     """A model's name as that of a folder: xLSTM[1:1] becomes xlstm-1-1."""
     return re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-.")
+
+
+def _is_recipe(model: str) -> bool:
+    """Whether a model is the path of a recipe; else it is a preset."""
+    return model.endswith((".yaml", ".yml"))
 
 
 def load_study(path: Path) -> tuple[StudyConfig, list[PlannedRun]]:
@@ -67,10 +79,11 @@ def load_study(path: Path) -> tuple[StudyConfig, list[PlannedRun]]:
 
 def _make_run(path: Path, config: StudyConfig, name: str) -> PlannedRun:
     model = config.models[name]
-    is_recipe = model.endswith((".yaml", ".yml"))
-    recipes = [path.parent / config.recipe, *([path.parent / model] if is_recipe else [])]
+    recipes: list[str | Path] = [path.parent / config.recipe]
     overrides: dict[str, Any] = {"training.run_dir": str(Path(config.run_dir) / folder_name(name))}
-    if not is_recipe:
+    if _is_recipe(model):
+        recipes.append(path.parent / model)
+    else:
         overrides["model"] = model
     if name in config.learning_rates:
         overrides["optimizer.learning_rate"] = config.learning_rates[name]

@@ -52,11 +52,7 @@ stage() {
 say "$(date -u +%FT%TZ) $(git describe --always --dirty 2>/dev/null), $("$PYTHON" -c 'import torch
 print("torch", torch.__version__, torch.cuda.get_device_name() if torch.cuda.is_available() else "without a GPU")')"
 
-sizes=embedding_dim=1024,num_blocks=24
-models=(
-    "xlstm-400m=xlstm:$sizes,num_heads=4" "transformer-400m=transformer:$sizes,num_heads=16"
-    "mamba2-400m=mamba:embedding_dim=1024,num_blocks=46" "xlstm-1.3b=xlstm:embedding_dim=2048,num_blocks=24,num_heads=4"
-)
+models=(xlstm-400m transformer-400m mamba2-400m xlstm-1.3b)
 dtypes=(float32 bfloat16 float16)
 kernels=(--budget 150) # the lengths that matter most come first
 throughput=(--lengths 8192 2048 16384 --tokens 16384 --seconds 4 --budget 60)

@@ -263,6 +263,10 @@ def test_a_comparison_keeps_others_out_and_its_jobs_do_not_outlive_it(write, tra
         ({"models": {"x": {"label": "x", "sizes": {}}}}, r"models.x.sizes is empty"),
         ({"name": ".."}, "name is '..'; give a name for a folder"),
         ({"models": {"x": {"label": "x", "sizes": {"s": "xlstm-cpu-1n"}}}}, "Did you mean xlstm-cpu-"),
+        (
+            {"models": {"x": {"label": "x", "sizes": {"s": {"preset": "xlstm-cpu-1n"}}}}},
+            "try.yaml: compare.models.x.sizes.s: model.preset = 'xlstm-cpu-1n' is no preset. Did you mean xlstm-cpu-",
+        ),
         ({"models": {"x": {"label": "x", "sizes": {"s": {"num_blokcs": 2}}}}}, "compare.models.x.sizes.s.*num_blocks"),
         ({"sizes": {"huge": {}}}, "names the size huge, which no model has; there are tiny"),
         ({"sizes": {"tiny": {"recipe": {"training": {"step": 3}}}}}, "training.step = 3.*training.steps"),

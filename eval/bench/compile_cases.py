@@ -19,9 +19,8 @@ from unittest import mock
 import torch
 
 from eval.bench.compile_calls import CudaCall, TritonCall, recorded
-from eval.bench.speed_models import PRESETS
-from xlstm_lm.models.accounting import model_config
 from xlstm_lm.models.mixers.mixer import OperationUse
+from xlstm_lm.models.presets import preset, preset_names
 from xlstm_lm.ops.gpu import ARCHITECTURES, KIB
 
 Calls = Callable[[str], Sequence[TritonCall | CudaCall]]
@@ -76,7 +75,7 @@ def mlstm_calls(
 
 def _preset_uses(operation: str) -> list[OperationUse]:
     """The uses of an operation in all presets."""
-    configurations = [model_config(path) for path in sorted(PRESETS.glob("*.yaml"))]
+    configurations = map(preset, preset_names())
     return [use for each in configurations for use in each.operations(1) if use.operation.name == operation]
 
 
@@ -129,7 +128,7 @@ def _mlstm_step_calls(K: int, V: int, dtype: torch.dtype, target: str) -> list[T
 
 
 def mlstm_step_cases() -> list[Case]:
-    """Of the heads as for training, and of the widest of the first paper's block, which take the rows in turns."""
+    """Steps with the heads of training, and with the widest of the first paper's block, where rows take turns."""
     cases = []
     for K, V in ((64, 128), (256, 512), (80, 160), (1024, 1024)):
         cases.append(Case(f"mlstm step K{K} V{V} bfloat16", partial(_mlstm_step_calls, K, V, torch.bfloat16), K == 256))

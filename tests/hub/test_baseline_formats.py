@@ -12,8 +12,8 @@ from packaging.version import Version
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
-from xlstm_lm.hub.baseline_formats import BASELINE_READERS, convert, type_of
 from xlstm_lm.hub.export import choose_format
+from xlstm_lm.hub.formats.baseline_formats import BASELINE_READERS, convert, type_of
 from xlstm_lm.hub.layouts import read_model
 from xlstm_lm.models import LSTMConfig, MambaConfig, TransformerConfig, build_model
 

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from xlstm_lm.hub import baseline_formats, own_format, package_layout, transformers_layout
-from xlstm_lm.hub.name_map import NameMap, joined
+from xlstm_lm.hub.formats import baseline_formats, own_format, package_layout, transformers_layout
+from xlstm_lm.hub.formats.name_map import NameMap, joined
 from xlstm_lm.models import FAMILIES, MambaConfig, TransformerConfig, XLSTMConfig
 
 SIZES = {"vocab_size": 32, "embedding_dim": 64}

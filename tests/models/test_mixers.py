@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 
@@ -50,6 +52,13 @@ def make_model(config):
 def test_every_mixer_has_its_kind_and_cell_flops():
     assert all(config.kind == kind for kind, config in MIXERS.items())
     assert CELL_FLOPS.keys() == MIXERS.keys()
+
+
+@pytest.mark.parametrize("kind", MIXERS)
+def test_every_mixer_has_papers_and_one_line_of_description(kind):
+    papers = configure(kind).mixer(kind).papers()
+    assert papers and all(re.fullmatch(r"\d{4}\.\d{5}", paper) for paper in papers)
+    assert re.fullmatch(r"Settings of [^\n]+\.", MIXERS[kind].__doc__)
 
 
 @pytest.mark.parametrize("kind", MIXERS)

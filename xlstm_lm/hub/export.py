@@ -22,16 +22,16 @@ from xlstm_lm.base.paths import user_path
 from xlstm_lm.base.run_layout import step_in_name
 from xlstm_lm.base.tensor_files import SHARD_BYTES, TensorWriter
 from xlstm_lm.data import Tokenizer
-from xlstm_lm.hub.baseline_formats import BASELINE_FORMAT
 from xlstm_lm.hub.card_metadata import CardOptions
-from xlstm_lm.hub.export_format import ExportFormat, converted_sizes
+from xlstm_lm.hub.formats.baseline_formats import BASELINE_FORMAT
+from xlstm_lm.hub.formats.export_format import ExportFormat, converted_sizes
+from xlstm_lm.hub.formats.own_format import OWN_FORMAT
+from xlstm_lm.hub.formats.transformers_format import TRANSFORMERS_FORMAT
 from xlstm_lm.hub.gate import ask, check
 from xlstm_lm.hub.load import TrainedModel, load
 from xlstm_lm.hub.model_card import write_model_card
-from xlstm_lm.hub.own_format import OWN_FORMAT
 from xlstm_lm.hub.push import check_repository_name, push
 from xlstm_lm.hub.tokenizer_files import save_tokenizer_files
-from xlstm_lm.hub.transformers_format import TRANSFORMERS_FORMAT
 from xlstm_lm.ops.announce import announce_once
 from xlstm_lm.runs.folder import RunFolder
 

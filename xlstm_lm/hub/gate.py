@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from xlstm_lm.base.finite import check_finite
 from xlstm_lm.base.import_path import child_environment
 from xlstm_lm.data import Tokenizer
-from xlstm_lm.hub.export_format import ExportFormat
+from xlstm_lm.hub.formats.export_format import ExportFormat
 
 TEXTS = (
     "def ",

@@ -84,6 +84,8 @@ Their speed has not been measured."""
 WIDE = 512
 """The largest padded K or V for the warp-group products of sm_90 and sm_100. A larger state leaves 16 columns to a
 program, too few for such products: with those architectures' parameters the walks spill 11 to 15 KB a thread."""
+NARROW = 64 * 64
+"""The entries of a state, padded, up to which the walks have all warps on sm_90: heads of 28 x 56 spill with four."""
 BEYOND_512 = 160 * KIB
 """Shared memory, in bytes, for a larger K or V on NVIDIA: the walks hold 128 bytes a unit, and 7 KiB. On AMD, where
 they prefetch nothing, 8 KiB are enough for any."""
@@ -96,6 +98,9 @@ def launches(K: int, V: int, dtype: torch.dtype, architecture: str) -> Launches:
     if row != "gfx942" and padded(max(K, V)) > WIDE:
         row = "wide"
     L, part, most, numbers, least_warps, most_warps, stages, edge = TABLE[dtype != torch.float32, row]
+
+    if row == "sm_90" and padded(K) * padded(V) <= NARROW:
+        least_warps = most_warps
 
     def walk(rows: int, width: int) -> Launch:
         rows = padded(rows)

@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from xlstm_lm.hub.bundle import write_code
-from xlstm_lm.hub.export_format import ExportFormat, NamedTensors
-from xlstm_lm.hub.name_map import PrefixMap
+from xlstm_lm.hub.formats.export_format import ExportFormat, NamedTensors
+from xlstm_lm.hub.formats.name_map import PrefixMap
 from xlstm_lm.models import for_any_device
 from xlstm_lm.models.xlstm_config import XLSTMConfig
 

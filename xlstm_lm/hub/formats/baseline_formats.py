@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xlstm_lm.hub.export_format import ExportFormat, NamedTensors
-from xlstm_lm.hub.name_map import NameMap, Table, count_blocks, joined
+from xlstm_lm.hub.formats.export_format import ExportFormat, NamedTensors
+from xlstm_lm.hub.formats.name_map import NameMap, Table, count_blocks, joined
 from xlstm_lm.models import MambaConfig, TransformerConfig
 
 Weights = dict[str, Tensor]

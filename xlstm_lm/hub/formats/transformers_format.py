@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
-from xlstm_lm.hub.export_format import ExportFormat, NamedTensors
-from xlstm_lm.hub.transformers_layout import NAMES
+from xlstm_lm.hub.formats.export_format import ExportFormat, NamedTensors
+from xlstm_lm.hub.formats.transformers_layout import NAMES
 from xlstm_lm.models.xlstm_config import XLSTMConfig
 
 

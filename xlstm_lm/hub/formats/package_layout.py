@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xlstm_lm.hub.name_map import NameMap
-from xlstm_lm.hub.transformers_layout import LARGE_NAMES, NAMES, from_transformers
+from xlstm_lm.hub.formats.name_map import NameMap
+from xlstm_lm.hub.formats.transformers_layout import LARGE_NAMES, NAMES, from_transformers
 from xlstm_lm.models.xlstm_config import XLSTMConfig
 
 STACK = "xlstm_block_stack."

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from xlstm_lm.hub.name_map import NameMap, joined
+from xlstm_lm.hub.formats.name_map import NameMap, joined
 from xlstm_lm.models.xlstm_config import XLSTMConfig
 
 _OUTER = {

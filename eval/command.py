@@ -34,5 +34,5 @@ positive = argument(Count)
 
 
 def environment(device: torch.device, packages: tuple[str, ...]) -> dict[str, Any]:
-    """What a figure was measured with, the versions of `packages` included."""
+    """The conditions of a measurement, with the versions of `packages`."""
     return measure.environment(device.type) | {name: version(name) for name in packages}

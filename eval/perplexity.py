@@ -34,7 +34,7 @@ DEFINITIONS = {
 
 
 def as_markdown(result: dict[str, Any]) -> str:
-    """What was measured of one model, for people."""
+    """The measurements of one model as text and tables."""
     lines = []
     if "documents" in result:
         lines.append(

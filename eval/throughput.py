@@ -49,11 +49,11 @@ class Row:
     """eager or compiled."""
     kernels: str = ""
     milliseconds: float | None = None
-    """Of a forward and a backward pass."""
+    """Time of a forward and a backward pass."""
     spread_milliseconds: float | None = None
     tokens_per_second: float | None = None
     ratio: float | None = None
-    """Of tokens a second, to the first model of the table that ran."""
+    """Tokens a second relative to the first model of the table that ran."""
     flops_share: float | None = None
     """MFU, of the matrix product measured in this run."""
     peak_bytes: int | None = None
@@ -212,7 +212,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         "--models",
         nargs="+",
         metavar="MODEL",
-        help="presets of configs/model, recipes, or families with fields (xlstm:embedding_dim=256,num_blocks=8); with "
+        help="presets, recipes, or families with fields (xlstm:embedding_dim=256,num_blocks=8); with "
         "transformers: in front, transformers' class of those sizes; NAME=MODEL gives it another name. "
         f"Default: {' '.join(GPU_MODELS)}; on a CPU {' '.join(CPU_MODELS)}",
     )

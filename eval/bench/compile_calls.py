@@ -45,7 +45,7 @@ class TritonCall:
 
     @property
     def launch(self) -> str:
-        """Its tiles, warps and stages, for people."""
+        """Tiles, warps and stages, for the report."""
         names = self.function.arg_names
         sizes = {names[path[0]]: value for path, value in self.constants.items() if names[path[0]].isupper()}
         return ", ".join(f"{name} {value}" for name, value in (sizes | self.options).items())
@@ -84,9 +84,9 @@ class CudaCall:
     """A CUDA C++ kernel, one that its compiler turns into a binary of its own."""
 
     kernel: str
-    """Its name."""
+    """Name of the kernel."""
     launch: str
-    """Its sizes, for people; with the name it tells kernels apart."""
+    """Sizes, for the report; with the name they identify the kernel."""
     binary: Callable[[str], bytes]
     """Compiles it for "sm_90" and the like."""
     dynamic_shared_bytes: int
@@ -129,7 +129,7 @@ def recorded(function: Callable[[], Any]) -> list[TritonCall]:
 
 
 def _call(function: Any, arguments: tuple, keywords: dict[str, Any]) -> TritonCall:
-    """What the JIT compiler makes of arguments: divisibility by 16 is a fact it uses, 1 a constant."""
+    """The JIT compiler's view of arguments: divisibility by 16 is a fact that it uses, 1 a constant."""
     options = {name: keywords.pop(name) for name in ("num_warps", "num_stages") if name in keywords}
     keywords.pop("grid"), keywords.pop("warmup")
     values = dict(zip(function.arg_names, arguments)) | keywords

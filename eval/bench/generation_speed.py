@@ -38,10 +38,10 @@ class GenerationRow:
     first_token_milliseconds: float | None = None
     first_token_spread: float | None = None
     tokens_per_second: float | None = None
-    """Of the whole batch, after the first token."""
+    """Speed of the whole batch, after the first token."""
     tokens_per_second_spread: float | None = None
     state_bytes: int | None = None
-    """Of all rows, behind the prompt."""
+    """State of all rows, behind the prompt."""
     peak_bytes: int | None = None
     """Memory on the GPU at most, weights included."""
     problem: str = ""
@@ -49,7 +49,7 @@ class GenerationRow:
 
 @torch.inference_mode()
 def write(model: nn.Module, prompts_BT: Tensor, new_tokens: int) -> Iterator[list[Any]]:
-    """Greedy continuation by a model of ours: yields the state behind the prompt, once the first token is known, then
+    """Greedy continuation by one of our models: yields the state behind the prompt, once the first token is known, then
     behind the last token."""
     hidden_BTD, state = model(prompts_BT, return_state=True)
     token_B1 = model.logits(hidden_BTD[:, -1:]).argmax(-1)
@@ -151,7 +151,7 @@ def measure_generation(
 
 
 def _bytes_of(state: Any) -> int:
-    """Of all tensors in lists and tuples, each counted once."""
+    """Bytes of all tensors in nested lists and tuples."""
     if isinstance(state, Tensor):
         return state.nbytes
     return sum(map(_bytes_of, state)) if isinstance(state, (list, tuple)) else 0

@@ -1,5 +1,4 @@
-"""A study of speed goes through its tables: each is measured once, whatever happens to the process, printed, and kept
-in the study's JSON file."""
+"""The tables of a study of speed: each is measured once, even where the process dies, printed, and kept in JSON."""
 
 from __future__ import annotations
 

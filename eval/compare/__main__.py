@@ -1,7 +1,7 @@
 """`python -m eval.compare --config configs/compare/NAME.yaml`: train or reuse the runs, measure, write the report.
 
-It can be stopped at any time, and goes on where it was. It ends with code 0 when all is done, 1 when something failed,
-2 on a mistake in what it was told, and 3 when there is more to do.
+It can be stopped at any time and then continued. The exit code is 0 when all is done, 1 when something failed, 2 on a
+user's mistake and 3 when work is left.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ DONE, FAILED, UNFINISHED = 0, 1, 3
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Do what the options ask for, say what is left, and exit."""
+    """Do the work that the options name, print the rest of it, and exit."""
     options = _parse(arguments)
     with program("eval.compare"):
         comparison = load_comparison(options.config, options.data_root)
@@ -60,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _work(runs: Runs, options: argparse.Namespace) -> dict[str, Outcome]:
-    """Train and measure, as far as the time goes."""
+    """Train and measure until the time limit."""
     begin, at_once = time.monotonic(), runs.comparison.config.at_once
     outcomes: dict[str, Outcome] = {}
 
@@ -75,7 +75,7 @@ def _work(runs: Runs, options: argparse.Namespace) -> dict[str, Outcome]:
 
 
 def _conclude(runs: Runs, outcomes: dict[str, Outcome], options: argparse.Namespace) -> int:
-    """Say what failed and what is left, with the command that goes on; gives the exit code."""
+    """Print failures and remaining work with the command that continues; return the exit code."""
     failed = [name for name, outcome in outcomes.items() if outcome.code and not outcome.asked_to_stop]
     left = [run.name for run in to_train(runs, options.only)]
     more = len(runs.comparison.config.seeds) - 1
@@ -106,7 +106,7 @@ def _all_diverged(runs: Runs, model: Model) -> bool:
 
 
 def _show_plan(runs: Runs, only: Sequence[str]) -> None:
-    """What there is and what would be done."""
+    """Print the state of every run and the work that is left."""
     config = runs.comparison.config
     for model in runs.models:
         run = runs.grid(model)[0]
@@ -125,7 +125,7 @@ def _show_plan(runs: Runs, only: Sequence[str]) -> None:
 
 
 def _check_patterns(runs: Runs, only: Sequence[str]) -> None:
-    """Refuse a pattern that no run of any seed has."""
+    """Refuse a pattern that matches no run of any seed."""
     known = [run for model in runs.models for run in runs.all(model)]
     for pattern in only:
         if not any(is_chosen(run, [pattern]) for run in known):

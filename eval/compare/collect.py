@@ -1,4 +1,4 @@
-"""Puts together what a comparison has found so far, from its run folders and measurements."""
+"""Collect the results of a comparison so far from its run folders and measurements."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ STATE_DOUBLINGS = 5
 
 
 def collect(runs: Runs) -> Results:
-    """Everything that is there; what is not is listed in `missing`.
+    """All results so far; those still missing are listed in `missing`.
 
     Raises:
         ValueError: two runs of a seed have not read the same tokens in the same order.
@@ -66,12 +66,12 @@ def collect(runs: Runs) -> Results:
 
 
 def command(comparison: Comparison, runs: Runs) -> list[str]:
-    """The command that goes on with a comparison."""
+    """The command that continues a comparison."""
     return ["python", "-m", "eval.compare", "--config", str(comparison.path), "--out", str(runs.out)]
 
 
 def _model_result(runs: Runs, model: Model, missing: list[str], notes: list[str]) -> ModelResult:
-    """A model's runs; adds to `missing` and `notes` what is to be said about them."""
+    """The results of a model's runs; remarks about them are added to `missing` and `notes`."""
     tried = runs.grid(model)
     best, final = runs.best(model), runs.final(model)
     context, section = tried[0].config.data.context_length, tried[0].config.model
@@ -144,7 +144,7 @@ def _run_result(runs: Runs, run: PlannedRun, section: Any, is_final: bool) -> Ru
 
 
 def _ways_of_testing(models: list[ModelResult]) -> str:
-    """Say which models were tested in which way, where there are several."""
+    """A note on which models were tested in which way, where there are several ways; otherwise ""."""
     ways: dict[str, list[str]] = {}
     for model in models:
         for run in model.runs[:1]:
@@ -160,7 +160,11 @@ def _ways_of_testing(models: list[ModelResult]) -> str:
 
 
 def _same_tokens(runs: Runs) -> str:
-    """Compare what the checkpoints say of their data: equal for all runs of a size and seed."""
+    """A note that the checkpoints' data fingerprints agree for all runs of a size and seed; "" without checkpoints.
+
+    Raises:
+        ValueError: they differ.
+    """
     groups: dict[tuple[str, int], list[tuple[dict[str, Any], list[str]]]] = {}
     count = 0
     for model in runs.models:
@@ -201,7 +205,7 @@ def _speed(runs: Runs, kind: str, missing: list[str]) -> dict[str, Any]:
 
 
 def _shared_recipe(run: PlannedRun) -> str:
-    """A run's configuration without what differs between runs."""
+    """A run's configuration without the fields that differ between runs."""
     values = as_dict(run.config)
     del values["model"], values["training"]["run_dir"], values["training"]["seed"], values["optimizer"]["learning_rate"]
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)

@@ -25,7 +25,7 @@ FREE = (
     "model.scan_backend",  # which runs of before it was a field do not have
     "wandb.",
 )
-"""Fields in which a run that is there may differ from the comparison's."""
+"""Fields in which an existing run may differ from the comparison's."""
 
 
 class Runs:
@@ -68,7 +68,7 @@ class Runs:
         return self._grids[model.name].needed
 
     def check_folders(self) -> None:
-        """Refuse to go on where runs of another configuration lie.
+        """Refuse to continue in a folder with runs of another configuration.
 
         Raises:
             ValueError: names each run and each field that differs.
@@ -95,7 +95,7 @@ def to_train(runs: Runs, only: Sequence[str]) -> list[PlannedRun]:
 def train_all(
     runs: Runs, only: Sequence[str], *, at_once: int, launch: Sequence[str], max_seconds: float | None
 ) -> dict[str, Outcome]:
-    """Train the chosen runs by the study engine; gives how each job has ended.
+    """Train the chosen runs by the study engine and return the outcome of each job.
 
     Args:
         runs: of the comparison.

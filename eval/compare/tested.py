@@ -65,7 +65,7 @@ def test_run(folder: Path, test: TestConfig) -> Tested:
 
 
 def as_json(test: TestConfig) -> str:
-    """For --test."""
+    """The settings as text for the flag --test."""
     return _TEST.dump_json(test).decode()
 
 

@@ -33,7 +33,7 @@ SHOWN_DISTANCES = (1, 4, 16, 64, 256, 1024, 4096)
 
 
 def as_markdown(reaches: list[Reach]) -> str:
-    """A table for each stage: g(k) / g(0) at some distances, and within which distance what part of the whole lies."""
+    """A table for each stage: g(k) / g(0) at some distances, and the distances that contain a part of the whole."""
     tables = []
     for stage in dict.fromkeys(reach.stage for reach in reaches):
         rows = [reach for reach in reaches if reach.stage == stage]
@@ -126,7 +126,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         "--models",
         nargs="+",
         metavar="MODEL",
-        help="To measure at initialisation: presets of configs/model, recipes, or families with fields, as "
+        help="To measure at initialisation: presets, recipes, or families with fields, as "
         f"eval.throughput takes them. Default, where no run is given: {' '.join(DEFAULT_MODELS)}.",
     )
     add("--runs", nargs="+", default=[], metavar="FOLDER", help="To measure: runs, checkpoints or exports.")

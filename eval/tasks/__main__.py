@@ -2,8 +2,8 @@
 
     python -m eval.tasks --config configs/tasks/parity.yaml --at-once 2 --out eval/results/parity.json
 
-Every run is a process with one thread, through the same trainer as a language model's. Given again, the command goes
-on: finished runs are reused, others continued. What is there is tested, printed and written, with a picture beside it.
+Every run is a process with one thread and the trainer of language models. Repeated, the command continues: finished
+runs are reused, others resumed. The finished runs are tested, and the results printed and written, with a picture.
 """
 
 from __future__ import annotations
@@ -48,13 +48,13 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _train_one(recipe: Path) -> None:
-    """Train, or go on training, the run of a recipe with data.task."""
+    """Train, or resume, the run of a recipe with data.task."""
     run = load_run_config([recipe])
     train(run, TaskData(run.data))
 
 
 def _report(study: Study, out: Path | None) -> bool:
-    """Print and write the results of the finished runs; gives whether any is missing."""
+    """Print and write the results of the finished runs; return whether any is missing."""
     found = collect(study)
     curves = summarize(found["runs"])
     if curves:

@@ -62,9 +62,9 @@ def as_markdown(curves: list[Curve], task: Task) -> str:
 
 
 def draw(curves: list[Curve], path: Path, task: Task, title: str) -> bool:
-    """Draw a panel for each group of settings, with the seeds' range as a band and what training has seen shaded.
+    """Draw a panel for each group of settings, with the seeds' range as a band and the cases of training shaded.
 
-    Says so and gives False without matplotlib.
+    Without matplotlib, print a note and return False.
     """
     names = list(dict.fromkeys(curve.model for curve in curves))
     panels = list(dict.fromkeys(curve.panel for curve in curves))

@@ -115,6 +115,7 @@ def test_every_product_has_an_architecture_and_plausible_figures():
         ("NVIDIA A100-PCIE-40GB", 312e12),
         ("NVIDIA A10G", 70e12),
         ("NVIDIA L40S", 362e12),
+        ("NVIDIA RTX 6000 Ada Generation", 364e12),
         ("NVIDIA GeForce RTX 4090", 165e12),
         ("AMD Instinct MI300X", 1307e12),
         ("NVIDIA GeForce GTX 1080", None),

@@ -14,7 +14,7 @@ import pytest
 if importlib.util.find_spec("triton") is None:
     pytest.skip("Triton is not installed (pip install 'xlstm-lm[gpu]')", allow_module_level=True)
 
-from eval.compile_cases import CASES, preset_mlstm_heads, preset_slstm_heads
+from eval.bench.compile_cases import CASES, preset_mlstm_heads, preset_slstm_heads, preset_ssd_heads
 from eval.compile_report import TARGETS, Compiled
 
 
@@ -48,6 +48,8 @@ def test_every_head_of_every_preset_is_compiled() -> None:
     assert {(256, 512), (128, 256), (384, 384), (768, 768), (1024, 1024)} <= preset_mlstm_heads()
     names = {case.name for operation in CASES.values() for case in operation()}
     assert {f"mlstm K{K} V{V} bfloat16 preset" for K, V in preset_mlstm_heads()} <= names
+    assert (128, 64) in preset_ssd_heads()
+    assert {f"ssd K{K} V{V} bfloat16 preset" for K, V in preset_ssd_heads()} <= names
     assert {192, 256, 384, 512} <= preset_slstm_heads()
     for D in preset_slstm_heads():
         assert {f"slstm D{D} bfloat16 B16", f"slstm cluster D{D} bfloat16"} <= names

@@ -20,7 +20,7 @@ def make_run(folder: Path, run_dir: str, steps: range = range(1, 5), checkpoint:
         "data": {"sources": []},
         "training": {"run_dir": run_dir, "checkpoint_every": every},
     }
-    recipe |= {"optimizer": {}, "schedule": {}, "safeguards": {}, "wandb": {}, "deepspeed": {}}
+    recipe |= {"optimizer": {"kind": "adamw"}, "schedule": {}, "safeguards": {}, "wandb": {}, "deepspeed": {}}
     (folder / "config.yaml").write_text(yaml.safe_dump(recipe))
     (folder / "metrics.jsonl").write_text(
         "".join(json.dumps({"split": "train", "step": step, "tokens": step}) + "\n" for step in steps)

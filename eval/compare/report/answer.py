@@ -1,4 +1,4 @@
-"""The answer of a comparison in words, made from its numbers alone: it can turn out against anyone."""
+"""The answer of a comparison in words, made from its numbers alone; no model is favored."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from eval.compare.report.select import Quantity
 from eval.compare.results import ModelResult, Results
 
 MATCHED = 0.01
-"""How far parameters may lie from the median of their size, as a share."""
+"""Largest distance of a parameter count from the median of its size, as a share."""
 STEADY = 0.2
-"""How far the speeds of one model's runs may lie apart, as a share."""
+"""Largest difference between the speeds of one model's runs, as a share."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """Who is best at one size."""
+    """The best model at one size."""
 
     size: str
     outcome: str
-    """In a few words."""
+    """The verdict in a few words."""
     sentence: str
 
 
 def verdict(results: Results, size: str) -> Verdict:
-    """Who is best at a size, by how much, and whether that is beyond the spread over seeds."""
+    """The best model at a size, its lead, and whether that is beyond the spread over seeds."""
     quantity, models = select.deciding_quantity(results), select.of_size(results, size)
     order, pair = select.ranked(models, quantity), select.sides(models, quantity)
     if not order:
@@ -63,7 +63,7 @@ def verdict(results: Results, size: str) -> Verdict:
 
 
 def _standing(reference: ModelResult, others: list[ModelResult], quantity: Quantity) -> str:
-    """How the reference stands to each of the others."""
+    """The standing of the reference against each of the others."""
     labels: dict[str, list[str]] = {}
     for model in others:
         labels.setdefault(select.standing(select.gap(reference, model, quantity)), []).append(model.label)
@@ -80,7 +80,7 @@ def _standing(reference: ModelResult, others: list[ModelResult], quantity: Quant
 
 
 def further_findings(results: Results) -> list[tuple[str, list[str]]]:
-    """What else a reader wants to know first, (subject, a sentence for each size): contexts, speed, memory."""
+    """The other main findings as (subject, a sentence for each size): contexts, speed, memory."""
     found = []
     for title, describe in (
         ("At equal contexts", _equal_context_finding),

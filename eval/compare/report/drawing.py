@@ -1,7 +1,7 @@
 """Draw a comparison's pictures: one panel each, every line labelled where it ends, one colour an architecture.
 
-Each is made twice: as PNG, and as SVG to stand inside a web page, whose colours are CSS variables that the page sets
-for a light and for a dark ground.
+Each is made as PNG, and as SVG for a web page; the colors in the SVG are CSS variables that the page sets for a light
+and for a dark ground.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ COLOURS = (
     ("#4b3fbf", "#9d94ff"),
     ("#8a9a00", "#cbd94a"),
 )
-"""Of an architecture on a light and on a dark ground, after Okabe and Ito; shapes tell them apart as well."""
+"""Colors of the architectures on a light and on a dark ground, after Okabe and Ito; markers differ as well."""
 MARKERS = "osD^vPX<>*ph"
 INK, FRAME, GRID = "#1f2329", "#8b9199", "#d9dde3"
 WIDTH, HEIGHT = 5.2, 3.5
@@ -64,9 +64,9 @@ class Picture:
     """A finished panel."""
 
     name: str
-    """Of its file, without the ending."""
+    """Name of the file, without the ending."""
     alt: str
-    """What it shows, for those who cannot see it."""
+    """Text instead of the picture, for screen readers."""
     svg: str
     png: bytes
 
@@ -85,23 +85,23 @@ class Line:
 
 @dataclass(kw_only=True)
 class Frame:
-    """What stands around the lines."""
+    """Title, axes and marks around the lines."""
 
     title: str
     x_label: str
     y_label: str
     lengths: bool = False
-    """Whether x are lengths in tokens, doubling, with a tick at each."""
+    """Whether x are lengths in tokens that double, with a tick at each."""
     log_x: bool = False
     ticks: list[tuple[float, str]] | None = None
-    """Of x, where they are not to be found from the lines."""
+    """Ticks of x as (place, label); None derives them from the lines."""
     log_y: bool = False
     y_limits: tuple[float, float] | None = None
     second_label: str = ""
     second: tuple[Callable[[Any], Any], Callable[[Any], Any]] | None = None
     """From y to the numbers of a second axis on the right, and back."""
     mark: tuple[float, str] | None = None
-    """A vertical line at an x, and what it says."""
+    """A vertical line at an x, and its label."""
 
 
 def draw_lines(name: str, frame: Frame, lines: Sequence[Line], colours: Mapping[str, int]) -> Picture:
@@ -189,7 +189,7 @@ def length_label(length: float) -> str:
 
 
 def short_number(value: float, place: object = None) -> str:
-    """Of a tick (matplotlib also says which): 0.05, 500, 20k, 3M."""
+    """Label of a tick (matplotlib passes its place too): 0.05, 500, 20k, 3M."""
     del place
     for divisor, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
         if value >= divisor:
@@ -198,7 +198,7 @@ def short_number(value: float, place: object = None) -> str:
 
 
 def _axes(figure: Figure, *, left: float, right: float, bottom: float, top: float) -> Axes:
-    """Axes with margins in inches, the same in every panel so that panels side by side line up."""
+    """Axes with margins in inches, the same in every panel, which aligns panels side by side."""
     width, height = figure.get_size_inches()
     axes = figure.add_axes((left / width, bottom / height, 1 - (left + right) / width, 1 - (bottom + top) / height))
     axes.grid(True, linewidth=0.6)
@@ -207,7 +207,7 @@ def _axes(figure: Figure, *, left: float, right: float, bottom: float, top: floa
 
 
 def _set_x(axes: Axes, frame: Frame, values: list[float], strip: float) -> None:
-    """Leaves the share `strip` at the right end to the labels."""
+    """Scale and ticks of x; the labels have the share `strip` at the right end."""
     low, high = values[0], values[-1]
     if frame.lengths or frame.log_x:
         axes.set_xscale("log", base=2 if frame.lengths else 10)
@@ -267,7 +267,7 @@ def _draw_line(axes: Axes, line: Line, index: int) -> None:
 
 
 def _label_ends(axes: Axes, lines: Sequence[Line], colours: Mapping[str, int], x: float) -> None:
-    """Names in a column that begins at the share `x` of the axes, near the ends of their lines and none on another."""
+    """Names in a column from the share `x` of the axes on, near the ends of their lines and without overlap."""
     to_share = (axes.transData + axes.transAxes.inverted()).transform
     ends = [(min(max(float(to_share(line.points[-1])[1]), 0.0), 1.0), line) for line in lines]
     ends.sort(key=lambda end: end[0])
@@ -292,7 +292,7 @@ def _finish(name: str, figure: Figure, title: str, alt: str) -> Picture:
 
 
 def _for_page(svg: str, alt: str) -> str:
-    """The <svg> element for inside a page: without what only a file needs, its colours as variables."""
+    """The <svg> element for a page, without the parts that only a file needs, its colors as variables."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", svg, flags=re.DOTALL)
     svg = re.sub(r'<g id="[^"]*"', "<g", svg)

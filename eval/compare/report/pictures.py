@@ -1,4 +1,4 @@
-"""The pictures of a comparison: which lines each has, from the results."""
+"""The pictures of a comparison, made from its results."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def colours_of(results: Results) -> dict[str, int]:
 def line_pictures(
     results: Results, name: str, models: Iterable[ModelResult], points_of: Callable[[ModelResult], Points], frame: Frame
 ) -> list[Picture]:
-    """One panel with a line for each model that has points; none where no model has."""
+    """One panel with a line for each model that has points; no panel without any."""
     lines = [Line(model.architecture, model.label, sorted(points_of(model).items())) for model in models]
     lines = [line for line in lines if line.points]
     return [draw_lines(name, frame, lines, colours_of(results))] if lines else []
@@ -52,7 +52,7 @@ def final_pictures(results: Results, size: str) -> list[Picture]:
 
 
 def scale_pictures(results: Results) -> list[Picture]:
-    """The deciding number over parameters, where it is there for several sizes."""
+    """The deciding number over parameters, where there are several sizes."""
     quantity = select.deciding_quantity(results)
     lines: dict[str, Line] = {}
     for model in results.models:
@@ -130,7 +130,7 @@ def _mean_line(
 
 
 def _after_the_start(lines: list[Line]) -> tuple[float, float]:
-    """From the lowest value to where the lines are after a seventh of the way, so that the end can be told apart."""
+    """From the lowest value to where the lines are after a seventh of the way, which leaves room for the end."""
     low = min(low for line in lines for low, _ in line.band)
     early = statistics.median(line.points[len(line.points) // 7][1] for line in lines)
     return low, max(early, *(line.points[-1][1] for line in lines))
@@ -235,7 +235,7 @@ def generation_pictures(results: Results, size: str) -> list[Picture]:
 
 
 def state_pictures(results: Results, size: str) -> list[Picture]:
-    """What a sequence leaves behind for the next token, over its length."""
+    """The state or cache of a sequence over its length."""
 
     def points(model: ModelResult) -> Points:
         return {length: count / 1024 for length, count in model.state_bytes if count}

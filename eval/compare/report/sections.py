@@ -1,4 +1,4 @@
-"""What a comparison's report shows, in order. A section with nothing in it says so."""
+"""The sections of a comparison's report, in order; an empty one states that."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ TERMS = [
 
 
 def sections(results: Results) -> list[Section]:
-    """All of them."""
+    """All sections of the report."""
     return [
         Section(
             title="Final result",
@@ -134,7 +134,7 @@ def sections(results: Results) -> list[Section]:
 
 
 def _by_size(results: Results, *makers: Callable[[Results, str], list[Any]]) -> list[Part]:
-    """A part for each size of which there is anything."""
+    """A part for each size with any content."""
     parts = []
     for size in select.sizes_of(results):
         made = [each for maker in makers for each in maker(results, size)]
@@ -154,7 +154,7 @@ def _final_pictures(results: Results) -> list[Picture]:
 
 
 def _tested_how(results: Results) -> str:
-    """How the finished runs were tested."""
+    """The way in which the finished runs were tested."""
     tested = [run.tested for model in results.models for run in model.runs if run.tested]
     how = "; ".join(dict.fromkeys(each.how for each in tested))
     counts = "; ".join(dict.fromkeys(f"{each.tokens:,} tokens, {each.bytes:,} bytes" for each in tested))
@@ -170,7 +170,7 @@ def _measured_on(results: Results, kind: str) -> str:
 
 
 def _configurations(results: Results) -> list[tuple[str, str]]:
-    """Verbatim: the comparison's, what runs share, each model's, and each environment with the runs that have it."""
+    """All configurations verbatim (comparison, shared, each model's), and each environment with its runs."""
     folds = [("Configuration of the comparison", results.config), ("Recipe that all runs share", results.recipe)]
     folds += [(f"Recipe of {model.label} at {model.size}", model.recipe) for model in results.models]
     folds.append(("Environment of the report", json.dumps(results.environment, indent=1)))

@@ -1,4 +1,4 @@
-"""Every question to the results of a comparison; the writers of the report only ask here.
+"""Selections from the results of a comparison; the writers of the report use no other source.
 
 Lower is better of every quantity. Only finished runs count, and only finite values.
 """
@@ -26,7 +26,7 @@ class Quantity:
 
     name: str
     short: str
-    """Label of a picture's axis."""
+    """Name of the figure on a picture's axis."""
     decimals: int
     of: Value
 

@@ -123,26 +123,6 @@ class XLSTMConfig(BlockStack):
         mixers = {kind: self.mixer(kind) for kind in dict.fromkeys(kinds)}
         return [mixers[kind] for kind in kinds]
 
-    @property
-    def qk_dim(self) -> int:
-        """Width of all queries of an mlstm block together."""
-        return self.mixer("mlstm").qk_dim
-
-    @property
-    def v_dim(self) -> int:
-        """Width of all values of an mlstm block together."""
-        return self.mixer("mlstm").v_dim
-
-    @property
-    def mlstm_feedforward_dim(self) -> int:
-        """Feed-forward width of an mlstm block."""
-        return self.mixer("mlstm").feedforward().hidden
-
-    @property
-    def paper_inner_dim(self) -> int:
-        """Inner width of an mlstm_paper block."""
-        return self.mixer("mlstm_paper").inner_dim
-
     def block_kinds(self) -> list[str]:
         """The kind of every block, first to last, that `pattern` and `slstm_positions` stand for."""
         if isinstance(self.pattern, list):

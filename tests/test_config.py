@@ -15,7 +15,7 @@ from xlstm_lm.cli import _make_parser
 from xlstm_lm.models.presets import preset, preset_names
 from xlstm_lm.runs.same_run import differing_fields
 from xlstm_lm.training.deepspeed_section import OffloadOptimizer, OffloadParam, ZeroOptimization
-from xlstm_lm.training.run_config import as_dict, as_recipe, fields, load_run_config
+from xlstm_lm.training.run_config import as_dict, as_recipe, fields, load_run_config, with_defaults
 from xlstm_lm.training.schedule import ScheduleConfig
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -68,6 +68,30 @@ def test_an_older_runs_configuration_is_todays(tmp_path):
     saved = write(tmp_path / "config.yaml", text)
     assert load_run_config([saved]) == run
     assert not differing_fields(yaml.safe_load(text), yaml.safe_load(as_recipe(run)))
+
+
+def test_a_field_that_an_older_run_lacks_had_its_default():
+    def differing(now, *lacking):
+        older = as_dict(load_run_config([DEMO]))
+        for name in lacking:
+            section, field = name.split(".")
+            del older[section][field]
+        run = load_run_config([DEMO], now)
+        return differing_fields(with_defaults(run, older), as_dict(run))
+
+    assert differing({}, "model.slstm_block", "model.norm_eps", "optimizer.kind", "data.shuffle_documents") == []
+    assert differing({"model.norm_eps": 1e-5}, "model.norm_eps") == ["  model.norm_eps: 1e-06 there, 1e-05 now"]
+    assert "  optimizer.kind: 'adamw' there, 'muon' now" in differing({"optimizer.kind": "muon"}, "optimizer.kind")
+    assert with_defaults(load_run_config([DEMO]), {"model": {"unknown": 1}}) == {"model": {"unknown": 1}}
+
+
+def test_a_backend_may_differ_wherever_it_is():
+    def config(backend):
+        mixers = [{"kind": "mamba2", "scan_backend": backend}]
+        pattern = {"family": "hybrid", "pattern": "mamba2", "mlstm_backend": backend, "mixers": mixers}
+        return as_dict(load_run_config([DEMO], {f"model.{name}": value for name, value in pattern.items()}))
+
+    assert not differing_fields(config("auto"), config("chunkwise"))
 
 
 @pytest.mark.parametrize(

@@ -146,7 +146,7 @@ def _stock_model(config: Any, generating: bool) -> Stock:
             num_heads=config.num_heads,
             qk_dim_factor=config.qk_dim_factor,
             v_dim_factor=config.v_dim_factor,
-            ffn_proj_factor=config.mlstm_feedforward_dim / config.embedding_dim,
+            ffn_proj_factor=config.mixer("mlstm").feedforward().hidden / config.embedding_dim,
             chunkwise_kernel="chunkwise--native_autograd",
             sequence_kernel="native_sequence__native",
             step_kernel="native",

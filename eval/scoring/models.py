@@ -18,10 +18,12 @@ from torch import Tensor, nn
 
 from xlstm_lm.base.finite import check_finite
 from xlstm_lm.base.read_files import read_json
-from xlstm_lm.data import IGNORED_TARGET, Tokenizer, TokenizerConfig, build_tokenizer, load_tokenizer
+from xlstm_lm.base.run_layout import tokenizer_folder
+from xlstm_lm.data import IGNORED_TARGET, Tokenizer, TokenizerConfig, build_tokenizer
 from xlstm_lm.data.tokenizer import CONFIG_FILE
 from xlstm_lm.hub import load
 from xlstm_lm.hub.layouts import LAYOUTS, MODEL_TYPE
+from xlstm_lm.hub.load import load_tokenizer_of
 from xlstm_lm.runs.folder import read_config
 
 OWN_MODEL_TYPES = (MODEL_TYPE, "xlstm")
@@ -243,7 +245,7 @@ def load_model(
         module, context, limit = _load_transformers(path)
         tokenizer = _load_tokenizer(path)
     begin, always = tokenizer.end_of_document, True
-    of_ours = any((where / CONFIG_FILE).is_file() for where in (folder, folder / "tokenizer"))
+    of_ours = any((where / CONFIG_FILE).is_file() for where in (folder, tokenizer_folder(folder)))
     if not of_ours and model_type != MODEL_TYPE:
         begin, always = _beginning(str(folder), tokenizer)
     kind = OwnModel if library == "xlstm_lm" else TransformersModel
@@ -332,12 +334,8 @@ def _load_transformers(path: str) -> tuple[nn.Module, int | None, int | None]:
 
 def _load_tokenizer(path: str) -> Tokenizer:
     folder = Path(path)
-    own = folder / "tokenizer"
-    folder = own if own.is_dir() else folder
-    if folder.is_dir() and not any(folder.glob("*tokenizer*")):  # transformers would make an empty one up
-        raise ValueError(f"{path} holds a model but no tokenizer; put its tokenizer files there.")
     if folder.is_dir():
-        return load_tokenizer(folder)
+        return load_tokenizer_of(folder)
     return build_tokenizer(TokenizerConfig(kind="huggingface", name=path))
 
 
@@ -345,7 +343,6 @@ def _beginning(path: str, tokenizer: Tokenizer) -> tuple[int, bool]:
     """The token that begins a text for this tokenizer, and whether the tokenizer adds it itself."""
     from transformers import AutoTokenizer
 
-    own = Path(path) / "tokenizer"
-    loaded = AutoTokenizer.from_pretrained(str(own) if own.is_dir() else path)
+    loaded = AutoTokenizer.from_pretrained(str(tokenizer_folder(Path(path))))
     begin = tokenizer.end_of_document if loaded.bos_token_id is None else loaded.bos_token_id
     return begin, loaded("a")["input_ids"][:1] == [begin]

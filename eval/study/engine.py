@@ -16,7 +16,7 @@ from typing import Any
 from eval.study.jobs import Job, Outcome, run_jobs
 from xlstm_lm.runs.folder import RunFolder
 from xlstm_lm.runs.same_run import FREE_TO_CHANGE, differing_fields
-from xlstm_lm.training.run_config import RunConfig, as_dict, as_recipe
+from xlstm_lm.training.run_config import RunConfig, as_dict, as_recipe, with_defaults
 
 FAILURE_FILE = "failure.txt"
 """In a run's folder: the end of its output, where its last session failed."""
@@ -178,7 +178,7 @@ def check_folders(runs: Iterable[PlannedRun], study: Path, remedy: str, free: tu
     for run in runs:
         recorded = RunFolder(run.folder)
         if examine(run).reached and recorded.config_path.is_file():
-            there = recorded.config()
+            there = with_defaults(run.config, recorded.config())
             fields = differing_fields(_without_places(there), _without_places(as_dict(run.config)), free)
             folder = run.folder.parent
             different += [f"{run.name}:", *fields] if fields else []

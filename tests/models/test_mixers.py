@@ -210,11 +210,3 @@ def test_ratio_patterns_name_any_kind():
 def test_sections_that_fit_no_block_are_refused(sections, message):
     with pytest.raises(ValueError, match=message):
         configure("mlstm", pattern=["mlstm", "attention"], mixers=sections)
-
-
-def test_backends_are_pinned_where_the_mixers_have_them():
-    config = configure("mlstm", pattern=["mlstm", "mamba1"]).with_backends(
-        {"mlstm_backend": "chunkwise", "scan_backend": "recurrence"}
-    )
-    assert config.mlstm_backend == "chunkwise"
-    assert config.mixer("mamba1").scan_backend == "recurrence"

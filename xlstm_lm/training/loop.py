@@ -7,6 +7,7 @@ import logging
 import shlex
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ from xlstm_lm.training.engine import MicroBatch, TrainingEngine
 from xlstm_lm.training.kernel_check import check_kernels
 from xlstm_lm.training.memory import check_memory, memory_errors_explained, planned_shapes
 from xlstm_lm.training.report import Report
-from xlstm_lm.training.run_config import RunConfig, as_dict, as_recipe
+from xlstm_lm.training.run_config import RunConfig, as_dict, as_recipe, with_defaults
 from xlstm_lm.training.safeguards import NOT_FINITE, SkipCounter, StopRequest
 from xlstm_lm.training.schedule import learning_rate_ratio
 from xlstm_lm.training.validation import count_targets, evaluate, split_rows
@@ -200,11 +201,12 @@ class Trainer:
     def open_folder(self, config: dict[str, Any]) -> Path | None:
         """Prepare the run folder and return the checkpoint to start from, None for a fresh start. For rank 0."""
         resume, folder = self.run.training.resume, RunFolder(self.run_dir)
+        complete = partial(with_defaults, self.run)
         branch = None
         if resume not in ("auto", "never") and not folder.checkpoints():
             branch = find_checkpoint(user_path(resume))
-            check_same_run(branch, config, FREE_WHEN_BRANCHING)
-        open_run_folder(self.run_dir, config, resume)
+            check_same_run(branch, config, complete, FREE_WHEN_BRANCHING)
+        open_run_folder(self.run_dir, config, complete, resume)
         start = newest_checkpoint(self.run_dir) if folder.checkpoints() else branch
         checkpoint = read_checkpoint(start) if start else None
         if checkpoint:

@@ -338,3 +338,19 @@ def as_recipe(run: RunConfig) -> str:
 def as_dict(run: RunConfig) -> dict[str, Any]:
     """The run as nested mappings of plain values, as JSON and YAML hold them."""
     return _RUN.dump_python(run, mode="json")
+
+
+def with_defaults(run: RunConfig, older: dict[str, Any]) -> dict[str, Any]:
+    """The sections of an older configuration with today's defaults for the fields that they lack.
+
+    They stay as they are where this version of xlstm-lm does not allow one of them.
+
+    Args:
+        run: a run of today, whose sections stand in while the older ones are checked.
+        older: values of a run's config.yaml, or of some of its sections.
+    """
+    try:
+        full = as_dict(_RUN.validate_python(as_dict(run) | with_current_names(older)))
+    except ValidationError:
+        return older
+    return {section: full[section] for section in older}

@@ -234,12 +234,6 @@ def _speed_rows(rows: list[dict[str, Any]], model: ModelResult) -> list[dict[str
     return [row for row in rows if model.speed_name and row["name"] == model.speed_name]
 
 
-def further_rows(results: Results, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows of speed that belong to no model of the comparison."""
-    known = {model.speed_name for model in results.models if model.speed_name}
-    return [row for row in rows if row["name"] not in known]
-
-
 def batch_sizes(results: Results) -> list[int]:
     """The batch sizes at which generation was measured, the smallest first."""
     return sorted({row["batch_size"] for row in results.generation_speed})

@@ -148,22 +148,21 @@ class CompareConfig:
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds is {self.seeds}; each may be there once.")
         used = {size for architecture in self.models.values() for size in architecture.sizes}
-        for where, sizes in [("sizes", self.sizes), *((f"models.{key}", m.learning_rates) for key, m in self._models)]:
+        for where, sizes in [
+            ("sizes", self.sizes),
+            *((f"models.{key}", m.learning_rates) for key, m in self.models.items()),
+        ]:
             for size in sizes.keys() - used:
                 raise ValueError(f"{where} names the size {size}, which no model has; there are {', '.join(used)}.")
         grids = [self.learning_rates, *(size.learning_rates for size in self.sizes.values())]
-        for grid in grids + [grid for _, model in self._models for grid in model.learning_rates.values()]:
+        for grid in grids + [grid for model in self.models.values() for grid in model.learning_rates.values()]:
             if len(set(grid)) < len(grid):
                 raise ValueError(f"learning_rates is {grid}; each may be there once.")
-        for key, model in self._models:
+        for key, model in self.models.items():
             if not model.sizes:
                 raise ValueError(f"models.{key}.sizes is empty; give at least one.")
         if not re.fullmatch(r"[\w.+-]*\w[\w.+-]*", self.name):
             raise ValueError(f"name is {self.name!r}; give a name for a folder: letters, digits, dots, dashes.")
-
-    @property
-    def _models(self) -> list[tuple[str, ArchitectureConfig]]:
-        return list(self.models.items())
 
 
 @dataclass(frozen=True)

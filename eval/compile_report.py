@@ -17,10 +17,15 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
+
+import torch
 
 from eval.bench.compile_calls import CudaCall, TritonCall
 from eval.bench.compile_cases import CASES
+from eval.study.results_file import results_file, write_results
+from xlstm_lm.base.machine import assembler, environment, git_commit, version
 from xlstm_lm.base.program import program
 from xlstm_lm.ops.gpu import ARCHITECTURES
 
@@ -28,8 +33,9 @@ TARGETS = ("sm_80", "sm_89", "sm_90", "sm_100", "gfx942")
 """The architectures that are compiled for unless others are named."""
 NEVER_SPILL = ("sm_90", "sm_100")
 """Targets on which no kernel may keep a register's content in device memory."""
-SPILL_LIMIT = 1024
-"""Bytes a thread that a kernel may keep there elsewhere. A kernel that has lost its registers spills ten times that."""
+SPILL_LIMIT = 128
+"""Bytes a thread that a kernel may keep there elsewhere. On sm_80, 12 of 244 kernels do, 88 bytes at most
+(eval/results); one that has lost its registers keeps thousands."""
 TIME_LIMIT = 120
 """Seconds of a processor for one kernel: on a busy machine compiling takes many times as long by the clock."""
 
@@ -101,6 +107,19 @@ def compile_all(
                     yield Compiled(case=case.name, kernel=call.kernel, target=target, launch=call.launch, **result)
 
 
+def _record(out: Path, row: Compiled) -> None:
+    """Add a row to the results in a file, in place of an older one of the same kernel, with what compiled it."""
+    older = json.loads(out.read_text())["rows"] if out.exists() else []
+    new = asdict(row) | {
+        "commit": git_commit(),
+        "triton": version("triton"),
+        "ptxas": assembler(int(row.target.removeprefix("sm_"))) if row.target.startswith("sm_") else None,
+    }
+    key = ("case", "kernel", "target", "launch")
+    rows = [each for each in older if any(each[name] != new[name] for name in key)]
+    write_results(out, {"environment": environment(torch.device("cpu")), "rows": [*rows, new]})
+
+
 @program("eval.compile_report")
 def main(arguments: list[str] | None = None) -> int:
     """Print what every kernel compiles to; 1 if one does not, is too large or spills where it must not."""
@@ -111,6 +130,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--case", default="", help="configurations whose name contains this")
     parser.add_argument("--kernel", default="", help="kernels whose name contains this")
     parser.add_argument("--json", action="store_true", help="one JSON object a line instead of a table")
+    parser.add_argument(
+        "--out", type=results_file, help="also add the rows to this JSON file, parts of a report add up"
+    )
     options = parser.parse_args(arguments)
     failed = 0
     heading = ("registers", "spilled", "shared", "seconds")
@@ -121,6 +143,8 @@ def main(arguments: list[str] | None = None) -> int:
     )
     for row in rows:
         failed += not row.passed
+        if options.out:
+            _record(options.out, row)
         if options.json:
             print(json.dumps(asdict(row) | {"passed": row.passed}), flush=True)
             continue

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 
@@ -96,6 +97,8 @@ def test_cards_with_little_shared_memory_compile_no_head_that_they_refuse() -> N
         ("sm_90", {"spilled_bytes": 0, "problem": "00a0 MOV writes the left operand"}, False),
         ("sm_89", {"spilled_bytes": 16, "shared_bytes": 101376}, True),
         ("sm_89", {"spilled_bytes": 0, "shared_bytes": 101377}, False),
+        ("sm_80", {"spilled_bytes": 88}, True),
+        ("sm_80", {"spilled_bytes": 132}, False),
         ("gfx942", {"spilled_bytes": 11000}, False),
         ("gfx942", {"spilled_bytes": None}, False),
     ],
@@ -118,8 +121,14 @@ def test_everything_of_the_mlstm_compiles(target: str) -> None:
     check(rows, kernels | {"dscores_kernel", "gate_gradients_kernel"})
 
 
-def test_the_decode_step_compiles() -> None:
-    check(compiled("--quick", "--operations", "mlstm_step", "--targets", "sm_90", "gfx942"), {"step_kernel"})
+def test_the_decode_step_compiles_and_parts_of_a_report_add_up(tmp_path: Path) -> None:
+    out = tmp_path / "report.json"
+    for target in ("sm_90", "gfx942", "sm_90"):
+        check(
+            compiled("--quick", "--operations", "mlstm_step", "--targets", target, "--out", str(out)), {"step_kernel"}
+        )
+    rows = json.loads(out.read_text())["rows"]
+    assert [(row["target"], row["ptxas"] is None) for row in rows] == [("gfx942", True), ("sm_90", False)]
 
 
 @pytest.mark.slow

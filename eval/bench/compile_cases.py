@@ -35,7 +35,7 @@ class Case:
     quick: bool = False
 
 
-def _mlstm_calls(
+def mlstm_calls(
     K: int,
     V: int,
     dtype: torch.dtype,
@@ -45,12 +45,14 @@ def _mlstm_calls(
     state: bool = True,
     sigmoid: bool = False,
     normalize: bool = True,
+    B: int = 2,
+    T: int = 8192,
+    H: int = 4,
 ) -> list[TritonCall]:
-    """Every kernel of a forward and a backward pass over a long sequence; with `state`, from one and to one."""
+    """Every kernel of a forward and a backward pass over a sequence; with `state`, from one and to one."""
     from xlstm_lm.ops.mlstm import triton_op
     from xlstm_lm.ops.mlstm.triton_launch import widest
 
-    B, T, H = 2, 8192, 4
     meta = partial(torch.empty, device="meta")
     q, k, v = (meta(B, T, H, size, dtype=dtype) for size in (K, K, V))
     i, f = (meta(B, T, H) for _ in range(2))
@@ -98,18 +100,18 @@ def mlstm_cases() -> list[Case]:
     bf16 = torch.bfloat16
     no_normalizer = {"sigmoid": True, "normalize": False}
     cases = [
-        Case("mlstm K256 V512 bfloat16", partial(_mlstm_calls, 256, 512, bf16, resets=False)),
-        Case("mlstm K256 V512 bfloat16 no state", partial(_mlstm_calls, 256, 512, bf16, resets=True, state=False)),
-        Case("mlstm K128 V256 bfloat16 sigmoid", partial(_mlstm_calls, 128, 256, bf16, **no_normalizer)),
+        Case("mlstm K256 V512 bfloat16", partial(mlstm_calls, 256, 512, bf16, resets=False)),
+        Case("mlstm K256 V512 bfloat16 no state", partial(mlstm_calls, 256, 512, bf16, resets=True, state=False)),
+        Case("mlstm K128 V256 bfloat16 sigmoid", partial(mlstm_calls, 128, 256, bf16, **no_normalizer)),
     ]
     for K, V in ((64, 128), (128, 256), (256, 512), (48, 96), (80, 160)):
         for dtype in (bf16, torch.float16, torch.float32):
             name = f"mlstm K{K} V{V} {str(dtype).removeprefix('torch.')} resets"
-            cases.append(Case(name, partial(_mlstm_calls, K, V, dtype), (K, dtype) == (256, bf16)))
+            cases.append(Case(name, partial(mlstm_calls, K, V, dtype), (K, dtype) == (256, bf16)))
     for K, V in sorted(preset_mlstm_heads()):
-        cases.append(Case(f"mlstm K{K} V{V} bfloat16 preset", partial(_mlstm_calls, K, V, bf16)))
+        cases.append(Case(f"mlstm K{K} V{V} bfloat16 preset", partial(mlstm_calls, K, V, bf16)))
     for K, V in sorted(preset_ssd_heads()):
-        cases.append(Case(f"ssd K{K} V{V} bfloat16 preset", partial(_mlstm_calls, K, V, bf16, normalize=False)))
+        cases.append(Case(f"ssd K{K} V{V} bfloat16 preset", partial(mlstm_calls, K, V, bf16, normalize=False)))
     return cases
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from eval.bench.measure import DTYPES, Step, Timing, clock, summarize, synchronize, take_turns
 from eval.bench.speed_models import Model, describe_kernels
+from eval.bench.tables import markdown_table
 from eval.study.journal import Journal
 from eval.study.picture import draw_over_length
 from xlstm_lm.models.accounting import count_parameters
@@ -159,10 +160,7 @@ def _bytes_of(state: Any) -> int:
 
 def as_markdown_generation(rows: list[GenerationRow]) -> str:
     """The rows of one prompt length and batch size as a table for people."""
-    lines = [
-        "| model | parameters | kernels | first token, ms (median ± MAD) | then tokens/s | state | memory | |",
-        "|---" * 8 + "|",
-    ]
+    cells = []
     for row in rows:
         first = speed = ""
         if row.tokens_per_second is not None:
@@ -170,9 +168,9 @@ def as_markdown_generation(rows: list[GenerationRow]) -> str:
             speed = f"{row.tokens_per_second:,.0f} ± {row.tokens_per_second_spread:,.0f}"
         state = f"{row.state_bytes / 2**20:,.2f} MiB" if row.state_bytes is not None else ""
         memory = f"{row.peak_bytes / 2**30:.1f} GiB" if row.peak_bytes else ""
-        cells = (row.name, f"{row.parameters:,}", row.kernels, first, speed, state, memory, row.problem)
-        lines.append("| " + " | ".join(cell.replace("|", "/") for cell in cells) + " |")
-    return "\n".join(lines)
+        cells.append([row.name, f"{row.parameters:,}", row.kernels, first, speed, state, memory, row.problem])
+    head = "| model | parameters | kernels | first token, ms (median ± MAD) | then tokens/s | state | memory | |"
+    return markdown_table(head, cells)
 
 
 def draw_generation(rows: list[GenerationRow], path: Path) -> bool:

@@ -16,11 +16,11 @@ from pathlib import Path
 
 from eval.command import positive
 from eval.compare.collect import collect, command
-from eval.compare.config import Model, check_data, load_comparison
+from eval.compare.config import check_data, load_comparison
 from eval.compare.measure import measure_all, speeds_left, to_test
 from eval.compare.report.write import write_report
 from eval.compare.runs import Runs, is_chosen, to_train, train_all
-from eval.study.engine import examine
+from eval.study.engine import Grid, examine
 from eval.study.jobs import Outcome, alone_in
 from xlstm_lm.base.fields import NonNegative, argument
 from xlstm_lm.base.outputs import check_folder_of_runs
@@ -79,7 +79,7 @@ def _conclude(runs: Runs, outcomes: dict[str, Outcome], options: argparse.Namesp
     failed = [name for name, outcome in outcomes.items() if outcome.code and not outcome.asked_to_stop]
     left = [run.name for run in to_train(runs, options.only)]
     more = len(runs.comparison.config.seeds) - 1
-    unknown = [model.name for model in runs.models if runs.best(model) is None and not _all_diverged(runs, model)]
+    unknown = [name for name, grid in runs.grids.items() if grid.best is None and not _all_diverged(grid)]
     left += [f"{more} more seeds of {name}" for name in unknown if more and not options.only]
     if options.stage != "train":
         left += [f"test of {run.name}" for run in to_test(runs, options.only)]
@@ -101,22 +101,23 @@ def _conclude(runs: Runs, outcomes: dict[str, Outcome], options: argparse.Namesp
     return FAILED if failed else UNFINISHED
 
 
-def _all_diverged(runs: Runs, model: Model) -> bool:
-    return all(examine(run).status == "diverged" for run in runs.grid(model))
+def _all_diverged(grid: Grid) -> bool:
+    return all(examine(run).status == "diverged" for run in grid.tuning)
 
 
 def _show_plan(runs: Runs, only: Sequence[str]) -> None:
     """Print the state of every run and the work that is left."""
     config = runs.comparison.config
     for model in runs.models:
-        run = runs.grid(model)[0]
+        grid = runs.grids[model.name]
+        run = grid.runs[0]
         parameters = count_parameters(run.config.model)
         print(f"{model.name} ({model.label}): {parameters:,} parameters, {run.tokens:,} tokens a run")
-        for each in runs.needed(model):
+        for each in grid.needed:
             if is_chosen(each, only):
                 state = examine(each)
                 print(f"  {each.name}: {state.status}{f', {state.problem}' if state.problem else ''}")
-        if runs.best(model) is None:
+        if grid.best is None:
             print(f"  then seeds {', '.join(map(str, config.seeds[1:])) or 'none'} at the best of these learning rates")
     print(
         f"Now to train: {len(to_train(runs, only))} runs, {config.at_once} at once; to test: "
@@ -126,7 +127,7 @@ def _show_plan(runs: Runs, only: Sequence[str]) -> None:
 
 def _check_patterns(runs: Runs, only: Sequence[str]) -> None:
     """Refuse a pattern that matches no run of any seed."""
-    known = [run for model in runs.models for run in runs.all(model)]
+    known = [run for grid in runs.grids.values() for run in grid.runs]
     for pattern in only:
         if not any(is_chosen(run, [pattern]) for run in known):
             names = ", ".join(model.name for model in runs.models)

@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from eval.bench.speed_models import PRESETS
 from eval.compare.results import Published
 from eval.scoring.documents import DocumentsConfig, document_sources
 from eval.scoring.perplexity import PerplexityConfig
@@ -25,6 +24,7 @@ from xlstm_lm.base.recipe import merge, read_recipe, with_current_names
 from xlstm_lm.data import open_source
 from xlstm_lm.data.tokenizer import build_tokenizer
 from xlstm_lm.models.accounting import count_parameters
+from xlstm_lm.models.presets import PRESETS, with_preset_fields
 from xlstm_lm.training.run_config import RunConfig, check_run_config
 
 TOLERANCE = 0.01
@@ -36,9 +36,9 @@ class ArchitectureConfig:
     """A kind of model."""
 
     label: str
-    """Name in the report, such as xLSTM[1:1]."""
+    """Name in the report, such as xLSTM[1:1] (7B blocks)."""
     sizes: dict[str, str | dict[str, Any]]
-    """The model at each size: a preset of configs/model, the path of a recipe, or the fields of a model section."""
+    """The model at each size: a preset, the path of a recipe, or the fields of a model section."""
     learning_rates: dict[str, list[Positive]] = field(default_factory=dict)
     """Grid at a size, where it differs from the common one."""
 
@@ -148,22 +148,21 @@ class CompareConfig:
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds is {self.seeds}; each may be there once.")
         used = {size for architecture in self.models.values() for size in architecture.sizes}
-        for where, sizes in [("sizes", self.sizes), *((f"models.{key}", m.learning_rates) for key, m in self._models)]:
+        for where, sizes in [
+            ("sizes", self.sizes),
+            *((f"models.{key}", m.learning_rates) for key, m in self.models.items()),
+        ]:
             for size in sizes.keys() - used:
                 raise ValueError(f"{where} names the size {size}, which no model has; there are {', '.join(used)}.")
         grids = [self.learning_rates, *(size.learning_rates for size in self.sizes.values())]
-        for grid in grids + [grid for _, model in self._models for grid in model.learning_rates.values()]:
+        for grid in grids + [grid for model in self.models.values() for grid in model.learning_rates.values()]:
             if len(set(grid)) < len(grid):
                 raise ValueError(f"learning_rates is {grid}; each may be there once.")
-        for key, model in self._models:
+        for key, model in self.models.items():
             if not model.sizes:
                 raise ValueError(f"models.{key}.sizes is empty; give at least one.")
         if not re.fullmatch(r"[\w.+-]*\w[\w.+-]*", self.name):
             raise ValueError(f"name is {self.name!r}; give a name for a folder: letters, digits, dots, dashes.")
-
-    @property
-    def _models(self) -> list[tuple[str, ArchitectureConfig]]:
-        return list(self.models.items())
 
 
 @dataclass(frozen=True)
@@ -298,12 +297,16 @@ def _model_section(
     model: str | dict[str, Any], where: str, comparison: Comparison
 ) -> tuple[dict[str, Any], dict[str, str]]:
     origin = next((file for key, file in comparison.origins.items() if key.startswith(where)), str(comparison.path))
-    if isinstance(model, dict):
-        return model, {f"model.{field_name}": f"{origin}: {where}" for field_name in model}
-    path = Path(model) if model.endswith((".yaml", ".yml")) else PRESETS / f"{model}.yaml"
-    if not path.is_file():
-        presets = [each.stem for each in PRESETS.glob("*.yaml")]
-        hint = nearest(model, presets, otherwise="Presets are the files of configs/model.")
+    section = {"preset": model} if isinstance(model, str) and model in PRESETS else model
+    if isinstance(section, dict):
+        try:
+            section = with_preset_fields(section)
+        except ValueError as error:
+            raise ValueError(f"{origin}: {where}: {error}") from None
+        return section, {f"model.{field_name}": f"{origin}: {where}" for field_name in section}
+    path = Path(model)
+    if not model.endswith((".yaml", ".yml")) or not path.is_file():
+        hint = nearest(model, PRESETS, otherwise="Presets are {known}.")
         raise ValueError(f"{origin}: {where} = {model!r}: there is no such preset or recipe. {hint}")
     values, origins = read_recipe(path)
     if not isinstance(values.get("model"), dict):

@@ -41,7 +41,7 @@ def to_test(runs: Runs, only: Sequence[str]) -> list[PlannedRun]:
     """The final runs that are finished and not tested."""
     if runs.comparison.config.test is None:
         return []
-    final = [run for model in runs.models for run in runs.final(model) if is_chosen(run, only)]
+    final = [run for grid in runs.grids.values() for run in grid.final if is_chosen(run, only)]
     return [run for run in final if examine(run).status == "finished" and not test_file(runs, run).is_file()]
 
 

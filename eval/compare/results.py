@@ -102,7 +102,7 @@ class ModelResult:
     architecture: str
     """Key of the architecture in the configuration, such as xlstm or mamba2."""
     label: str
-    """Name in the report, such as xLSTM[1:1]."""
+    """Name in the report, such as xLSTM[1:1] (7B blocks)."""
     size: str
     """Key of the size in the configuration, such as 1m."""
     parameters: int

@@ -61,14 +61,8 @@ def extrapolate(
             total.add(nats_NT.ravel(), bytes_NT.sum())
             second_half.add(nats_NT[:, length // 2 :].ravel(), bytes_NT[:, length // 2 :].sum())
         times = length / model.trained_context if model.trained_context else None
-        curve.append(
-            {
-                "context_length": length,
-                "times_trained": times,
-                **total.figures(),
-                "second_half": second_half.figures(),
-            }
-        )
+        point = {"context_length": length, "times_trained": times, **total.figures()}
+        curve.append(point | {"second_half": second_half.figures()})
     return curve
 
 

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from eval.bench import measure
 from xlstm_lm.base.finite import check_finite
 from xlstm_lm.base.read_files import read_json
 from xlstm_lm.base.run_layout import tokenizer_folder
@@ -28,7 +29,7 @@ from xlstm_lm.runs.folder import read_config
 
 OWN_MODEL_TYPES = (MODEL_TYPE, "xlstm")
 LOGIT_ELEMENTS = 1 << 26  # logits that are formed at once, at most
-DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {"float32": torch.float32, "float64": torch.float64} | measure.DTYPES
 CACHE_NAMES = ("cache", "cache_params", "past_key_values")
 """The argument for the cache of a transformers model: the first for all models from 5.24 on, the second before for
 recurrent models, the last for the others."""

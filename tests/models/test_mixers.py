@@ -28,6 +28,7 @@ CELL_FLOPS = {
     "slstm": lambda c: 20 * 24,
     "attention": lambda c: 4 * 24 * T / 2,
     "mamba1": lambda c: 9 * 48 * 5,
+    "gated_delta": lambda c: 2 * (L * (3 * 9 + 2 * 18) + 6 * 9 * 18 + 6 * L),
     "mamba2": lambda c: 4 * (T * (9 + 12) + 4 * 9 * 12 + 4 * T),
 }
 

@@ -74,6 +74,11 @@ PARAMETERS = {
     "rnn-cpu-1m": 1_033_984,
     "lstm-cpu-8.5m": 8_547_648,
     "gru-cpu-8.5m": 8_504_416,
+    "gated-delta-165m": 164_253_144,
+    "gated-delta-400m": 405_763_504,
+    "gated-delta-1.3b": 1_424_943_536,
+    "gated-delta-cpu-0.7m": 712_368,
+    "gated-delta-cpu-1m": 1_035_260,
 }
 """Parameters of every preset: a preset that changes is another model under the same name."""
 

@@ -169,15 +169,10 @@ def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def merge_origins(before: dict[str, str], over: dict[str, str]) -> dict[str, str]:
-    """Origins of the dotted keys of `merge`d mappings. A key of `over` replaces all above and below it."""
-
-    def is_replaced(key: str) -> bool:
-        above = {key[:index] for index, character in enumerate(key) if character == "."}
-        return bool(above & over.keys()) or f"{key}." in sections
-
-    sections = {key[: index + 1] for key in over for index, character in enumerate(key) if character == "."}
-    return {key: origin for key, origin in before.items() if not is_replaced(key)} | over
+def merge_origins(merged: dict[str, Any], before: dict[str, str], over: dict[str, str]) -> dict[str, str]:
+    """Origins of the dotted keys of a mapping that `merge` made, from those of both its parts."""
+    origins = before | over
+    return {key: origins[key] for key in dotted_items(merged)}
 
 
 def dotted_items(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -250,8 +245,10 @@ def _read(path: Path, above: tuple[Path, ...], files: list[Path]) -> tuple[dict[
     origins: dict[str, str] = {}
     for include in includes:
         included, included_origins = _read(path.parent / user_path(include), (*above, path.resolve()), files)
-        values, origins = merge(values, included), merge_origins(origins, included_origins)
-    return merge(values, own), merge_origins(origins, dict.fromkeys(dotted_items(own), str(path)))
+        values = merge(values, included)
+        origins = merge_origins(values, origins, included_origins)
+    values = merge(values, own)
+    return values, merge_origins(values, origins, dict.fromkeys(dotted_items(own), str(path)))
 
 
 def _text_of(path: Path, wanted_by: str) -> str:

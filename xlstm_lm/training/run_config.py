@@ -257,13 +257,14 @@ def load_run_config(paths: list[str | Path], overrides: dict[str, Any] | None = 
     origins: dict[str, str] = {}
     for path in paths:
         recipe, recipe_origins = read_recipe(path)
-        values, origins = merge(values, recipe), merge_origins(origins, recipe_origins)
+        values = merge(values, recipe)
+        origins = merge_origins(values, origins, recipe_origins)
     for name, value in (overrides or {}).items():
         for key in reversed(name.split(".")):
             value = {key: value}
         value = with_current_names(value)
         values = merge(values, value)
-        origins = merge_origins(origins, dict.fromkeys(dotted_items(value), f"flag --{name}"))
+        origins = merge_origins(values, origins, dict.fromkeys(dotted_items(value), f"flag --{name}"))
     run = check_run_config(values, origins)
     _point_at_the_run_of_its_recipe(run, origins.get("training.run_dir"))
     return run

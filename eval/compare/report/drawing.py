@@ -116,14 +116,8 @@ def draw_lines(name: str, frame: Frame, lines: Sequence[Line], colours: Mapping[
         if frame.mark:
             x, words = frame.mark
             axes.axvline(x, color=FRAME, linewidth=1, linestyle=(0, (4, 3)))
-            axes.annotate(
-                words,
-                (x, 1),
-                xycoords=("data", "axes fraction"),
-                xytext=(3, -8),
-                textcoords="offset points",
-                fontsize=FONT_SIZE - 1.5,
-            )
+            offset = {"xytext": (3, -8), "textcoords": "offset points"}
+            axes.annotate(words, (x, 1), xycoords=("data", "axes fraction"), fontsize=FONT_SIZE - 1.5, **offset)
         for line in lines:
             _draw_line(axes, line, colours[line.architecture])
         _label_ends(axes, lines, colours, 1 - strip / (WIDTH - left - right))
@@ -159,18 +153,11 @@ def draw_dots(
             style = {"color": colour, "marker": marker, "linestyle": "none", "markeredgewidth": 0}
             if mean > end:
                 arrow = {"arrowstyle": "->", "color": colour, "linewidth": 1.6}
-                start = (0.9, place)
-                axes.annotate("", (1, place), start, xycoords=axes.get_yaxis_transform(), arrowprops=arrow)
+                axes.annotate("", (1, place), (0.9, place), xycoords=axes.get_yaxis_transform(), arrowprops=arrow)
             axes.plot([mean, mean], [place - 0.32, place + 0.32], color=colour, linewidth=2.4)
             axes.plot(values, [place] * len(values), markersize=5.5, alpha=0.75, **style)
-            axes.annotate(
-                f"{mean:.3f}",
-                (1, place),
-                xycoords=("axes fraction", "data"),
-                xytext=(8, 0),
-                textcoords="offset points",
-                va="center",
-            )
+            offset = {"xytext": (8, 0), "textcoords": "offset points"}
+            axes.annotate(f"{mean:.3f}", (1, place), xycoords=("axes fraction", "data"), va="center", **offset)
         axes.set_ylim(len(rows) - 0.5, -0.5)
         axes.set_yticks(range(len(rows)), [label for _, label, _ in rows])
         axes.tick_params(axis="y", length=0)
@@ -188,13 +175,12 @@ def length_label(length: float) -> str:
     return f"{length / 1024:g}k" if length >= 1024 and length % 1024 == 0 else f"{length:,g}"
 
 
-def short_number(value: float, place: object = None) -> str:
-    """Label of a tick (matplotlib passes its place too): 0.05, 500, 20k, 3M."""
-    del place
-    for divisor, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if value >= divisor:
-            return f"{value / divisor:g}{unit}"
-    return f"{value:g}"
+def large(count: float) -> str:
+    """A count in thousands, millions, billions or trillions."""
+    for divisor, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if count >= divisor:
+            return f"{count / divisor:.3g}{unit}"
+    return f"{count:g}"
 
 
 def _axes(figure: Figure, *, left: float, right: float, bottom: float, top: float) -> Axes:
@@ -235,7 +221,7 @@ def _set_y(axes: Axes, frame: Frame, values: list[float]) -> None:
         low, high = min(low, middle / 2), max(high, middle * 2)  # an axis of less than a factor 4 would lack ticks
         axes.set_ylim(low / (high / low) ** 0.06, high * (high / low) ** 0.06)
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low < 200 else (1,)))
-        axes.yaxis.set_major_formatter(short_number)
+        axes.yaxis.set_major_formatter(lambda value, _: large(value))
         axes.yaxis.set_minor_formatter(NullFormatter())
         axes.yaxis.set_minor_locator(NullLocator())
         return
@@ -250,17 +236,9 @@ def _draw_line(axes: Axes, line: Line, index: int) -> None:
     colour = COLOURS[index][0]
     x, y = zip(*line.points)
     every = max(1, -(-len(x) // 6))
-    axes.plot(
-        x,
-        y,
-        color=colour,
-        linewidth=1.6,
-        linestyle=(0, (4, 2)) if line.dashed else "-",
-        marker=MARKERS[index],
-        markersize=4.2,
-        markeredgewidth=0,
-        markevery=slice((len(x) - 1) % every, None, every),
-    )
+    marks = {"marker": MARKERS[index], "markersize": 4.2, "markeredgewidth": 0}
+    marks["markevery"] = slice((len(x) - 1) % every, None, every)
+    axes.plot(x, y, color=colour, linewidth=1.6, linestyle=(0, (4, 2)) if line.dashed else "-", **marks)
     if line.band:
         low, high = zip(*line.band)
         axes.fill_between(x, low, high, color=colour, alpha=0.18, linewidth=0)

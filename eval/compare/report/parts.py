@@ -96,14 +96,6 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:,.1f} h"
 
 
-def large(count: float) -> str:
-    """A count in thousands, millions, billions or trillions."""
-    for divisor, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if count >= divisor:
-            return f"{count / divisor:.3g}{unit}"
-    return f"{count:g}"
-
-
 def show_spread(found: Spread, decimals: int) -> str:
     """1.2345 ± 0.0021, or the value alone; without decimals from a thousand on."""
     decimals = decimals if found.mean < 1000 else 0

@@ -1,4 +1,4 @@
-"""The source files that an export brings along, so that it works where xlstm-lm is not installed.
+"""The source files that an export brings along to work where xlstm-lm is not installed.
 
 They are the package's own in one flat folder, with relative imports: everything that the model's classes import, and
 the backends of its operations in plain PyTorch. All other backends come from xlstm-lm where it is installed.

@@ -48,7 +48,7 @@ class XLSTMLMConfig(PreTrainedConfig):
         super().__init__(**values)
 
     def to_dict(self) -> dict[str, Any]:
-        """As for every configuration, with transformers' names beside ours, for tools that read config.json alone."""
+        """Fields under our names and under transformers', for tools that read config.json alone."""
         return super().to_dict() | {theirs: getattr(self, theirs) for theirs in self.attribute_map}
 
     def model_config(self) -> XLSTMConfig:
@@ -57,7 +57,7 @@ class XLSTMLMConfig(PreTrainedConfig):
         return _config_class(values)(**values)
 
     def save_pretrained(self, *arguments: Any, **options: Any) -> Any:
-        """As for every configuration, but `architectures` names the Auto class that finds the model's own.
+        """Save with the Auto class that finds the model's own in `architectures`.
 
         `transformers serve` and TRL look for that name in the transformers package, where remote code is not.
         """

@@ -1,6 +1,6 @@
 """Load an export as a stranger would, and compare it with what the trained model said. Run as a script, by gate.py.
 
-It imports nothing of ours and hides xlstm_lm from the model's own code, which must do without.
+It imports nothing from xlstm-lm and hides xlstm_lm from the model's own code, which must do without.
 """
 
 import json

@@ -56,7 +56,7 @@ class Layout:
 
 
 def model_config(values: Any, origin: Path) -> Any:
-    """The configuration of a model of ours, from the mapping that `dataclasses.asdict` once made of it.
+    """The configuration of one of our models, from the mapping that `dataclasses.asdict` once made of it.
 
     A backend that it pins suited the machine that trained, and may be unknown here: the device at hand decides instead,
     which is announced.

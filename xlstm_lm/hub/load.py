@@ -71,7 +71,7 @@ def load(path: str | Path) -> TrainedModel:
 
     Whatever `xlstm_lm.hub.layouts.LAYOUTS` knows: a run or one of its checkpoints, an export, a transformers `xlstm`
     folder, a state dict of the `xlstm` package. Weights that are stored as the model holds them stay in their files'
-    pages until they are written to, so that the model is never held twice.
+    pages until they are written to: the model is never held twice.
 
     Each operation is computed by the backend that suits the device at hand. One that the configuration pins suited the
     machine that trained; that it is not used is announced.
@@ -128,7 +128,7 @@ def _fill(model: nn.Module, stored: StoredModel) -> None:
     problems += [f"{name} is not part of the model" for name in weights.keys() - wanted.keys()]
     if problems:
         raise ValueError(f"The tensors in {stored.folder} do not fit its configuration: {'; '.join(sorted(problems))}.")
-    stored.weights.clear()  # so that no tensor is held in two precisions for longer than its own turn
+    stored.weights.clear()  # each tensor is held in two precisions during its own turn alone
     for names in tied.values():
         tensor = next(weights.pop(name) for name in names if name in weights)
         parameter = nn.Parameter(tensor.to(wanted[names[0]].dtype).contiguous())

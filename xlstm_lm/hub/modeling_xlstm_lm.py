@@ -24,7 +24,7 @@ from xlstm_lm.models.block import Block, make_contexts
 from xlstm_lm.models.layers import soft_cap
 
 PIECE_TOKENS = 4096
-"""Without gradients a longer input is read in pieces of this length, so that memory does not grow with it."""
+"""Without gradients a longer input is read in pieces of this length, and memory does not grow with it."""
 LOSS_OPTIONS = ("num_items_in_batch", "ignore_index", "shift_labels")
 """Arguments of `forward` that are handed to the loss."""
 NEUTRAL_OPTIONS: dict[str, Any] = {"output_attentions": False, "output_router_logits": False, "is_causal": True}
@@ -266,7 +266,7 @@ class XLSTMLMForCausalLM(XLSTMLMPreTrainedModel, GenerationMixin):
         past_key_values: XLSTMLMCache | None = None,
         **kwargs: Any,  # of this name, or `generate` refuses what only `forward` takes
     ) -> dict[str, Any]:
-        """As for every model. A cache that `generate` is given holds the beginning of `input_ids`.
+        """Arguments of the next call of `forward`. A cache that `generate` is given holds the beginning of `input_ids`.
 
         `resets` and `seq_idx` describe the prompt; what is generated belongs to its last document.
 
@@ -314,7 +314,7 @@ class XLSTMLMForCausalLM(XLSTMLMPreTrainedModel, GenerationMixin):
 
     @staticmethod
     def _reorder_cache(cache: XLSTMLMCache, beam_idx: Tensor) -> XLSTMLMCache:
-        """For beam search: continue the beams `beam_idx`."""
+        """Continue the beams `beam_idx` in a beam search."""
         cache.reorder(beam_idx)
         return cache
 

@@ -11,7 +11,7 @@ PADDING_SIDE = "left"
 
 
 def save_tokenizer_files(tokenizer: Tokenizer, folder: Path) -> None:
-    """Write the tokenizer so that what `AutoTokenizer` makes of a text is what training made of a document.
+    """Write the tokenizer: `AutoTokenizer` makes of a text what training made of a document.
 
     In training an end of document precedes every document, so a text is given one in front. It also ends a text and
     fills up shorter rows of a batch: a model that leaves padding out by the attention mask does not look at which token

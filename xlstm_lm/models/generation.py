@@ -13,7 +13,7 @@ from xlstm_lm.base.fields import Count, NonNegative, PositiveRatio, Seed, check_
 from xlstm_lm.base.finite import check_finite
 
 GREEDY = 1e-6  # temperatures below would overflow, and draw the likeliest token in any case
-PREFILL_TOKENS = 4096  # a longer prompt is read in pieces of this length, so that memory does not grow with it
+PREFILL_TOKENS = 4096  # a longer prompt is read in pieces of this length, and memory does not grow with it
 
 
 @dataclass(kw_only=True)

@@ -1,6 +1,6 @@
 """The classics: stacks of LSTM, GRU or plain recurrent layers, on torch's own kernels, restarted with each document.
 
-Documents of a row become sequences of their own for the kernel, the first of a row with the state handed in, all at
+Documents of a row become sequences of their own for the kernel, the first of a row with the given state, all at
 once in a packed batch; in training on a CPU in a padded one, where that is not much longer. Peepholes, which no kernel
 has, run step by step.
 """
@@ -202,7 +202,7 @@ class Layer(Mixer):
         return y, tuple(each[0] for each in last)
 
     def _first_states(self, count: int, context: Context, state: State) -> State:
-        """For each of so many documents: what its row goes on, or zeros."""
+        """First state of each of `count` documents: the one that its row continues, or zeros."""
         first = (each.masked_fill(context.resets_BT[:, :1], 0) for each in state)
         return tuple(each.new_zeros(count, each.shape[1]).index_copy(0, context.first_B, each) for each in first)
 

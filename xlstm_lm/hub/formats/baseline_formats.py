@@ -19,7 +19,7 @@ Weights = dict[str, Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class Type:
-    """One of transformers' types, in terms of ours."""
+    """A model type of transformers, described by our configuration and names."""
 
     name: str
     """Name in messages."""
@@ -28,7 +28,7 @@ class Type:
     sizes: Callable[[Any, str], list[int] | None]
     """Rows of each of theirs, where they are not all the same, for our configuration and name within a block."""
     make_config: Callable[[Any], Any]
-    """Their configuration for ours."""
+    """Makes their configuration from ours."""
     tied_by_default: bool
     """Whether the head of a folder from the type's first releases is tied where `tie_word_embeddings` is missing."""
     foreign: Callable[[dict[str, Any]], dict[str, Any]]
@@ -268,7 +268,7 @@ def type_of(config: TransformerConfig | MambaConfig) -> Type:
 
 
 def convert(config: TransformerConfig | MambaConfig, weights: NamedTensors) -> Iterator[tuple[str, Tensor]]:
-    """Their names and tensors for ours, one of ours after the other."""
+    """Their names and tensors for ours, in our order."""
     theirs = type_of(config)
     # Theirs has a dimension for the one channel of a group.
     shaped = ((name, tensor.unsqueeze(1) if name.endswith(_CONV) else tensor) for name, tensor in weights)

@@ -15,7 +15,7 @@ NamedTensors = Iterable[tuple[str, Tensor]]
 
 @dataclass(frozen=True, kw_only=True)
 class ExportFormat:
-    """A way to write the models of one family so that transformers loads them."""
+    """A way to write the models of one family for transformers to load."""
 
     name: str
     """Name for --format."""
@@ -26,11 +26,11 @@ class ExportFormat:
     objections: Callable[[Any], list[str]]
     """Why it cannot hold a model of this configuration; empty where it can."""
     make_config: Callable[[Any], Any]
-    """transformers' configuration for one of ours."""
+    """Makes transformers' configuration from ours."""
     model_class: Callable[[], type]
     """The class that will load it."""
     convert: Callable[[Any, NamedTensors], Iterator[tuple[str, Tensor]]]
-    """Names and tensors of the format for ours, one of ours after the other."""
+    """Gives the names and tensors of the format for ours, in our order."""
     write_code: Callable[[Path], None] | None
     """Writes the source files that the model needs beside transformers, if it needs any."""
     leaves_out_padding: bool

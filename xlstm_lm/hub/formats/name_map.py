@@ -27,7 +27,7 @@ class NameMap:
     """Parameters of a block of each kind."""
 
     def to(self, name: str, kind: str = "") -> tuple[str, ...]:
-        """Their names for a parameter of ours, in a block of a kind or outside the blocks.
+        """The format's names for one of our parameters, in a block of a kind or outside the blocks.
 
         Raises:
             KeyError: the format has no such parameter.
@@ -55,7 +55,7 @@ class NameMap:
         return count_blocks(names, re.escape(self.prefix) + r"(\d+)\.")
 
     def names(self, kinds: Sequence[str]) -> dict[str, tuple[str, ...]]:
-        """Their names for every parameter of a model whose blocks are of these kinds, by ours."""
+        """The format's names, by ours, for every parameter of a model whose blocks are of these kinds."""
         all_kinds = dict.fromkeys(self.outer, "")
         all_kinds |= {f"blocks.{i}.{ours}": kind for i, kind in enumerate(kinds) for ours in self.kinds[kind]}
         return {ours: self.to(ours, kind) for ours, kind in all_kinds.items()}
@@ -63,7 +63,7 @@ class NameMap:
     def split(
         self, weights: Iterable[tuple[str, Tensor]], sizes: Callable[[str], list[int] | None], kind: str = ""
     ) -> Iterator[tuple[str, Tensor]]:
-        """Their names and tensors for ours, one of ours after the other.
+        """The format's names and tensors for ours, in our order.
 
         Args:
             weights: our names and tensors.
@@ -78,7 +78,7 @@ class NameMap:
     def select(
         self, tensors: Mapping[str, Tensor], kinds: Sequence[str], tied: bool, what: str
     ) -> dict[str, list[Tensor]]:
-        """Their tensors for each of our parameters.
+        """The format's tensors for each of our parameters.
 
         Args:
             tensors: all of theirs, by name.
@@ -113,7 +113,7 @@ class PrefixMap:
     """Our name -> theirs, of the exceptions."""
 
     def to(self, name: str) -> str:
-        """Their name for a parameter of ours."""
+        """The format's name for one of our parameters."""
         return self.renamed.get(name, f"{self.prefix}{name}")
 
     def from_(self, name: str) -> str:

@@ -1,4 +1,4 @@
-"""State dicts of the authors' `xlstm` package, of its `xLSTMLMModel` and its `xLSTMLarge`, in terms of ours.
+"""State dicts of the authors' `xlstm` package, of its `xLSTMLMModel` and its `xLSTMLarge`, mapped to our names.
 
 Sizes are read off the tensors; the configuration beside them says what tensors cannot.
 """
@@ -106,7 +106,7 @@ PAPER_NAMES = NameMap(
 
 
 def _paper_weight(name: str, parts: dict[str, list[Tensor]]) -> Tensor:
-    """The tensor of ours of a name; `parts` holds theirs by our names."""
+    """Our tensor of that name; `parts` holds theirs by our names."""
     theirs = parts[name]
     if name.endswith("norm.weight"):
         return _norm(*theirs)

@@ -1,4 +1,4 @@
-"""Export as transformers' own `xlstm` type, which holds stacks of xLSTM-7B's blocks and needs no code of ours."""
+"""Export as transformers' own `xlstm` type, which holds stacks of xLSTM-7B's blocks and needs none of our code."""
 
 from __future__ import annotations
 

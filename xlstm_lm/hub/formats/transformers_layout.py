@@ -1,4 +1,4 @@
-"""transformers' `xlstm` folders: their names and shapes in terms of ours.
+"""transformers' `xlstm` folders: their names and shapes mapped to ours.
 
 Sizes are read off the tensors, since published configurations leave some of them out.
 """

@@ -174,7 +174,7 @@ class AttentionMixer(Mixer):
 
     @torch.no_grad()
     def init_weights(self, index: int, depth: int) -> None:
-        """As an xLSTM of its size, so that neither has an advantage."""
+        """Weights as small as those of an xLSTM of this size: neither has an advantage."""
         nn.init.normal_(self.qkv.weight, std=small_std(self.config.embedding_dim))
         nn.init.normal_(self.out.weight, std=residual_std(self.config.embedding_dim, depth))
 

@@ -109,8 +109,8 @@ class Mamba1Mixer(Mixer):
 
     @torch.no_grad()
     def init_weights(self, index: int, depth: int) -> None:
-        """As published: decays of 1 to the number of states; torch's own start for the projections, the one back to the
-        residual stream smaller with depth."""
+        """Published start: decays of 1 to the number of states; torch's own start for the projections, the one back to
+        the residual stream smaller with depth."""
         rank, states = self.config.rank, self.config.state_dim
         self.input.reset_parameters()
         self.out.reset_parameters()

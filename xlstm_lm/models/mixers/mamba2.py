@@ -138,7 +138,7 @@ class Mamba2Mixer(Mixer):
 
     @torch.no_grad()
     def init_weights(self, index: int, depth: int) -> None:
-        """As published: decays between 1 and 16; torch's own start for the projections, the one back to the residual
+        """Published start: decays between 1 and 16; torch's own start for the projections, the one back to the residual
         stream smaller with depth."""
         self.input.reset_parameters()
         self.out.reset_parameters()

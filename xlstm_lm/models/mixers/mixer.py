@@ -83,7 +83,7 @@ class Mixer(nn.Module):
     """Maps (B, T, D) to (B, T, D) along time."""
 
     no_decay: ClassVar[frozenset[str]] = frozenset()
-    """Parameters with two dimensions or more that are no matrices, so that weight decay leaves them alone."""
+    """Parameters with two dimensions or more that are no matrices: weight decay leaves them alone."""
     has_gates: ClassVar[bool] = False
     """Whether `forward` calls `observe`."""
     context_key: Hashable = None

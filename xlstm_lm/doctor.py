@@ -42,7 +42,7 @@ class Check:
     dtype: str
     sizes: str
     error: float
-    """Largest relative error of values and gradients; infinite if the kernel failed."""
+    """Largest error of values and gradients, relative to the largest entry of each; infinite if the kernel failed."""
     tolerance: float
     """Largest error that is allowed."""
     problem: str = ""

@@ -21,7 +21,7 @@ class MetricsFile:
     def cut(self, split: MetricsSplit) -> None:
         """Keep one part of a split, append the other to superseded.jsonl, and open the file for more.
 
-        A killed run trains the later steps again, possibly with other results if its configuration has changed.
+        A run that continues from the split trains the later steps again, and their metrics may differ.
         """
         with disk_errors_explained(self.path):
             if split.cut:

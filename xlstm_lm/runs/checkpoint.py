@@ -361,7 +361,7 @@ class _Writer:
         replace_durably(self.parent / LATEST, f"{self.target.name}\n".encode())
         older = [folder for step, folder in checkpoint_folders(self.parent.parent).items() if step <= self.step]
         for folder in older[keep:]:
-            # Renamed first: a checkpoint that is deleted halfway would count as damaged.
+            # Renamed first: a half-deleted one is never taken for a damaged checkpoint.
             doomed = self.parent / f"{LEFTOVER}old-{folder.name}"
             folder.rename(doomed)
             shutil.rmtree(doomed)

@@ -1,5 +1,7 @@
-"""The command line: `xlstm-lm train | generate | export | import | tokenizer | doctor`. Each command imports what it
-needs when it is called, so that `--help` is quick."""
+"""The command line: `xlstm-lm train | generate | export | import | tokenizer | doctor`.
+
+Each command imports its modules when it is called, which keeps `--help` quick.
+"""
 
 from __future__ import annotations
 
@@ -20,12 +22,12 @@ from xlstm_lm.base.program import program, told_once
 
 COMMANDS = ("train", "generate", "export", "import", "tokenizer", "doctor")
 SLOW_COMMANDS = ("train", "generate", "export", "import", "doctor")
-SAMPLE_PROMPT = "def "  # what the sample at the end of a run continues
+SAMPLE_PROMPT = "def "  # beginning of the sample at the end of a run
 SAMPLE_TOKENS = 400
 
 
 class _Parser(argparse.ArgumentParser):
-    """argparse that does not guess abbreviations, and says which flag was meant."""
+    """argparse without abbreviations of flags, and with the nearest flag in messages about unknown ones."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, allow_abbrev=False, **kwargs)
@@ -55,7 +57,7 @@ class _Parser(argparse.ArgumentParser):
         return nearest(name, flags, otherwise).replace("Did you mean ", "Did you mean --")
 
     def error(self, message: str) -> NoReturn:
-        """Exit with code 2 and the message, which of a machine's processes only the first writes."""
+        """Exit with code 2 and the message, which only the first process of a machine writes."""
         if message.endswith("expected one argument"):
             message += ": --flag VALUE, or --flag=VALUE where the value begins with a dash"
         if console.is_first_on_machine():
@@ -63,13 +65,13 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2)
 
     def flags_of(self, command: str) -> list[str]:
-        """Every long flag of a command, without the dashes."""
+        """List every long flag of a command, without the dashes."""
         commands = next(action for action in self._actions if isinstance(action, argparse._SubParsersAction))
         return [flag[2:] for flag in commands.choices[command]._option_string_actions if flag.startswith("--")]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run one command; a user's mistake ends with exit code 2 and one message, a run that cannot go on with 1."""
+    """Run one command. A user's mistake ends it with code 2 and one message, a run that cannot continue with code 1."""
     keep_current_folder_out()
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     # DeepSpeed's launcher puts its own flag before the command; the rank is in the environment as well.
@@ -116,7 +118,7 @@ def _make_parser(with_fields: bool) -> _Parser:
     )
     generate.add_argument("--seed", type=argument(Seed), default=0, metavar="S", help="Default: 0.")
 
-    export = command("export", _export, "Write a trained model so that transformers loads it, and check that it does.")
+    export = command("export", _export, "Write a trained model for transformers, and check that transformers loads it.")
     export.add_argument(
         "--run", required=True, dest="source", metavar="FOLDER", help="A run or one of its checkpoints."
     )
@@ -127,8 +129,8 @@ def _make_parser(with_fields: bool) -> _Parser:
     export.add_argument(
         "--format",
         choices=["transformers", "xlstm_lm"],
-        help="transformers: a type of transformers' own, without code of ours; xlstm_lm: any model, padded prompts, "
-        "beams and bf16, bringing its code along. Default: the first, where it can hold the model.",
+        help="transformers: a model type that is part of transformers; xlstm_lm: any model, with padded prompts, beams "
+        "and bf16, and with its code in the folder. Default: transformers, if it can hold the model.",
     )
     export.add_argument(
         "--shard-size", default="4GiB", metavar="SIZE", help="Largest file of weights, such as 500MB. Default: 4GiB."
@@ -163,7 +165,7 @@ def _make_parser(with_fields: bool) -> _Parser:
     importing.add_argument(
         "--tokenizer",
         metavar="NAME",
-        help="bytes, a folder, or an id on the Hugging Face hub. Default: the one that lies with the model.",
+        help="bytes, a folder, or an id on the Hugging Face hub. Default: the one in the model's folder.",
     )
 
     tokenizer = command("tokenizer", _tokenizer, "Train a byte-level BPE tokenizer on text files.")
@@ -206,7 +208,7 @@ def _train(options: argparse.Namespace) -> None:
 
 
 def _conclude(run_dir: Path, recipes: list[str], overrides: dict[str, Any]) -> None:
-    """Print what came out of a finished run, a sample, and the commands that go on from here.
+    """Print the results of a finished run, a sample, and commands to continue with.
 
     Raises:
         RunError: the run has diverged.
@@ -266,7 +268,7 @@ def _generate(options: argparse.Namespace) -> None:
     if not options.prompt:
         raise ValueError("--prompt is empty; give at least one character to continue.")
     try:
-        prompt = os.fsencode(options.prompt).decode("utf-8")  # whatever encoding the locale says
+        prompt = os.fsencode(options.prompt).decode("utf-8")  # whatever the encoding of the locale
     except UnicodeDecodeError:
         raise ValueError(f"--prompt {options.prompt!a} is not UTF-8; give it as UTF-8 text.") from None
     from xlstm_lm.hub import load

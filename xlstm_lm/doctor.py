@@ -1,4 +1,4 @@
-"""What this machine has, which kernel each operation takes on it, and whether each kernel computes what it should."""
+"""Report of this machine: versions, devices, the kernel of each operation, and a check of every kernel."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ from xlstm_lm.training.deepspeed_config import choose_precision
 
 TYPES = ("float32", "bfloat16", "float16")
 OTHERS = ("mamba_ssm", "causal_conv1d")
-"""Packages of others, whose kernels are passed over where they are wrong: a wrong one is no reason not to train."""
+"""Packages by others. A wrong kernel of theirs is passed over and does not prevent training."""
 
 
 @dataclass(frozen=True)
 class Check:
-    """How one kernel compares with the definition of its operation."""
+    """Comparison of one kernel with the definition of its operation."""
 
     operation: str
     backend: str
@@ -42,31 +42,36 @@ class Check:
     dtype: str
     sizes: str
     error: float
+    """Largest error of values and gradients, relative to the largest entry of each; infinite if the kernel failed."""
     tolerance: float
+    """Largest error that is allowed."""
     problem: str = ""
-    """What it raised, if it did."""
+    """Message of the error that the kernel raised; empty without one."""
     available: bool = True
-    """False where it refuses to run here."""
+    """False for a kernel that refuses to run on this machine."""
     ours: bool = True
     """False for a kernel of another package."""
 
     @property
     def passed(self) -> bool:
+        """Whether the kernel ran and its error is allowed."""
         return not self.problem and self.error <= self.tolerance
 
     @property
     def wrong(self) -> bool:
+        """Whether training here is affected: a kernel of xlstm-lm that can run fails or is not accurate."""
         return self.available and not self.passed and self.ours
 
     @property
     def verdict(self) -> str:
+        """Result of the comparison, for the report."""
         if self.problem:
             return f"{'fails' if self.available else 'not available'}: {self.problem}"
         return f"error {self.error:.1e} (allowed {self.tolerance:.0e})"
 
 
 def calls(operation: Operation, device: str, dtype: torch.dtype) -> list[Call]:
-    """The calls for which an operation is examined: odd sizes and, on a GPU, also those its kernels are made for."""
+    """Calls that an operation is checked on: odd sizes and, on a GPU, also the sizes that its kernels are made for."""
     where = torch.device(device, torch.cuda.current_device()) if device == "cuda" else torch.device(device)
     sizes = operation.examples + (operation.gpu_examples if device == "cuda" else ())
     return [make_call(where, dtype, each, operation.options) for each in sizes]
@@ -78,7 +83,7 @@ def check_operations(device: str, dtype: torch.dtype = torch.float32) -> Iterato
         for call in calls(operation, device, dtype):
             for backend in operation.backends:
                 if isinstance(why_impossible(operation, backend, call), Expected):
-                    continue  # it is for other devices
+                    continue  # made for other devices
                 with undisturbed(call.device):
                     samples = operation.samples(call, backend.name)
                     checks = [_check(operation, backend.name, sample) for sample in samples]
@@ -114,21 +119,23 @@ def _devices() -> list[str]:
 
 
 def _advice(checks: list[Check]) -> list[str]:
-    """What would make this machine faster or right."""
+    """Advice that makes training on this machine faster or correct, one item a line."""
     wrong = dict.fromkeys(f"{check.operation} / {check.backend}" for check in checks if check.wrong)
     advice = [f"{name} does not compute what it should: do not train with it." for name in wrong]
     if shutil.which(os.environ.get("CXX", "c++")) is None:
-        advice.append("No C++ compiler: on the CPU the sLSTM takes its slow Python loop. Debian: apt-get install g++.")
+        advice.append("No C++ compiler: on the CPU the sLSTM runs as a slow Python loop. Debian: apt-get install g++.")
     if torch.cuda.is_available() and version("triton") is None:
         advice.append("A GPU but no Triton: pip install 'xlstm-lm[gpu]'.")
     return advice
 
 
 def examine(say: Callable[[str], None], dtypes: list[torch.dtype] | None = None) -> bool:
-    """Examine this machine, giving `say` each line as soon as it is known. False where a kernel is wrong or fails.
+    """Examine this machine and return whether no kernel is wrong.
 
-    Kernels are checked in `dtypes`; by default in that of training here (with training.precision auto), in float32, in
-    which everything else computes, and on a GPU in float16.
+    Args:
+        say: Called with each line of the report as soon as it is ready.
+        dtypes: Types in which kernels are checked; None or empty for the type of training with training.precision
+            auto, float32, and on a GPU bfloat16 and float16.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     precision = choose_precision("auto", torch.device(device))
@@ -165,11 +172,14 @@ def examine(say: Callable[[str], None], dtypes: list[torch.dtype] | None = None)
 
 
 def main(types: Sequence[str] = ()) -> None:
-    """Print the examination, in the `types` of `TYPES`, where given.
+    """Print the report of this machine.
+
+    Args:
+        types: Types in which kernels are checked, of `TYPES`; empty for the default of `examine`.
 
     Raises:
-        ValueError: a type is not known.
-        SystemExit: with code 1, where a kernel fails or computes something else than its definition.
+        ValueError: a type is unknown.
+        SystemExit: with code 1, if a kernel fails or differs from its definition.
     """
     unknown = [name for name in types if name not in TYPES]
     if unknown:

@@ -1,16 +1,16 @@
-"""Checkpoints by parameter name: independent of ZeRO stage and number of processes, and whole or not there at all.
+"""Checkpoints by parameter name, independent of ZeRO stage and number of processes, written completely or not at all.
 
-checkpoints/latest                     the name of the newest
+checkpoints/latest                     name of the newest
 checkpoints/step_00000100/
     model.safetensors                  float32 weights
-    optimizer.safetensors              the optimizer's state, NAME.KEY, such as NAME.exp_avg of AdamW
+    optimizer.safetensors              optimizer state, NAME.KEY, such as NAME.exp_avg of AdamW
     state.json                         step, tokens, data state of every lane, counters
     random_rank0000.pt                 states of all random number generators, one file a process
-    config.yaml, tokenizer/            what it takes to use the model
+    config.yaml, tokenizer/            configuration and tokenizer, for use of the model
     manifest.json                      size and CRC-32 of all the files above, written last
 
-`xlstm-lm import` writes one of step 0 with weights, tokenizer and the model's section of config.yaml alone: a run that
-starts there has moments, data and counters of its own.
+`xlstm-lm import` writes a checkpoint of step 0 that holds only weights, tokenizer and the model's section of
+config.yaml. A run that starts there has optimizer state, data and counters of its own.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ from xlstm_lm.runs.random_state import random_state_bytes
 logger = logging.getLogger("xlstm_lm")
 
 FORMAT = 1
-"""Version that is written. A new one keeps the reader of the old one in `READERS`."""
+"""Version that is written. The reader of an older version stays in `READERS`."""
 RANDOM_STATE = "random_rank{:04}.pt"
 LEFTOVER = ".tmp-"
 WRITTEN_ALWAYS = (STATE, CONFIG)
@@ -60,13 +60,14 @@ TAKE_AWAY = "Restore {folder} from a copy, or move it away to continue from the 
 
 
 class Checkpoint:
-    """An intact checkpoint on disk, in format 1; `read_checkpoint` makes it.
+    """An intact checkpoint on disk, in format 1, as `read_checkpoint` opens it.
 
-    The reader of another format derives from this class and gives the same names, tensors and state as of today.
+    Readers of other formats derive from this class and return today's names, tensors and state.
     """
 
     def __init__(self, folder: Path) -> None:
-        """
+        """Read state.json.
+
         Raises:
             ValueError: state.json is damaged.
         """
@@ -75,25 +76,25 @@ class Checkpoint:
 
     @property
     def is_imported(self) -> bool:
-        """True for an imported model: weights alone, and nothing of a run."""
+        """Whether the checkpoint holds the weights of an imported model and nothing of a run."""
         return "imported_from" in self.state
 
     @property
     def optimizer(self) -> str:
-        """Kind of the optimizer whose state it holds. Older checkpoints do not name theirs, AdamW."""
+        """Kind of the optimizer whose state the checkpoint holds: AdamW in older checkpoints, which do not name it."""
         return self.state.get("optimizer", "adamw")
 
     def config(self) -> dict[str, Any]:
-        """Sections of its config.yaml; an imported model's has the model's section alone."""
+        """Read the sections of config.yaml: all of a run's, or only `model` of an imported model."""
         return RunFolder(self.folder).config()
 
     def all_weights(self) -> dict[str, Tensor]:
-        """Every float32 weight by name. They stay in their files until they are used."""
+        """Map every float32 weight by name. Weights are read from their files when they are used."""
         files = tensor_files(self.folder)
         return dict(read_tensors(files, files))
 
     def weights(self, names: list[str]) -> Iterator[tuple[str, Tensor]]:
-        """Name and float32 weight of each named parameter, in order.
+        """Yield name and float32 weight of each named parameter, in order.
 
         Raises:
             ValueError: the checkpoint holds other parameters.
@@ -101,11 +102,11 @@ class Checkpoint:
         return self._read("model", names)
 
     def moments(self, names: list[str]) -> Iterator[tuple[str, Tensor]]:
-        """Name and value of each named tensor of the optimizer's state, in order; raises as `weights` does."""
+        """Yield name and value of each named tensor of optimizer state, in order; raises as `weights` does."""
         return self._read("optimizer", names)
 
     def random_state(self, rank: int) -> bytes | None:
-        """The random states of a rank; None where the run had fewer ranks."""
+        """Read the random states of a rank; None if the run had fewer ranks."""
         path = self.folder / RANDOM_STATE.format(rank)
         return path.read_bytes() if path.is_file() else None
 
@@ -121,7 +122,7 @@ class Checkpoint:
 
 
 READERS: dict[int, type[Checkpoint]] = {1: Checkpoint}
-"""The reader of each format."""
+"""Reader of each format."""
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
@@ -134,7 +135,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
 
 
 def data_fingerprint(folder: Path) -> dict[str, Any]:
-    """Fingerprint of the data in a checkpoint, from its state.json alone.
+    """Read the fingerprint of a checkpoint's data, from state.json alone.
 
     Raises:
         ValueError: that file is missing or damaged.
@@ -184,7 +185,7 @@ def damage(folder: Path) -> str:
 
 
 def looks_like_a_checkpoint(path: Path) -> bool:
-    """Whether a path is a run's folder with checkpoints or a checkpoint's, by file names alone."""
+    """Whether a path is the folder of a checkpoint or of a run with checkpoints, judged by file names alone."""
     return (path / CHECKPOINTS).is_dir() or (path / MANIFEST).is_file()
 
 
@@ -197,10 +198,10 @@ def misnamed(checkpoint: Checkpoint) -> str:
 
 
 def newest_checkpoint(run_dir: Path) -> Path:
-    """The folder of a run's newest intact checkpoint. Damaged ones are named in a warning and passed over.
+    """Find a run's newest intact checkpoint. Damaged ones are named in a warning and passed over.
 
     Raises:
-        ValueError: there is none.
+        ValueError: the run has no intact checkpoint.
     """
     folders = checkpoint_folders(Path(run_dir))
     if not folders:
@@ -220,10 +221,10 @@ def newest_checkpoint(run_dir: Path) -> Path:
 
 
 def find_checkpoint(path: Path) -> Path:
-    """The intact checkpoint that `path` is, or the newest of the run that it is.
+    """Return the checkpoint at `path` or, if `path` is a run, its newest intact one.
 
     Raises:
-        ValueError: it is neither, or damaged, or a folder of the run with the number of another step.
+        ValueError: `path` is neither, or the checkpoint is damaged or stored under the number of another step.
     """
     if (path / CHECKPOINTS).is_dir():
         newest = newest_checkpoint(path)
@@ -240,7 +241,7 @@ def find_checkpoint(path: Path) -> Path:
 
 
 def remove_leftovers(run_dir: Path) -> None:
-    """Delete what a killed writer left behind."""
+    """Delete the unfinished files of a killed writer."""
     parent = run_dir / CHECKPOINTS
     for path in parent.glob(f"{LEFTOVER}*"):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -261,11 +262,25 @@ def write_checkpoint(
 ) -> Path:
     """Save the run at `state["step"]`, then delete all but the newest `keep` checkpoints up to it. Collective.
 
-    `sizes` and `moment_sizes` give the number of elements of each tensor, in the order that `weights` and `moments`
-    yield them; the moments are None for an imported model. Only rank 0 writes. Returns the checkpoint's folder.
+    Only rank 0 writes.
+
+    Args:
+        run_dir: Folder of the run.
+        world: All processes of the run.
+        state: Content of state.json.
+        sizes: Number of elements of each weight, in the order of `weights`.
+        weights: Name and value of each weight.
+        moment_sizes: Number of elements of each tensor of optimizer state, in the order of `moments`.
+        moments: Name and value of each tensor of optimizer state; None for an imported model.
+        config_yaml: Content of config.yaml.
+        save_tokenizer: Writes the tokenizer's files to a folder.
+        keep: Number of newest checkpoints that are kept, this one included.
+
+    Returns:
+        The checkpoint's folder.
 
     Raises:
-        RunError: on every rank, where rank 0 could not write; the unfinished folder is gone.
+        RunError: rank 0 could not write; raised on every rank, and the unfinished folder has been removed.
     """
     random_states = world.gather(random_state_bytes()) if moments is not None else []
     writer = _Writer(run_dir, state["step"], config_yaml, save_tokenizer) if world.is_first else None
@@ -289,7 +304,7 @@ def write_checkpoint(
 
 
 class _Writer:
-    """Rank 0's part of writing one checkpoint."""
+    """Writer of one checkpoint, on rank 0."""
 
     def __init__(self, run_dir: Path, step: int, config_yaml: str, save_tokenizer: Callable[[Path], None]) -> None:
         self.target = checkpoint_folder(run_dir, step)
@@ -335,7 +350,7 @@ class _Writer:
         manifest = {"format": FORMAT, "step": self.step, "files": self.files}
         write_durably(self.folder / MANIFEST, json.dumps(manifest, indent=1).encode())
         sync_folder(self.folder)
-        if self.target.exists():  # a damaged one, or one of a run whose newer steps were given up
+        if self.target.exists():  # damaged, or of a run that was continued from an older step
             replaced = self.parent / f"{LEFTOVER}replaced-{self.target.name}"
             self.target.rename(replaced)
             self.folder.rename(self.target)

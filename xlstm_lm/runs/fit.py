@@ -1,4 +1,4 @@
-"""Whether an intact checkpoint is one of the run that shall go on from it, before anything of the run is changed."""
+"""Check that an intact checkpoint belongs to the run that continues from it, before the run's folder is changed."""
 
 from __future__ import annotations
 
@@ -32,25 +32,25 @@ SHOWN = 3
 
 @dataclass(frozen=True)
 class Wanted:
-    """The run that a checkpoint must fit."""
+    """Description of the run that a checkpoint must fit."""
 
     model: dict[str, Any]
     """The model section of its configuration."""
     shapes: Mapping[str, tuple[int, ...]]
-    """The shape of each parameter."""
+    """Shape of each parameter."""
     optimizer: str
     """Kind of the optimizer."""
     moments: Mapping[str, tuple[int, ...]]
-    """The shape of each tensor of the optimizer's state."""
+    """Shape of each tensor of optimizer state."""
     lanes: int
     """Rows of the global batch."""
 
 
 def check_fit(checkpoint: Checkpoint, wanted: Wanted) -> None:
-    """Refuse a checkpoint that is not of this run. Reads the heads of its tensors, not the tensors.
+    """Refuse a checkpoint that does not belong to this run. Reads the headers of its tensor files, not the tensors.
 
-    Looked at are its step against the folder's name, its own config.yaml, the numbers of its state, its lanes of data,
-    its random states, and name, type and shape of every weight and moment. An imported model has weights alone.
+    The check covers the step against the folder's name, config.yaml, the numbers of the state, the lanes of data, the
+    random states, and name, type and shape of every tensor. An imported model has weights alone.
 
     Raises:
         ValueError: names the folder, all that does not fit, and what to do.
@@ -75,9 +75,9 @@ def check_fit(checkpoint: Checkpoint, wanted: Wanted) -> None:
 
 
 def _other_configuration(checkpoint: Checkpoint, wanted: Wanted) -> list[str]:
-    """The fields of the checkpoint's own model section that differ, those aside that do not change what is computed."""
+    """Describe the fields of the checkpoint's model section that differ and change the computation."""
     there = checkpoint.config()["model"]
-    now = {name: value for name, value in wanted.model.items() if name in there}  # of new fields it says nothing
+    now = {name: value for name, value in wanted.model.items() if name in there}  # it lacks fields that are newer
     return [f"config.yaml: {line.strip()}" for line in differing_fields({"model": there}, {"model": now})]
 
 
@@ -113,7 +113,7 @@ def _other_state(checkpoint: Checkpoint, lanes: int) -> list[str]:
 
 
 def _damaged_random_states(checkpoint: Checkpoint) -> list[str]:
-    """The files of random states that are missing or cannot be restored; found out by restoring each."""
+    """Describe the files of random states that are missing or cannot be restored, by restoring each."""
     problems = []
     before = random_state_bytes()
     for rank in range(checkpoint.state["processes"]):

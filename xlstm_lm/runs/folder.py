@@ -1,4 +1,4 @@
-"""A run's folder: the one owner of the names in it, and of how its files are read and written."""
+"""The folder of a run: names, readers and writers of all its files."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ COMMON: Fields = {"split": str, "step": int}
 MEASURED: Fields = {"tokens": int}
 """Further fields of every line about training or validation."""
 NUMBERS = ("loss", "bits_per_byte", "perplexity", "elapsed_seconds", "tokens_per_second")
-"""Numbers that readers use where a line has them; null where they are not finite."""
+"""Optional numbers that readers use; null if not finite."""
 
 
 @dataclass(frozen=True)
 class MetricsSplit:
-    """The lines of metrics.jsonl, parted at a step."""
+    """Lines of metrics.jsonl, split at a step."""
 
     step: int
     kept: list[bytes]
@@ -50,15 +50,15 @@ class MetricsSplit:
     cut: list[bytes]
     """Later lines and damaged ones."""
     last_step: int
-    """Step of the latest sound line; 0 where there is none."""
+    """Step of the latest sound line; 0 without any."""
 
 
 class RunFolder:
-    """A run's folder, or, for its configuration, a checkpoint's.
+    """The folder of a run or, for reading its configuration, of a checkpoint.
 
-    Every method that reads raises ValueError where its file is damaged: empty, cut short, no UTF-8, or of another type.
-    The message names the file and the remedy. A last line of metrics.jsonl that was never finished is left out and is
-    no damage: a killed run leaves it.
+    Every method that reads raises ValueError if its file is damaged: empty, cut short, not UTF-8, or of another type.
+    The message names the file and the remedy. An unfinished last line of metrics.jsonl is ignored and does not count as
+    damage, because a killed run leaves one.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -76,16 +76,16 @@ class RunFolder:
 
     @classmethod
     def of_checkpoint(cls, folder: Path) -> RunFolder | None:
-        """The run that a checkpoint's folder lies in; None where it lies in none."""
+        """Return the run whose folder holds a checkpoint; None for a checkpoint outside of a run."""
         run_dir = run_of_checkpoint(folder)
         return None if run_dir is None else cls(run_dir)
 
     def checkpoints(self) -> dict[int, Path]:
-        """Folders of its checkpoints by step, newest first, damaged ones included."""
+        """Map steps to the folders of checkpoints, newest first, including damaged ones."""
         return checkpoint_folders(self.path)
 
     def config(self) -> dict[str, Any]:
-        """Sections in config.yaml, with at least that of the model."""
+        """Read the sections of config.yaml, which include `model`."""
         return read_config(self.config_path)
 
     def write_config(self, config_yaml: str) -> None:
@@ -93,7 +93,7 @@ class RunFolder:
         replace_durably(self.config_path, config_yaml.encode())
 
     def metrics(self) -> list[dict[str, Any]]:
-        """Records of metrics.jsonl, first to last; none where there is no such file."""
+        """Read the records of metrics.jsonl, first to last; empty without that file."""
         lines = [line for line in self._metric_lines() if not line.is_torn]
         for line in lines:
             if line.problem:
@@ -101,9 +101,9 @@ class RunFolder:
         return [line.value for line in lines]
 
     def split(self, step: int) -> MetricsSplit:
-        """Part the lines of metrics.jsonl at a step, without changing the file.
+        """Split the lines of metrics.jsonl at a step, without changing the file.
 
-        A damaged line behind the last that is kept is announced and cut.
+        A damaged line after the last line that is kept is announced and cut.
 
         Raises:
             ValueError: a line before the last that is kept is damaged.
@@ -124,7 +124,7 @@ class RunFolder:
         )
 
     def point_out_lost_metrics(self, split: MetricsSplit, checkpoint: Path) -> None:
-        """Warn where metrics.jsonl ends before the checkpoint at the split: each save syncs that file first."""
+        """Warn if metrics.jsonl ends before the checkpoint at the split, because each save flushes that file first."""
         log_every = RunFolder(checkpoint).config().get("training", {}).get("log_every")
         if isinstance(log_every, int) and split.last_step <= split.step - log_every:
             ends = f"ends at step {split.last_step}" if split.last_step else "has no line"
@@ -134,7 +134,7 @@ class RunFolder:
             )
 
     def last_validation(self) -> dict[str, Any] | None:
-        """Newest record of held-out documents; None where there is none."""
+        """Return the newest record of a validation; None without any."""
         return next((record for record in reversed(self.metrics()) if record["split"] == "validation"), None)
 
     def add_sample(self, step: int, prompt: str, text: str) -> None:
@@ -144,7 +144,7 @@ class RunFolder:
             file.write(json.dumps({"step": step, "prompt": prompt, "text": text}) + "\n")
 
     def environment(self) -> list[dict[str, Any]]:
-        """Sessions in environment.json, first to last; none where there is no such file."""
+        """Read the sessions in environment.json, first to last; empty without that file."""
         path = self._environment_path
         remedy = "Move it away: no run depends on it."
         if not path.is_file():
@@ -155,7 +155,7 @@ class RunFolder:
         return sessions
 
     def add_session(self, session: dict[str, Any]) -> None:
-        """Append a session to environment.json. A damaged file is kept under another name and a new one begun."""
+        """Append a session to environment.json. A damaged file is renamed and a new one begun."""
         path = self._environment_path
         try:
             sessions = self.environment()
@@ -168,14 +168,14 @@ class RunFolder:
         replace_durably(path, json.dumps({"sessions": [*sessions, session]}, indent=2).encode())
 
     def wandb_id(self) -> str | None:
-        """Id in wandb.json that the run has at Weights & Biases; None where none was drawn yet."""
+        """Read the run's id at Weights & Biases from wandb.json; None if it has none yet."""
         if not self._wandb_id_path.is_file():
             return None
         remedy = 'Write the run\'s id at Weights & Biases there, as {"id": ...}, or delete the file for a new one.'
         return read_json(self._wandb_id_path, {"id": str}, remedy)["id"]
 
     def write_wandb_id(self, wandb_id: str) -> None:
-        """Keep the id that the run has at Weights & Biases, in wandb.json."""
+        """Write the run's id at Weights & Biases to wandb.json."""
         replace_durably(self._wandb_id_path, json.dumps({"id": wandb_id}).encode())
 
     def _metric_lines(self) -> list[Line]:
@@ -191,7 +191,7 @@ class RunFolder:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """Read the config.yaml of a run or a checkpoint; an imported model's has the model's section alone.
+    """Read the config.yaml of a run or a checkpoint. That of an imported model has the section `model` alone.
 
     Raises:
         ValueError: the file is missing or damaged; names it.
@@ -213,7 +213,7 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def _checked(line: Line) -> Line:
-    """Mark a line of metrics.jsonl as damaged where it has another type than a number where readers use a number."""
+    """Mark a line of metrics.jsonl as damaged if a field that readers use as a number is not one."""
     record = line.value
     required = MEASURED if record.get("split") in ("train", "validation") else {}
     wrong = [name for name, types in required.items() if not isinstance(record.get(name, ""), types)]

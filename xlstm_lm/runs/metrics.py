@@ -1,4 +1,4 @@
-"""metrics.jsonl as a run writes it: one JSON object a line, each with split and step."""
+"""Writer of metrics.jsonl: one JSON object a line, each with split and step."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from xlstm_lm.runs.folder import MetricsSplit, RunFolder
 
 
 class MetricsFile:
-    """metrics.jsonl of a run at work. Its readers use `RunFolder.metrics`."""
+    """Writer of metrics.jsonl. Readers use `RunFolder.metrics`."""
 
     def __init__(self, folder: RunFolder) -> None:
         self.path, self.superseded = folder.metrics_path, folder.superseded_path
@@ -21,8 +21,7 @@ class MetricsFile:
     def cut(self, split: MetricsSplit) -> None:
         """Keep one part of a split, append the other to superseded.jsonl, and open the file for more.
 
-        A run that was killed trains the later steps again; one that goes on from an older checkpoint may take another
-        way.
+        A run that continues from the split trains the later steps again, and their metrics may differ.
         """
         with disk_errors_explained(self.path):
             if split.cut:
@@ -32,7 +31,7 @@ class MetricsFile:
             self.open()
 
     def open(self) -> None:
-        """Open the file to append, unbuffered: no half of a line is left over to fail at the end."""
+        """Open the file to append, unbuffered: a failed write is reported at once and not when the file is closed."""
         self._file = self.path.open("ab", buffering=0)
 
     def append(self, record: dict[str, Any]) -> None:
@@ -45,7 +44,7 @@ class MetricsFile:
             self._file.write(json.dumps(finite, allow_nan=False).encode() + b"\n")
 
     def sync(self) -> None:
-        """Write all lines through to the disk, so no checkpoint is newer than they are."""
+        """Flush all lines to the disk, before a checkpoint that relies on them."""
         with disk_errors_explained(self.path):
             os.fsync(self._file.fileno())
 

@@ -14,18 +14,18 @@ SPLITS: dict[str, dict[str, Any]] = {
     "train": {"linewidth": 1, "alpha": 0.7},
     "validation": {"marker": "o", "linewidth": 1.5},
 }
-"""The lines of the picture and their styles."""
+"""Style of the line of each split."""
 BEYOND = 1e30
-"""A loss from here on, of a run that diverges, leaves no axis that could be drawn."""
+"""Losses from here on, which diverging runs reach, are left out: no axis could show them."""
 
 
 def draw_learning_curve(records: list[dict[str, Any]], path: Path, title: str) -> None:
-    """Draw bits per byte, or the loss where the tokens are no text, over tokens.
+    """Draw bits per byte over tokens, or the loss if the tokens stand for no text.
 
     Args:
-        records: those of metrics.jsonl.
-        path: the picture to write.
-        title: its title.
+        records: Records of metrics.jsonl.
+        path: File to write.
+        title: Title of the picture.
     """
     records = [record for record in records if record["split"] in SPLITS]
     is_text = any(record.get("bits_per_byte") is not None for record in records)

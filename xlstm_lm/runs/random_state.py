@@ -1,4 +1,4 @@
-"""The states of every random number generator of a process, as bytes."""
+"""States of all random number generators of a process, as bytes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 
 def random_state_bytes() -> bytes:
-    """The states of torch's (CPU and GPU), numpy's and Python's generators, as `torch.save` writes them."""
+    """Save the states of torch's (CPU and GPU), numpy's and Python's generators with `torch.save`."""
     name, keys, position, has_gauss, cached = np.random.get_state()
     version, internal, gauss_next = random.getstate()
     states = {
@@ -25,7 +25,7 @@ def random_state_bytes() -> bytes:
 
 
 def restore_random_state(content: bytes) -> None:
-    """Put all generators back to what `random_state_bytes` gave."""
+    """Restore all generators from the result of `random_state_bytes`."""
     states = torch.load(io.BytesIO(content), weights_only=True)
     torch.set_rng_state(states["torch"])
     if states["cuda"] is not None and torch.cuda.is_available():

@@ -1,4 +1,4 @@
-"""Record of each session of a run: when it began, from which step, and on what machine."""
+"""Record of each session of a run: its start, first step, command and machine."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ def record_session(run_dir: Path, world: World, step: int, kernels: dict[str, st
     """Add this session to the environment.json of a run. For rank 0.
 
     Args:
-        run_dir: the run's folder.
-        world: the processes of the session.
-        step: the step that it starts from.
-        kernels: the backend of each operation.
+        run_dir: Folder of the run.
+        world: Processes of the session.
+        step: Step from which the session starts.
+        kernels: Backend of each operation.
     """
     RunFolder(run_dir).add_session(
         {

@@ -1,4 +1,4 @@
-"""How long a run lasts, where it writes, and how often it reports."""
+"""Length of a run, its folder, and how often it reports."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ class TrainingConfig:
     checkpoint_every: Count = 1000
     """Steps between two checkpoints; the last step is always saved."""
     keep_checkpoints: Count = 3
-    """Newest checkpoints that are kept."""
+    """Number of newest checkpoints that are kept."""
     validate_every: CountOrZero = 1000
     """Steps between two validations; 0 validates after the last step only."""
     gate_statistics_every: CountOrZero = 100
     """Steps between two measurements of the gates (an extra forward pass of one micro batch each); 0 for none."""
     micro_batch_size: Size | None = None
-    """Rows of one forward and backward pass on one device; null takes all rows of the device in one pass."""
+    """Rows of one forward and backward pass on one device; null for all rows of the device at once."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """bf16 with float32 master weights, or fp32; auto takes bf16 where the device computes it natively."""
+    """bf16 with float32 master weights, or fp32; auto means bf16 if the device computes it natively."""
     activation_checkpointing: bool = False
     """Whether each block's activations are recomputed in the backward pass instead of kept."""
     z_loss: NonNegative = 0.0
@@ -45,16 +45,16 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         check_fields(self, "training.")
         if not self.run_dir.strip(" "):
-            raise ValueError("training.run_dir is empty; give the folder that the run shall write to.")
+            raise ValueError("training.run_dir is empty; give the folder that the run writes to.")
 
     @property
     def folder(self) -> Path:
-        """run_dir as an absolute path, which the current folder does not matter to."""
+        """run_dir as an absolute path, independent of the current folder."""
         return user_path(self.run_dir).absolute()
 
 
 def split_batch(global_batch_size: int, world_size: int, micro_batch_size: int | None) -> tuple[int, int]:
-    """Rows of a micro batch and micro batches a step, for each rank.
+    """Return the rows of a micro batch and the micro batches of a step, for each rank.
 
     Raises:
         ValueError: the batch does not divide by the ranks, or a rank's rows by the micro batch.

@@ -13,9 +13,7 @@ from typing_extensions import TypedDict
 from xlstm_lm.base.fields import Count, CountOrZero, Positive, Range, refuse_bool
 
 _FORBID = {"extra": "forbid", "use_attribute_docstrings": True}
-_ANOTHER_LAYOUT = (
-    "checkpoints here hold weights and moments that are whole or divided by all processes, in no other layout"
-)
+_ANOTHER_LAYOUT = "checkpoints here hold weights and optimizer state either whole or divided over all processes"
 _NO_NVME = "checkpoints here are read from and written to device cpu only"
 _OTHER_NUMBERS = "it changes what is computed"
 
@@ -38,12 +36,12 @@ REFUSED = {
     "checkpoint": "use training.checkpoint_every",
     "load_universal_checkpoint": "use training.resume, which reads checkpoints of any ZeRO stage",
     "steps_per_print": "use training.log_every",
-    "gradient_allreduce_op": "the loss is normalised by the tokens of the whole batch",
-    "zero_force_ds_cpu_optimizer": "AdamW here steps tensors on CPUs as well",
-    "elasticity": "use data.global_batch_size: a run goes on with any number of processes that divides it",
-    "sequence_parallel_size": "rows are not divided over processes, and gradients would be scaled wrongly",
+    "gradient_allreduce_op": "the loss is normalized by the target tokens of the whole batch",
+    "zero_force_ds_cpu_optimizer": "the optimizers of xlstm-lm update CPU tensors as well",
+    "elasticity": "use data.global_batch_size: a run continues with any number of processes that divides it",
+    "sequence_parallel_size": "rows are not divided over processes, and DeepSpeed would scale gradients wrongly",
     "seq_parallel_communication_data_type": "rows are not divided over processes",
-    "autotuning": "it is a program that starts runs, no part of one",
+    "autotuning": "it starts runs of its own and cannot be part of one",
     "aio": _NO_NVME,
     "tensor_parallel": _ANOTHER_LAYOUT,
     "autotp": _ANOTHER_LAYOUT,
@@ -54,11 +52,11 @@ REFUSED = {
     "quantize_training": _OTHER_NUMBERS,
     "weight_quantization": _OTHER_NUMBERS,
     "progressive_layer_drop": _OTHER_NUMBERS,
-    "curriculum_learning": "the order of the data is that of section data",
-    "data_efficiency": "the order of the data is that of section data",
+    "curriculum_learning": "the section data determines the order of the data",
+    "data_efficiency": "the section data determines the order of the data",
     "sparse_attention": _OTHER_NUMBERS,
-    "sparse_gradients": "embeddings here have dense gradients",
-    "hybrid_engine": "it is for generating within training",
+    "sparse_gradients": "embeddings of xlstm-lm have dense gradients",
+    "hybrid_engine": "it serves generation during training, which xlstm-lm does not do",
     "compile": "kernels are chosen and checked by xlstm-lm",
     "zero_optimization.mics_shard_size": _ANOTHER_LAYOUT,
     "zero_optimization.mics_hierarchical_params_gather": _ANOTHER_LAYOUT,
@@ -67,13 +65,13 @@ REFUSED = {
     "zero_optimization.zero_quantized_nontrainable_weights": _OTHER_NUMBERS,
     "zero_optimization.zero_quantized_gradients": _OTHER_NUMBERS,
     "zero_optimization.zenflow": "it changes when weights are updated",
-    "zero_optimization.elastic_checkpoint": "checkpoints here are read at any ZeRO stage",
-    "zero_optimization.load_from_fp32_weights": "checkpoints here are read at any ZeRO stage",
+    "zero_optimization.elastic_checkpoint": "xlstm-lm reads its checkpoints at any ZeRO stage",
+    "zero_optimization.load_from_fp32_weights": "xlstm-lm reads its checkpoints at any ZeRO stage",
     "zero_optimization.cpu_offload": "use zero_optimization.offload_optimizer",
     "zero_optimization.cpu_offload_params": "use zero_optimization.offload_param",
     "zero_optimization.cpu_offload_use_pin_memory": "use pin_memory of offload_optimizer and offload_param",
     "zero_optimization.offload_optimizer.nvme_path": _NO_NVME,
-    "zero_optimization.offload_optimizer.super_offload": "checkpoints here cannot reach moments that it holds",
+    "zero_optimization.offload_optimizer.super_offload": "xlstm-lm cannot save the optimizer state that it holds",
     "zero_optimization.offload_param.nvme_path": _NO_NVME,
 }
 """DeepSpeed's keys that a recipe must not set, with the reason or the field to use instead."""
@@ -107,7 +105,7 @@ class Offload(TypedDict, total=False):
     pin_memory: StrictBool
     """Whether the memory is page-locked."""
     buffer_count: Count
-    """Buffers of offloading."""
+    """Number of buffers for offloading."""
 
 
 class OffloadOptimizer(Offload, total=False):
@@ -116,9 +114,9 @@ class OffloadOptimizer(Offload, total=False):
     __pydantic_config__ = _FORBID
 
     ratio: Literal[1]
-    """Part of them that is offloaded."""
+    """Offloaded part of them."""
     fast_init: StrictBool
-    """Whether they are set up faster."""
+    """Whether DeepSpeed uses its faster initialization."""
     pipeline_read: StrictBool
     """Whether reads overlap with computation."""
     pipeline_write: StrictBool
@@ -131,18 +129,18 @@ class OffloadParam(Offload, total=False):
     __pydantic_config__ = _FORBID
 
     buffer_size: Count
-    """Elements of a buffer."""
+    """Number of elements of a buffer."""
     max_in_cpu: CountOrZero
     """Elements kept in the host's memory."""
 
 
 class ZeroOptimization(TypedDict, total=False):
-    """How moments, gradients and weights are shared out over the processes."""
+    """Division of optimizer state, gradients and weights over the processes."""
 
     __pydantic_config__ = _FORBID
 
     stage: Annotated[Literal[0, 1, 2, 3], BeforeValidator(refuse_bool)]
-    """Nothing, moments, moments and gradients, or all three."""
+    """ZeRO stage. 1 divides optimizer state, 2 gradients as well, 3 weights as well; 0 divides nothing."""
     contiguous_gradients: StrictBool
     """Whether gradients are copied to one buffer."""
     reduce_scatter: StrictBool
@@ -160,9 +158,9 @@ class ZeroOptimization(TypedDict, total=False):
     stage3_allgather_sequential: StrictBool
     """Whether weights are collected one after the other."""
     overlap_comm: StrictBool
-    """Whether gradients are reduced while the backward pass goes on."""
+    """Whether gradients are reduced during the backward pass."""
     round_robin_gradients: StrictBool
-    """Whether the ranks' shares of gradients are dealt in turn."""
+    """Whether gradients are assigned to the ranks in turn."""
     offload_optimizer: OffloadOptimizer | None
     """Master weights and moments in the host's memory."""
     offload_param: OffloadParam | None
@@ -174,21 +172,21 @@ class ZeroOptimization(TypedDict, total=False):
     stage3_prefetch_bucket_size: CountOrZero
     """Elements of weights fetched ahead, at stage 3."""
     param_persistence_threshold: CountOrZero
-    """Weights with fewer elements are not shared out, at stage 3."""
+    """Weights with fewer elements are not divided, at stage 3."""
     stage3_param_persistence_threshold: CountOrZero
-    """Weights with fewer elements are not shared out, at stage 3."""
+    """Weights with fewer elements are not divided, at stage 3."""
     model_persistence_threshold: CountOrZero
-    """Elements in all that are not shared out, at most, at stage 3."""
+    """Largest number of elements that are not divided, at stage 3."""
     stage3_model_persistence_threshold: CountOrZero
-    """Elements in all that are not shared out, at most, at stage 3."""
+    """Largest number of elements that are not divided, at stage 3."""
     max_live_parameters: CountOrZero
     """Elements of weights on a device at a time, at stage 3."""
     stage3_max_live_parameters: CountOrZero
     """Elements of weights on a device at a time, at stage 3."""
     max_reuse_distance: CountOrZero
-    """Weights used again within so many elements are kept, at stage 3."""
+    """Weights that are used again within this many elements are kept, at stage 3."""
     stage3_max_reuse_distance: CountOrZero
-    """Weights used again within so many elements are kept, at stage 3."""
+    """Weights that are used again within this many elements are kept, at stage 3."""
     module_granularity_threshold: CountOrZero
     """Modules with fewer elements are fetched whole, at stage 3."""
     stage3_module_granularity_threshold: CountOrZero
@@ -204,15 +202,15 @@ class ZeroOptimization(TypedDict, total=False):
     ignore_unused_parameters: StrictBool
     """Whether parameters without a gradient are accepted."""
     memory_efficient_linear: StrictBool
-    """Whether linear layers recompute what they would keep, at stage 3."""
+    """Whether linear layers recompute activations instead of keeping them, at stage 3."""
     log_trace_cache_warnings: StrictBool
     """Whether a change in the order of modules is logged, at stage 3."""
     enable_sanity_checks: StrictBool
-    """Whether DeepSpeed checks itself."""
+    """Whether DeepSpeed runs its own consistency checks."""
 
 
 class DataTypes(TypedDict, total=False):
-    """Types of numbers."""
+    """Data types."""
 
     __pydantic_config__ = _FORBID
 
@@ -226,7 +224,7 @@ class FlopsProfiler(TypedDict, total=False):
     __pydantic_config__ = _FORBID
 
     enabled: StrictBool
-    """Whether it is made."""
+    """Whether the profile is made."""
     recompute_fwd_factor: Positive
     """Forward passes counted for activation checkpointing."""
     profile_step: Count
@@ -247,11 +245,11 @@ class CommsLogger(TypedDict, total=False):
     __pydantic_config__ = _FORBID
 
     enabled: StrictBool
-    """Whether it is kept."""
+    """Whether the log is written."""
     prof_all: StrictBool
-    """Whether all operations are in it."""
+    """Whether all operations are logged."""
     prof_ops: list[str]
-    """The operations that are in it."""
+    """Names of the operations that are logged."""
     verbose: StrictBool
     """Whether each operation is printed."""
     debug: StrictBool
@@ -264,7 +262,7 @@ class Monitor(TypedDict, total=False):
     __pydantic_config__ = _FORBID
 
     enabled: StrictBool
-    """Whether it is kept."""
+    """Whether the log is written."""
     output_path: str
     """Folder to write to."""
     job_name: str
@@ -272,7 +270,7 @@ class Monitor(TypedDict, total=False):
 
 
 class DeepSpeedSection(TypedDict, total=False):
-    """Part of DeepSpeed's JSON."""
+    """Accepted part of DeepSpeed's JSON."""
 
     __pydantic_config__ = _FORBID
 
@@ -281,11 +279,11 @@ class DeepSpeedSection(TypedDict, total=False):
     communication_data_type: Literal["fp32", "fp16", "bf16"] | None
     """Type of gradients that are summed over processes."""
     data_types: DataTypes
-    """Types of numbers."""
+    """Data types."""
     prescale_gradients: StrictBool
     """Whether gradients are divided before they are summed."""
     gradient_predivide_factor: Positive
-    """By which gradients are divided before they are summed."""
+    """Divisor of gradients before they are summed."""
     zero_allow_untested_optimizer: StrictBool
     """Whether DeepSpeed accepts optimizers other than its own."""
     disable_allgather: StrictBool

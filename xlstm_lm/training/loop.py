@@ -63,7 +63,7 @@ def train(run: RunConfig, data: TrainingData | None = None) -> Path:
     stop_request = StopRequest()
     with memory_errors_explained(run), contextlib.ExitStack() as resources, lost_processes_explained(world):
         trainer = Trainer(run, world, stop_request, resources, data)
-        with stop_request:  # earlier there is nothing to save, and Ctrl-C and SIGTERM end the run at once
+        with stop_request:  # before, nothing can be saved: Ctrl-C and SIGTERM end the run at once
             stopped = trainer.run_steps()
     if world.is_first:
         folder = RunFolder(trainer.run_dir)

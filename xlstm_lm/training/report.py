@@ -1,4 +1,4 @@
-"""Turns a step into one record, and hands it to metrics.jsonl, wandb and the line of progress."""
+"""Reports of a run: a record of each logged step for metrics.jsonl, wandb and the line of progress."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from xlstm_lm.training.wandb_run import WandbConfig, WandbRun
 
 
 class Report:
-    """Everything that a run tells. Records are written by rank 0 only, but reported by all ranks."""
+    """Reports of a run. All ranks report; rank 0 writes."""
 
     def __init__(
         self,
@@ -32,9 +32,18 @@ class Report:
         state: dict[str, Any],
         split: MetricsSplit | None,
     ) -> None:
-        """Continue from `state` (as in a checkpoint: step, tokens, elapsed_seconds).
+        """Open the files of the run and continue its counters.
 
-        `split` parts the metrics there are at that step, on rank 0; the later ones are set aside. None on other ranks.
+        Args:
+            run_dir: Folder of the run.
+            config: The whole configuration, as nested mappings, for wandb.
+            wandb: Section wandb of the recipe.
+            world: All processes of the run.
+            steps: Steps of the whole run.
+            flops_per_token: Operations of a training step for each token.
+            state: Counters to continue from, as in a checkpoint: step, tokens, elapsed_seconds.
+            split: On rank 0, the metrics of earlier sessions, split at that step: later ones are set aside. None on
+                other ranks.
         """
         self.world = world
         self.clock = Clock(state["elapsed_seconds"])
@@ -59,11 +68,11 @@ class Report:
 
     @property
     def tokens(self) -> int:
-        """Target tokens trained on; waits for the device."""
+        """Number of target tokens trained on. Waits for the device."""
         return int(self._tokens)
 
     def count(self, step_tokens: torch.Tensor) -> None:
-        """A step has been made with so many target tokens over all ranks."""
+        """Count a step with this many target tokens over all ranks."""
         self._tokens += step_tokens
         self.progress.advance()
 
@@ -78,11 +87,11 @@ class Report:
         """Report a step. Collective; waits for the device.
 
         Args:
-            step: number of steps made, this one included.
-            result: from the engine.
-            counts: begins with the step's target tokens and their bytes, over all ranks.
-            learning_rate: of the step.
-            measured: further metrics by name, as scalars.
+            step: Number of steps made, including this one.
+            result: Outcome of the step.
+            counts: Target tokens of the step and their bytes over all ranks; further entries are ignored.
+            learning_rate: Rate of the step.
+            measured: Further metrics by name, as scalars.
         """
         nats = float(self.world.sum_(result.loss_sum.double()))
         if not self.world.is_first:
@@ -114,7 +123,14 @@ class Report:
         self.progress.show(record["loss"], record["bits_per_byte"], tokens_per_second)
 
     def validation(self, step: int, nats: float, tokens: int, size: int) -> None:
-        """Report the loss of `tokens` held-out tokens that stand for `size` bytes of text."""
+        """Report a validation.
+
+        Args:
+            step: Number of steps made.
+            nats: Sum of the losses of all held-out tokens.
+            tokens: Number of those tokens.
+            size: Bytes of the text that they stand for; 0 if they stand for no text.
+        """
         if not self.world.is_first:
             return
         record = {
@@ -133,11 +149,12 @@ class Report:
         )
 
     def sync(self) -> None:
-        """Make sure that what was reported is on the disk."""
+        """Flush all records to the disk."""
         if self.world.is_first:
             self._metrics.sync()
 
     def close(self) -> None:
+        """Close files and the wandb run."""
         self._resources.close()
 
     def _write(self, record: dict[str, Any]) -> None:
@@ -146,5 +163,5 @@ class Report:
 
 
 def bits_per_byte(nats: float, size: int) -> float | None:
-    """A loss in nats over `size` bytes of text; None where the targets stand for no text."""
+    """Convert a loss in nats over `size` bytes of text; None for 0 bytes, when the tokens stand for no text."""
     return nats / math.log(2) / size if size else None

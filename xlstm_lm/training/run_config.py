@@ -1,4 +1,4 @@
-"""Everything a run is told: the sections of a recipe, checked strictly, each field also a flag."""
+"""Configuration of a run: the sections of a recipe, checked strictly, and a flag for each field."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ logger = logging.getLogger("xlstm_lm")
 
 
 def _one_of(classes: Mapping[str, type], tag: str, default: str) -> Any:
-    """Type of a section that is one of several classes: its field `tag`, or `default`, names which."""
+    """Type of a section that is one of several classes, chosen by its field `tag` or else by `default`."""
 
     def name_of(section: Any) -> str | None:
         if isinstance(section, dict):
@@ -67,15 +67,15 @@ class RunConfig:
     model: _MODEL
     """The model."""
     data: DataConfig
-    """Where tokens come from."""
+    """Sources of documents, tokenizer, and rows."""
     training: TrainingConfig = field(default_factory=TrainingConfig)
-    """The run: how long, where, what is saved and logged."""
+    """Length and folder of the run, saving and logging."""
     optimizer: _OPTIMIZER = field(default_factory=AdamWConfig)
     """Update rule of the weights."""
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     """Learning rate over the steps."""
     safeguards: SafeguardsConfig = field(default_factory=SafeguardsConfig)
-    """What happens when the numbers go wrong."""
+    """Steps whose loss or gradient is not finite."""
     wandb: WandbConfig = field(default_factory=WandbConfig)
     """Weights & Biases."""
     deepspeed: CheckedSection = field(default_factory=dict)
@@ -87,7 +87,7 @@ _RUN = TypeAdapter(RunConfig)
 
 @dataclass(frozen=True)
 class Field:
-    """One field of RunConfig as the command line sees it."""
+    """Description of one field of RunConfig for the command line."""
 
     name: str
     type_name: str
@@ -96,7 +96,7 @@ class Field:
     takes_text: bool
     """Whether its values are text."""
     takes_null: bool
-    """Whether it may also be null."""
+    """Whether null is allowed as well."""
     tag: str = ""
     """Field that names the section's class, such as model.family; empty in a section of one class."""
     alternatives: tuple[str, ...] = ()
@@ -104,7 +104,7 @@ class Field:
 
 
 def fields() -> list[Field]:
-    """Every field of a run, sections taken apart, in order."""
+    """Every field of a run in order, those of sections one by one."""
     schema = _RUN.json_schema()
 
     def definition(node: dict[str, Any]) -> dict[str, Any]:
@@ -145,7 +145,7 @@ def _tag_of(node: dict[str, Any]) -> tuple[str, tuple[str, ...]]:
 
 
 def _join(alternatives: list[list[Field]]) -> list[Field]:
-    """The fields of all alternatives of a section, each once; descriptions and defaults name those that differ."""
+    """Join the fields of all alternatives of a section; descriptions and defaults name the alternatives that differ."""
     by_name: dict[str, list[Field]] = {}
     for each in (each for alternative in alternatives for each in alternative):
         by_name.setdefault(each.name, []).append(each)
@@ -224,7 +224,7 @@ def add_field_flags(parser: argparse.ArgumentParser) -> None:
 
 
 class _Once(argparse.Action):
-    """Stores a flag's value; a flag that is there twice is a mistake, as a key of a recipe is."""
+    """Action that stores a flag's value and refuses a flag given twice, like a repeated key of a recipe."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
         if hasattr(namespace, self.dest):
@@ -233,7 +233,7 @@ class _Once(argparse.Action):
 
 
 def _reader(field_: Field) -> Callable[[str], Any]:
-    """How a field's flag is read: text as it is, null where that is allowed, anything else as YAML."""
+    """Return the parser of a flag's value: text as it is, null where that is allowed, anything else as YAML."""
 
     def read(text: str) -> Any:
         if field_.takes_text:
@@ -247,7 +247,7 @@ def _reader(field_: Field) -> Callable[[str], Any]:
 
 
 def load_run_config(paths: list[str | Path], overrides: dict[str, Any] | None = None) -> RunConfig:
-    """The run that recipes describe, later ones winning, with `overrides` (`{"training.steps": 200}`) on top.
+    """Read the run that recipes describe. Later recipes win, and `overrides` (`{"training.steps": 200}`) over all.
 
     Raises:
         ValueError: a recipe cannot be read, or a key or a value is not allowed; the message names the file or flag, the
@@ -286,7 +286,7 @@ def _point_at_the_run_of_its_recipe(run: RunConfig, origin: str | None) -> None:
 
 
 def check_run_config(values: dict[str, Any], origins: dict[str, str]) -> RunConfig:
-    """The run that the sections in `values` describe; `origins` says for messages where a dotted key was set.
+    """Check sections and return the run they describe. `origins` names the file or flag of each dotted key.
 
     Raises:
         ValueError: a key or a value is not allowed, as in `load_run_config`.
@@ -332,12 +332,12 @@ def _texts(value: Any) -> Iterator[str]:
 
 
 def as_recipe(run: RunConfig) -> str:
-    """The resolved run as the text of a recipe, which `load_run_config` reads back to an equal one."""
+    """Write the resolved run as a recipe, which `load_run_config` reads back to an equal run."""
     return to_yaml(as_dict(run))
 
 
 def as_dict(run: RunConfig) -> dict[str, Any]:
-    """The run as nested mappings of plain values, as JSON and YAML hold them."""
+    """Convert the run to nested mappings of plain values, as in JSON and YAML."""
     return _RUN.dump_python(run, mode="json")
 
 

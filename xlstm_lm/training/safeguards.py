@@ -23,7 +23,7 @@ NOT_FINITE = (
 
 @dataclass(kw_only=True)
 class SafeguardsConfig:
-    """Steps that go wrong."""
+    """Steps whose loss or gradient is not finite."""
 
     max_skipped_steps: CountOrZero = 10
     """Steps in a row that may be skipped for a loss or gradient that is not finite; one more stops the run."""
@@ -36,7 +36,7 @@ class SkipCounter:
     """Counts the steps that changed nothing because a loss or gradient was not finite."""
 
     def __init__(self, config: SafeguardsConfig, total: int = 0, in_a_row: int = 0) -> None:
-        """`total` and `in_a_row` have been counted before."""
+        """Continue from the counts of earlier sessions."""
         self.config, self.total, self.in_a_row = config, total, in_a_row
 
     def observe(
@@ -76,9 +76,10 @@ class SkipCounter:
 
 
 class StopRequest:
-    """SIGTERM or Ctrl-C: noted, and acted on when the running step is saved. A second one acts at once.
+    """Handler of SIGTERM and Ctrl-C, which end the run once the current step is saved. A second signal ends it at once.
 
-    What comes within a second of the first is the same request: launchers pass on what the terminal has sent already.
+    Signals within a second of the first count as the same request, because launchers forward signals that the terminal
+    has already sent to every process.
     """
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT)

@@ -1,4 +1,4 @@
-"""The learning rate as a function of the step, and of nothing else."""
+"""The learning rate, a function of the step alone."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def _not_one(length: Any) -> Any:
 
 
 Length = Annotated[CountOrZero | Share, BeforeValidator(_not_one)]
-"""Steps, or below 1 a share of the run's steps."""
+"""Length in steps or, below 1, as a share of the run's steps."""
 
 
 @dataclass(kw_only=True)
@@ -46,9 +46,9 @@ class ScheduleConfig:
             )
 
     def lengths(self, steps: int) -> tuple[int, int]:
-        """Steps of the warm-up and of the cool-down in a run of `steps`.
+        """Return the steps of the warm-up and of the cool-down in a run of `steps`.
 
-        A share is rounded to whole steps. When a run goes on with another number of steps, shares follow it.
+        A share is rounded to whole steps. If a run continues with another number of steps, shares refer to that one.
         """
         warmup, cooldown = in_steps(self.warmup, steps), in_steps(self.cooldown, steps)
         if isinstance(self.warmup, float) and isinstance(self.cooldown, float) and self.warmup + self.cooldown <= 1:
@@ -56,7 +56,7 @@ class ScheduleConfig:
         return warmup, cooldown
 
     def check_steps(self, steps: int) -> None:
-        """Raise ValueError where warm-up and cool-down do not fit in a run of `steps`."""
+        """Raise ValueError if warm-up and cool-down do not fit in a run of `steps`."""
         if sum(self.lengths(steps)) <= steps:
             return
         lengths = [
@@ -72,10 +72,10 @@ class ScheduleConfig:
 
 
 def learning_rate_ratio(config: ScheduleConfig, step: int, steps: int) -> float:
-    """Learning rate of step `step` (from 0) in a run of `steps`, over the peak.
+    """Compute the learning rate of step `step`, counted from 0, in a run of `steps`, relative to the peak.
 
     The warm-up's last step has the full rate: step s of w has (s + 1) / w. The middle part reaches its final ratio at
-    its last step. The cool-down falls linearly from there and would reach 0 one step behind the last.
+    its last step. The cool-down falls linearly from there and would reach 0 one step after the last.
     """
     warmup, cooldown = config.lengths(steps)
     if step < warmup:

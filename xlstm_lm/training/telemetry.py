@@ -1,4 +1,4 @@
-"""Speed, memory, and the line of progress of a run at work."""
+"""Speed, memory, and the line of progress of a run."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from xlstm_lm.ops.gpu import gpu_of
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """Operations a second that the device can do at most in bf16; None where it is not known."""
+    """Peak bf16 operations of the device in a second; None for unknown devices."""
     gpu = gpu_of(device)
     return gpu.bf16_flops if gpu else None
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """The most memory held so far: of tensors on a GPU, of the whole process on a CPU."""
+    """Peak memory in bytes: tensors on a GPU, the whole process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 class Clock:
-    """Seconds of the whole run over all its sessions, and tokens a second since the last look, pauses left out."""
+    """Clock of a run: seconds over all its sessions, and seconds of training between two logged steps."""
 
     def __init__(self, elapsed_before: float) -> None:
         self._start = time.perf_counter() - elapsed_before
@@ -37,24 +37,25 @@ class Clock:
 
     @property
     def elapsed(self) -> float:
+        """Seconds of the whole run over all its sessions, including pauses."""
         return time.perf_counter() - self._start
 
     def restart_window(self) -> float:
-        """Seconds since the last call, without pauses."""
+        """Return the seconds since the last call, without pauses."""
         now = time.perf_counter()
         seconds, self._window_start = now - self._window_start, now
         return seconds
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Time that is not training: validation, saving."""
+        """Leave the time of the block, such as validation or saving, out of the window."""
         before = time.perf_counter()
         yield
         self._window_start += time.perf_counter() - before
 
 
 class Progress:
-    """One line of progress: a bar on a terminal, a line each logged step elsewhere."""
+    """Progress of the run: a bar on a terminal, elsewhere a line for each logged step."""
 
     def __init__(self, steps: int, done: int, enabled: bool) -> None:
         self._steps, self._first, self._step = steps, done, done
@@ -68,13 +69,13 @@ class Progress:
             )
 
     def advance(self) -> None:
-        """One step is done; nothing is read from the device."""
+        """Count a step. Does not wait for the device."""
         self._step += 1
         if self._bar:
             self._bar.update()
 
     def show(self, loss: float, bits_per_byte: float | None, tokens_per_second: float) -> None:
-        """The numbers of a logged step."""
+        """Show the numbers of a logged step."""
         if not self._enabled:
             return
         bits = "" if bits_per_byte is None else f"  bits/byte {bits_per_byte:.4f}"
@@ -87,10 +88,11 @@ class Progress:
         self.say(f"step {self._step}/{self._steps}  {numbers}  ETA {left // 3600}:{left // 60 % 60:02}:{left % 60:02}")
 
     def say(self, text: str) -> None:
-        """A line of its own, above the bar."""
+        """Print a line, above the bar on a terminal."""
         if self._enabled:
             console.write(text)
 
     def close(self) -> None:
+        """Close the bar, if there is one."""
         if self._bar:
             self._bar.close()

@@ -13,13 +13,13 @@ from xlstm_lm.training.engine import MicroBatch, TrainingEngine
 
 
 def split_rows(batch: Batch, rows: int, device: torch.device) -> list[MicroBatch]:
-    """A batch in parts of `rows` rows, on the device; the resets on the host, where attention needs them."""
+    """Split a batch into parts of `rows` rows, on the device. Resets stay on the host, where attention needs them."""
     tensors = (tensor.to(device, non_blocking=True) for tensor in (batch.tokens_BT, batch.targets_BT))
     return list(zip(*(tensor.split(rows) for tensor in (*tensors, batch.resets_BT)), strict=True))
 
 
 def count_targets(batch: Batch, bytes_per_token: Tensor) -> Tensor:
-    """The number of target tokens of a batch and of the bytes they stand for: int64 (2,), on the host."""
+    """Count the target tokens of a batch and the bytes that they stand for: int64 (2,), on the host."""
     targets = batch.targets_BT[batch.targets_BT >= 0]
     return torch.stack((torch.tensor(targets.numel()), bytes_per_token[targets].sum()))
 
@@ -27,7 +27,7 @@ def count_targets(batch: Batch, bytes_per_token: Tensor) -> Tensor:
 def evaluate(
     engine: TrainingEngine, batches: Iterator[Batch], *, world: World, bytes_per_token: Tensor
 ) -> tuple[float, int, int]:
-    """Nats, target tokens and their bytes of every rank's `batches` together. Collective: each rank has as many."""
+    """Sum nats, target tokens and their bytes over every rank's `batches`. Collective: all ranks have equally many."""
     totals = torch.zeros(3, dtype=torch.float64, device=world.device)
     for batch in batches:
         for micro_batch in split_rows(batch, len(batch.tokens_BT), world.device):

@@ -1,4 +1,4 @@
-"""The same numbers to Weights & Biases."""
+"""A run's record at Weights & Biases."""
 
 from __future__ import annotations
 
@@ -36,22 +36,25 @@ class WandbConfig:
     tags: list[str] = field(default_factory=list)
     """Tags."""
     id: str | None = None
-    """Id of the run; null for one that is drawn once and kept in run_dir/wandb.json."""
+    """Id of the run; null for a random one, which is kept in run_dir/wandb.json."""
 
 
 class WandbRun:
-    """Logs records of metrics.jsonl. Continues the same wandb run when the training run is continued."""
+    """Logger of the records of metrics.jsonl. A continued training run continues the same wandb run."""
 
     def __init__(self, config: WandbConfig, run_dir: Path, run_config: dict[str, Any]) -> None:
-        """`run_config` is the whole configuration, as nested mappings.
+        """Start or continue the wandb run, offline with a warning if the server cannot be reached.
 
-        Online without network becomes offline, with a warning: a run does not wait for a log.
+        Args:
+            config: Section wandb of the recipe.
+            run_dir: Folder of the training run.
+            run_config: The whole configuration, as nested mappings.
         """
         self._run: Any = None
         self._best: float | None = None
         if config.mode == "disabled":
             return
-        import wandb  # a second of start-up that a run without it should not pay
+        import wandb  # takes a second
 
         settings = wandb.Settings(init_timeout=INIT_SECONDS, console="off", silent=True)
         mode = config.mode
@@ -83,17 +86,18 @@ class WandbRun:
                 raise
             logger.warning("wandb: %s Logging offline instead.", error)
             self._run = wandb.init(mode="offline", **arguments)
-        # Offline, and after a kill, wandb's own step counter knows nothing of ours.
+        # wandb's own step counter starts at 0 offline and after a kill.
         self._run.define_metric("step")
         for split in ("train", "validation"):
             self._run.define_metric(f"{split}/*", step_metric="step")
 
     @property
     def active(self) -> bool:
+        """Whether records are logged."""
         return self._run is not None
 
     def log(self, record: dict[str, Any]) -> None:
-        """One record: {"split": "train", "step": 10, "loss": 2.5} becomes train/loss at step 10."""
+        """Log one record: {"split": "train", "step": 10, "loss": 2.5} becomes train/loss at step 10."""
         if not self._run:
             return
         split = record["split"]
@@ -106,12 +110,13 @@ class WandbRun:
             self._run.summary.update({"validation/final_loss": loss, "validation/best_loss": self._best})
 
     def close(self) -> None:
+        """Finish the wandb run, if there is one."""
         if self._run:
             self._run.finish()
 
 
 def _kept_id(run_dir: Path) -> str:
-    """The id of the run in this folder, drawn at first use: wandb itself remembers none when offline."""
+    """Id of the run in this folder, drawn at first use, because wandb does not keep one offline."""
     folder = RunFolder(run_dir)
     kept = folder.wandb_id()
     if kept is None:

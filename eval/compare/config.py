@@ -118,7 +118,7 @@ class CompareConfig:
     question: str
     """The question of the comparison, for the report's first lines."""
     data: str
-    """The training and test documents in a sentence, with licence or source."""
+    """The training and test documents in a sentence, with license or source."""
     models: dict[str, ArchitectureConfig]
     """The architectures by a short key."""
     learning_rates: list[Positive]

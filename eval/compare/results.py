@@ -148,7 +148,7 @@ class Results:
     question: str
     """The question of the comparison, for the report's first lines."""
     data: str
-    """The training and test documents in a sentence, with licence or source."""
+    """The training and test documents in a sentence, with license or source."""
     context_length: int
     config: str
     """The comparison's configuration, as YAML."""

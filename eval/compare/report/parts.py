@@ -75,7 +75,7 @@ class Section:
 
 
 def name_cell(model: ModelResult) -> Cell:
-    """A model's label with its colour."""
+    """A model's label with its color."""
     return Cell(model.label, architecture=model.architecture)
 
 

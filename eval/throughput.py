@@ -62,7 +62,7 @@ class Row:
 
 
 def training_step(model: nn.Module, tokens_BT: torch.Tensor, mode: str) -> Step:
-    """Forward and backward, without an optimizer: what a micro batch costs."""
+    """Forward and backward without an optimizer: the work of a micro batch."""
 
     def loss() -> torch.Tensor:
         return model.loss(model.hidden(tokens_BT[:, :-1]), tokens_BT[:, 1:], reduction="mean")
@@ -137,7 +137,7 @@ def measure_length(
 
 
 def as_markdown(rows: list[Row]) -> str:
-    """The rows of one length as a table for people."""
+    """The rows of one length as a table of Markdown."""
     cells = []
     for row in rows:
         speed = ratio = share = ""

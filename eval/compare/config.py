@@ -198,7 +198,7 @@ class Comparison:
     """Smallest size first, as the sizes come in the file."""
 
     def first_run(self, model: Model) -> RunConfig:
-        """A run with the lowest learning rate and the first seed, for what all runs of a model share."""
+        """The run with the lowest learning rate and the first seed, to check settings that all runs share."""
         return self.run_config(model, model.learning_rates[0], self.config.seeds[0], Path("run"))
 
     def run_config(self, model: Model, learning_rate: float, seed: int, run_dir: Path) -> RunConfig:

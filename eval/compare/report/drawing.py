@@ -138,7 +138,7 @@ def draw_dots(
 ) -> Picture:
     """A row of dots for each (architecture, label, values), the first on top; a bar marks the mean.
 
-    The axis ends where most are told apart; an arrow stands for who is beyond it.
+    The axis ends where most rows are distinct; an arrow marks a mean beyond it.
     """
     means = [sum(values) / len(values) for _, _, values in rows]
     low, high = min(map(min, (values for *_, values in rows))), max(map(max, (values for *_, values in rows)))

@@ -59,7 +59,7 @@ class Section:
     folds: list[tuple[str, str]] = field(default_factory=list)
     """(title, verbatim text)."""
     terms: list[tuple[str, str]] = field(default_factory=list)
-    """(term, what it means)."""
+    """(term, meaning)."""
     absent: str = ""
     """Text for an empty section."""
 

@@ -76,7 +76,7 @@ def _child(pipe: Any, call: TritonCall | CudaCall, target: str) -> None:
 
 def _compile_beside(call: TritonCall | CudaCall, target: str) -> dict[str, Any]:
     """`call.compile` in a process of its own."""
-    context = multiprocessing.get_context("fork")  # what is imported here need not be imported again
+    context = multiprocessing.get_context("fork")  # keeps the modules that are imported here
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_child, args=(sender, call, target))
     process.start()

@@ -11,7 +11,6 @@ import argparse
 import difflib
 import logging
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,8 @@ from xlstm_lm.base import console
 from xlstm_lm.base.program import program
 
 HERE = Path(__file__).parent
+KEPT = ("results", "groups", "versions", "n-shot", "samples")
+"""Parts of lm_eval's results that are written to the file."""
 LOCAL_TASKS, TASK_GROUPS = HERE / "tasks_local", HERE / "task_groups"
 
 
@@ -170,11 +171,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 "context_length": window,
                 "settings": settings,
                 "environment": environment(model.device, ("lm_eval", "transformers")),
-                **{
-                    key: results[key]
-                    for key in ("results", "groups", "versions", "n-shot", "samples")
-                    if key in results
-                },
+                **{key: results[key] for key in KEPT if key in results},
             }
             write_results(options.out, written, default=str)
             print(f"Wrote {options.out}")
@@ -189,4 +186,4 @@ def _check(options: argparse.Namespace) -> None:
 
 if __name__ == "__main__":
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    sys.exit(main())
+    main()

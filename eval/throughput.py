@@ -9,10 +9,10 @@ product measured in the same run, with the operations of `xlstm_lm.models.accoun
 from __future__ import annotations
 
 import argparse
-import functools
 import sys
 import time
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -62,7 +62,7 @@ class Row:
 
 
 def training_step(model: nn.Module, tokens_BT: torch.Tensor, mode: str) -> Step:
-    """Forward and backward, without an optimizer: what a micro batch costs."""
+    """Forward and backward without an optimizer: the work of a micro batch."""
 
     def loss() -> torch.Tensor:
         return model.loss(model.hidden(tokens_BT[:, :-1]), tokens_BT[:, 1:], reduction="mean")
@@ -116,7 +116,7 @@ def measure_length(
                 dtype=options.dtype,
                 mode=mode,
             )
-            makers[name] = functools.partial(prepare, rows[name], model)
+            makers[name] = partial(prepare, rows[name], model)
     outcomes = take_turns(
         f"T {length}", makers, journal=journal, device=options.device, rounds=options.rounds, seconds=options.seconds
     )
@@ -137,7 +137,7 @@ def measure_length(
 
 
 def as_markdown(rows: list[Row]) -> str:
-    """The rows of one length as a table for people."""
+    """The rows of one length as a table of Markdown."""
     cells = []
     for row in rows:
         speed = ratio = share = ""
@@ -179,7 +179,7 @@ def main(arguments: list[str] | None = None) -> None:
     if options.generate:
         row_class, show = GenerationRow, as_markdown_generation
         tables = {
-            f"prompts of {length}, batch {size}, {options.dtype}": functools.partial(
+            f"prompts of {length}, batch {size}, {options.dtype}": partial(
                 measure_generation, models, length, size, options, journal
             )
             for length in options.lengths
@@ -188,9 +188,7 @@ def main(arguments: list[str] | None = None) -> None:
     else:
         row_class, show = Row, as_markdown
         tables = {
-            f"length {length}, {options.dtype}": functools.partial(
-                measure_length, models, length, options, journal, ceilings
-            )
+            f"length {length}, {options.dtype}": partial(measure_length, models, length, options, journal, ceilings)
             for length in options.lengths
         }
     configs = {model.name: asdict(model.config) for model in models}

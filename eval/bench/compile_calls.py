@@ -29,7 +29,7 @@ TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", t
 
 @dataclass(frozen=True, kw_only=True)
 class TritonCall:
-    """A Triton kernel as it was launched: what the compiler has to know."""
+    """A Triton kernel as it was launched, with all that the compiler needs."""
 
     function: Any
     signature: dict[str, Any]

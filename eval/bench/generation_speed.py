@@ -159,7 +159,7 @@ def _bytes_of(state: Any) -> int:
 
 
 def as_markdown_generation(rows: list[GenerationRow]) -> str:
-    """The rows of one prompt length and batch size as a table for people."""
+    """The rows of one prompt length and batch size as a table of Markdown."""
     cells = []
     for row in rows:
         first = speed = ""

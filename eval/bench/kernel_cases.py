@@ -70,7 +70,7 @@ class Case:
 
     @property
     def title(self) -> str:
-        """Sizes, type and direction: what all contenders of a table share."""
+        """Sizes, type and direction, which all contenders of a table share."""
         direction = "forward + backward" if self.backward else "forward"
         return f"{self.sizes}, {dtype_name(self.dtype)}, {direction}"
 

@@ -79,7 +79,7 @@ def measure(
 
 TOGETHER = "all in turns"
 LOST = 70
-"""Exit code of a process whose GPU has become useless to it; another goes on."""
+"""Exit code of a process whose GPU has become useless to it; another process continues."""
 
 
 def take_turns(
@@ -87,8 +87,8 @@ def take_turns(
 ) -> dict[str, Timing | str]:
     """Make every contender and run it once by itself, then time those that could run, in turns.
 
-    Gives a timing, or what went wrong, for each name. There are fewer rounds, but three at least, where they would take
-    more than `seconds`. What killed an earlier process of this journal is not tried again.
+    Returns a timing or an error message for each name. Rounds are reduced, to three at least, where they would exceed
+    `seconds`. A contender that killed an earlier process of this journal is not tried again.
 
     Raises:
         SystemExit: a contender has left the GPU useless for this process; the journal says which.

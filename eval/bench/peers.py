@@ -1,13 +1,13 @@
 """Kernels of other projects, called as documented, on our tensors, for comparison in `eval.kernels`.
 
-Each builder gets the case and our inputs and gives a contender.
-What computes another function than ours (attention, linear attention, LSTM) brings that function's definition.
+Each builder returns a contender for a case and our inputs. A kernel of another function (attention, linear attention,
+LSTM) comes with the definition of that function.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -58,7 +58,7 @@ def flash_attention_2(case: MLSTM, inputs: list[Tensor]) -> Contender:
     """The package flash-attn."""
     from flash_attn import flash_attn_func
 
-    return _attention(functools.partial(flash_attn_func, causal=True), case, inputs)
+    return _attention(partial(flash_attn_func, causal=True), case, inputs)
 
 
 def flash_attention_3(case: MLSTM, inputs: list[Tensor]) -> Contender:
@@ -88,7 +88,7 @@ def mlstm_kernels(kernel: str, chunk_size: int, case: MLSTM, inputs: list[Tensor
         whole_chunks = tensors[0].shape[1] // chunk_size * chunk_size
         return [each[:, :whole_chunks].transpose(1, 2).contiguous() for each in tensors]
 
-    checks = [Check(functools.partial(heads_first, each.definition), take(each.inputs)) for each in case.checks(inputs)]
+    checks = [Check(partial(heads_first, each.definition), take(each.inputs)) for each in case.checks(inputs)]
     return Contender(run, take(inputs), checks)
 
 
@@ -153,9 +153,9 @@ def torch_lstm(case: SLSTM, inputs: list[Tensor]) -> Contender:
 
     weights = [each.detach() for each in lstm.parameters()]
     return Contender(
-        functools.partial(run, lstm),
+        partial(run, lstm),
         [x_BTD, *weights],
-        [Check(functools.partial(run, exact), [x_BTD[:2, :CHECKED_TOKENS], *weights])],
+        [Check(partial(run, exact), [x_BTD[:2, :CHECKED_TOKENS], *weights])],
         operations=case.B * case.T * 16.0 * width**2,
         moved_bytes=case.dtype.itemsize * case.B * case.T * 2 * width * (3 if case.backward else 1),
     )
@@ -201,45 +201,41 @@ def xlstm_cell(backend: str, case: SLSTM, inputs: list[Tensor]) -> Contender:
 
 PEERS: dict[tuple[str, str], dict[str, tuple[str, Builder]]] = {
     ("mlstm", "cpu"): {
-        "causal attention (SDPA)": ("torch", functools.partial(sdpa, None)),
+        "causal attention (SDPA)": ("torch", partial(sdpa, None)),
         "mlstm_kernels / native, chunks of 64": (
             "mlstm_kernels",
-            functools.partial(mlstm_kernels, "chunkwise--native_custbw", 64),
+            partial(mlstm_kernels, "chunkwise--native_custbw", 64),
         ),
     },
     ("mlstm", "cuda"): {
-        "causal attention (SDPA, flash)": ("torch", functools.partial(sdpa, SDPBackend.FLASH_ATTENTION)),
-        "causal attention (SDPA, cuDNN)": ("torch", functools.partial(sdpa, SDPBackend.CUDNN_ATTENTION)),
+        "causal attention (SDPA, flash)": ("torch", partial(sdpa, SDPBackend.FLASH_ATTENTION)),
+        "causal attention (SDPA, cuDNN)": ("torch", partial(sdpa, SDPBackend.CUDNN_ATTENTION)),
         "flash-attn 2": ("flash_attn", flash_attention_2),
         "flash-attn 3": ("flash_attn_interface", flash_attention_3),
         "mlstm_kernels / xl_chunk, chunks of 128": (
             "mlstm_kernels",
-            functools.partial(mlstm_kernels, "chunkwise--triton_xl_chunk", 128),
+            partial(mlstm_kernels, "chunkwise--triton_xl_chunk", 128),
         ),
         "mlstm_kernels / limit_chunk, chunks of 64": (
             "mlstm_kernels",
-            functools.partial(mlstm_kernels, "chunkwise--triton_limit_chunk", 64),
+            partial(mlstm_kernels, "chunkwise--triton_limit_chunk", 64),
         ),
         "fla / simple_gla": ("fla", simple_gla),
         "fla / gla": ("fla", gla),
     },
-    ("mlstm step", "cpu"): {
-        "mlstm_kernels / native": ("mlstm_kernels", functools.partial(mlstm_kernels_step, "native"))
-    },
-    ("mlstm step", "cuda"): {
-        "mlstm_kernels / triton": ("mlstm_kernels", functools.partial(mlstm_kernels_step, "triton"))
-    },
+    ("mlstm step", "cpu"): {"mlstm_kernels / native": ("mlstm_kernels", partial(mlstm_kernels_step, "native"))},
+    ("mlstm step", "cuda"): {"mlstm_kernels / triton": ("mlstm_kernels", partial(mlstm_kernels_step, "triton"))},
     ("slstm", "cpu"): {
         "torch.nn.LSTM": ("torch", torch_lstm),
-        "xlstm / vanilla": ("xlstm", functools.partial(xlstm_cell, "vanilla")),
-        "flashrnn / vanilla": ("flashrnn", functools.partial(flashrnn, "vanilla")),
+        "xlstm / vanilla": ("xlstm", partial(xlstm_cell, "vanilla")),
+        "flashrnn / vanilla": ("flashrnn", partial(flashrnn, "vanilla")),
     },
     ("slstm", "cuda"): {
         "torch.nn.LSTM (cuDNN)": ("torch", torch_lstm),
-        "flashrnn / cuda_fused": ("flashrnn", functools.partial(flashrnn, "cuda_fused")),
-        "flashrnn / cuda": ("flashrnn", functools.partial(flashrnn, "cuda")),
-        "flashrnn / triton": ("flashrnn", functools.partial(flashrnn, "triton")),
-        "xlstm / cuda": ("xlstm", functools.partial(xlstm_cell, "cuda")),
+        "flashrnn / cuda_fused": ("flashrnn", partial(flashrnn, "cuda_fused")),
+        "flashrnn / cuda": ("flashrnn", partial(flashrnn, "cuda")),
+        "flashrnn / triton": ("flashrnn", partial(flashrnn, "triton")),
+        "xlstm / cuda": ("xlstm", partial(xlstm_cell, "cuda")),
     },
 }
 """Peers by operation and device: the package that must be installed, and the builder of a contender."""

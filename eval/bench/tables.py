@@ -43,11 +43,11 @@ def go_through(
     show: Callable[[list[Any]], str],
     **also: Any,
 ) -> list[Any]:
-    """The rows of all tables. Those of one, of the dataclass `row_class`, are what the value at its title measures, and
-    `show` makes text of them.
+    """The rows of all tables. The function at a title measures its rows, of the dataclass `row_class`; `show` renders
+    them.
 
-    No table is begun once the options' `budget` of seconds since `begin` is spent. The file, `out` (or None), has what
-    is in `also` beside the rows.
+    No table is begun once the options' `budget` of seconds since `begin` is spent. The file, `out` (or None), holds
+    `also` beside the rows.
     """
     rows: list[Any] = []
     left_out: list[str] = []

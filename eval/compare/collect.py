@@ -113,7 +113,7 @@ def _run_result(runs: Runs, run: PlannedRun, section: Any, is_final: bool) -> Ru
     flops = training_flops_per_token(section, run.config.data.context_length)
     trained = [each for each in state.records if each["split"] == "train"]
     last = state.records[-1] if state.records else {"step": 0, "tokens": 0, "elapsed_seconds": 0.0}
-    speeds = [each["tokens_per_second"] for each in trained[1:]]  # the first counts what is done once
+    speeds = [each["tokens_per_second"] for each in trained[1:]]  # the first includes one-time work
     tested = None
     if is_final and runs.comparison.config.test and state.status == "finished":
         path = test_file(runs, run)

@@ -118,7 +118,7 @@ class CompareConfig:
     question: str
     """The question of the comparison, for the report's first lines."""
     data: str
-    """The training and test documents in a sentence, with licence or source."""
+    """The training and test documents in a sentence, with license or source."""
     models: dict[str, ArchitectureConfig]
     """The architectures by a short key."""
     learning_rates: list[Positive]
@@ -197,6 +197,10 @@ class Comparison:
     models: list[Model]
     """Smallest size first, as the sizes come in the file."""
 
+    def first_run(self, model: Model) -> RunConfig:
+        """The run with the lowest learning rate and the first seed, to check settings that all runs share."""
+        return self.run_config(model, model.learning_rates[0], self.config.seeds[0], Path("run"))
+
     def run_config(self, model: Model, learning_rate: float, seed: int, run_dir: Path) -> RunConfig:
         """One run.
 
@@ -257,8 +261,7 @@ def check_data(comparison: Comparison) -> None:
     config = comparison.config
     try:
         sources = document_sources(comparison.test_documents()) if config.test else []
-        for model in comparison.models:
-            run = comparison.run_config(model, model.learning_rates[0], config.seeds[0], Path("run"))
+        for run in map(comparison.first_run, comparison.models):
             sources += run.data.sources + run.data.validation
         for source in sources:
             if source.kind != "hub":
@@ -317,7 +320,7 @@ def _model_section(
 def _check_runs(comparison: Comparison) -> None:
     """Every model makes a run that can be trained; the grid and the seeds change nothing about that."""
     for model in comparison.models:
-        run = comparison.run_config(model, model.learning_rates[0], comparison.config.seeds[0], Path("run"))
+        run = comparison.first_run(model)
         run.schedule.check_steps(run.training.steps)
         if not run.data.validation:
             raise ValueError(
@@ -333,8 +336,8 @@ def _check_runs(comparison: Comparison) -> None:
 def _check_sizes(comparison: Comparison) -> None:
     by_size: dict[str, dict[str, int]] = {}
     for model in comparison.models:
-        run = comparison.run_config(model, model.learning_rates[0], comparison.config.seeds[0], Path("run"))
-        by_size.setdefault(model.size, {})[model.architecture] = count_parameters(run.model)
+        count = count_parameters(comparison.first_run(model).model)
+        by_size.setdefault(model.size, {})[model.architecture] = count
     for size, counts in by_size.items():
         middle = statistics.median(counts.values())
         far = [key for key, count in counts.items() if math.fabs(count / middle - 1) > TOLERANCE]

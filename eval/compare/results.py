@@ -81,7 +81,7 @@ class Run:
     seed: int
     learning_rate: float
     status: str
-    """finished, unfinished (what there is so far is shown), diverged, failed or missing."""
+    """One of finished, unfinished (partial results are shown), diverged, failed and missing."""
     problem: str = ""
     """Why it is not finished, in a sentence."""
     steps: int = 0
@@ -148,7 +148,7 @@ class Results:
     question: str
     """The question of the comparison, for the report's first lines."""
     data: str
-    """The training and test documents in a sentence, with licence or source."""
+    """The training and test documents in a sentence, with license or source."""
     context_length: int
     config: str
     """The comparison's configuration, as YAML."""
@@ -182,5 +182,5 @@ def save_results(results: Results, path: Path) -> None:
 
 
 def load_results(path: Path) -> Results:
-    """Read what `save_results` wrote."""
+    """Read a file that `save_results` wrote."""
     return _RESULTS.validate_json(path.read_bytes())

@@ -86,7 +86,7 @@ def read_tested(path: Path) -> Tested:
 
 @program("eval.compare.tested")
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Test a run and write what was found, with the environment, as JSON."""
+    """Test a run and write the result, with the environment, as JSON."""
     parser = argparse.ArgumentParser(prog="python -m eval.compare.tested", description=__doc__.splitlines()[0])
     parser.add_argument("--run", type=Path, required=True, metavar="FOLDER", help="A run.")
     parser.add_argument("--test", required=True, metavar="JSON", help="The section compare.test.")

@@ -14,7 +14,7 @@ from eval.study.picture import draw_panels, spread_out
 
 COLORS = ("#8c8c8c", "#1f77b4", "#d62728", "#ff7f0e", "#2ca02c", "#7b3fb5", "#111111", "#f08cb4", "#00b3c8")
 LOWEST, HIGHEST = 1e-10, 10.0
-"""Ends of the vertical axis; a curve that leaves it at the bottom is named there."""
+"""Ends of the vertical axis; a curve that falls below it is named there."""
 LINE = 0.05
 """Height of a name, of the panel's."""
 NEAR_EDGE = 0.85
@@ -44,7 +44,7 @@ def draw_reach(reaches: list[dict[str, Any]], path: Path) -> bool:
 
 
 def _height(value: float) -> float:
-    """Where a value stands on the vertical axis, from 0 at its foot to 1; a fade to nothing is far below."""
+    """Place of a value on the vertical axis, from 0 at its foot to 1; a vanished gradient is far below."""
     return math.log(max(value, 1e-300) / LOWEST) / math.log(HIGHEST / LOWEST)
 
 

@@ -38,7 +38,7 @@ class Totals:
 
 
 def as_sequence(model: CausalModel, text: Text, count_end: bool) -> np.ndarray:
-    """The elements of a document: what begins it, its tokens and, on request, its end."""
+    """The elements of a document: its beginning token, its tokens and, on request, its end."""
     tokenizer = model.tokenizer
     end = [tokenizer.end_of_document] * count_end
     return np.concatenate(([model.begin], tokenizer.encode_array(text.text), end)).astype(np.int64)

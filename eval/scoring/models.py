@@ -119,7 +119,7 @@ class CausalModel(ABC):
 
     @torch.inference_mode()
     def next_logits(self, tokens_BT: Tensor, state: Any = None, padding_B: Tensor | None = None) -> tuple[Tensor, Any]:
-        """Logits (B, V) of what follows the last token, of the tokenizer's tokens only, and the state."""
+        """Logits (B, V) of the next token, among the tokenizer's tokens only, and the state."""
         outputs_BTD, state = self.forward(tokens_BT, state, True, padding_B)
         logits_BV = self.logits(outputs_BTD[:, -1:])[:, 0, : self.tokenizer.vocab_size]
         # An entry of -inf rules a token out.
@@ -234,7 +234,7 @@ def load_model(
     folder = Path(path)
     model_type = _model_type(folder)
     if library == "auto":
-        # Of other model types that we can read (llama, mamba), a folder may use what our modules do not have.
+        # A folder of another type that we can read (llama, mamba) may use features that our modules lack.
         other = model_type is not None and model_type not in OWN_MODEL_TYPES
         ours = not other and any(layout.recognises(folder) for layout in LAYOUTS.values())
         library = "xlstm_lm" if ours else "transformers"

@@ -61,7 +61,7 @@ class Journal:
 
 
 def run_in_children(module: str, arguments: list[str], silence: float) -> int:
-    """Run `python -m module arguments --journal FILE` under supervision; gives its exit code."""
+    """Run `python -m module arguments --journal FILE` under supervision; return its exit code."""
     with tempfile.TemporaryDirectory() as folder:
         journal = Path(folder) / "journal"
         command = [sys.executable, "-m", module, *arguments, "--journal", str(journal), "--begin", str(time.time())]
@@ -69,7 +69,7 @@ def run_in_children(module: str, arguments: list[str], silence: float) -> int:
 
 
 def supervise(command: list[str], path: Path, silence: float) -> int:
-    """Run `command` until it ends by itself, again and again; gives its last exit code.
+    """Run `command` until it ends by itself, again and again; return its last exit code.
 
     A child that adds nothing to its journal, the file `path`, for `silence` seconds is killed. One that fails while it
     tries nothing is not started again.

@@ -1,4 +1,4 @@
-"""How often a trained model gives the right answer, case by case."""
+"""The share of right answers of a trained model, case by case."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ BATCH_TOKENS = 16384
 def answer_cases(model: LanguageModel, task: Task, cases: list[Case], sequences: int) -> list[dict[str, Any]]:
     """Accuracy, plain and scaled, over `sequences` sequences of each case, the same ones for every model.
 
-    An answer is right where, of the whole vocabulary, it is the token that the model finds likeliest.
+    An answer is right where it is the model's most probable token of the whole vocabulary.
     """
     return [_answer_case(model, task, case, sequences) for case in cases]
 

@@ -155,7 +155,7 @@ class FormalLanguage:
         return symbols, targets
 
     def check(self, case: Case) -> None:
-        """Refuse a case that there is not.
+        """Refuse an impossible case.
 
         Raises:
             ValueError: no length, or none that the language has.

@@ -75,7 +75,7 @@ class AssociativeRecall:
         return tokens, targets
 
     def check(self, case: Case) -> None:
-        """Refuse a case that there is not.
+        """Refuse an impossible case.
 
         Raises:
             ValueError: no context and pairs, or too many pairs for the context or the vocabulary.

@@ -102,7 +102,7 @@ class TaskStream:
         self._sequences = {lane: self._draw(lane, first) for lane, first in self._given.items()}
 
     def fingerprint(self) -> dict[str, Any]:
-        """Everything that, changed, would change what comes."""
+        """Everything that determines the stream."""
         return {
             "task": asdict(self._task),
             "context_length": self._config.context_length,

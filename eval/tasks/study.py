@@ -143,7 +143,7 @@ def train_runs(study: Study, at_once: int, max_seconds: float | None = None) -> 
 
 
 def collect(study: Study) -> dict[str, Any]:
-    """The results of the finished runs, and which runs are missing for what reason."""
+    """The results of the finished runs, and the missing runs with the reasons."""
     found, missing = [], []
     for run in study.runs:
         state = examine(run)

@@ -391,7 +391,7 @@ def test_labels_keep_their_distance_and_order(count):
     assert spread_out(free, 0.05) == pytest.approx(free)
 
 
-def test_an_architecture_has_one_colour_that_the_page_can_change():
+def test_an_architecture_has_one_color_that_the_page_can_change():
     lines = [Line("b", "B", [(1.0, 2.0), (2.0, 1.0)])]
     picture = draw_lines("one", Frame(title="T", x_label="x", y_label="y"), lines, {"a": 0, "b": 3})
     assert "var(--model-3)" in picture.svg and "var(--model-0)" not in picture.svg and "#b8579a" not in picture.svg

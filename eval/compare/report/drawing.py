@@ -1,4 +1,4 @@
-"""Draw a comparison's pictures: one panel each, every line labelled where it ends, one colour an architecture.
+"""Draw a comparison's pictures: one panel each, every line labelled where it ends, one color an architecture.
 
 Each is made as PNG, and as SVG for a web page; the colors in the SVG are CSS variables that the page sets for a light
 and for a dark ground.
@@ -23,7 +23,7 @@ from matplotlib.ticker import FixedLocator, LogLocator, MaxNLocator, NullFormatt
 
 from eval.study.picture import spread_out
 
-COLOURS = (
+COLORS = (
     ("#d55e00", "#ff8c42"),
     ("#0072b2", "#4da3e0"),
     ("#009e73", "#2fd0a2"),
@@ -104,8 +104,8 @@ class Frame:
     """A vertical line at an x, and its label."""
 
 
-def draw_lines(name: str, frame: Frame, lines: Sequence[Line], colours: Mapping[str, int]) -> Picture:
-    """Lines over x. `colours` gives the place in `COLOURS` of each architecture."""
+def draw_lines(name: str, frame: Frame, lines: Sequence[Line], colors: Mapping[str, int]) -> Picture:
+    """Lines over x. `colors` gives the place in `COLORS` of each architecture."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(WIDTH, HEIGHT))
         left, right = 0.68, 0.62 if frame.second else 0.12
@@ -119,8 +119,8 @@ def draw_lines(name: str, frame: Frame, lines: Sequence[Line], colours: Mapping[
             offset = {"xytext": (3, -8), "textcoords": "offset points"}
             axes.annotate(words, (x, 1), xycoords=("data", "axes fraction"), fontsize=FONT_SIZE - 1.5, **offset)
         for line in lines:
-            _draw_line(axes, line, colours[line.architecture])
-        _label_ends(axes, lines, colours, 1 - strip / (WIDTH - left - right))
+            _draw_line(axes, line, colors[line.architecture])
+        _label_ends(axes, lines, colors, 1 - strip / (WIDTH - left - right))
         if frame.second:
             second = axes.secondary_yaxis("right", functions=frame.second)
             second.set_ylabel(frame.second_label)
@@ -134,11 +134,11 @@ def draw_lines(name: str, frame: Frame, lines: Sequence[Line], colours: Mapping[
 
 
 def draw_dots(
-    name: str, title: str, x_label: str, rows: Sequence[tuple[str, str, list[float]]], colours: Mapping[str, int]
+    name: str, title: str, x_label: str, rows: Sequence[tuple[str, str, list[float]]], colors: Mapping[str, int]
 ) -> Picture:
     """A row of dots for each (architecture, label, values), the first on top; a bar marks the mean.
 
-    The axis ends where most are told apart; an arrow stands for who is beyond it.
+    The axis ends where most rows are distinct; an arrow marks a mean beyond it.
     """
     means = [sum(values) / len(values) for _, _, values in rows]
     low, high = min(map(min, (values for *_, values in rows))), max(map(max, (values for *_, values in rows)))
@@ -149,12 +149,12 @@ def draw_dots(
         left = 0.3 + 0.082 * max(len(label) for _, label, _ in rows)
         axes = _axes(figure, left=left, right=0.7, bottom=0.56, top=0.36)
         for place, ((architecture, _, values), mean) in enumerate(zip(rows, means)):
-            colour, marker = COLOURS[colours[architecture]][0], MARKERS[colours[architecture]]
-            style = {"color": colour, "marker": marker, "linestyle": "none", "markeredgewidth": 0}
+            color, marker = COLORS[colors[architecture]][0], MARKERS[colors[architecture]]
+            style = {"color": color, "marker": marker, "linestyle": "none", "markeredgewidth": 0}
             if mean > end:
-                arrow = {"arrowstyle": "->", "color": colour, "linewidth": 1.6}
+                arrow = {"arrowstyle": "->", "color": color, "linewidth": 1.6}
                 axes.annotate("", (1, place), (0.9, place), xycoords=axes.get_yaxis_transform(), arrowprops=arrow)
-            axes.plot([mean, mean], [place - 0.32, place + 0.32], color=colour, linewidth=2.4)
+            axes.plot([mean, mean], [place - 0.32, place + 0.32], color=color, linewidth=2.4)
             axes.plot(values, [place] * len(values), markersize=5.5, alpha=0.75, **style)
             offset = {"xytext": (8, 0), "textcoords": "offset points"}
             axes.annotate(f"{mean:.3f}", (1, place), xycoords=("axes fraction", "data"), va="center", **offset)
@@ -233,18 +233,18 @@ def _set_y(axes: Axes, frame: Frame, values: list[float]) -> None:
 
 
 def _draw_line(axes: Axes, line: Line, index: int) -> None:
-    colour = COLOURS[index][0]
+    color = COLORS[index][0]
     x, y = zip(*line.points)
     every = max(1, -(-len(x) // 6))
     marks = {"marker": MARKERS[index], "markersize": 4.2, "markeredgewidth": 0}
     marks["markevery"] = slice((len(x) - 1) % every, None, every)
-    axes.plot(x, y, color=colour, linewidth=1.6, linestyle=(0, (4, 2)) if line.dashed else "-", **marks)
+    axes.plot(x, y, color=color, linewidth=1.6, linestyle=(0, (4, 2)) if line.dashed else "-", **marks)
     if line.band:
         low, high = zip(*line.band)
-        axes.fill_between(x, low, high, color=colour, alpha=0.18, linewidth=0)
+        axes.fill_between(x, low, high, color=color, alpha=0.18, linewidth=0)
 
 
-def _label_ends(axes: Axes, lines: Sequence[Line], colours: Mapping[str, int], x: float) -> None:
+def _label_ends(axes: Axes, lines: Sequence[Line], colors: Mapping[str, int], x: float) -> None:
     """Names in a column from the share `x` of the axes on, near the ends of their lines and without overlap."""
     to_share = (axes.transData + axes.transAxes.inverted()).transform
     ends = [(min(max(float(to_share(line.points[-1])[1]), 0.0), 1.0), line) for line in lines]
@@ -252,8 +252,8 @@ def _label_ends(axes: Axes, lines: Sequence[Line], colours: Mapping[str, int], x
     height = axes.get_position().height * axes.figure.get_size_inches()[1]
     slots = spread_out([end for end, _ in ends], (FONT_SIZE + 2.5) / 72 / height)
     for (end, line), slot in zip(ends, slots):
-        colour, marker = COLOURS[colours[line.architecture]][0], MARKERS[colours[line.architecture]]
-        style = {"color": colour, "transform": axes.transAxes, "clip_on": False}
+        color, marker = COLORS[colors[line.architecture]][0], MARKERS[colors[line.architecture]]
+        style = {"color": color, "transform": axes.transAxes, "clip_on": False}
         axes.plot([to_share(line.points[-1])[0], x + 0.015], [end, slot], linewidth=0.7, alpha=0.6, **style)
         axes.plot(x + 0.03, slot, marker, markersize=5, markeredgewidth=0, **style)
         axes.text(x + 0.055, slot, line.label, transform=axes.transAxes, va="center_baseline")
@@ -277,6 +277,6 @@ def _for_page(svg: str, alt: str) -> str:
     view = re.search(r'viewBox="([^"]*)"', svg).group(1)
     label = html.escape(alt, quote=True)
     svg = re.sub(r"<svg[^>]*>", f'<svg viewBox="{view}" role="img" aria-label="{label}">', svg, count=1)
-    variables = {light: f"var(--model-{index})" for index, (light, _) in enumerate(COLOURS)}
+    variables = {light: f"var(--model-{index})" for index, (light, _) in enumerate(COLORS)}
     variables |= {INK: "var(--ink)", FRAME: "var(--frame)", GRID: "var(--grid)"}
     return re.sub("|".join(variables), lambda found: variables[found.group()], svg)

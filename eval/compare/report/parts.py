@@ -59,7 +59,7 @@ class Section:
     folds: list[tuple[str, str]] = field(default_factory=list)
     """(title, verbatim text)."""
     terms: list[tuple[str, str]] = field(default_factory=list)
-    """(term, what it means)."""
+    """(term, meaning)."""
     absent: str = ""
     """Text for an empty section."""
 
@@ -75,7 +75,7 @@ class Section:
 
 
 def name_cell(model: ModelResult) -> Cell:
-    """A model's label with its colour."""
+    """A model's label with its color."""
     return Cell(model.label, architecture=model.architecture)
 
 

@@ -11,23 +11,23 @@ from typing import Any
 import numpy as np
 
 from eval.compare.report import select
-from eval.compare.report.drawing import COLOURS, Frame, Line, Picture, draw_dots, draw_lines
+from eval.compare.report.drawing import COLORS, Frame, Line, Picture, draw_dots, draw_lines
 from eval.compare.report.select import VALIDATION_BITS, VALIDATION_LOSS, Points
 from eval.compare.results import CurvePoint, ModelResult, Results, Run
 from eval.study.spread import spread
 
 
-def colours_of(results: Results) -> dict[str, int]:
-    """The place of each architecture's colour, the same in every picture and table.
+def colors_of(results: Results) -> dict[str, int]:
+    """The place of each architecture's color, the same in every picture and table.
 
     Raises:
-        ValueError: there are more architectures than colours.
+        ValueError: there are more architectures than colors.
     """
     architectures = dict.fromkeys(model.architecture for model in results.models)
-    if len(architectures) > len(COLOURS):
+    if len(architectures) > len(COLORS):
         raise ValueError(
             f"{len(architectures)} architectures in one comparison cannot be told apart in its pictures; at most "
-            f"{len(COLOURS)} can: make two comparisons of them."
+            f"{len(COLORS)} can: make two comparisons of them."
         )
     return {architecture: place for place, architecture in enumerate(architectures)}
 
@@ -39,7 +39,7 @@ def line_pictures(
     found = [(model, sorted(points_of(model).items())) for model in select.of_size(results, size)]
     lines = [Line(model.architecture, model.label, points) for model, points in found if points]
     frame = dataclasses.replace(frame, title=f"{frame.title}, {size}")
-    return [draw_lines(f"{size}-{name}", frame, lines, colours_of(results))] if lines else []
+    return [draw_lines(f"{size}-{name}", frame, lines, colors_of(results))] if lines else []
 
 
 def final_pictures(results: Results, size: str) -> list[Picture]:
@@ -50,7 +50,7 @@ def final_pictures(results: Results, size: str) -> list[Picture]:
         for model, _ in select.ranked(select.of_size(results, size), quantity)
     ]
     title = f"Final result, {size}, each mark a seed"
-    return [draw_dots(f"{size}-final", title, quantity.short, rows, colours_of(results))] if rows else []
+    return [draw_dots(f"{size}-final", title, quantity.short, rows, colors_of(results))] if rows else []
 
 
 def scale_pictures(results: Results) -> list[Picture]:
@@ -70,7 +70,7 @@ def scale_pictures(results: Results) -> list[Picture]:
     frame = Frame(
         title="Final result against size", x_label="parameters", y_label=quantity.short, log_x=True, ticks=ticks
     )
-    return [draw_lines("scale", frame, [*lines.values()], colours_of(results))]
+    return [draw_lines("scale", frame, [*lines.values()], colors_of(results))]
 
 
 def curve_pictures(results: Results, size: str) -> list[Picture]:
@@ -107,7 +107,7 @@ def curve_pictures(results: Results, size: str) -> list[Picture]:
             second_label="perplexity a token" if second else "",
             second=second,
         )
-        found.append(draw_lines(f"{size}-{name}", frame, lines, colours_of(results)))
+        found.append(draw_lines(f"{size}-{name}", frame, lines, colors_of(results)))
     return found
 
 

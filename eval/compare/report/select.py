@@ -90,7 +90,7 @@ def shown_runs(model: ModelResult) -> tuple[list[Run], bool]:
     return finished(model) or unfinished or sorted(tried, key=tuning_value)[:1], bool(finished(model))
 
 
-# Values over seeds, and who is best
+# Values over seeds, and the best models
 
 
 def deciding_quantity(results: Results) -> Quantity:
@@ -139,7 +139,7 @@ def gap(model: ModelResult, reference: ModelResult, quantity: Quantity) -> Diffe
 
 
 def standing(found: Difference | None) -> str:
-    """How a model with this gap stands to its reference."""
+    """The standing of a model with this gap to its reference."""
     if found is None:
         return "no seed in common"
     if found.half_width is None:
@@ -255,7 +255,7 @@ def parameters_apart(models: list[ModelResult]) -> float:
 
 
 def speeds_apart(model: ModelResult) -> float:
-    """How much faster the fastest run was than the slowest, as a share."""
+    """The lead of the fastest run over the slowest, as a share."""
     speeds = [run.tokens_per_second for run in finished(model) if run.tokens_per_second]
     return max(speeds) / min(speeds) - 1 if speeds else 0.0
 

@@ -25,7 +25,7 @@ from eval.compare.results import ModelResult, Results
 
 
 def final_table(results: Results, size: str) -> list[Table]:
-    """All models at a size, the best first, with what separates them from the reference."""
+    """All models at a size, the best first, with their distance from the reference."""
     quantity, models = select.deciding_quantity(results), select.of_size(results, size)
     trained = results.context_length
     order = select.ranked(models, quantity)
@@ -251,7 +251,7 @@ def problem_table(results: Results) -> list[Table]:
 
 
 def run_table(results: Results) -> list[Table]:
-    """Every run, with where it comes from."""
+    """Every run, with its commit, versions and hardware."""
     rows = []
     for model, run in select.all_runs(results):
         versions = run.environment.get("versions") or {}

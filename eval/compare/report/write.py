@@ -8,9 +8,9 @@ import jinja2
 
 from eval.compare.report import select
 from eval.compare.report.answer import checks, further_findings, verdict
-from eval.compare.report.drawing import COLOURS
+from eval.compare.report.drawing import COLORS
 from eval.compare.report.parts import Cell, Section, Table
-from eval.compare.report.pictures import colours_of
+from eval.compare.report.pictures import colors_of
 from eval.compare.report.sections import sections
 from eval.compare.results import Results, save_results
 
@@ -34,7 +34,7 @@ def write_report(results: Results, folder: Path) -> list[Path]:
     pictures = [picture for section in shown for part in section.parts for picture in part.pictures]
     (folder / PICTURES).mkdir(parents=True, exist_ok=True)
     written = {folder / PICTURES / f"{picture.name}.png": picture.png for picture in pictures}
-    written[folder / "report.html"] = _page(words, colours_of(results)).encode()
+    written[folder / "report.html"] = _page(words, colors_of(results)).encode()
     written[folder / "report.md"] = _markdown(words).encode()
     for path, content in written.items():
         path.write_bytes(content)
@@ -42,10 +42,10 @@ def write_report(results: Results, folder: Path) -> list[Path]:
     return [folder / "report.html", folder / "report.md", folder / "results.json", *list(written)[: len(pictures)]]
 
 
-def _page(words: dict[str, object], colours: dict[str, int]) -> str:
+def _page(words: dict[str, object], colors: dict[str, int]) -> str:
     options = {"autoescape": True, "trim_blocks": True, "lstrip_blocks": True, "undefined": jinja2.StrictUndefined}
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), **options)
-    return environment.get_template("report.html.jinja").render(**words, colours=colours, palette=COLOURS)
+    return environment.get_template("report.html.jinja").render(**words, colors=colors, palette=COLORS)
 
 
 def _markdown(words: dict[str, object]) -> str:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from xlstm_lm.ops.announce import announce_once
 from xlstm_lm.ops.mlstm.chunkwise import mlstm_chunkwise
-from xlstm_lm.ops.mlstm.recurrence import mlstm_recurrence
+from xlstm_lm.ops.mlstm.recurrence import Options, mlstm_recurrence
 from xlstm_lm.ops.mlstm.step import mlstm_step
 from xlstm_lm.ops.selective_scan.recurrence import scan_recurrence
 from xlstm_lm.ops.slstm.recurrence import slstm_recurrence
@@ -22,6 +22,7 @@ State = tuple[Tensor, ...]
 def _plain_mlstm(
     *inputs: Tensor,
     resets: Tensor | None = None,
+    initial_state: State | None = None,
     return_state: bool = False,
     overwrite_state: bool = False,
     backend: str = "auto",
@@ -29,14 +30,16 @@ def _plain_mlstm(
 ) -> Tensor | tuple[Tensor, State]:
     """The mLSTM cell over a sequence: inputs, options and returns are those of `xlstm_lm.ops.mlstm.mlstm`."""
     del backend
-    state = options.get("initial_state") or ()
-    needs_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in (*inputs, *state))
+    tensors = (*inputs, *(initial_state or ()))
+    needs_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
     cell = mlstm_chunkwise
     if torch.compiler.is_exporting() and needs_gradient:  # torch.export does not trace a hand-written backward
         cell = mlstm_recurrence
     elif inputs[0].shape[1] == 1 and not needs_gradient:
         cell = functools.partial(mlstm_step, overwrite_state=overwrite_state)
-    h_BTHV, state = cell(*inputs, resets_BT=resets, return_state=return_state, **options)
+    h_BTHV, state = cell(
+        *inputs, resets_BT=resets, initial_state=initial_state, return_state=return_state, options=Options(**options)
+    )
     return (h_BTHV, state) if return_state else h_BTHV
 
 

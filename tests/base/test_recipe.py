@@ -7,7 +7,15 @@ import os
 import pytest
 import yaml
 
-from xlstm_lm.base.recipe import merge_origins, parse_yaml, read_recipe, to_yaml, with_current_names
+from xlstm_lm.base.recipe import (
+    dotted_items,
+    merge,
+    merge_origins,
+    parse_yaml,
+    read_recipe,
+    to_yaml,
+    with_current_names,
+)
 
 
 @pytest.mark.parametrize(
@@ -134,12 +142,19 @@ def test_includes_that_multiply_are_bounded(tmp_path):
 
 
 def test_a_key_replaces_where_all_below_and_above_it_come_from():
-    before = {"data.sources": "a", "data.task.name": "a", "model.norm": "a"}
-    assert merge_origins(before, {"data.sources.kind": "b", "data.task": "b"}) == {
-        "model.norm": "a",
-        "data.sources.kind": "b",
-        "data.task": "b",
-    }
+    below = {"data": {"sources": [], "task": {"name": "parity"}}, "model": {"norm": "rms"}}
+    over = {"data": {"sources": {"kind": "text"}, "task": None}}
+    before, after = (dict.fromkeys(dotted_items(values), file) for values, file in ((below, "a"), (over, "b")))
+    origins = merge_origins(merge(below, over), before, after)
+    assert origins == {"model.norm": "a", "data.sources.kind": "b", "data.task": "b"}
+
+
+def test_an_empty_section_leaves_the_fields_below_it_and_their_origins(tmp_path):
+    (tmp_path / "below.yaml").write_text("model: {norm: rms}\n")
+    (tmp_path / "above.yaml").write_text("include: [below.yaml]\nmodel: {}\nwandb: {}\n")
+    values, origins = read_recipe(tmp_path / "above.yaml")
+    assert values == {"model": {"norm": "rms"}, "wandb": {}}
+    assert origins == {"model.norm": str(tmp_path / "below.yaml"), "wandb": str(tmp_path / "above.yaml")}
 
 
 def test_former_names_become_todays():

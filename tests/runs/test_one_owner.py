@@ -21,7 +21,7 @@ NAMES = {value for name, value in vars(run_layout).items() if name.isupper() and
 OTHERS_OWN = {
     ("xlstm_lm/hub/layouts.py", "config.yaml"),  # of the xlstm package
     ("xlstm_lm/hub/model_card.py", "learning_curve.png"),  # of an export
-    ("eval/models.py", "config.yaml"),
+    ("eval/scoring/models.py", "config.yaml"),
 }
 
 

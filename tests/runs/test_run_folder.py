@@ -20,7 +20,7 @@ def make_run(folder: Path, run_dir: str, steps: range = range(1, 5), checkpoint:
         "data": {"sources": []},
         "training": {"run_dir": run_dir, "checkpoint_every": every},
     }
-    recipe |= {"optimizer": {}, "schedule": {}, "safeguards": {}, "wandb": {}, "deepspeed": {}}
+    recipe |= {"optimizer": {"kind": "adamw"}, "schedule": {}, "safeguards": {}, "wandb": {}, "deepspeed": {}}
     (folder / "config.yaml").write_text(yaml.safe_dump(recipe))
     (folder / "metrics.jsonl").write_text(
         "".join(json.dumps({"split": "train", "step": step, "tokens": step}) + "\n" for step in steps)
@@ -93,9 +93,9 @@ def test_checkpoints_are_missed_where_there_must_have_been_one(tmp_path, steps, 
     config = yaml.safe_load(text)
     if gone:
         with pytest.raises(ValueError, match="checkpoints are gone"):
-            open_run_folder(tmp_path / "run", config, "auto")
+            open_run_folder(tmp_path / "run", config, dict, "auto")
         return
-    open_run_folder(tmp_path / "run", config, "auto")
+    open_run_folder(tmp_path / "run", config, dict, "auto")
     (tmp_path / "run" / "learning_curve.png").touch()  # it came to a good end
     with pytest.raises(ValueError, match="checkpoints are gone"):
-        open_run_folder(tmp_path / "run", config, "auto")
+        open_run_folder(tmp_path / "run", config, dict, "auto")

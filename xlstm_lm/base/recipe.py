@@ -169,15 +169,10 @@ def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def merge_origins(before: dict[str, str], over: dict[str, str]) -> dict[str, str]:
-    """Origins of the dotted keys of `merge`d mappings. A key of `over` replaces all above and below it."""
-
-    def is_replaced(key: str) -> bool:
-        above = {key[:index] for index, character in enumerate(key) if character == "."}
-        return bool(above & over.keys()) or f"{key}." in sections
-
-    sections = {key[: index + 1] for key in over for index, character in enumerate(key) if character == "."}
-    return {key: origin for key, origin in before.items() if not is_replaced(key)} | over
+def merge_origins(merged: dict[str, Any], before: dict[str, str], over: dict[str, str]) -> dict[str, str]:
+    """Origins of the dotted keys of a mapping that `merge` made, from those of both its parts."""
+    origins = before | over
+    return {key: origins[key] for key in dotted_items(merged)}
 
 
 def dotted_items(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -191,7 +186,7 @@ def dotted_items(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def with_current_names(values: dict[str, Any]) -> dict[str, Any]:
-    """The same sections with today's names for the fields of `RENAMED`.
+    """The same sections with today's names for the fields of `RENAMED`, and `model: NAME` as `model: {preset: NAME}`.
 
     Raises:
         ValueError: A field is there by both of its names.
@@ -204,6 +199,8 @@ def with_current_names(values: dict[str, Any]) -> dict[str, Any]:
             if key in values[section]:
                 raise ValueError(f"{name} and {former} are two names of one field: give {name} alone.")
             values[section] = {key if each == former_key else each: value for each, value in values[section].items()}
+    if isinstance(values.get("model"), str):
+        values["model"] = {"preset": values["model"]}
     return values
 
 
@@ -248,8 +245,10 @@ def _read(path: Path, above: tuple[Path, ...], files: list[Path]) -> tuple[dict[
     origins: dict[str, str] = {}
     for include in includes:
         included, included_origins = _read(path.parent / user_path(include), (*above, path.resolve()), files)
-        values, origins = merge(values, included), merge_origins(origins, included_origins)
-    return merge(values, own), merge_origins(origins, dict.fromkeys(dotted_items(own), str(path)))
+        values = merge(values, included)
+        origins = merge_origins(values, origins, included_origins)
+    values = merge(values, own)
+    return values, merge_origins(values, origins, dict.fromkeys(dotted_items(own), str(path)))
 
 
 def _text_of(path: Path, wanted_by: str) -> str:

@@ -270,17 +270,18 @@ def write_checkpoint(
     random_states = world.gather(random_state_bytes()) if moments is not None else []
     writer = _Writer(run_dir, state["step"], config_yaml, save_tokenizer) if world.is_first else None
     message = writer.attempt(writer.begin) if writer else None
-    parts = [("model", weights, sizes)]
+    parts = [("model", sizes, weights)]
     if moments is not None:
-        parts.append(("optimizer", moments, moment_sizes))
-    for stem, tensors, stem_sizes in parts:
+        assert moment_sizes is not None
+        parts.append(("optimizer", moment_sizes, moments))
+    for stem, stem_sizes, tensors in parts:
         if writer and not message:
-            message = writer.attempt(lambda stem=stem, sizes=stem_sizes: writer.open(stem, sizes))
-        for name, tensor in tensors:  # collective: goes on even where writing has failed
+            message = writer.attempt(writer.open, stem, stem_sizes)
+        for name, tensor in tensors:  # collective: continues even if writing has failed
             if writer and not message:
-                message = writer.attempt(lambda name=name, tensor=tensor: writer.tensors.add(name, tensor))
+                message = writer.attempt(writer.tensors.add, name, tensor)
     if writer and not message:
-        message = writer.attempt(lambda: writer.finish(state, random_states, keep))
+        message = writer.attempt(writer.finish, state, random_states, keep)
     message = world.from_first(message)
     if message:
         raise RunError(message)
@@ -298,11 +299,11 @@ class _Writer:
         self.files: dict[str, dict[str, int]] = {}
         self.tensors: TensorWriter
 
-    def attempt(self, action: Callable[[], None]) -> str | None:
-        """Do it; where the disk refuses, remove the unfinished folder and return what to tell the user."""
+    def attempt(self, action: Callable[..., None], *arguments: Any) -> str | None:
+        """Call the action. If the disk fails, remove the unfinished folder and return the message for the user."""
         try:
             with disk_errors_explained(self.target):
-                action()
+                action(*arguments)
         except RunError as stopped:
             shutil.rmtree(self.folder, ignore_errors=True)
             return str(stopped)

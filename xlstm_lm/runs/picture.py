@@ -10,7 +10,10 @@ from matplotlib.figure import Figure
 
 from xlstm_lm.base.durable_files import disk_errors_explained
 
-SPLITS = {"train": {"linewidth": 1, "alpha": 0.7}, "validation": {"marker": "o", "linewidth": 1.5}}
+SPLITS: dict[str, dict[str, Any]] = {
+    "train": {"linewidth": 1, "alpha": 0.7},
+    "validation": {"marker": "o", "linewidth": 1.5},
+}
 """The lines of the picture and their styles."""
 BEYOND = 1e30
 """A loss from here on, of a run that diverges, leaves no axis that could be drawn."""

@@ -6,52 +6,34 @@ import contextlib
 import logging
 import shlex
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from xlstm_lm.base import console
 from xlstm_lm.base.durable_files import RunError
-from xlstm_lm.base.finite import listed
-from xlstm_lm.base.lease import FolderLease
-from xlstm_lm.base.outputs import check_run_folder
-from xlstm_lm.base.paths import user_path
 from xlstm_lm.data import Batch, DocumentData, TrainingData
 from xlstm_lm.models import build_model
 from xlstm_lm.models.accounting import training_flops_per_token
-from xlstm_lm.ops.announce import announce_once
 from xlstm_lm.parallel.launcher import program_command
 from xlstm_lm.parallel.process_group import World, join_world, lost_processes_explained
-from xlstm_lm.runs.checkpoint import (
-    Checkpoint,
-    find_checkpoint,
-    newest_checkpoint,
-    read_checkpoint,
-    remove_leftovers,
-    write_checkpoint,
-)
-from xlstm_lm.runs.fit import Wanted, check_fit
-from xlstm_lm.runs.folder import MetricsSplit, RunFolder
+from xlstm_lm.runs.checkpoint import write_checkpoint
+from xlstm_lm.runs.folder import RunFolder
 from xlstm_lm.runs.picture import draw_learning_curve
-from xlstm_lm.runs.random_state import restore_random_state
-from xlstm_lm.runs.same_run import FREE_WHEN_BRANCHING, check_same_run, open_run_folder
 from xlstm_lm.runs.session import record_session
 from xlstm_lm.training.config import split_batch
 from xlstm_lm.training.deepspeed_config import choose_precision, zero_stage
 from xlstm_lm.training.engine import MicroBatch, TrainingEngine
 from xlstm_lm.training.kernel_check import check_kernels
-from xlstm_lm.training.memory import check_memory, memory_errors_explained, planned_shapes
+from xlstm_lm.training.memory import check_memory, memory_errors_explained
 from xlstm_lm.training.report import Report
-from xlstm_lm.training.run_config import RunConfig, as_dict, as_recipe
+from xlstm_lm.training.run_config import RunConfig
 from xlstm_lm.training.safeguards import NOT_FINITE, SkipCounter, StopRequest
 from xlstm_lm.training.schedule import learning_rate_ratio
+from xlstm_lm.training.start import Start
 from xlstm_lm.training.validation import count_targets, evaluate, split_rows
 
 logger = logging.getLogger("xlstm_lm")
-
-FRESH_STATE = {"step": 0, "tokens": 0, "elapsed_seconds": 0.0, "skipped_steps": 0, "skipped_in_a_row": 0}
 
 
 def train(run: RunConfig, data: TrainingData | None = None) -> Path:
@@ -116,12 +98,8 @@ class Trainer:
             data: Data to train on; None for the documents that `run.data` names.
         """
         self.run, self.world, self.stop_request = run, world, stop_request
-        self.run_dir = run.training.folder
-        self.lease: FolderLease | None = None  # rank 0's
-        self.metrics: MetricsSplit | None = None  # rank 0's: the metrics that the folder has
-        world.on_first(lambda: self.take_folder(resources))
-        config = as_dict(run)
-        self.config_yaml = as_recipe(run)
+        self.start = Start(run, world, resources)
+        self.run_dir = self.start.run_dir
         console.stage("opening the data")
         self.data = DocumentData(run.data) if data is None else data
         self.tokenizer = self.data.tokenizer
@@ -134,16 +112,14 @@ class Trainer:
         self.micro_rows, micro_batches = split_batch(
             run.data.global_batch_size, world.data.size, run.training.micro_batch_size
         )
-        start = world.on_first(lambda: self.open_folder(config))
+        self.start.open_folder()
         console.keep_library_output(RunFolder(self.run_dir).library_log_path)
-        checkpoint = read_checkpoint(start) if start else None
 
         rows = self.micro_rows * micro_batches
         lanes = range(world.data.rank * rows, (world.data.rank + 1) * rows)
         self.stream = self.data.stream(lanes, run.training.seed)
         resources.callback(self.stream.close)
-        if checkpoint:
-            self.restore_data(checkpoint)
+        self.start.restore_data(self.stream, self.tokenizer)
         self.stream.start()  # reads ahead while the model is built
         self.data_fingerprint = world.on_first(self.stream.fingerprint)
 
@@ -167,66 +143,25 @@ class Trainer:
         )
         resources.callback(self.engine.close)
 
-        state = checkpoint.state if checkpoint and not checkpoint.is_imported else FRESH_STATE
-        if checkpoint:
-            console.stage(f"reading {checkpoint.folder}")
-            self.restore(checkpoint)
+        self.start.restore_engine(self.engine)
+        state = self.start.state
         self.step = state["step"]
         self.skips = SkipCounter(run.safeguards, state["skipped_steps"], state["skipped_in_a_row"])
         self.report = Report(
             self.run_dir,
-            config=config,
+            config=self.start.config,
             wandb=run.wandb,
             world=world,
             steps=run.training.steps,
             flops_per_token=training_flops_per_token(run.model, run.data.context_length),
             state=state,
-            split=self.metrics,
+            split=self.start.metrics,
         )
         resources.callback(self.report.close)
         if world.is_first:
             record_session(self.run_dir, world, self.step, kernels)
-        if checkpoint and checkpoint.is_imported:
-            self.report.progress.say(f"Starting from weights imported from {checkpoint.state['imported_from']}")
-        elif checkpoint:
-            self.report.progress.say(f"Continuing after step {self.step}, from {checkpoint.folder}")
-
-    def take_folder(self, resources: contextlib.ExitStack) -> None:
-        """Lock the run's folder against other runs until `resources` are closed. For rank 0."""
-        check_run_folder(self.run_dir)
-        self.lease = FolderLease.take(self.run_dir)
-        resources.callback(self.lease.release)
-
-    def open_folder(self, config: dict[str, Any]) -> Path | None:
-        """Prepare the run folder and return the checkpoint to start from, None for a fresh start. For rank 0."""
-        resume, folder = self.run.training.resume, RunFolder(self.run_dir)
-        branch = None
-        if resume not in ("auto", "never") and not folder.checkpoints():
-            branch = find_checkpoint(user_path(resume))
-            check_same_run(branch, config, FREE_WHEN_BRANCHING)
-        open_run_folder(self.run_dir, config, resume)
-        start = newest_checkpoint(self.run_dir) if folder.checkpoints() else branch
-        checkpoint = read_checkpoint(start) if start else None
-        if checkpoint:
-            self.check_start(checkpoint, config)
-        self.metrics = folder.split(0 if checkpoint is None or checkpoint.is_imported else checkpoint.state["step"])
-        if checkpoint and start != branch:
-            folder.point_out_lost_metrics(self.metrics, start)
-        folder.write_config(self.config_yaml)
-        remove_leftovers(self.run_dir)
-        return start
-
-    def check_start(self, checkpoint: Checkpoint, config: dict[str, Any]) -> None:
-        """Check that the checkpoint fits the run, and that its id at Weights & Biases can be read.
-
-        Raises:
-            ValueError: names the folder or file and the fault.
-        """
-        shapes, moments = planned_shapes(self.run)
-        kind, lanes = self.run.optimizer.kind, self.run.data.global_batch_size
-        check_fit(checkpoint, Wanted(config["model"], shapes, kind, moments, lanes))
-        if self.run.wandb.mode != "disabled" and self.run.wandb.id is None:
-            RunFolder(self.run_dir).wandb_id()
+        if self.start.message:
+            self.report.progress.say(self.start.message)
 
     def run_steps(self) -> bool:
         """Train and save. Returns True if a stop was requested before the last step, False after the last step."""
@@ -279,7 +214,8 @@ class Trainer:
 
         Rank 0 must stop as well when the run's folder has been moved or removed, which `save` then reports.
         """
-        folder_is_gone = self.lease is not None and not self.lease.is_in_place
+        lease = self.start.lease
+        folder_is_gone = lease is not None and not lease.is_in_place
         asked_to_stop = torch.tensor([int(self.stop_request.received > 0 or folder_is_gone)])
         counts = torch.cat((count_targets(batch, self.bytes_per_token), asked_to_stop))
         return self.world.sum_(counts.to(self.world.device, non_blocking=True))
@@ -304,7 +240,7 @@ class Trainer:
         Raises:
             RunError: the disk is full, or the run's folder was removed or moved. If moved, the step is saved there.
         """
-        run_dir = self.world.on_first(lambda: self.lease.place())
+        run_dir = self.world.on_first(lambda: self.start.lease.place())
         keep = self.run.training.keep_checkpoints
         if not self.engine.weights_are_finite():
             keep = sys.maxsize
@@ -333,7 +269,7 @@ class Trainer:
             weights=self.engine.weights(),
             moment_sizes={name: shape.numel() for name, shape in self.engine.moment_shapes.items()},
             moments=self.engine.moments(),
-            config_yaml=self.config_yaml,
+            config_yaml=self.start.config_yaml,
             save_tokenizer=self.tokenizer.save,
             keep=keep,
         )
@@ -342,61 +278,3 @@ class Trainer:
                 f"The run's folder {self.run_dir} was moved to {run_dir} while the run was at work. Step {self.step} "
                 f"is saved there; continue with --config {shlex.quote(str(RunFolder(run_dir).config_path))}"
             )
-
-    def restore_data(self, checkpoint: Checkpoint) -> None:
-        """Set the data stream to a checkpoint's position; an imported model starts at the beginning.
-
-        Raises:
-            ValueError: the checkpoint's data had another order, or the imported model has another tokenizer.
-        """
-        if checkpoint.is_imported:
-            if checkpoint.state["tokenizer_fingerprint"] != self.tokenizer.fingerprint():
-                raise ValueError(
-                    f"The model imported from {checkpoint.state['imported_from']} was trained with another tokenizer "
-                    "than data.tokenizer: give the recipe that the import wrote, model.yaml in its folder, as the last "
-                    "--config."
-                )
-            return
-        saved, lanes = checkpoint.state["data_fingerprint"], checkpoint.state["data"]
-        different = self.world.on_first(lambda: self.stream.differences(saved, lanes))
-        if different:
-            raise ValueError(
-                f"{checkpoint.folder} was trained on other data, or on the same in another order:\n"
-                + "\n".join(different)
-                + "\nPut the data back as it was, or choose another training.run_dir for a new run."
-            )
-        self.stream.load_state_dict(lanes, saved)
-
-    def restore(self, checkpoint: Checkpoint) -> None:
-        """Load weights, optimizer state and random states of a checkpoint written by any number of processes.
-
-        Raises:
-            ValueError: the checkpoint belongs to another model.
-        """
-        broken: list[str] = []
-
-        def watched(tensors: Iterator[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
-            for name, tensor in tensors:
-                if not torch.isfinite(tensor).all():
-                    broken.append(name)
-                yield name, tensor
-
-        weights, moments, steps = watched(checkpoint.weights(list(self.engine.shapes))), iter(()), 0
-        if not checkpoint.is_imported:
-            moments = watched(checkpoint.moments(list(self.engine.moment_shapes)))
-            steps = checkpoint.state["optimizer_steps"]
-        self.engine.load(weights, moments, steps)
-        if broken and self.world.is_first:
-            logger.warning(
-                "%s holds numbers that are not finite, in %s. %s", checkpoint.folder, listed(broken), NOT_FINITE
-            )
-        if checkpoint.is_imported:
-            return
-        random_state = checkpoint.random_state(self.world.rank)
-        if random_state is None or checkpoint.state["processes"] != self.world.size:
-            announce_once(
-                f"{checkpoint.folder} was written by {checkpoint.state['processes']} processes and goes on with "
-                f"{self.world.size}: the order of the data is the same, random numbers and rounding are not."
-            )
-        if random_state is not None:
-            restore_random_state(random_state)

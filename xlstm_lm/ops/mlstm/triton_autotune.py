@@ -4,7 +4,7 @@ this is imported.
 The first call at each head size, type and processor then times a few launches of each kernel on the tensors of that
 call, drops those that do not run or do not agree with the one of `triton_launch.TABLE`, and uses the fastest from then
 on. It is kept on the node, in PATH, by kernel, sizes, type, processor and version of Triton; delete that file to start
-over. Other launches round differently: the ranks of a run share one rank's (`launches_to_share`).
+over. Other launches round differently: the ranks of a run share one rank's (`training.kernel_check`).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from xlstm_lm.ops.announce import announce_once
 from xlstm_lm.ops.build_cache import node_local_folder
-from xlstm_lm.ops.mlstm.triton_launch import Launch
+from xlstm_lm.ops.mlstm.triton_launch import TUNED, Launch
 
 ENABLED = os.environ.get("XLSTM_LM_AUTOTUNE") == "1"
 PATH = (node_local_folder() or Path.home() / ".cache" / "xlstm_lm") / "triton_launches.json"
@@ -31,7 +31,6 @@ AGREEMENT = 2e-2
 """Largest difference from the result of the table's launch, relative to its largest entry; other sums round."""
 
 Run = Callable[[Launch], Tensor]
-_found: dict[str, Launch] = {}
 
 
 def best_launch(kernel: str, launch: Launch, sizes: tuple[int, ...], like: Tensor, run: Run) -> Launch:
@@ -43,26 +42,16 @@ def best_launch(kernel: str, launch: Launch, sizes: tuple[int, ...], like: Tenso
         return launch
     processor = torch.cuda.get_device_name(like.device)
     key = f"{kernel} {'x'.join(map(str, sizes))} {like.dtype} {processor} triton {triton.__version__}"
-    if key not in _found:
+    if key not in TUNED:
         announce_once(
             f"XLSTM_LM_AUTOTUNE=1: the first call at each head size tries launches of the mLSTM's kernels, which takes "
             f"some minutes; what is found is kept in {PATH}."
         )
-        _found.update(_read())
-    if key not in _found:
-        _found[key] = choose(candidates(launch), run, triton.testing.do_bench)
-        _write(_found)
-    return _found[key]
-
-
-def launches_to_share() -> dict[str, Launch]:
-    """The launches that this process has found or read, for the other ranks' `use_launches`; picklable."""
-    return dict(_found)
-
-
-def use_launches(found: dict[str, Launch]) -> None:
-    """Use another rank's launches from now on, even where this process has found other ones."""
-    _found.update(found)
+        TUNED.update(_read() | TUNED)
+    if key not in TUNED:
+        TUNED[key] = choose(candidates(launch), run, triton.testing.do_bench)
+        _write(TUNED)
+    return TUNED[key]
 
 
 def candidates(launch: Launch) -> list[Launch]:

@@ -208,7 +208,7 @@ def _(
     *others: Any,
 ) -> tuple[Tensor, ...]:
     dstate = (q.new_empty(0 if x is None else x.shape, dtype=torch.float32) for x in (C, n))
-    return *(torch.empty_like(each) for each in (q, k, v, i, f)), *dstate
+    return *(torch.empty_like(each) for each in (q, k, v)), *(x.new_empty(x.shape) for x in (i, f)), *dstate
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -10,11 +10,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-KEPT_IN = (
-    *("xlstm_lm/base", "xlstm_lm/data", "xlstm_lm/hub", "xlstm_lm/models", "xlstm_lm/parallel", "xlstm_lm/runs"),
-    *("xlstm_lm/training", "xlstm_lm/cli.py", "xlstm_lm/doctor.py", "eval"),
-)
-"""Folders and files whose prose has been rewritten; add one when it passes."""
+KEPT_IN = ("xlstm_lm", "eval")
+"""Folders and files whose prose is checked."""
 OPENERS = re.compile(r"(Of|Its|For|That|As|What|Whether\?)\b")
 WORDS = re.compile(r"\b(mend(s|ed|ing)?|anew|hand(s|ed|ing)? in|of ours|so that)\b", re.IGNORECASE)
 

@@ -264,7 +264,7 @@ def test_compiled_does_not_depend_on_the_number_of_threads():
         ({"initial_state": (torch.zeros(2, 2, 4),) * 3}, "3 tensors"),
         ({"initial_state": (torch.zeros(2, 2, 5),) * 4}, r"initial_state y has shape \(2, 2, 5\)"),
         ({"bias": torch.zeros(4, 2, 4, device="meta")}, "bias is on meta"),
-        ({"backend": "cuda"}, "unknown sLSTM backend 'cuda'.*'compiled', 'recurrence'|'recurrence', 'compiled'"),
+        ({"backend": "cuda"}, "unknown slstm backend 'cuda'.*'compiled', 'batched', 'recurrence'"),
     ],
 )
 def test_bad_arguments_are_named(change, message):

@@ -87,5 +87,5 @@ def test_an_unknown_backend_is_refused():
     x = torch.zeros(1, 2, 3)
     with pytest.raises(ValueError, match="unknown selective scan backend 'fast'"):
         selective_scan(x, x, torch.zeros(3, 4), torch.zeros(1, 2, 4), torch.zeros(1, 2, 4), backend="fast")
-    with pytest.raises(ValueError, match="unknown SSD backend 'fast'"):
+    with pytest.raises(ValueError, match="unknown ssd backend 'fast'"):
         ssd(x[..., None], x, x[0, 0], x[:, :, None], x[:, :, None], backend="fast")

@@ -133,9 +133,9 @@ def test_a_wrong_scan_of_mamba_is_replaced_by_name(monkeypatch, caplog):
     build_model(config)(torch.zeros(1, 5, dtype=torch.long))
 
 
-def wrong_without_normalizer(*inputs, normalize=True, **options):
-    h, state = mlstm_compiled(*inputs, normalize=normalize, **options)
-    return h if normalize else 1.01 * h, state
+def wrong_without_normalizer(*inputs, options, **others):
+    h, state = mlstm_compiled(*inputs, options=options, **others)
+    return h if options.normalize else 1.01 * h, state
 
 
 def test_kernels_of_the_mlstm_that_are_wrong_for_mamba_2_are_replaced_by_name(monkeypatch, caplog):

@@ -1,4 +1,4 @@
-"""Pure functions on tensors: the cells, the causal convolution and the loss. They import nothing else of ours."""
+"""Pure functions on tensors: the cells, attention, the causal convolution and the loss; on top of `xlstm_lm.base`."""
 
 from xlstm_lm.ops.build_cache import use_node_local_caches
 

@@ -1,4 +1,4 @@
-"""Say once, by name, when a slower path is taken."""
+"""Warnings that a process logs once, such as that a slower path is used."""
 
 from __future__ import annotations
 
@@ -19,4 +19,4 @@ def announce_once(message: str) -> None:
     _announce(message)
 
 
-announce_once.cache_clear = _announce.cache_clear
+announce_once.cache_clear = _announce.cache_clear  # type: ignore[attr-defined] # for tests that expect a message again

@@ -24,7 +24,7 @@ SHORT = 128  # mean steps of a document below which one masked product beats a c
 
 @dataclass(frozen=True)
 class Packing:
-    """Where the documents of packed rows lie; made once a batch and used by every layer."""
+    """Positions of the documents in packed rows; made once a batch and used by every layer."""
 
     B: int
     T: int
@@ -78,10 +78,10 @@ def pack(
     forms need, are known where the resets are given on the host.
 
     Args:
-        device: of the queries.
-        resets_BT: (B, T) bool, on `device` or, better, on the host: true where a document starts.
-        seen_BS: (B, S) bool, which of the S keys of earlier calls belong to the document that goes on at the first
-            token; None or S = 0 for none.
+        device: device of the queries.
+        resets_BT: (B, T) bool, on `device` or, better, on the host: true where a document starts; None for none.
+        seen_BS: (B, S) bool, true for those of the S keys of earlier calls that belong to the document that continues
+            at the first token; None or S = 0 for none.
         window: keys that a query sees back, itself included; None for all.
     """
     earlier = 0 if seen_BS is None else seen_BS.shape[1]
@@ -113,8 +113,9 @@ def attention(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, packing: Packing, 
     """softmax(q k^T / sqrt(K)) v over the keys that `packing` lets each query see (arXiv 1706.03762, eq. 1).
 
     Args:
-        q_BTHK: queries (B, T, H, K). k_BSGK, v_BSGK: keys and values (B, S, G, K) where G divides H: each serves
-            H / G heads (arXiv 2305.13245). The last T of the S are the rows' own.
+        q_BTHK: queries (B, T, H, K).
+        k_BSGK, v_BSGK: keys and values (B, S, G, K) where G divides H: each serves H / G heads (arXiv 2305.13245).
+            The last T of the S are the rows' own.
         backend: "auto" or the name of a backend of `ATTENTION`.
 
     Returns:
@@ -137,8 +138,11 @@ def _kind_of_rows(packing: Packing) -> str:
 
 
 def _causal(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, mask_B1TS: Tensor | None = None) -> Tensor:
+    q_BHTK, k_BGSK, v_BGSK = (x.transpose(1, 2) for x in (q_BTHK, k_BSGK, v_BSGK))
     out_BHTK = F.scaled_dot_product_attention(
-        *(x.transpose(1, 2) for x in (q_BTHK, k_BSGK, v_BSGK)),
+        q_BHTK,
+        k_BGSK,
+        v_BGSK,
         attn_mask=mask_B1TS,
         is_causal=mask_B1TS is None and q_BTHK.shape[1] > 1,
         enable_gqa=q_BTHK.shape[2] != k_BSGK.shape[2],
@@ -157,11 +161,14 @@ def _by_document(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, packing: Packin
 
 
 def _jagged(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, packing: Packing) -> Tensor:
+    assert packing.lengths is not None
     repeat = q_BTHK.shape[2] // k_BSGK.shape[2]
     k_BSHK, v_BSHK = (x if repeat == 1 else x.repeat_interleave(repeat, dim=2) for x in (k_BSGK, v_BSGK))
-    bounds = {"min_seqlen": min(packing.lengths), "max_seqlen": max(packing.lengths)}  # else read from the device
+    shortest, longest = min(packing.lengths), max(packing.lengths)  # else read from the device
     q, k, v = (
-        torch.nested.nested_tensor_from_jagged(x.flatten(0, 1), packing.offsets, **bounds).transpose(1, 2)
+        torch.nested.nested_tensor_from_jagged(
+            x.flatten(0, 1), packing.offsets, min_seqlen=shortest, max_seqlen=longest
+        ).transpose(1, 2)
         for x in (q_BTHK, k_BSHK, v_BSHK)
     )
     out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
@@ -170,10 +177,10 @@ def _jagged(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, packing: Packing) ->
 
 def _banded(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, packing: Packing) -> Tensor:
     """Queries in blocks of a window W, each over the W keys before it and its own: 2 T W products instead of T S."""
-    W, T = packing.window, packing.T
+    W, T, document_BS = packing.window, packing.T, packing.document_BT
+    assert W is not None and document_BS is not None
     earlier = min(k_BSGK.shape[1] - T, W)
     end = -T % W
-    document_BS = packing.document_BT
     if packing.seen_BS is not None:
         document_BS = torch.cat((packing.seen_BS[:, -W:].to(document_BS.dtype) - 1, document_BS), dim=1)
     document_BS = F.pad(document_BS, (W - earlier, end), value=-1)

@@ -23,8 +23,8 @@ _DIGEST_BYTES = hashlib.sha256().digest_size
 def node_local_folder() -> Path | None:
     """The folder, created with access for this user only; None where it cannot be had, which is announced.
 
-    The temporary directory is open to all, so a folder of that name that someone else could write to is not used: what
-    lies in it is machine code that this process would run.
+    The temporary directory is open to all, so a folder of that name that someone else could write to is not used: it
+    holds machine code that this process would run.
     """
     folder = Path(tempfile.gettempdir()) / f"xlstm_lm-{os.getuid()}"
     try:

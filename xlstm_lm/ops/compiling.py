@@ -1,4 +1,4 @@
-"""How functions meet torch.compile, autograd and autocast, without the import of torch._dynamo: it takes a second, and
+"""Helpers for torch.compile, autograd and autocast that leave torch._dynamo unimported: that import takes a second, and
 most programs never compile."""
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-Function = TypeVar("Function", bound=Callable)
+Function = TypeVar("Function", bound=Callable[..., Any])
 _libraries: list[torch.library.Library] = []  # an operator lives as long as its library
 
 
 def constant_result(function: Function) -> Function:
     """`torch.compiler.assume_constant_result`, which sets this attribute and does nothing else."""
-    function._dynamo_marked_constant = True
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined] # functions have no attribute of that name yet
     return function
 
 
@@ -28,7 +28,7 @@ def not_compiled(package: str) -> Callable[[Function], Function]:
 
 
 def needs_gradient(*inputs: Tensor | None) -> bool:
-    """Whether autograd will ask a function of these inputs for gradients."""
+    """Whether autograd will need gradients from a function of these inputs."""
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
 
 
@@ -39,7 +39,7 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(device) if enabled else None
 
 
-def without_autocast(x: Tensor) -> contextlib.AbstractContextManager:
+def without_autocast(x: Tensor) -> contextlib.AbstractContextManager[Any]:
     """A context in which products have the type of their factors, on the device of `x`, also under torch.autocast."""
     if autocast_dtype(x) is None:  # entering one takes longer than a small product, and shows in exports
         return contextlib.nullcontext()
@@ -58,14 +58,15 @@ def custom_operator(
 
     `torch.library.custom_op` does the same, but imports torch._dynamo at the first call.
 
-    torch.export sees the function's own operations instead, so that exported programs run without this package.
+    torch.export sees the function's own operations instead: exported programs run without this package.
 
     Args:
-        name: of the operator in the namespace xlstm_lm. A copy of the module, as exported models bring along, gets an
-            operator of its own, under another name.
-        function: annotated, with tensors, None and plain values as arguments and new tensors as results.
-        shapes: the same of tensors without content.
-        gradients, keep: the `backward` and `setup_context` of `torch.library.register_autograd`; differentiable once.
+        name: name of the operator in the namespace xlstm_lm. A copy of the module, as exported models bring along,
+            gets an operator of its own, under another name.
+        function: annotated function with tensors, None and plain values as arguments and new tensors as results.
+        shapes: function of the same arguments whose results have the right shapes and types, and no content.
+        gradients: the `backward` of `torch.library.register_autograd`; None if not differentiable. Differentiable once.
+        keep: its `setup_context`; None without `gradients`.
     """
     names = [name, *(f"{name}_{copy}" for copy in range(2, 100))]
     name = next(each for each in names if not hasattr(torch.ops.xlstm_lm, each))
@@ -83,5 +84,5 @@ def custom_operator(
     def call(*arguments: Any) -> Any:
         return (function if torch.compiler.is_exporting() else operator)(*arguments)
 
-    call.operator, call.function = operator, function
+    call.operator, call.function = operator, function  # type: ignore[attr-defined] # for tests of the operators
     return call

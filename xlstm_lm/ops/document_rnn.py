@@ -1,11 +1,12 @@
 """torch's LSTM, GRU or plain recurrent layer over packed documents as one operator, for graphs of torch.compile.
 
-How many sequences torch's kernel gets depends on where documents begin, which no graph can follow. The backward runs
-the layer a second time.
+The number of sequences in a call of torch's kernel depends on where documents begin, which no graph can follow. The
+backward runs the layer a second time.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_sequence, unpack_sequence
 
 from xlstm_lm.ops.compiling import custom_operator
 
-KERNELS = {"lstm": torch.lstm, "gru": torch.gru, "rnn": torch.rnn_tanh}
+KERNELS: dict[str, Callable[..., Any]] = {"lstm": torch.lstm, "gru": torch.gru, "rnn": torch.rnn_tanh}
 
 
 def compute(
@@ -31,8 +32,8 @@ def compute(
 
     Args:
         resets_BT: (B, T) bool, true where a document starts.
-        y_BH, c_BH: what the first document of each row goes on, unless the row starts with a reset; c_BH None but in
-            an LSTM.
+        y_BH, c_BH: output and cell (B, H) from which the first document of each row continues, unless the row starts
+            with a reset; c_BH is None except in an LSTM.
         cell: a name of `KERNELS`.
     """
     (B, T), device = resets_BT.shape, x_BTD.device
@@ -58,7 +59,9 @@ def compute(
     return y_BTH, last[0], last[1] if cell == "lstm" else y_BTH.new_empty(0)
 
 
-def _shapes(x_BTD, resets_BT, y_BH, c_BH, *_) -> tuple[Tensor, Tensor, Tensor]:
+def _shapes(
+    x_BTD: Tensor, resets_BT: Tensor, y_BH: Tensor, c_BH: Tensor | None, *_: Any
+) -> tuple[Tensor, Tensor, Tensor]:
     (B, T), H = resets_BT.shape, y_BH.shape[1]
     return x_BTD.new_empty(B, T, H), x_BTD.new_empty(B, H), x_BTD.new_empty(0 if c_BH is None else (B, H))
 
@@ -78,27 +81,30 @@ def compute_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, y, c (empty where there is none) and the weights."""
     with torch.enable_grad():
-        x, y, c, *weights = (
-            None if each is None else each.detach().requires_grad_()
-            for each in (x_BTD, y_BH, c_BH, input_weight_GD, recurrent_weight_GH, bias_G)
+        x, y, weight, recurrent_weight, bias = (
+            each.detach().requires_grad_() for each in (x_BTD, y_BH, input_weight_GD, recurrent_weight_GH, bias_G)
         )
-        values = compute(x, resets_BT, y, c, *weights, cell)
-    inputs = [each for each in (x, y, c, *weights) if each is not None]
+        c = None if c_BH is None else c_BH.detach().requires_grad_()
+        values = compute(x, resets_BT, y, c, weight, recurrent_weight, bias, cell)
+    inputs = [each for each in (x, y, c, weight, recurrent_weight, bias) if each is not None]
     count = 2 if c is None else 3
     gradients = list(torch.autograd.grad(values[:count], inputs, (dy_BTH, dy_BH, dc_BH)[:count]))
     if c is None:
         gradients.insert(2, dy_BH.new_empty(0))
-    return tuple(each.contiguous() for each in gradients)
+    dx, dy, dc, dweight, drecurrent_weight, dbias = (each.contiguous() for each in gradients)
+    return dx, dy, dc, dweight, drecurrent_weight, dbias
 
 
-def _backward_shapes(x_BTD, resets_BT, y_BH, c_BH, *others) -> tuple[Tensor, ...]:
+def _backward_shapes(
+    x_BTD: Tensor, resets_BT: Tensor, y_BH: Tensor, c_BH: Tensor | None, *others: Any
+) -> tuple[Tensor, ...]:
     c_BH = y_BH.new_empty(0) if c_BH is None else c_BH
     return tuple(each.new_empty(each.shape) for each in (x_BTD, y_BH, c_BH, *others[:3]))
 
 
-def _keep(ctx: Any, inputs: tuple, output: tuple) -> None:
-    *inputs, ctx.cell = inputs
-    ctx.save_for_backward(*inputs)
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, ctx.cell = inputs
+    ctx.save_for_backward(*tensors)
     ctx.has_cell = inputs[3] is not None
 
 

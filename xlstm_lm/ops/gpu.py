@@ -139,7 +139,9 @@ def why_no_launches(device: torch.device) -> str | None:
 def processors(device: torch.device) -> int:
     """Multiprocessors; without a GPU those of an H100."""
     if device.type != "cuda":
-        return gpu_named("H100").processors
+        usual = gpu_named("H100")
+        assert usual is not None
+        return usual.processors
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 

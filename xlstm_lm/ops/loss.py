@@ -25,7 +25,7 @@ _CHUNK_LOGITS_ACCELERATOR = 1 << 27
 
 
 class _Options(NamedTuple):
-    """What stays the same for every chunk."""
+    """The options, the same for every chunk."""
 
     soft_cap: float | None
     z_loss: float
@@ -114,14 +114,13 @@ def _compute_total_loss(
         return total * scale, gradients.hidden_ND, gradients.weight_VD, scale
 
 
-def _total_loss_shapes(
-    hidden_ND, weight_VD, targets_N, soft_cap, z_loss, ignore_index, chunk_tokens, matmul_dtype, mean, *needed
-) -> tuple[Tensor, ...]:
+def _total_loss_shapes(hidden_ND: Tensor, weight_VD: Tensor, *others: Any) -> tuple[Tensor, ...]:
+    needed = others[-2:]
     loss = hidden_ND.new_empty((), dtype=_softmax_dtype(hidden_ND))
     return loss, *_gradient_shapes(hidden_ND, weight_VD, *needed), torch.empty_like(loss)
 
 
-def _keep_for_total_loss(ctx: Any, inputs: tuple, output: tuple) -> None:
+def _keep_for_total_loss(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.weight_dtype, (*_, ctx.needs_hidden, ctx.needs_weight) = inputs[1].dtype, inputs
     ctx.save_for_backward(*output[1:])
     ctx.mark_non_differentiable(*output[1:])
@@ -166,7 +165,7 @@ def _compute_token_losses(
         return torch.cat([chunk.losses_N for chunk in chunks])
 
 
-def _token_losses_shapes(hidden_ND, *_) -> Tensor:
+def _token_losses_shapes(hidden_ND: Tensor, *_: Any) -> Tensor:
     return hidden_ND.new_empty(hidden_ND.shape[0], dtype=_softmax_dtype(hidden_ND))
 
 
@@ -193,10 +192,8 @@ def _compute_token_losses_backward(
     return gradients.hidden_ND, gradients.weight_VD
 
 
-def _token_losses_backward_shapes(
-    hidden_ND, weight_VD, targets_N, dlosses_N, soft_cap, z_loss, ignore_index, chunk_tokens, matmul_dtype, *needed
-) -> tuple[Tensor, Tensor]:
-    return _gradient_shapes(hidden_ND, weight_VD, *needed)
+def _token_losses_backward_shapes(hidden_ND: Tensor, weight_VD: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    return _gradient_shapes(hidden_ND, weight_VD, *others[-2:])
 
 
 _token_losses_backward = custom_operator(
@@ -204,7 +201,7 @@ _token_losses_backward = custom_operator(
 )
 
 
-def _keep_for_token_losses(ctx: Any, inputs: tuple, output: Tensor) -> None:
+def _keep_for_token_losses(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     hidden_ND, weight_VD, targets_N, *options = inputs
     ctx.save_for_backward(hidden_ND, weight_VD, targets_N)
     ctx.options = options
@@ -232,7 +229,9 @@ _token_losses = custom_operator(
 )
 
 
-def _gradient_shapes(hidden_ND, weight_VD, needs_hidden: bool, needs_weight: bool) -> tuple[Tensor, Tensor]:
+def _gradient_shapes(
+    hidden_ND: Tensor, weight_VD: Tensor, needs_hidden: bool, needs_weight: bool
+) -> tuple[Tensor, Tensor]:
     """Gradients of hidden states, in their dtype, and of the weight, in at least float32, without content."""
     dtype = _softmax_dtype(hidden_ND)
     dhidden_ND = torch.empty_like(hidden_ND, memory_format=torch.contiguous_format)

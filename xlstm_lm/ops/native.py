@@ -1,4 +1,4 @@
-"""The C++ kernels of the CPU: all built into one library, once, and loaded into the process that asks first.
+"""The C++ kernels of the CPU: all built into one library, once, and loaded into the first process that needs them.
 
 The library is built in a folder of its own and moved to its final name in torch's extension directory when it is whole
 and on the disk, so a build that is killed leaves nothing that a later process could load or wait for. Its size and
@@ -57,7 +57,7 @@ def load_kernels() -> None:
     """Load the kernels' library into this process, after building it where nobody has yet.
 
     Raises:
-        KernelsUnavailableError: it can be neither built nor loaded; says why and what to install.
+        KernelsUnavailableError: it can be neither built nor loaded; the message gives the reason and the remedy.
     """
     problem = _load_once()
     if problem is not None:
@@ -66,7 +66,7 @@ def load_kernels() -> None:
 
 @functools.cache
 def _load_once() -> str | None:
-    """None when the library is loaded, else what went wrong; cached, so that a failing build is not tried each call."""
+    """None when the library is loaded, else the problem; cached, because a failing build is not tried at every call."""
     problem = _load()
     if problem is None:
         register_operators()
@@ -74,7 +74,7 @@ def _load_once() -> str | None:
 
 
 def _load() -> str | None:
-    """None when the library is loaded, after building it where it is missing or damaged; else what went wrong."""
+    """None when the library is loaded, after building it where it is missing or damaged; else the problem."""
     try:
         path = _library_path()
         problem = damage(path)
@@ -100,7 +100,7 @@ def _load() -> str | None:
 
 
 def _library_path() -> Path:
-    """Where the library for these sources, these flags, this torch and this processor belongs."""
+    """Path of the library for these sources, these flags, this torch and this processor."""
     root = os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "torch_extensions"
     parts = [torch.__version__, platform.machine(), _processor_features(), _NATIVE_FLAG, *_FLAGS, *_OPENMP_FLAGS]
     parts += [source.read_text() for source in (*_SOURCES, *_HEADERS)]
@@ -127,7 +127,7 @@ def damage(path: Path) -> str:
 
 
 def _processor_features() -> str:
-    """What `-march=native` depends on: a home directory may be shared by machines with different processors."""
+    """Features of the processor, on which `-march=native` depends: machines that share a home directory may differ."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith(("flags", "Features")):
@@ -148,7 +148,7 @@ def _build(path: Path) -> None:
     from torch.utils import cpp_extension  # slow to import, and only needed here
 
     announce_once(f"building the CPU kernels, once, about a minute, into {path}")
-    # ninja from the registry lies beside the interpreter, which is not on PATH when that is called by its full name.
+    # A ninja from the registry is installed beside the interpreter, whose folder may not be on PATH.
     search_path = os.environ.get("PATH", "")
     os.environ["PATH"] = os.pathsep.join([search_path, str(Path(sys.executable).parent)])
     try:

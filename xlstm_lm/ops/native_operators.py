@@ -1,10 +1,12 @@
 """Shapes and gradients of the C++ operators, which make each of them one node for torch.compile.
 
-Every formula reads its saved tensors once, as activation checkpointing wants it. None is differentiable twice.
+Every formula reads its saved tensors once, because activation checkpointing unpacks them at each read. None is
+differentiable twice.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,7 +19,7 @@ SCAN_VECTORS = 4  # vectors of units that a task of the scan takes: kVectors in 
 
 
 def register_operators() -> None:
-    """Give PyTorch the shapes and gradients; once, after the library of the operators is loaded."""
+    """Register the shapes and gradients with PyTorch; once, after the library of the operators is loaded."""
     for name, (shapes, gradients, keep) in OPERATORS.items():
         torch.library.register_fake(f"xlstm_lm::{name}", shapes)
         if gradients is not None:
@@ -38,7 +40,21 @@ def _like(x: Tensor) -> Tensor:
 
 
 def _mlstm_shapes(
-    q, k, v, i, f, resets, C, n, m, return_state, save, sigmoid_gate, normalize, eps, chunk_length
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    i: Tensor,
+    f: Tensor,
+    resets: Tensor | None,
+    C: Tensor | None,
+    n: Tensor | None,
+    m: Tensor | None,
+    return_state: bool,
+    save: bool,
+    sigmoid_gate: bool,
+    normalize: bool,
+    eps: float,
+    chunk_length: int,
 ) -> tuple[Tensor, ...]:
     B, T, H, K = q.shape
     V, dtype = v.shape[-1], _compute_dtype(q)
@@ -49,7 +65,7 @@ def _mlstm_shapes(
     return _like(v), *(q.new_empty(shape, dtype=dtype) for shape in (*last, *kept))
 
 
-def _mlstm_keep(ctx: Any, inputs: tuple, output: tuple) -> None:
+def _mlstm_keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     q, k, v, i, f, resets, C, _, _, return_state, save, *options = inputs
     assert save, "a call that needs gradients has to keep what they need"
     h, C_last, n_last, _, *kept = output
@@ -77,25 +93,39 @@ def _mlstm_gradients(
     return *gradients, None, *dstate, *(None,) * 7
 
 
-def _mlstm_backward_shapes(q, k, v, i, f, resets, h, dh, d, m, states, *others) -> tuple[Tensor, ...]:
+def _mlstm_backward_shapes(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    i: Tensor,
+    f: Tensor,
+    resets: Tensor | None,
+    h: Tensor,
+    dh: Tensor,
+    d: Tensor,
+    m: Tensor,
+    states: Tensor,
+    *others: Any,
+) -> tuple[Tensor, ...]:
     has_initial_state = others[4]
     B, _, H, K = q.shape
     dstate = ((B, H, K, v.shape[-1]), (B, H, K)) if has_initial_state else ((0,),) * 2
     return *map(_like, (q, k, v, i, f)), *(d.new_empty(shape) for shape in dstate)
 
 
-def _slstm_shapes(wx, r, bias, resets, y, c, n, m, save) -> tuple[Tensor, ...]:
+def _slstm_shapes(wx: Tensor, *others: Any) -> tuple[Tensor, ...]:
     B, T, _, H, D = wx.shape
+    save = others[-1]
     blocks = -(-T // BLOCK) if save else 0
     state = (wx.new_empty(B, H, D) for _ in range(3))
     return wx.new_empty(B, T, H, D), *state, wx.new_empty(blocks, 3, B, H, D)
 
 
-def _slstm_keep(ctx: Any, inputs: tuple, output: tuple) -> None:
-    *inputs, y_initial, _, _, _, save = inputs
+def _slstm_keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, _, _, _, save = inputs
     assert save, "a call that needs gradients has to keep what they need"
     y, _, _, m, checkpoints = output
-    ctx.save_for_backward(*inputs, y_initial, y, checkpoints)
+    ctx.save_for_backward(*tensors, y, checkpoints)
     ctx.mark_non_differentiable(m, checkpoints)
     ctx.set_materialize_grads(False)
 
@@ -112,15 +142,17 @@ def _slstm_gradients(
     return *gradients, None, *dstate, None, None
 
 
-def _slstm_backward_shapes(wx, r, bias, resets, y_initial, y, *others) -> tuple[Tensor, ...]:
+def _slstm_backward_shapes(
+    wx: Tensor, r: Tensor, bias: Tensor, resets: Tensor | None, y_initial: Tensor | None, y: Tensor, *others: Any
+) -> tuple[Tensor, ...]:
     return *map(_like, (wx, r, bias)), *(torch.empty_like(y[:, 0]).contiguous() for _ in range(3))
 
 
-def _conv_shapes(x, taps, bias, documents) -> Tensor:
+def _conv_shapes(x: Tensor, *others: Any) -> Tensor:
     return _like(x)
 
 
-def _conv_keep(ctx: Any, inputs: tuple, output: Tensor) -> None:
+def _conv_keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, taps, bias, documents = inputs
     ctx.save_for_backward(x, taps, documents)
     ctx.has_bias = bias is not None
@@ -131,22 +163,22 @@ def _conv_gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     return dx, dtaps.sum(0), dbias.sum(0) if ctx.has_bias else None, None
 
 
-def _conv_backward_shapes(x, taps, documents, dy) -> tuple[Tensor, ...]:
+def _conv_backward_shapes(x: Tensor, taps: Tensor, *others: Any) -> tuple[Tensor, ...]:
     B, _, D = x.shape
     return _like(x), taps.new_empty(B, *taps.shape), taps.new_empty(B, D)
 
 
-def _scan_shapes(x, dt, a, b, c, resets, initial, save) -> tuple[Tensor, ...]:
+def _scan_shapes(x: Tensor, dt: Tensor, a: Tensor, *others: Any) -> tuple[Tensor, ...]:
     B, T, E = x.shape
-    N = a.shape[1]
+    N, save = a.shape[1], others[-1]
     blocks = -(-T // BLOCK) if save else 0
     return _like(x), dt.new_empty(B, E, N), dt.new_empty(blocks, B, E, N)
 
 
-def _scan_keep(ctx: Any, inputs: tuple, output: tuple) -> None:
-    *inputs, initial, save = inputs
+def _scan_keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, initial, save = inputs
     assert save, "a call that needs gradients has to keep what they need"
-    ctx.save_for_backward(*inputs, output[2])
+    ctx.save_for_backward(*tensors, output[2])
     ctx.has_state = initial is not None
     ctx.mark_non_differentiable(output[2])
     ctx.set_materialize_grads(False)
@@ -161,14 +193,14 @@ def _scan_gradients(ctx: Any, dy: Tensor | None, dlast: Tensor | None, _: None) 
     return dx, ddt, da.sum(0), db, dc, None, dstate if ctx.has_state else None, None
 
 
-def _scan_backward_shapes(x, dt, a, b, c, resets, checkpoints, dy, dlast) -> tuple[Tensor, ...]:
+def _scan_backward_shapes(x: Tensor, dt: Tensor, a: Tensor, *others: Any) -> tuple[Tensor, ...]:
     B, T, E = x.shape
     N, units = a.shape[1], SCAN_VECTORS * _lanes(dt.dtype)
     shared = (dt.new_empty(-(-E // units), B, T, N) for _ in range(2))
     return _like(x), _like(dt), dt.new_empty(B, E, N), *shared, dt.new_empty(B, E, N)
 
 
-OPERATORS = {
+OPERATORS: dict[str, tuple[Callable[..., Any], Callable[..., Any] | None, Callable[..., None] | None]] = {
     "mlstm_forward": (_mlstm_shapes, _mlstm_gradients, _mlstm_keep),
     "mlstm_backward": (_mlstm_backward_shapes, None, None),
     "slstm_forward": (_slstm_shapes, _slstm_gradients, _slstm_keep),
@@ -178,4 +210,4 @@ OPERATORS = {
     "scan_forward": (_scan_shapes, _scan_gradients, _scan_keep),
     "scan_backward": (_scan_backward_shapes, None, None),
 }
-"""Each operator's shapes and, where it has any, its gradients and what it keeps for them."""
+"""The functions of each operator: its shapes and, where it is differentiable, its gradients and its `setup_context`."""

@@ -53,8 +53,9 @@ class Call(NamedTuple):
     """Whether torch.export traces the call, for a program that runs without this package."""
 
     def size(self, letter: str, default: int | None = None) -> int:
-        """The size of that letter; `default` if the call has none."""
-        return dict(self.sizes).get(letter, default)
+        """The size of that letter; `default` where the call has none, and a KeyError without a default."""
+        sizes = dict(self.sizes)
+        return sizes[letter] if default is None else sizes.get(letter, default)
 
     def __str__(self) -> str:
         sizes = ", ".join(f"{letter} {size}" for letter, size in self.sizes)
@@ -72,7 +73,7 @@ class Sample(NamedTuple):
     """Inputs for a check and the backend that defines the right values for them, in float64."""
 
     inputs: list[Tensor]
-    """Floating-point leaves."""
+    """Floating-point leaves, which are differentiated."""
     options: dict[str, Any]
     """Further arguments, such as resets, for `Operation.run`."""
     against: str
@@ -94,15 +95,19 @@ class Choice(NamedTuple):
     passed_over: tuple[tuple[str, str], ...] = ()
 
 
+def _not_loaded(*_: Any, **__: Any) -> Any:
+    raise AssertionError("a backend is loaded before its first call")
+
+
 @dataclass(eq=False, kw_only=True)
 class Backend:
     """One implementation of an operation."""
 
     name: str
-    function: str | Callable
+    function: str | Callable[..., Any]
     """The implementation, or "module:name" of it, imported on first use."""
     arguments: dict[str, Any] = field(default_factory=dict)
-    """Keyword arguments that the function gets beside those of the operation."""
+    """Keyword arguments of the function besides those of the operation."""
     devices: tuple[str, ...] | None = None
     """Types of the devices it runs on; None for all."""
     dtypes: tuple[torch.dtype, ...] | None = None
@@ -117,21 +122,22 @@ class Backend:
     exports: Callable[[Call], bool] = lambda call: True
     """Whether torch.export can trace it for such a call into a program that runs anywhere."""
     limits: str | Callable[[Call], str | None] | None = None
-    """Function or "module:name" of one: why it does not accept a call; None if it does."""
+    """Function or "module:name" of one that returns the reason why a call is not accepted, None if it is."""
     unsuited: Callable[[Call], str | None] = lambda call: None
-    """Why another backend is better for a call; None if none is. Ignored where the configuration names the backend."""
+    """Function that returns the reason why another backend is better for a call, None if none is. Ignored where the
+    configuration names the backend."""
     same_code: Callable[[Call], Call] = lambda call: call
     """A call, the smallest, that runs the same compiled code: one verdict holds for both."""
     checked_on: tuple[str, ...] = ()
     """Types of the devices on which it is verified before its first use in a process."""
     slow: str | None = None
-    """How the operation runs with it, for the announcement; None if it is fast."""
+    """The way the operation runs with it, for the announcement; None if it is fast."""
     fast_on: tuple[str, ...] = ()
     """Types of the devices on which it is as fast as any."""
-    loaded: Callable | None = None
-    """The function, once `load` was called."""
+    loaded: Callable[..., Any] = field(default=_not_loaded, init=False, repr=False)
+    """The function; set by `load`."""
 
-    def load(self) -> Callable:
+    def load(self) -> Callable[..., Any]:
         """The function, imported if need be."""
         function = resolve(self.function) if isinstance(self.function, str) else self.function
         self.loaded = functools.partial(function, **self.arguments) if self.arguments else function
@@ -150,11 +156,11 @@ class Operation:
     backends: tuple[Backend, ...]
     """From the fastest to the reference."""
     samples: Callable[[Call, str], Iterator[Sample]]
-    """Seeded by the caller: inputs on which to check the named backend for a call."""
+    """Function that yields inputs on which to check the named backend for a call; its caller seeds the random state."""
     run: Callable[[Backend, Sample], Checked]
     """A loaded backend as a function of a sample's inputs."""
     cost: Callable[..., Cost]
-    """Cost by sizes."""
+    """Function of the sizes."""
     identity: str = ""
     """Letters of the sizes for which a refusal holds."""
     examples: tuple[dict[str, int], ...] = ({},)
@@ -169,7 +175,7 @@ class Operation:
 
         @constant_result
         def pick(backend: str, *of_call: Any, **sizes: int) -> str:
-            """The name of the backend for a call, loaded. Its arguments are what torch.compile can hold constant."""
+            """The name of the backend for a call, loaded. torch.compile can hold each of the arguments constant."""
             device, dtype, options, *others = of_call
             call = Call(device, dtype, tuple(sorted(sizes.items())), options, *others)
             chosen = choose(self, call, backend).backend
@@ -204,12 +210,14 @@ class Operation:
         one_step: bool = False,
         **sizes: int,
     ) -> Backend:
-        """The backend, loaded, for a call with these inputs, of which the first has the operation's device and type.
+        """The backend, loaded, for a call with these inputs. The first one, a tensor, gives the device and the type.
 
         Raises:
             ValueError: there is no such backend, or the one named does not accept the call.
         """
-        dtype = inputs[0].dtype
+        first = inputs[0]
+        assert first is not None
+        dtype = first.dtype
         needs_gradient = False
         for each in inputs:
             if each is not None:
@@ -217,7 +225,7 @@ class Operation:
                 dtype = torch.float64 if each.dtype == torch.float64 else dtype
         chosen = self.pick(
             backend,
-            inputs[0].device,
+            first.device,
             dtype,
             options,
             needs_gradient and torch.is_grad_enabled(),
@@ -229,14 +237,14 @@ class Operation:
         return self.by_name[chosen]
 
 
-_REFUSED: dict[tuple, str] = {}
+_REFUSED: dict[Hashable, str] = {}
 _RECORDS: list[dict[str, list[str]]] = []
 
 
-def resolve(path: str) -> Callable:
+def resolve(path: str) -> Callable[..., Any]:
     """The function that "module:name" stands for.
 
-    In an exported folder, whose modules stand side by side, it is the folder's own or else that of an installed
+    In an exported folder, whose modules are side by side, it is the folder's own or else that of an installed
     xlstm-lm.
     """
     module, _, name = path.partition(":")
@@ -334,7 +342,7 @@ def why_not(operation: Operation, backend: Backend, call: Call) -> str | None:
 def why_impossible(operation: Operation, backend: Backend, call: Call) -> str | None:
     """The reason why a backend cannot compute a call even where it is named; None if there is none.
 
-    What a backend refuses by itself with a message of its own, such as a type, is left to it.
+    A backend may still reject the call with a message of its own, for a type for example.
     """
     devices = backend.devices
     if devices is not None and call.device.type not in devices and not _interpreted(backend):
@@ -376,11 +384,11 @@ def verify(operation: Operation, backend: str, call: Call) -> str | None:
 
 def error_of(operation: Operation, backend: str, sample: Sample) -> float:
     """The largest error of a backend on a sample, relative to the largest entry of each right value or gradient."""
-    functions = []
-    for name in (backend, sample.against):
-        operation[name].load()
-        functions.append(operation.run(operation[name], sample))
-    return compare(*functions, sample.inputs, gradients=operation[backend].gradients)
+    checked, exact = operation[backend], operation[sample.against]
+    checked.load()
+    exact.load()
+    function, definition = operation.run(checked, sample), operation.run(exact, sample)
+    return compare(function, definition, sample.inputs, gradients=checked.gradients)
 
 
 def first_line(error: BaseException) -> str:
@@ -412,8 +420,8 @@ def refusal(operation: Operation, backend: str, call: Call) -> str | None:
     return _REFUSED.get(_refusal_key(operation, backend, call))
 
 
-def _refusal_key(operation: Operation, backend: str, call: Call) -> tuple:
-    identity = tuple(call.size(letter) for letter in operation.identity)
+def _refusal_key(operation: Operation, backend: str, call: Call) -> Hashable:
+    identity = tuple(size for letter, size in call.sizes if letter in operation.identity)
     return operation, backend, call.device.type, identity, call.options
 
 

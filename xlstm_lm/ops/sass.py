@@ -58,9 +58,9 @@ def hazards(listing: str) -> Iterator[str]:
             continue
         product = operation.startswith("HGMMA")
         if product:
-            sums = _range(_register(operands[0]), int(re.search(r"64x(\d+)x", operation)[1]) // 2)
+            sums = _range(_register(operands[0]), int(operation.split("64x")[1].split("x")[0]) // 2)
             operand = _range(_register(operands[1]), _OPERAND_REGISTERS)
-            written, read = frozenset(), operand
+            written, read = frozenset[int](), operand
         else:
             written, read = _touched(operation, operands)
         for each in in_flight:

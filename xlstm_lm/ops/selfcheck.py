@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 5e-2}
-"""How far a kernel may be from its definition, of the largest entry of a value or gradient."""
+"""Largest error of a kernel, relative to the largest entry of a value or gradient of its definition."""
 
 Checked = Callable[..., Tensor | tuple[Tensor, ...]]
-"""What is checked: a function of tensors, all of them leaves."""
+"""A function to check: of tensors, all of them leaves."""
 
 
 @contextlib.contextmanager
@@ -39,7 +39,7 @@ def compare(function: Checked, definition: Checked, inputs: list[Tensor], gradie
 
 
 def errors(function: Checked, definition: Checked, inputs: list[Tensor], gradients: bool = True) -> tuple[float, float]:
-    """As `compare`, apart: the largest error of the values, and of the gradients (0 where none was asked for)."""
+    """The two parts of `compare`: largest error of the values, and of the gradients (0 without `gradients`)."""
     leaves = [each.detach().requires_grad_(gradients) for each in inputs]
     exact_leaves = [each.detach().double().requires_grad_(gradients) for each in inputs]
     values, exact = _several(function(*leaves)), _several(definition(*exact_leaves))
@@ -68,8 +68,11 @@ def _distance(ours: Tensor, right: Tensor) -> float:
 
 
 def some_resets(inputs: list[Tensor]) -> Tensor:
-    """(B, T) for such inputs. Documents of the first row start at 0, in the middle of a chunk, at its border, and at
-    the last token; those of the others once, so that a first state is seen before and states pass all borders after."""
+    """Resets (B, T) for such inputs.
+
+    Documents of the first row start at 0, in the middle of a chunk, at its border, and at the last token. Those of the
+    other rows start once: the initial state is seen before, and states cross every border after.
+    """
     B, T = inputs[0].shape[:2]
     resets_BT = torch.zeros(B, T, dtype=torch.bool, device=inputs[0].device)
     resets_BT[0, [0, min(31, T - 1), min(64, T - 1), -1]] = True

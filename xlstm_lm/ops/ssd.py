@@ -1,7 +1,7 @@
 """Mamba-2's state space (SSD): a linear recurrence with one decay a head and step, which the mLSTM's kernels compute.
 
-With its normalizer left away, the mLSTM is h_t = (sum_s e^(i_s) prod_(r > s) sigmoid(f_r) k_s v_s^T)^T q_t; so SSD is
-an mLSTM with q = C, k = B, v = x, e^i = dt and sigmoid(f) = e^(dt A). Every speed-up of the one serves the other.
+Without its normalizer, the mLSTM is h_t = (sum_s e^(i_s) prod_(r > s) sigmoid(f_r) k_s v_s^T)^T q_t. SSD is therefore
+an mLSTM with q = C, k = B, v = x, e^i = dt and sigmoid(f) = e^(dt A). Every speed-up of one serves the other.
 """
 
 from __future__ import annotations
@@ -36,10 +36,13 @@ def ssd(
     """S_t = e^(dt_t a) S_(t-1) + dt_t b_t x_t^T and y_t = S_t^T c_t for each head (arXiv 2405.21060, section 2).
 
     Args:
-        x_BTHP: inputs (B, T, H, P). dt_BTH: step sizes, above 0. a_H: decays, below 0. b_BTGN, c_BTGN: (B, T, G, N)
-            where G divides H: each group serves H / G heads. dt and a are taken in float32 at least.
-        resets: (B, T) bool, true where the state before the step is empty. initial_state: (B, H, N, P) or None for an
-            empty one. return_state: whether to return the last one, in float32 at least.
+        x_BTHP: inputs (B, T, H, P).
+        dt_BTH: step sizes, above 0; computed in float32 at least, as a_H is.
+        a_H: decays, below 0.
+        b_BTGN, c_BTGN: (B, T, G, N) where G divides H: each group serves H / G heads.
+        resets: (B, T) bool, true where the state before the step is empty; None for no resets.
+        initial_state: (B, H, N, P); None for an empty one.
+        return_state: whether to return the last state, in float32 at least.
         backend: "auto" or the name of a backend of `SSD`.
 
     Returns:
@@ -59,7 +62,16 @@ def ssd(
     return chosen.loaded(x_BTHP, dt_BTH.to(dtype), a_H.to(dtype), b_BTGN, c_BTGN, resets, initial_state, return_state)
 
 
-def _recurrence(x_BTHP, dt_BTH, a_H, b_BTGN, c_BTGN, resets_BT, state_BHNP, return_state) -> Result:
+def _recurrence(
+    x_BTHP: Tensor,
+    dt_BTH: Tensor,
+    a_H: Tensor,
+    b_BTGN: Tensor,
+    c_BTGN: Tensor,
+    resets_BT: Tensor | None,
+    state_BHNP: Tensor | None,
+    return_state: bool,
+) -> Result:
     """Step by step: the definition."""
     b_BTHN, c_BTHN = (_for_each_head(each, x_BTHP.shape[2]).to(dt_BTH.dtype) for each in (b_BTGN, c_BTGN))
     if state_BHNP is None:
@@ -75,14 +87,24 @@ def _recurrence(x_BTHP, dt_BTH, a_H, b_BTGN, c_BTGN, resets_BT, state_BHNP, retu
     return torch.stack(steps, dim=1).to(x_BTHP.dtype), state_BHNP if return_state else None
 
 
-def _mlstm(x_BTHP, dt_BTH, a_H, b_BTGN, c_BTGN, resets_BT, state_BHNP, return_state, backend="auto") -> Result:
+def _mlstm(
+    x_BTHP: Tensor,
+    dt_BTH: Tensor,
+    a_H: Tensor,
+    b_BTGN: Tensor,
+    c_BTGN: Tensor,
+    resets_BT: Tensor | None,
+    state_BHNP: Tensor | None,
+    return_state: bool,
+    backend: str = "auto",
+) -> Result:
     heads, N = x_BTHP.shape[2], b_BTGN.shape[3]
     tiny = torch.finfo(dt_BTH.dtype).tiny
     decay_BTH = (-dt_BTH * a_H).clamp_min(tiny)
     initial_state = None
     if state_BHNP is not None:
         initial_state = (state_BHNP, torch.zeros_like(state_BHNP[..., 0]), torch.zeros_like(state_BHNP[..., 0, 0]))
-    y_BTHP = mlstm(
+    result = mlstm(
         _for_each_head(c_BTGN * N**0.5, heads),  # the mLSTM divides its queries by it
         _for_each_head(b_BTGN, heads),
         x_BTHP,
@@ -94,14 +116,23 @@ def _mlstm(x_BTHP, dt_BTH, a_H, b_BTGN, c_BTGN, resets_BT, state_BHNP, return_st
         normalize=False,
         backend=backend,
     )
-    if not return_state:
-        return y_BTHP, None
-    y_BTHP, (state_BHNP, _, m_BH) = y_BTHP
+    if isinstance(result, Tensor):
+        return result, None
+    y_BTHP, (state_BHNP, _, m_BH) = result
     return y_BTHP, state_BHNP * m_BH.exp()[..., None, None]
 
 
 @not_compiled("mamba_ssm")  # torch.compile cannot look into the package
-def _mamba_ssm(x_BTHP, dt_BTH, a_H, b_BTGN, c_BTGN, resets_BT, state_BHNP, return_state) -> Result:
+def _mamba_ssm(
+    x_BTHP: Tensor,
+    dt_BTH: Tensor,
+    a_H: Tensor,
+    b_BTGN: Tensor,
+    c_BTGN: Tensor,
+    resets_BT: Tensor | None,
+    state_BHNP: Tensor | None,
+    return_state: bool,
+) -> Result:
     mamba_chunk_scan_combined = importlib.import_module("mamba_ssm.ops.triton.ssd_combined").mamba_chunk_scan_combined
     document_BT = None if resets_BT is None else resets_BT.cumsum(1).to(torch.int32)
     y_BTHP, state_BHPN = mamba_chunk_scan_combined(
@@ -156,9 +187,9 @@ def samples(call: Call, backend: str) -> Iterator[Sample]:
 def run(backend: Backend, sample: Sample) -> Checked:
     """y and the last state as a function of x, dt, a, b, c and the first state."""
 
-    def function(*inputs: Tensor) -> Result:
-        *inputs, state_BHNP = inputs
-        return backend.loaded(*inputs, sample.options["resets_BT"], state_BHNP, True)
+    def function(*inputs: Tensor) -> tuple[Tensor, Tensor]:
+        *others, state_BHNP = inputs
+        return backend.loaded(*others, sample.options["resets_BT"], state_BHNP, True)
 
     return function
 

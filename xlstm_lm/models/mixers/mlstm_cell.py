@@ -19,7 +19,7 @@ from xlstm_lm.models.mixers.mixer import (
     linear_attention_flops,
 )
 from xlstm_lm.ops.mlstm import MLSTM, mlstm
-from xlstm_lm.ops.mlstm.operation import options_of
+from xlstm_lm.ops.mlstm.recurrence import Options
 
 # Backends of any machine: a run that names a GPU's kernel is also read where that cannot run.
 MLSTMBackend = Literal["auto", "recurrence", "chunkwise", "compiled", "step", "triton", "triton_step"]
@@ -71,7 +71,7 @@ class MLSTMCellConfig(MixerConfig):
     def cell_operation(self) -> OperationUse:
         """The cell's call."""
         sizes = {"K": self.qk_dim // self.num_heads, "V": self.v_dim // self.num_heads}
-        options = options_of(self.input_gate, True, self.chunk_length, self.cell_eps)
+        options = Options(self.chunk_length, self.input_gate, eps=self.cell_eps)
         return OperationUse(MLSTM, sizes, options, self.mlstm_backend)
 
 

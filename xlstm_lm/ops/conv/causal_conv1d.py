@@ -13,7 +13,7 @@ from xlstm_lm.ops.compiling import not_compiled
 def conv_causal_conv1d(
     x_BTD: torch.Tensor, weight_DW: torch.Tensor, bias_D: torch.Tensor | None, documents_BT: torch.Tensor | None
 ) -> torch.Tensor:
-    """As `conv_shifts`. The package knows documents where the channels lie side by side."""
+    """The same as `conv_shifts`. The package supports documents where the channels are contiguous."""
     # Not an import: this file goes with exports, and transformers refuses code whose imports are not installed.
     kernel = importlib.import_module("causal_conv1d").causal_conv1d_fn
     stride_B, stride_T, stride_D = x_BTD.stride()

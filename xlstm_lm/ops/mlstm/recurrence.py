@@ -1,17 +1,35 @@
-"""The mLSTM as it is defined: step after step, in plain differentiable PyTorch. Every other form is held to this one.
+"""The definition of the mLSTM: step after step, in plain differentiable PyTorch. Every other form is compared with it.
 
 The state of a head is a matrix memory C (K x V), a normalizer n (K) and a stabilizer m. They stand for C e^m and n
 e^m: m only keeps the numbers small, so it is detached wherever it appears and the gradients are those of the function
-in true units. `eps` is the one place where m is seen; m is a constant there too.
+in true units. The value of m matters in one place, beside `eps`, and is a constant there too.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 State = tuple[Tensor, Tensor, Tensor]
+
+
+class Options(NamedTuple):
+    """The mLSTM's options, the same tuple for every backend."""
+
+    chunk_length: int | None = None
+    """Steps a chunk; None for the backend's default. Only the chunkwise and compiled backends use it."""
+    input_gate: str = "exp"
+    """"exp" or "sigmoid"."""
+    normalize: bool = True
+    """False omits the denominator."""
+    eps: float = 1e-6
+    """Term added to the stabilized denominator."""
+
+
+DEFAULTS = Options()
 
 
 def gate_dtype(q: Tensor) -> torch.dtype:
@@ -22,12 +40,12 @@ def gate_dtype(q: Tensor) -> torch.dtype:
 def empty_state(q_BTHK: Tensor, v_BTHV: Tensor, input_gate: str) -> State:
     """The state before the first token: C = n = 0; m = -inf for the exp gate, 0 for the sigmoid gate."""
     B, _, H, K = q_BTHK.shape
-    options = {"dtype": gate_dtype(q_BTHK), "device": q_BTHK.device}
+    dtype, device = gate_dtype(q_BTHK), q_BTHK.device
     m = float("-inf") if input_gate == "exp" else 0.0
     return (
-        torch.zeros(B, H, K, v_BTHV.shape[-1], **options),
-        torch.zeros(B, H, K, **options),
-        torch.full((B, H), m, **options),
+        torch.zeros(B, H, K, v_BTHV.shape[-1], dtype=dtype, device=device),
+        torch.zeros(B, H, K, dtype=dtype, device=device),
+        torch.full((B, H), m, dtype=dtype, device=device),
     )
 
 
@@ -48,17 +66,14 @@ def mlstm_recurrence(
     resets_BT: Tensor | None = None,
     initial_state: State | None = None,
     return_state: bool = False,
-    input_gate: str = "exp",
-    normalize: bool = True,
-    chunk_length: int | None = None,
-    eps: float = 1e-6,
+    options: Options = DEFAULTS,
 ) -> tuple[Tensor, State | None]:
     """The definition (arXiv 2405.04517, eq. 19-27; the sigmoid input gate as in arXiv 2503.14376), left to autograd.
 
     Shapes, options and returns as in `xlstm_lm.ops.mlstm.mlstm`, except that the state is always in the returned pair
-    (None unless `return_state`). `chunk_length` is part of the backends' common signature and has no meaning here.
+    (None unless `return_state`).
     """
-    del chunk_length
+    _, input_gate, normalize, eps = options
     dtype = gate_dtype(q_BTHK)
     T, K = q_BTHK.shape[1], q_BTHK.shape[-1]
     q, k, v, log_input, forget = (x.to(dtype) for x in (q_BTHK, k_BTHK, v_BTHV, i_BTH, f_BTH))

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from xlstm_lm.ops.mlstm.recurrence import State, empty_state, gate_dtype
+from xlstm_lm.ops.mlstm.recurrence import DEFAULTS, Options, State, empty_state, gate_dtype
 
 
 @torch.no_grad()
@@ -21,21 +21,19 @@ def mlstm_step(
     resets_BT: Tensor | None = None,
     initial_state: State | None = None,
     return_state: bool = True,
-    input_gate: str = "exp",
-    normalize: bool = True,
-    chunk_length: int | None = None,
-    eps: float = 1e-6,
+    options: Options = DEFAULTS,
     overwrite_state: bool = False,
 ) -> tuple[Tensor, State | None]:
     """One step of the definition (arXiv 2405.04517, eq. 19-27) for inputs with T = 1.
 
-    Shapes, options and returns as in `xlstm_lm.ops.mlstm.mlstm`. `chunk_length` has no meaning here. With
-    `overwrite_state` the returned C is the initial state's tensor (where that is contiguous, of the state's type and no
-    resets are given), otherwise a new one; n and m are always new.
+    Shapes, options and returns as in `xlstm_lm.ops.mlstm.mlstm`. With `overwrite_state` the returned C is the initial
+    state's tensor (where that is contiguous, of the state's type and no resets are given), otherwise a new one; n and m
+    are always new.
 
-    Raises: ValueError for more than one token.
+    Raises:
+        ValueError: more than one token.
     """
-    del chunk_length
+    _, input_gate, normalize, eps = options
     if q_B1HK.shape[1] != 1:
         raise ValueError(f"The step backend takes one token, T = 1, got T = {q_B1HK.shape[1]}: use 'chunkwise'.")
     dtype = gate_dtype(q_B1HK)

@@ -1,15 +1,16 @@
-"""Trying other launches of the mLSTM's Triton kernels than those of `triton_launch.TABLE`: off, unless
-XLSTM_LM_AUTOTUNE=1 is in the environment when this is imported.
+"""Autotuning of the launches of the mLSTM's Triton kernels: off, unless XLSTM_LM_AUTOTUNE=1 is in the environment when
+this is imported.
 
-Then the first call at each head size, type and processor times a few launches of each kernel on the tensors of that
-call, drops those that do not run or do not agree with the table's, and takes the fastest from then on. What was found
-is kept on the node, in PATH, by kernel, sizes, type, processor and version of Triton, and not sought again; delete that
-file to start over. Other launches round otherwise, so the ranks of a run share one rank's (`training.kernel_check`).
+The first call at each head size, type and processor then times a few launches of each kernel on the tensors of that
+call, drops those that do not run or do not agree with the one of `triton_launch.TABLE`, and uses the fastest from then
+on. It is kept on the node, in PATH, by kernel, sizes, type, processor and version of Triton; delete that file to start
+over. Other launches round differently: the ranks of a run share one rank's (`training.kernel_check`).
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import tempfile
@@ -27,7 +28,7 @@ from xlstm_lm.ops.mlstm.triton_launch import TUNED, Launch
 ENABLED = os.environ.get("XLSTM_LM_AUTOTUNE") == "1"
 PATH = (node_local_folder() or Path.home() / ".cache" / "xlstm_lm") / "triton_launches.json"
 AGREEMENT = 2e-2
-"""How far a launch's result may be from the table's, of its largest entry: other sums round otherwise."""
+"""Largest difference from the result of the table's launch, relative to its largest entry; other sums round."""
 
 Run = Callable[[Launch], Tensor]
 
@@ -78,27 +79,27 @@ def choose(launches: list[Launch], run: Run, time: Callable[[Callable[[], Tensor
         with contextlib.suppress(Exception):  # too much shared memory, or a compiler that gives up
             if not (run(launch).float() - right).abs().max() <= AGREEMENT * right.abs().max():
                 continue
-            times[launch] = time(lambda launch=launch: run(launch))
-    return min(times, key=times.get)
+            times[launch] = time(functools.partial(run, launch))
+    return min(times, key=times.__getitem__)
 
 
 def _read() -> dict[str, Launch]:
-    """What earlier processes found; nothing where the file is missing or no longer makes sense."""
+    """The launches that earlier processes found; none where the file is missing or no longer makes sense."""
     try:
         return {key: Launch(*map(int, each)) for key, each in json.loads(PATH.read_text()).items()}
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, TypeError, AttributeError) as problem:
-        announce_once(f"The kernels' launches in {PATH} cannot be read ({problem}): they are sought again.")
+        announce_once(f"The kernels' launches in {PATH} cannot be read ({problem}): they are tuned again.")
         return {}
 
 
 def _write(found: dict[str, Launch]) -> None:
-    """Keep what was found beside what others found meanwhile; a whole file or none."""
+    """Keep these launches beside those that other processes found meanwhile; the file is replaced as a whole."""
     try:
         PATH.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=PATH.parent, suffix=".json", delete=False) as file:
             json.dump(_read() | found, file, indent=1)
         Path(file.name).replace(PATH)
     except OSError as problem:
-        announce_once(f"The kernels' launches cannot be kept in {PATH} ({problem}): each process seeks them anew.")
+        announce_once(f"The kernels' launches cannot be kept in {PATH} ({problem}): each process tunes them again.")

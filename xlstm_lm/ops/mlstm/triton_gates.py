@@ -1,5 +1,5 @@
-"""Triton kernels on one number a step and head: what the gates weigh before the mLSTM's products, and their gradients
-after them.
+"""Triton kernels on one number a step and head: the weights from the gates, before the mLSTM's products, and the gates'
+gradients, after them.
 
 Exponents are kept in base 2. Within a chunk of L steps let b be the running sum of the log forget gates and m_t the
 recurrent stabilizer. Step s counts exp2(c_s - x_t) at a later step t of its chunk, with c = log input gate - b and
@@ -29,12 +29,12 @@ STRIDES = ("i_row", "i_step", "i_head", "f_row", "f_step", "f_head")
 
 
 class Gates(NamedTuple):
-    """What the products need of the gates, all but `segment` float32 (B, H, ...)."""
+    """The weights that the products need, all but `segment` float32 (B, H, ...)."""
 
     c_BHT: Tensor
     """Log weight of a step's key."""
     x_BHT: Tensor
-    """What is subtracted from it at the step that reads."""
+    """Number subtracted from c at the step that reads."""
     m_BHT1: Tensor
     """Stabilizer at each border."""
     segment_BT1: Tensor | None

@@ -1,4 +1,4 @@
-"""How the mLSTM's Triton kernels are launched: chunk length, block sizes, warps, stages; and how a sequence is cut."""
+"""Launch parameters of the mLSTM's Triton kernels: chunk length, block sizes, warps, stages; and cuts of a sequence."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SHORTEST = 16
 
 
 class Launch(NamedTuple):
-    """How one kernel is launched."""
+    """Launch parameters of one kernel."""
 
     block_k: int
     """Rows of the state that a program has; in the walks, of each of the parts that make up all of them."""
@@ -30,14 +30,14 @@ class Launch(NamedTuple):
 
 
 class Launches(NamedTuple):
-    """How all of them are, for one K, V, type and processor."""
+    """Launch parameters of all kernels, for one K, V, type and processor."""
 
     L: int
     """Steps a chunk."""
     precision: str
-    """Of float32 products: "ieee", which is float32 throughout. ("tf32x3", three products on tensor cores, would be
-    faster and nearly as exact, but the state and what it is split into do not fit in registers.) Without meaning for
-    16-bit types."""
+    """Precision of float32 products: "ieee", which is float32 throughout. ("tf32x3", three products on tensor cores,
+    would be faster and nearly as exact, but the state and its parts do not fit in registers.) Not used for 16-bit
+    types."""
     states: Launch
     forward: Launch
     dq: Launch
@@ -46,7 +46,7 @@ class Launches(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """How a sequence is cut: into chunks of L steps, and super-chunks of `chunks` chunks that run in parallel."""
+    """The cuts of a sequence: chunks of L steps, and super-chunks of `chunks` chunks that run in parallel."""
 
     L: int
     chunks: int
@@ -79,7 +79,7 @@ TABLE = {
     (True, "wide"): (32, 64, 16, 8192, 8, 8, 2, 128),
     (False, "wide"): (16, 32, 64, 4096, 8, 8, 1, 64),
 }
-"""Chosen so that everything fits and nothing spills on sm_90 and sm_100, as `eval.kernels --compile-report` shows.
+"""Chosen such that everything fits and nothing spills on sm_90 and sm_100, as `eval.kernels --compile-report` shows.
 Their speed has not been measured."""
 WIDE = 512
 """The largest padded K or V for the warp-group products of sm_90 and sm_100. A larger state leaves 16 columns to a

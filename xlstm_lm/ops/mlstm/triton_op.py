@@ -1,6 +1,6 @@
 """The mLSTM in Triton kernels as two operators of PyTorch, forward and exact backward.
 
-Their namespace is not that of our C++ operators, which have such names too.
+Their namespace differs from that of the C++ operators, some of which have the same names.
 As operators of the dispatcher they stay whole under torch.compile and in activation checkpointing. The forward keeps
 L + 5 numbers a step and head (the scores in a chunk of L steps, c, x, m, x_divided, d); the states at the borders
 between super-chunks are rebuilt in the backward.
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from xlstm_lm.ops.assembler import check_machine_code
 from xlstm_lm.ops.gpu import architecture
-from xlstm_lm.ops.mlstm.recurrence import State, unit_stabilizer
+from xlstm_lm.ops.mlstm.recurrence import DEFAULTS, Options, State, unit_stabilizer
 from xlstm_lm.ops.mlstm.triton_gates import LOG2E, Gates, count_resets, gate_gradients, make_gates
 from xlstm_lm.ops.mlstm.triton_launch import SHORTEST, launches, make_plan, why_not
 from xlstm_lm.ops.mlstm.triton_scores import dscores, dscores_kernel, scores, scores_kernel
@@ -33,29 +33,25 @@ def mlstm_triton(
     resets_BT: Tensor | None = None,
     initial_state: State | None = None,
     return_state: bool = False,
-    input_gate: str = "exp",
-    normalize: bool = True,
-    chunk_length: int | None = None,
-    eps: float = 1e-6,
+    options: Options = DEFAULTS,
     super_chunk: int | None = None,
 ) -> tuple[Tensor, State | None]:
     """The mLSTM of `xlstm_lm.ops.mlstm.mlstm` (shapes, options and returns there) on a GPU.
 
-    q, k and v are multiplied in their own type with float32 sums; gates and states are float32. `chunk_length` is the
-    chunkwise backend's. `super_chunk` is the least number of chunks that run one after another; None picks one, and a
-    check picks few, so that a few steps make several super-chunks. Not twice differentiable.
+    q, k and v are multiplied in their own type with float32 sums; gates and states are float32. `super_chunk` is the
+    least number of chunks that run one after another; None picks one. Checks set it low, to have several super-chunks
+    in few steps. Not twice differentiable.
 
     Raises:
         ValueError: `triton_launch.why_not` names a reason.
     """
-    del chunk_length
     dtype = torch.promote_types(torch.promote_types(q_BTHK.dtype, k_BTHK.dtype), v_BTHV.dtype)
     problem = why_not(q_BTHK.shape[-1], v_BTHV.shape[-1], dtype, q_BTHK.device)
     if problem is not None:
         raise ValueError(f"The triton backend {problem}: use 'chunkwise'.")
     C_BHKV = n_BHK = m_BH = None
     if initial_state is not None:
-        state = unit_stabilizer(initial_state) if input_gate == "sigmoid" else initial_state
+        state = unit_stabilizer(initial_state) if options.input_gate == "sigmoid" else initial_state
         C_BHKV, n_BHK, m_BH = (x.float() for x in state)
     h_BTHV, C, n, m, *_ = forward(
         q_BTHK.to(dtype),
@@ -68,9 +64,9 @@ def mlstm_triton(
         n_BHK,
         None if m_BH is None else m_BH.detach(),
         return_state,
-        input_gate == "sigmoid",
-        normalize,
-        eps,
+        options.input_gate == "sigmoid",
+        options.normalize,
+        options.eps,
         SHORTEST if super_chunk is None else super_chunk,
     )
     return h_BTHV.to(v_BTHV.dtype), (C, n, m.detach()) if return_state else None
@@ -105,7 +101,7 @@ def launch_forward(
         check_machine_code((scores_kernel, contributions_kernel, walk_kernel), q.device)
         last = (states[:, :, -1].clone(), normalizers[:, :, -1].clone(), gates.m_BHT1[..., -1] / LOG2E.value)
         if not return_state:
-            last = tuple(d.new_empty(0) for _ in range(3))
+            last = (d.new_empty(0), d.new_empty(0), d.new_empty(0))
         return h, *last, gates.c_BHT, gates.x_BHT, gates.m_BHT1, x_divided, d, weights
 
 
@@ -113,11 +109,23 @@ forward = torch.library.custom_op("xlstm_lm_triton::mlstm_forward", launch_forwa
 
 
 @forward.register_fake
-def _(q, k, v, i, f, resets, C, n, m, return_state, sigmoid, normalize, eps, shortest=SHORTEST):
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    i: Tensor,
+    f: Tensor,
+    resets: Tensor | None,
+    C: Tensor | None,
+    n: Tensor | None,
+    m: Tensor | None,
+    return_state: bool,
+    *options: Any,
+) -> tuple[Tensor, ...]:
     B, T, H, K = q.shape
     L = launches(K, v.shape[-1], q.dtype, architecture(q.device)).L
-    shapes = ((B, H, K, v.shape[-1]), (B, H, K), (B, H)) if return_state else ((0,),) * 3
-    shapes = (*shapes, (B, H, T), (B, H, T), (B, H, T + 1), (B, H, T), (B, H, T))
+    last = ((B, H, K, v.shape[-1]), (B, H, K), (B, H)) if return_state else ((0,),) * 3
+    shapes = (*last, (B, H, T), (B, H, T), (B, H, T + 1), (B, H, T), (B, H, T))
     kept = (q.new_empty(shape, dtype=torch.float32) for shape in shapes)
     return torch.empty_like(v), *kept, q.new_empty(B, H, -(-T // L), L, L)
 
@@ -157,10 +165,10 @@ def launch_backward(
         dweights, delta, q_dq = dscores(h, dh, v, gates, x_divided, d, plan, normalize=normalize, eps=eps)
         n_all = border_normalizers(k, gates, n, plan.L)
         dn_all = border_normalizers(q, gates, dn_last, plan.L, x_query_BHT=x_divided, delta_BHT=delta, reverse=True)
-        borders = {"x_query_BHT": x_divided, "plan": plan, "launch": chosen.states}
+        borders: dict[str, Any] = {"x_query_BHT": x_divided, "plan": plan, "launch": chosen.states}
         states = border_states(k, v, gates, C, **borders, to_the_end=has_last)
         dstates = border_states(q, dh, gates, dC_last, **borders, reverse=True, to_the_end=has_first)
-        shared = {"gates": gates, "x_divided_BHT": x_divided, "plan": plan}
+        shared: dict[str, Any] = {"gates": gates, "x_divided_BHT": x_divided, "plan": plan}
         dq, _ = walk(
             dh, v, k, q, dweights, states, **shared, launch=chosen.dq, transposed=True, n_BHNW=n_all, delta_BHT=delta
         )
@@ -188,34 +196,22 @@ backward = torch.library.custom_op("xlstm_lm_triton::mlstm_backward", launch_bac
 
 @backward.register_fake
 def _(
-    q,
-    k,
-    v,
-    i,
-    f,
-    resets,
-    C,
-    n,
-    h,
-    c,
-    x,
-    m,
-    x_divided,
-    d,
-    weights,
-    dh,
-    dC_last,
-    dn_last,
-    sigmoid,
-    normalize,
-    eps,
-    shortest=SHORTEST,
-):
-    dstate = (C.new_empty(C.shape), n.new_empty(n.shape)) if C is not None else (d.new_empty(0), d.new_empty(0))
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    i: Tensor,
+    f: Tensor,
+    resets: Tensor | None,
+    C: Tensor | None,
+    n: Tensor | None,
+    h: Tensor,
+    *others: Any,
+) -> tuple[Tensor, ...]:
+    dstate = (q.new_empty(0 if x is None else x.shape, dtype=torch.float32) for x in (C, n))
     return *(torch.empty_like(each) for each in (q, k, v)), *(x.new_empty(x.shape) for x in (i, f)), *dstate
 
 
-def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     q, k, v, i, f, resets, C, n, _, _, *options = inputs
     h, _, _, m, *kept = output
     ctx.save_for_backward(q, k, v, i, f, resets, C, n, h, *kept)
@@ -227,7 +223,7 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
 def _backward_of_forward(
     ctx: Any, dh: Tensor | None, dC: Tensor | None, dn: Tensor | None, *_: None
 ) -> tuple[Tensor | None, ...]:
-    saved = ctx.saved_tensors  # to be asked for once in activation checkpointing
+    saved = ctx.saved_tensors  # read once: activation checkpointing unpacks them at each read
     q, _, v, *_, C_first, _, h = saved[:9]
     if dh is None:
         dh = torch.zeros_like(h)

@@ -1,8 +1,8 @@
-"""Triton kernels for what passes between the steps of one chunk, all chunks at once.
+"""Triton kernels for the L x L matrices between the steps of one chunk, all chunks at once.
 
-In the forward that is the weight of each value in each output, with the division by the normalizer in it. In the
-backward it is the gradient of a query's product with a key. Both are matrices (reader, source) of L x L a chunk, in the
-type of the inputs: a fraction of q in size, so that they are computed once and not by every block of the walks.
+In the forward these are the weights of values in outputs, with the division by the normalizer in them. In the
+backward they are the gradients of queries' products with keys. Both are matrices (reader, source), in the type of the
+inputs. They are a fraction of q in size, and computed once instead of by every block of the walks.
 
 q . dq, part of the gates' gradients, follows from h . dh, because num and d are linear in q.
 """
@@ -25,7 +25,7 @@ WIDEST = 64
 
 @triton.jit
 def _normalizer(d, m, eps):
-    """What num is divided by: max(|d|, 1 in units of e^m), and eps in units of 1."""
+    """The divisor of num: max(|d|, 1 in units of e^m), and eps in units of 1."""
     return tl.maximum(tl.abs(d), tl.exp2(-m)) + eps
 
 

@@ -110,7 +110,7 @@ def key_sums_kernel(
     REVERSE: tl.constexpr,
     HAS_RESETS: tl.constexpr,
 ):
-    """What one chunk adds to n at its end (or start, in REVERSE, where k is q, weighted by delta too)."""
+    """The sum that one chunk adds to n at its end (or start, in REVERSE, where k is q, weighted by delta too)."""
     chunks = tl.cdiv(T, L)
     program = tl.program_id(0).to(tl.int64)
     pair, chunk = program // chunks, (program % chunks).to(tl.int32)

@@ -1,13 +1,15 @@
 """The mLSTM's decode step in Triton: one launch, which reads and writes the state once.
 
-A program has all K rows of the state of one head, for a block of its V columns. So h = C^T q needs no sum over programs
-and no second launch, and C can be overwritten where it is: no other program reads that block. Every program of a head
-reads all of n and m, and there is no order between programs: whichever wrote the new n and m over the old ones could
-do so before another has read them. So n and m, K + 1 numbers a head beside the K x V of C, are written to new tensors,
+A program has all K rows of the state of one head, for a block of its V columns. Therefore h = C^T q needs no sum over
+programs and no second launch, and C can be overwritten in place: no other program reads that block. Every program of a
+head reads all of n and m, and programs have no order: one that wrote the new n and m over the old ones could do so
+before another has read them. Therefore n and m, K + 1 numbers a head beside the K x V of C, are written to new tensors,
 by the program of the first columns.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import triton
@@ -15,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from xlstm_lm.ops.gpu import padded
-from xlstm_lm.ops.mlstm.recurrence import State
+from xlstm_lm.ops.mlstm.recurrence import DEFAULTS, Options, State
 from xlstm_lm.ops.mlstm.triton_gates import SMALLEST, log_sigmoid
 from xlstm_lm.ops.mlstm.triton_launch import why_not_step
 
@@ -33,18 +35,14 @@ def mlstm_triton_step(
     resets_BT: Tensor | None = None,
     initial_state: State | None = None,
     return_state: bool = True,
-    input_gate: str = "exp",
-    normalize: bool = True,
-    chunk_length: int | None = None,
-    eps: float = 1e-6,
+    options: Options = DEFAULTS,
     overwrite_state: bool = False,
 ) -> tuple[Tensor, State | None]:
-    """`xlstm_lm.ops.mlstm.step.mlstm_step` (all as there) on a GPU, computed in float32.
+    """The same as `xlstm_lm.ops.mlstm.step.mlstm_step` on a GPU, computed in float32.
 
     Raises:
         ValueError: more than one token, or `triton_launch.why_not_step` names a reason.
     """
-    del chunk_length
     if q_B1HK.shape[1] != 1:
         raise ValueError(f"The triton_step backend takes one token, T = 1, got T = {q_B1HK.shape[1]}: use 'triton'.")
     for x in (q_B1HK, k_B1HK, v_B1HV):
@@ -53,14 +51,15 @@ def mlstm_triton_step(
             raise ValueError(f"The triton_step backend {problem}: use 'step'.")
     with torch.no_grad():
         inputs = [x.detach() for x in (q_B1HK, k_B1HK, v_B1HV, i_B1H, f_B1H)]
-        state = [None] * 3 if initial_state is None else [x.detach().float().contiguous() for x in initial_state]
-        options = (input_gate == "sigmoid", normalize, eps)
-        if overwrite_state and initial_state is not None:
-            h_B1HV, *last = step_in_place(*inputs, resets_BT, *state, *options)
-            last = (state[0], *last)
+        C_BHKV = n_BHK = m_BH = None
+        if initial_state is not None:
+            C_BHKV, n_BHK, m_BH = (x.detach().float().contiguous() for x in initial_state)
+        others = (options.input_gate == "sigmoid", options.normalize, options.eps)
+        if overwrite_state and C_BHKV is not None:
+            h_B1HV, n_BHK, m_BH = step_in_place(*inputs, resets_BT, C_BHKV, n_BHK, m_BH, *others)
         else:
-            h_B1HV, *last = step(*inputs, resets_BT, *state, *options)
-    return h_B1HV, tuple(last) if return_state else None
+            h_B1HV, C_BHKV, n_BHK, m_BH = step(*inputs, resets_BT, C_BHKV, n_BHK, m_BH, *others)
+    return h_B1HV, (C_BHKV, n_BHK, m_BH) if return_state else None
 
 
 @triton.jit(do_not_specialize=["H", "has_state", "eps", "scale"])
@@ -233,7 +232,7 @@ def step(
 
 
 @step.register_fake
-def _(q, k, v, i, f, resets, C, n, m, sigmoid, normalize, eps):
+def _(q: Tensor, k: Tensor, v: Tensor, *others: Any) -> tuple[Tensor, ...]:
     B, _, H, K = q.shape
     state = (q.new_empty(shape, dtype=torch.float32) for shape in ((B, H, K, v.shape[-1]), (B, H, K), (B, H)))
     return v.new_empty(v.shape), *state
@@ -254,10 +253,21 @@ def step_in_place(
     normalize: bool,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """h and the next n and m; the next C stands where C stood."""
+    """h and the next n and m; C is overwritten with the next one."""
     return launch_step(q, k, v, i, f, resets, C, n, m, C, sigmoid, normalize, eps)
 
 
 @step_in_place.register_fake
-def _(q, k, v, i, f, resets, C, n, m, sigmoid, normalize, eps):
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    i: Tensor,
+    f: Tensor,
+    resets: Tensor | None,
+    C: Tensor,
+    n: Tensor,
+    m: Tensor,
+    *options: Any,
+) -> tuple[Tensor, ...]:
     return v.new_empty(v.shape), n.new_empty(n.shape), m.new_empty(m.shape)

@@ -44,13 +44,13 @@ def weights_between(c_ptr, x_query_ptr, segment_ptr, first, T, L: tl.constexpr, 
 
 @triton.jit
 def join_stretches(kept_1, sum_1, kept_2, sum_2):
-    """Two stretches as one: what is kept of a state, or a sum, before them, and what they add."""
+    """Two stretches as one: the factor of a state, or a sum, before them, and the sum that they add."""
     return kept_1 * kept_2, sum_1 * kept_2 + sum_2
 
 
 @triton.jit
 def _tile(ptr, strides, first, start, T, SIZE: tl.constexpr, L: tl.constexpr, BLOCK: tl.constexpr):
-    """Where one head's steps from `first` and entries from `start` are, and which of them there are."""
+    """Addresses of one head's steps from `first` and entries from `start`, and the mask of those that exist."""
     step, entry = tl.arange(0, L), tl.arange(0, BLOCK)
     ptr += first.to(tl.int64) * strides[1] + start * strides[3]
     inside = (step < T - first)[:, None]

@@ -1,8 +1,8 @@
 """Triton kernel for the mLSTM's output and the gradients of q, k and v: one walk through each super-chunk.
 
-A program has one super-chunk of one head and a block of columns. It starts from the state at the border and takes chunk
-after chunk: the output from the steps of the chunk and from the state before it, then the state after it. So the state
-stays in registers within a super-chunk.
+A program has one super-chunk of one head and a block of columns. It starts from the state at the border and computes
+chunk after chunk: the output from the steps of the chunk and from the state before it, then the state after it. The
+state thus stays in registers within a super-chunk.
 
 Let v have one more entry that is always 1, and dh one more that is delta, the gradient of the normalizer d (both in
 units of what num is divided by). Then the normalizer is an entry of num, its gradients need no terms of their own, and
@@ -16,10 +16,10 @@ with readers r, sources s and what they carry w, the output and all three gradie
     dv: r = k, s = q, w = dh, backward in time, with the scores of h        (the state is dC)
 
 where the scores are those of `triton_scores`, and the state's last entry is n, of `triton_states.border_normalizers`.
-Everything is computed transposed, so that the state is a product's left operand: that one can stay in registers.
+Everything is computed transposed: the state is then a product's left operand, the one that can stay in registers.
 """
 
-# ruff: noqa: RUF005 (Triton knows no starred expressions)
+# ruff: noqa: RUF005 (Triton has no starred expressions)
 from __future__ import annotations
 
 import torch
@@ -123,7 +123,7 @@ def walk_kernel(
         )
         if HALF:
             largest = tl.maximum(largest, tl.max(tl.abs(state_part)))
-        state = state + (state_part,)
+        state = state + (state_part,)  # type: ignore[assignment] # Triton unrolls the loop
     begin = super_chunk * chunks
     end = tl.minimum(begin + chunks, all_chunks)
     for index in range(begin, end):
@@ -148,9 +148,14 @@ def walk_kernel(
         for part in tl.static_range(PARTS):
             r = load_tile(r_ptr, r_strides, first, part * BLOCK_S, T, S, L, BLOCK_S)
             s = load_tile(s_ptr, s_strides, first, part * BLOCK_S, T, S, L, BLOCK_S)
-            left = tl.dot((state[part] * (1.0 / unit)).to(r.dtype), tl.trans(r), left, input_precision=PRECISION)
+            left = tl.dot(
+                (state[part] * (1.0 / unit)).to(r.dtype),  # type: ignore[attr-defined] # a Triton block, not a float
+                tl.trans(r),
+                left,
+                input_precision=PRECISION,
+            )
             state_part = tl.dot(weighted_w, s, state[part] * kept, input_precision=PRECISION)
-            state_next = state_next + (state_part,)
+            state_next = state_next + (state_part,)  # type: ignore[assignment] # Triton unrolls the loop
         state = state_next
         left *= unit
         if HAS_NORMALIZER:
@@ -252,5 +257,5 @@ def walk(
 
 
 def _largest(x_BTHX: Tensor) -> Tensor:
-    """Of each head's entries, in float32 (B, H)."""
+    """The largest magnitude of each head's entries, in float32 (B, H)."""
     return torch.linalg.vector_norm(x_BTHX, torch.inf, dim=(1, 3), dtype=torch.float32).contiguous()

@@ -25,10 +25,13 @@ def selective_scan(
     eq. 2 with the discretization of its reference implementation).
 
     Args:
-        x_BTE: inputs (B, T, E). dt_BTE: step sizes, above 0. a_EN: decays, below 0. b_BTN, c_BTN: (B, T, N). dt and a
-            are taken in float32 at least.
-        resets: (B, T) bool, true where the state before the step is empty. initial_state: (B, E, N) or None for an
-            empty one. return_state: whether to return the last one, in float32 at least.
+        x_BTE: inputs (B, T, E).
+        dt_BTE: step sizes, above 0; computed in float32 at least, as a_EN is.
+        a_EN: decays, below 0.
+        b_BTN, c_BTN: (B, T, N).
+        resets: (B, T) bool, true where the state before the step is empty; None for no resets.
+        initial_state: (B, E, N); None for an empty one.
+        return_state: whether to return the last state, in float32 at least.
         backend: "auto" or the name of a backend of `SCAN`.
 
     Returns:

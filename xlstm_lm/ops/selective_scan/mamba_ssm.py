@@ -1,8 +1,8 @@
-"""The selective scan by the CUDA kernel of the package mamba_ssm, which knows neither documents nor states handed over.
+"""The selective scan by the CUDA kernel of the package mamba_ssm, which supports neither documents nor initial states.
 
-Steps of our own put both into the one scan that it computes: a step long enough to forget everything in front of each
-document; before the row one tiny step for each state unit, which writes that of the state handed over; and behind it
-one of no length for each, which reads that of the last state. So gradients go all these ways too.
+Additional steps put both into the one scan that it computes. In front of each document there is a step long enough to
+forget everything; before the row, one tiny step for each state unit, which writes that unit of the initial state; after
+the row, one step of no length for each, which reads that unit of the last state. Gradients follow the same ways.
 """
 
 from __future__ import annotations

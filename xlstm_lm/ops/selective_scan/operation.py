@@ -32,8 +32,8 @@ def run(backend: Backend, sample: Sample) -> Checked:
     """y and the last state as a function of x, dt, a, b, c and the first state."""
 
     def function(*inputs: Tensor) -> tuple[Tensor, Tensor]:
-        *inputs, state_BEN = inputs
-        return backend.loaded(*inputs, initial_state_BEN=state_BEN, return_state=True, **sample.options)
+        *others, state_BEN = inputs
+        return backend.loaded(*others, initial_state_BEN=state_BEN, return_state=True, **sample.options)
 
     return function
 

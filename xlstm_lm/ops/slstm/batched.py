@@ -25,6 +25,15 @@ from xlstm_lm.ops.slstm.recurrence import SLSTMState
 from xlstm_lm.ops.slstm.shares import Kept, from_shares, into_shares
 
 
+def why_not(device: torch.device, D: int, dtype: torch.dtype) -> None:
+    """None: it computes everything."""
+
+
+def rows(B: int, H: int, D: int, dtype: torch.dtype, device: torch.device) -> int:
+    """One number for all batches, which run the same code."""
+    return 1
+
+
 def forward_loop(
     wx_BTGHD: Tensor, r_GHDE: Tensor, bias_GHD: Tensor, resets_BT: Tensor | None, state: SLSTMState
 ) -> tuple[Tensor, Tensor, SLSTMState]:
@@ -33,25 +42,25 @@ def forward_loop(
     r_HDE = r_GHDE.permute(1, 2, 0, 3).reshape(H, D, G * D)
     y_BTHD = wx_BTGHD.new_empty(B, T, H, D)
     checkpoints_NSBHD = bias_GHD.new_empty(-(-T // CHECKPOINT_STEPS), 3, B, H, D)
-    state = tuple(part.clone() for part in state)
-    state[0].copy_(state[0].to(y_BTHD.dtype))
+    y_BHD, c_BHD, n_BHD, m_BHD = (part.clone() for part in state)
+    y_BHD.copy_(y_BHD.to(y_BTHD.dtype))
     for checkpoint_SBHD, start in zip(checkpoints_NSBHD, range(0, T, CHECKPOINT_STEPS), strict=True):
-        torch.stack(state[1:], out=checkpoint_SBHD)
+        torch.stack((c_BHD, n_BHD, m_BHD), out=checkpoint_SBHD)
         steps = slice(start, start + CHECKPOINT_STEPS)
         resets_BS = None if resets_BT is None else resets_BT[:, steps]
         cuda_graphs.run(
             _forward_segment,
             inputs=(wx_BTGHD[:, steps], r_HDE, bias_GHD, resets_BS),
-            outputs=(y_BTHD[:, steps], *state),
+            outputs=(y_BTHD[:, steps], y_BHD, c_BHD, n_BHD, m_BHD),
             capture=start + CHECKPOINT_STEPS <= T,
         )
-    return y_BTHD, checkpoints_NSBHD, state
+    return y_BTHD, checkpoints_NSBHD, (y_BHD, c_BHD, n_BHD, m_BHD)
 
 
 def _forward_segment(
     wx_BTGHD: Tensor, r_HDE: Tensor, bias_GHD: Tensor, resets_BT: Tensor | None, y_BTHD: Tensor, *state: Tensor
 ) -> None:
-    """Some steps: fills y and carries the state on in place."""
+    """Compute some steps: fill y and advance the state in place."""
     kernels = _triton_kernels(wx_BTGHD)
     y_HBD = state[0].transpose(0, 1).to(wx_BTGHD.dtype).contiguous()
     for t, wx_BGHD in enumerate(wx_BTGHD.unbind(1)):
@@ -71,7 +80,7 @@ def _forward_segment(
 
 
 class Cell(NamedTuple):
-    """A step of the cell: its state after it, and what the reverse loop makes use of."""
+    """A step of the cell: the state after it, and the numbers that the reverse loop uses."""
 
     c_BHD: Tensor
     n_BHD: Tensor
@@ -83,7 +92,7 @@ class Cell(NamedTuple):
 
 
 def advance(gates_BGHD: Tensor, reset_B: Tensor | None, c_BHD: Tensor, n_BHD: Tensor, m_BHD: Tensor) -> Cell:
-    """The step of `slstm_recurrence` from pre-activations of the gates; the output gate is still one."""
+    """The step of `slstm_recurrence` from pre-activations of the gates; that of the output gate is passed through."""
     if reset_B is not None:
         reset_B11 = reset_B[:, None, None]
         c_BHD, n_BHD = c_BHD.masked_fill(reset_B11, 0.0), n_BHD.masked_fill(reset_B11, 0.0)
@@ -98,20 +107,20 @@ def advance(gates_BGHD: Tensor, reset_B: Tensor | None, c_BHD: Tensor, n_BHD: Te
 
 
 def rebuild(gates_BTGHD: Tensor, dy_BTHD: Tensor, checkpoints_NSBHD: Tensor, resets_BT: Tensor | None) -> Kept:
-    """Runs the cell again from every checkpoint, the recurrent products being known."""
+    """Run the cell again from every checkpoint. The gates include the recurrent products."""
     kernels = _triton_kernels(gates_BTGHD)
     if kernels:
         return kernels.rebuild(gates_BTGHD, dy_BTHD, checkpoints_NSBHD, resets_BT)
     B, T, _, H, D = gates_BTGHD.shape
     values_BTVHD = gates_BTGHD.new_empty(H, B, T, 6, D).permute(1, 2, 3, 0, 4)
     ends_SBHD = gates_BTGHD.new_empty(3, B, H, D)
-    for start, state in zip(range(0, T, CHECKPOINT_STEPS), checkpoints_NSBHD.unbind(0), strict=True):
-        state = state.unbind(0)
+    for start, checkpoint_SBHD in zip(range(0, T, CHECKPOINT_STEPS), checkpoints_NSBHD.unbind(0), strict=True):
+        c_BHD, n_BHD, m_BHD = checkpoint_SBHD.unbind(0)
         for t in range(start, min(start + CHECKPOINT_STEPS, T)):
             reset_B = None if resets_BT is None else resets_BT[:, t]
-            cell = advance(gates_BTGHD[:, t], reset_B, *state)
+            cell = advance(gates_BTGHD[:, t], reset_B, c_BHD, n_BHD, m_BHD)
             kept_BHD = cell.forget_BHD
-            h_BHD = (state[0] / state[1]).masked_fill(state[1] == 0, 0.0)
+            h_BHD = (c_BHD / n_BHD).masked_fill(n_BHD == 0, 0.0)
             share_BHD = cell.input_BHD / cell.n_BHD
             closed_BHD = torch.sigmoid(-gates_BTGHD[:, t, 1])
             if reset_B is not None:
@@ -123,8 +132,8 @@ def rebuild(gates_BTGHD: Tensor, dy_BTHD: Tensor, checkpoints_NSBHD: Tensor, res
             torch.stack(values, 1, out=values_BTVHD[:, t])
             if t == 0:
                 ends_SBHD[2] = kept_BHD / cell.n_BHD
-            state = cell[:3]
-    ends_SBHD[0], ends_SBHD[1] = state[:2]
+            c_BHD, n_BHD, m_BHD = cell[:3]
+    ends_SBHD[0], ends_SBHD[1] = c_BHD, n_BHD
     return Kept(values_BTVHD, ends_SBHD)
 
 
@@ -156,11 +165,11 @@ def backward_loop(
 
 
 def _backward_segment(values_BTVHD: Tensor, r_HED: Tensor, dgates_BTGHD: Tensor, *dstate: Tensor) -> None:
-    """Some steps, last to first: fills dgates and carries on in place the gradients of y (H, B, D), h and s before a
-    step; and, the last two, those of h and s after it."""
+    """Compute some steps, last to first: fill dgates and update in place the gradients of y (H, B, D), h and s before a
+    step and, the last two of `dstate`, those of h and s after it."""
     kernels = _triton_kernels(values_BTVHD)
     B, T, _, H, D = values_BTVHD.shape
-    factor_HBGD = dgates_BTGHD.new_empty(H, B, 4, D)  # of dgates, what goes on to the step before
+    factor_HBGD = dgates_BTGHD.new_empty(H, B, 4, D)  # of dgates, the part that reaches the step before
     carried_dy_HBD, dh_BHD, ds_BHD, dh_after_BHD, ds_after_BHD = dstate
     for t in reversed(range(T)):
         if kernels:
@@ -183,7 +192,7 @@ def _backward_segment(values_BTVHD: Tensor, r_HED: Tensor, dgates_BTGHD: Tensor,
 
 
 def _triton_kernels(x: Tensor) -> ModuleType | None:
-    """The pointwise kernels in Triton where they run: on a GPU, in the types that they take."""
+    """The pointwise kernels in Triton where they run: on a GPU, in any type but float64."""
     if not x.is_cuda or x.dtype == torch.float64 or importlib.util.find_spec("triton") is None:
         return None
     from xlstm_lm.ops.slstm import triton_pointwise

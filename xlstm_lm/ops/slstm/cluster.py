@@ -79,14 +79,20 @@ class Layout:
 
     @property
     def macros(self) -> dict[str, object]:
-        """What the program has to be told."""
-        names = {"D": self.D, "BLOCKS": self.blocks, "WARPS": self.warps, "TILES": self.tiles, "HELD": self.held}
+        """Macros of the program, by name."""
+        names: dict[str, object] = {
+            "D": self.D,
+            "BLOCKS": self.blocks,
+            "WARPS": self.warps,
+            "TILES": self.tiles,
+            "HELD": self.held,
+        }
         names |= {"SEGMENT": CHECKPOINT_STEPS, "SHARED_BYTES": self.shared_bytes, "Element": ELEMENTS[self.dtype]}
         return names
 
     @property
     def files(self) -> tuple[str, str]:
-        """The program, but for what it asks of the GPU (cluster_device.h)."""
+        """The program, except for its use of the GPU's own instructions (cluster_device.h)."""
         return "cluster_head.h", f"cluster_{self.direction}.cu"
 
     def clusters(self, B: int, H: int) -> int:
@@ -109,9 +115,9 @@ def _rows_bytes(row_bytes: int) -> int:
 
 
 def why_not(device: torch.device, D: int, dtype: torch.dtype) -> str | None:
-    """Why heads of `D` units in `dtype` cannot use the cluster kernels on `device`; None if they can.
+    """The reason why heads of `D` units in `dtype` cannot use the cluster kernels on `device`; None if they can.
 
-    Compiles them when asked for the first time.
+    The first call compiles them.
     """
     if device.type != "cuda" or torch.version.cuda is None:
         return f"the sLSTM's cluster kernels run on NVIDIA GPUs, not on {device.type}"
@@ -124,7 +130,7 @@ def why_not(device: torch.device, D: int, dtype: torch.dtype) -> str | None:
     if D > MAX_D:
         return f"the sLSTM's cluster kernels take heads of up to {MAX_D} units, not {D}"
     layouts = [Layout(direction=direction, D=D, dtype=dtype, tiles=1) for direction in DIRECTIONS]
-    needed, limit = max(layout.shared_bytes for layout in layouts), properties.shared_memory_per_block_optin
+    needed, limit = max(layout.shared_bytes for layout in layouts), _shared_bytes(device)
     if needed > limit:
         return (
             f"a head of {D} units in {dtype} needs {needed} bytes of shared memory in each of {layouts[0].blocks} "
@@ -139,18 +145,19 @@ def why_not(device: torch.device, D: int, dtype: torch.dtype) -> str | None:
 
 
 def rows(B: int, H: int, D: int, dtype: torch.dtype, device: torch.device) -> int:
-    """Rows of the batch that a cluster takes at most, in either direction."""
+    """Rows of the batch that a cluster computes at most, in either direction."""
     return 8 * max(_layout(direction, B, H, D, dtype, device).tiles for direction in DIRECTIONS)
 
 
 def forward_loop(
     wx_BTGHD: Tensor, r_GHDE: Tensor, bias_GHD: Tensor, resets_BT: Tensor | None, state: SLSTMState
 ) -> tuple[Tensor, Tensor, SLSTMState]:
-    """As `xlstm_lm.ops.slstm.fused.Loops.forward_loop`. Where `why_not` has a reason, raises RuntimeError."""
+    """See `fused.Loops`. Raises RuntimeError where `why_not` has a reason."""
     B, T, _, H, D = wx_BTGHD.shape
     y_BTHD = wx_BTGHD.new_empty(B, T, H, D)
     checkpoints_NSBHD = bias_GHD.new_empty(_divide_up(T, CHECKPOINT_STEPS), 3, B, H, D)
-    last = tuple(torch.empty_like(part) for part in state)
+    y_last, c_last, n_last, m_last = (torch.empty_like(part) for part in state)
+    last = y_last, c_last, n_last, m_last
     parameters = ForwardParameters(
         _pointer(wx_BTGHD), *wx_BTGHD.stride()[:4], *map(_pointer, (r_GHDE, bias_GHD, resets_BT, *state)),
         *map(_pointer, (y_BTHD, checkpoints_NSBHD, *last)), B, T, H,
@@ -167,11 +174,12 @@ def backward_loop(
     resets_BT: Tensor | None,
     dlast: tuple[Tensor, Tensor, Tensor],
 ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
-    """As `xlstm_lm.ops.slstm.fused.Loops.backward_loop`. Where `why_not` has a reason, raises RuntimeError."""
+    """See `fused.Loops`. Raises RuntimeError where `why_not` has a reason."""
     B, T, _, H, D = gates_BTGHD.shape
     dgates_BTGHD = torch.empty_like(gates_BTGHD, dtype=dy_BTHD.dtype)
     assert dgates_BTGHD.stride() == gates_BTGHD.stride()
-    dfirst = tuple(torch.empty_like(part) for part in dlast)
+    dy_first, dc_first, dn_first = (torch.empty_like(part) for part in dlast)
+    dfirst = dy_first, dc_first, dn_first
     replayed = gates_BTGHD.new_empty(CHECKPOINT_STEPS, 3, B, H, D)
     parameters = BackwardParameters(
         _pointer(gates_BTGHD), *gates_BTGHD.stride()[:4], _pointer(r_GHDE), _pointer(dy_BTHD), *dy_BTHD.stride()[:3],
@@ -212,9 +220,15 @@ def _pointer(tensor: Tensor | None) -> int | None:
 def _layout(direction: str, B: int, H: int, D: int, dtype: torch.dtype, device: torch.device) -> Layout:
     """Twice the rows in a cluster where the clusters would else wait for each other, if there is room."""
     layout, wide = (Layout(direction=direction, D=D, dtype=dtype, tiles=tiles) for tiles in (1, 2))
+    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    crowded = layout.clusters(B, H) * layout.blocks > processors
+    return wide if crowded and wide.shared_bytes <= _shared_bytes(device) else layout
+
+
+def _shared_bytes(device: torch.device) -> int:
+    """Shared memory of a block at most, in bytes."""
     properties = torch.cuda.get_device_properties(device)
-    crowded = layout.clusters(B, H) * layout.blocks > properties.multi_processor_count
-    return wide if crowded and wide.shared_bytes <= properties.shared_memory_per_block_optin else layout
+    return properties.shared_memory_per_block_optin  # type: ignore[attr-defined] # missing in torch's type stubs
 
 
 def _launch(direction: str, like_BTHD: Tensor, parameters: ctypes.Structure) -> None:

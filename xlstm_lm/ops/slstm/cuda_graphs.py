@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ class _Captured(NamedTuple):
     outputs: tuple[Tensor, ...]
 
 
-_graphs: OrderedDict[tuple, _Captured] = OrderedDict()
+_graphs: OrderedDict[tuple[Any, ...], _Captured] = OrderedDict()
 
 
 def run(
@@ -46,7 +46,7 @@ def run(
         if len(_graphs) > KEPT:
             _graphs.popitem(last=False)
         for own, given in zip((*captured.inputs, *captured.outputs), (*inputs, *outputs), strict=True):
-            if own is not None:
+            if own is not None and given is not None:
                 own.copy_(given)
         captured.graph.replay()
         for own, given in zip(captured.outputs, outputs, strict=True):
@@ -57,14 +57,15 @@ def _capture(
     function: Callable[..., None], inputs: tuple[Tensor | None, ...], outputs: tuple[Tensor, ...]
 ) -> _Captured:
     with torch.inference_mode(False), torch.no_grad():  # what is captured serves training too
-        own = [None if x is None else x.clone() for x in (*inputs, *outputs)]
+        own_inputs = tuple(None if x is None else x.clone() for x in inputs)
+        own_outputs = tuple(x.clone() for x in outputs)
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
-            function(*own)  # so that kernels are compiled and libraries have their workspaces before
+            function(*own_inputs, *own_outputs)  # compiles kernels and makes libraries allocate workspaces, before
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         # On the same stream, for which libraries keep their workspaces; other threads may pin memory meanwhile.
         with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
-            function(*own)
-    return _Captured(graph, tuple(own[: len(inputs)]), tuple(own[len(inputs) :]))
+            function(*own_inputs, *own_outputs)
+    return _Captured(graph, own_inputs, own_outputs)

@@ -1,6 +1,8 @@
-"""One entry for the sLSTM cell: checks what it is given and picks the fastest backend that can compute it."""
+"""The sLSTM's entry for the rest of the package: it checks its arguments and picks a backend."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 
@@ -25,10 +27,10 @@ def slstm(
         gates_t = wx_t + einsum("bhd,ghde->bghe", y_{t-1}, r) + bias
 
     Args:
-        wx: (B, T, 4, H, D), what the input contributes to the gates; float32, float64, bfloat16 or float16.
+        wx: (B, T, 4, H, D), the input's contribution to the gates; float32, float64, bfloat16 or float16.
         r: (4, H, D, D), the recurrent weights of each gate and head.
         bias: (4, H, D).
-        resets: (B, T) bool; true where the state before the step is emptied (a document starts).
+        resets: (B, T) bool; true where the state before the step is emptied (a document starts); None for no resets.
         initial_state: (y, c, n, m), each (B, H, D); None is the empty state.
         return_state: also return the state after the last step.
         backend: "auto", or the name of a backend of `SLSTM`.
@@ -42,10 +44,11 @@ def slstm(
         ValueError: a shape, dtype or device that does not fit the others, T = 0, or an unknown backend.
     """
     _check(wx, r, bias, resets, initial_state)
-    state = () if initial_state is None else initial_state
-    batch = {"B": wx.shape[0], "H": wx.shape[3]} if wx.device.type == "cuda" else {}
-    inputs = (wx, r, bias, *state)
-    chosen = SLSTM.backend_for(inputs, backend, has_resets=resets is not None, D=wx.shape[-1], **batch)
+    sizes: dict[str, Any] = {"D": wx.shape[-1]}
+    if wx.device.type == "cuda":
+        sizes |= {"B": wx.shape[0], "H": wx.shape[3]}
+    inputs = (wx, r, bias, *(initial_state or ()))
+    chosen = SLSTM.backend_for(inputs, backend, has_resets=resets is not None, **sizes)
     return chosen.loaded(wx, r, bias, resets_BT=resets, initial_state=initial_state, return_state=return_state)
 
 

@@ -1,9 +1,8 @@
-"""The sLSTM for loops that run over time in one go: everything of it that needs no recurrence, as operators of PyTorch.
+"""The parts of the sLSTM that need no recurrence, as operators of PyTorch around loops that run over time in one go.
 
-Such a backend gives two functions, `forward_loop` and `backward_loop` (`Loops`), in a module of its own. What is left
-is large matrix products and stands here once: the gate pre-activations of all steps, which the backward makes anew from
-y, and the gradients of R and the bias. As operators of the dispatcher the passes stay whole under torch.compile and in
-activation checkpointing.
+A backend is a module with the functions of `Loops`. The remaining large matrix products are here, once for all
+backends: the gate pre-activations of all steps, which the backward computes again from y, and the gradients of R and
+the bias. As operators of the dispatcher the passes stay whole under torch.compile and in activation checkpointing.
 """
 
 from __future__ import annotations
@@ -22,12 +21,18 @@ CHECKPOINT_STEPS = 64
 
 
 class Loops(Protocol):
-    """The two loops of a backend, a module.
+    """The two loops of a backend, a module, and its limits.
 
-    All tensors lie on one device. "state type" is float32, or float64 for inputs in float64; R comes in the inputs'
-    type. In 16-bit types the y that goes into the next step's recurrent product is the rounded one that is stored, so
-    that the backward finds the gates that the forward had.
+    All tensors are on one device. "state type" is float32, or float64 for inputs in float64; R has the inputs' type. In
+    16-bit types the y in the next step's recurrent product is the rounded one that is stored: the backward rebuilds the
+    same gates from it.
     """
+
+    def why_not(self, device: torch.device, D: int, dtype: torch.dtype) -> str | None:
+        """The reason why heads of D units cannot be computed there; None if they can."""
+
+    def rows(self, B: int, H: int, D: int, dtype: torch.dtype, device: torch.device) -> int:
+        """Rows of the batch computed at a time; other numbers of rows run other compiled code."""
 
     def forward_loop(
         self, wx_BTGHD: Tensor, r_GHDE: Tensor, bias_GHD: Tensor, resets_BT: Tensor | None, state: SLSTMState
@@ -75,15 +80,11 @@ LOOPS = {
     "cluster": "xlstm_lm.ops.slstm.cluster",
     "batched": "xlstm_lm.ops.slstm.batched",
 }
-"""The modules with the loops, fastest first. They are imported when first needed: not every machine can."""
+"""The modules with the loops, fastest first. They are imported at first use: not every machine can import all."""
 
 
 def loops_of(backend: str) -> Loops:
-    """The module of a backend in `LOOPS`. Those for some devices and heads only also have the functions
-
-    why_not(device, D, dtype) -> str | None: why they do not take heads of D units there; None if they do.
-    rows(B, H, D, dtype, device) -> int: rows of the batch that they take at a time, which other code is compiled for.
-    """
+    """The module of a backend in `LOOPS`."""
     return importlib.import_module(LOOPS[backend])
 
 
@@ -99,7 +100,8 @@ def slstm_fused(
 ) -> Tensor | tuple[Tensor, SLSTMState]:
     """The cell of `slstm_recurrence`, same arguments and results, by the loops of a backend in `LOOPS`.
 
-    R is rounded to wx's type, in which the recurrent product is taken with sums in the state type. Differentiable once.
+    R is rounded to wx's type, the type of the recurrent product's factors; its sums have the state type. Differentiable
+    once.
     """
     dtype = compute_dtype(wx_BTGHD.dtype)
     state = empty_state(wx_BTGHD) if initial_state is None else initial_state
@@ -129,12 +131,14 @@ def compute_forward(
             r.to(wx.dtype).contiguous(),
             bias.contiguous(),
             None if resets is None else resets.contiguous(),
-            tuple(part.contiguous() for part in (y, c, n, m)),
+            (y.contiguous(), c.contiguous(), n.contiguous(), m.contiguous()),
         )
         return y_BTHD, checkpoints_NSBHD, *last
 
 
-def _forward_shapes(wx, r, bias, resets, y, c, n, m, backend) -> tuple[Tensor, ...]:
+def _forward_shapes(
+    wx: Tensor, r: Tensor, bias: Tensor, resets: Tensor | None, y: Tensor, *others: Any
+) -> tuple[Tensor, ...]:
     B, T, _, H, D = wx.shape
     checkpoints_NSBHD = y.new_empty(-(-T // CHECKPOINT_STEPS), 3, B, H, D)
     return wx.new_empty(B, T, H, D), checkpoints_NSBHD, *(y.new_empty(B, H, D) for _ in range(4))
@@ -180,7 +184,7 @@ def compute_backward(
             _last_dense(dy),
             checkpoints,
             None if resets is None else resets.contiguous(),
-            tuple(part.contiguous() for part in (dy_last, dc_last, dn_last)),
+            (dy_last.contiguous(), dc_last.contiguous(), dn_last.contiguous()),
         )
         del gates_HBTGD
         dgates_HRE = dgates_BTGHD.permute(3, 0, 1, 2, 4).view(H, B * T, G * D)
@@ -191,7 +195,7 @@ def compute_backward(
 
 
 def _backward_shapes(
-    wx, r, bias, resets, y_first, y, checkpoints, dy, dy_last, dc_last, dn_last, backend
+    wx: Tensor, r: Tensor, bias: Tensor, resets: Tensor | None, y_first: Tensor, *others: Any
 ) -> tuple[Tensor, ...]:
     B, T, G, H, D = wx.shape
     dwx_BTGHD = wx.new_empty(H, B, T, G, D).permute(1, 2, 3, 0, 4)
@@ -214,7 +218,7 @@ def product(a: Tensor, b: Tensor, sums: Tensor | None = None) -> Tensor:
     return torch.bmm(a, b) if sums is None else sums.baddbmm_(a, b)
 
 
-def _keep(ctx: Any, inputs: tuple, output: tuple) -> None:
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     wx, r, bias, resets, y_first, *_, backend = inputs
     ctx.save_for_backward(wx, r, bias, resets, y_first, *output[:2])
     ctx.backend = backend

@@ -22,7 +22,7 @@ def slstm_inputs(
 
 
 def samples(call: Call, backend: str) -> Iterator[Sample]:
-    """Many steps of few rows, and few steps of all rows, of which the kernels take more at a time where there are many.
+    """Many steps of few rows, and few steps of all rows: kernels compute more rows at a time where there are many.
 
     300 steps let the loops of GPU kernels run through their software pipelines; those for a CPU have none.
     """
@@ -53,26 +53,22 @@ def loops_of(name: str) -> Any:
 
 
 def limits(name: str, call: Call) -> str | None:
-    """Why the loops of that name do not accept a call; None if they do."""
-    return None if name == "batched" else loops_of(name).why_not(call.device, call.size("D"), call.dtype)
+    """The reason why the loops of that name do not accept a call; None if they do."""
+    return loops_of(name).why_not(call.device, call.size("D"), call.dtype)
 
 
 def same_rows(name: str, call: Call) -> Call:
-    """The call with the smallest batch of which the loops take as many rows at a time."""
-    B, H, D = call.size("B"), call.size("H"), call.size("D")
-    if B is None:
+    """The call with the smallest batch of which the loops compute as many rows at a time."""
+    if "B" not in dict(call.sizes):
         return call
-    if name == "batched":
-        B, H = 3, 2
-    else:
-        rows = loops_of(name).rows
-        wanted = rows(B, H, D, call.dtype, call.device)
-        batches = ((3 * 2**doubled, heads) for doubled in range(16) for heads in (2, 1))
-        B, H = next(each for each in batches if rows(*each, D, call.dtype, call.device) == wanted)
+    D, rows = call.size("D"), loops_of(name).rows
+    wanted = rows(call.size("B"), call.size("H"), D, call.dtype, call.device)
+    batches = ((3 * 2**doubled, heads) for doubled in range(16) for heads in (2, 1))
+    B, H = next((B, H) for B, H in batches if rows(B, H, D, call.dtype, call.device) == wanted)
     return call._replace(sizes=(("B", B), ("D", D), ("H", H)))
 
 
-def _loops(name: str, **others: object) -> Backend:
+def _loops(name: str, **others: Any) -> Backend:
     return Backend(
         name=name,
         function="xlstm_lm.ops.slstm.fused:slstm_fused",

@@ -6,8 +6,8 @@ With h = c / n, the log normalizer s = m + log n, and p = input / n, the share o
     s_t = logsigmoid(f_t) + s_{t-1} - log(1 - p_t)
     h_t = (1 - p_t) h_{t-1} + p_t tanh(z_t)            y_t = sigmoid(o_t) h_t
 
-so that few numbers, all bounded, are to be kept of each step, no stabilizer is among them, and the gradients are sums
-of a few products. c and n are related to h and s where a sequence ends, and where it begins.
+In these variables, few numbers are kept of each step, all of them bounded and none a stabilizer, and the gradients are
+sums of a few products. c and n are related to h and s where a sequence ends, and where it begins.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from torch import Tensor
 
 
 class Kept(NamedTuple):
-    """What a reverse loop needs of the forward loop."""
+    """The numbers of the forward loop that a reverse loop needs."""
 
     values_BTVHD: Tensor
-    """Of each step sigmoid(o), p, tanh(z), h before it, sigmoid(-f) (-1 for a reset, where it counts for nothing), and
-    the gradient of y; in memory H, B, T, V, D."""
+    """Numbers of each step: sigmoid(o), p, tanh(z), h before it, sigmoid(-f) (-1 for a reset, where it is not
+    used), and the gradient of y; in memory H, B, T, V, D."""
     ends_SBHD: Tensor
     """c and n after the last step; and the forget weight of the first step over n after it."""
 

@@ -1,8 +1,8 @@
-"""The sLSTM's loops as persistent Triton kernels: a program takes a head and a tile of the batch through all of time.
+"""The sLSTM's loops as persistent Triton kernels: a program computes a head and a tile of the batch for all steps.
 
-R stays on chip. The products are taken transposed, R being the first operand: the gates of a tile of rows are R^T
-(4D x D) times y^T (D x tile), one product a step, which tensor cores take at 8 rows already. R lies in shared memory,
-the state in registers, and between steps only y goes through shared memory. Step t fetches what step t + 2 reads.
+R stays on chip. The products are transposed, with R as the first operand: the gates of a tile of rows are R^T (4D x D)
+times y^T (D x tile), one product a step, which tensor cores support at 8 rows already. R is in shared memory, the state
+in registers, and between steps only y goes through shared memory. Step t fetches the inputs of step t + 2.
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ TILES = (8, 16)
 
 
 class Launch(NamedTuple):
-    """How the loops are launched."""
+    """Launch parameters of the loops."""
 
     tile: int
     warps: int
     stages: int
-    """Steps that the backward reads ahead, and one. What it reads lies in shared memory meanwhile."""
+    """Steps that the backward reads ahead, and one. Their inputs are in shared memory meanwhile."""
     precision: str
-    """Of float32 products: three on tensor cores, nearly as exact, where they take float32 like that."""
+    """Precision of float32 products: three on tensor cores, nearly as exact, where these support it."""
 
 
 def largest(dtype: torch.dtype, device: torch.device) -> int:
-    """Units of the largest heads that these kernels take; 0 for types that they do not take."""
+    """Units of the largest heads that these kernels accept; 0 for types that they do not accept."""
     name, most = architecture(device), LARGEST.get(dtype, 0)
     if name.startswith("gfx"):
         return most // 2
@@ -50,7 +50,7 @@ def largest(dtype: torch.dtype, device: torch.device) -> int:
 
 
 def why_not(device: torch.device, D: int, dtype: torch.dtype) -> str | None:
-    """Why these kernels do not take heads of D units on a device; None if they do."""
+    """The reason why these kernels do not accept heads of D units on a device; None if they do."""
     if device.type != "cuda" and not triton.knobs.runtime.interpret:
         return f"Triton's kernels run on a GPU, not on {device}"
     if dtype not in LARGEST:
@@ -68,7 +68,7 @@ def why_not(device: torch.device, D: int, dtype: torch.dtype) -> str | None:
 
 
 def rows(B: int, H: int, D: int, dtype: torch.dtype, device: torch.device) -> int:
-    """Rows of the batch that a program takes."""
+    """Rows of the batch that a program computes."""
     return launch_for(B, H, D, device).tile
 
 
@@ -103,7 +103,7 @@ def _join(first, second, third, fourth, D: tl.constexpr, TILE: tl.constexpr):
 
 @triton.jit
 def _at(ptr, stride, t):
-    """Where step t begins."""
+    """The address where step t begins."""
     return ptr + tl.cast(t, tl.int64) * stride
 
 
@@ -196,7 +196,7 @@ def backward_loop_kernel(
     STAGES: tl.constexpr,
 ):
     """dlast is (3, B, H, D): gradients of y, h, s after the last step; dfirst those of y before the first step and of h
-    and s after it. values lie in memory H, B, T, 6, D and dgates H, B, T, 4, D."""
+    and s after it. In memory, values are H, B, T, 6, D and dgates H, B, T, 4, D."""
     head = tl.program_id(0).to(tl.int64)
     row = tl.program_id(1) * TILE + tl.arange(0, TILE).to(tl.int64)
     d = tl.arange(0, BLOCK_D)
@@ -303,4 +303,5 @@ def backward_loop(
         num_warps=launch.warps,
     )
     check_machine_code((backward_loop_kernel,), dy_BTHD.device)
-    return dgates_BTGHD, from_shares(*dfirst_SBHD, kept)
+    dy_BHD, dh_BHD, ds_BHD = dfirst_SBHD
+    return dgates_BTGHD, from_shares(dy_BHD, dh_BHD, ds_BHD, kept)

@@ -122,7 +122,7 @@ def backward_step_kernel(
     D: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One program for each row, head and block of units. `factor` is what of dgates goes on to the step before."""
+    """One program for each row, head and block of units. `factor`: the part of dgates that reaches the step before."""
     row, head, d, inside, unit = _units(H, D, BLOCK)
     carried = (head * B + row) * D + d
     place = values_ptr + row * values_strides[0] + head * values_strides[2] + d
@@ -164,7 +164,7 @@ def rebuild_kernel(
     STEPS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Programs (row and head, block of units, checkpoint); gates lie in memory H, B, T, 4, D, values H, B, T, 6, D."""
+    """Programs (row and head, block of units, checkpoint); in memory, gates are H, B, T, 4, D, values H, B, T, 6, D."""
     row, head, d, inside, unit = _units(H, D, BLOCK)
     size = B.to(tl.int64) * H * D
     segment = tl.program_id(2)
@@ -214,7 +214,7 @@ def forward_step(
     carried_y_HBD: Tensor,
     state: tuple[Tensor, ...],
 ) -> None:
-    """Fills y, in both places, and carries c, n, m on in place."""
+    """Fill y, in both places, and advance c, n, m in place."""
     B, _, H, D = wx_BGHD.shape
     forward_step_kernel[(B * H, triton.cdiv(D, BLOCK))](
         product_BGHD,
@@ -237,7 +237,7 @@ def forward_step(
 
 
 def backward_step(values_BVHD: Tensor, dgates_BGHD: Tensor, factor_HBGD: Tensor, dstate: tuple[Tensor, ...]) -> None:
-    """Fills dgates and what of them goes on to the step before, and carries the gradients of h and s on in place."""
+    """Fill dgates and the part of them that reaches the step before, and update the gradients of h and s in place."""
     B, _, H, D = values_BVHD.shape
     backward_step_kernel[(B * H, triton.cdiv(D, BLOCK))](
         values_BVHD,
@@ -254,7 +254,7 @@ def backward_step(values_BVHD: Tensor, dgates_BGHD: Tensor, factor_HBGD: Tensor,
 
 
 def rebuild(gates_BTGHD: Tensor, dy_BTHD: Tensor, checkpoints_NSBHD: Tensor, resets_BT: Tensor | None) -> Kept:
-    """Runs the cell again from every checkpoint at once, the recurrent products being known."""
+    """Run the cell again from every checkpoint at once. The gates include the recurrent products."""
     B, T, _, H, D = gates_BTGHD.shape
     values_HBTVD = gates_BTGHD.new_empty(H, B, T, 6, D)
     ends_SBHD = gates_BTGHD.new_empty(3, B, H, D)

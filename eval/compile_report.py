@@ -1,4 +1,4 @@
-"""What our GPU kernels compile to, without a GPU: registers, shared memory, spills and matrix instructions.
+"""Compile our GPU kernels without a GPU and report registers, shared memory, spills and matrix instructions.
 
 `python -m eval.kernels --compile-report` compiles every configuration that we ship (`compile_cases.CASES`) for every
 target; `python -m eval.compile_report --help` names ways to compile fewer. It ends with 1 if a kernel does not compile,
@@ -36,7 +36,7 @@ TIME_LIMIT = 120
 
 @dataclass(kw_only=True)
 class Compiled:
-    """What became of one kernel on one target."""
+    """The result of compiling one kernel for one target."""
 
     case: str
     kernel: str
@@ -61,7 +61,7 @@ def _child(pipe: Any, call: TritonCall | CudaCall, target: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         resource.setrlimit(resource.RLIMIT_CPU, (TIME_LIMIT, TIME_LIMIT))
         os.environ["TRITON_CACHE_DIR"] = folder
-        os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # the default, but said aloud by Triton 3.9
+        os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # unset, Triton 3.9 prints a notice
         try:
             pipe.send(call.compile(target))
         except Exception as caught:

@@ -16,8 +16,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from eval.command import add_model_flags, environment, positive
-from eval.scoring.models import CausalModel, load_model
+from eval.bench.tables import markdown_table
+from eval.command import add_model_flags, environment, load_named_model, positive
+from eval.scoring.models import CausalModel
 from eval.study.results_file import results_file, write_results
 from xlstm_lm.base import console
 from xlstm_lm.base.program import program
@@ -109,7 +110,7 @@ def _load_task(manager: Any, name: str) -> list[Any]:
 
 def as_markdown(results: dict[str, Any]) -> str:
     """Every metric of every task and group, with its standard error where there is one."""
-    lines = ["| task | documents | metric | value | standard error |", "|---|---|---|---|---|"]
+    rows = []
     for task, metrics in results["results"].items():
         documents = results["n-samples"].get(task, {}).get("effective", "")
         for key, value in metrics.items():
@@ -118,25 +119,26 @@ def as_markdown(results: dict[str, Any]) -> str:
                 continue
             error = metrics.get(f"{name}_stderr,{filtered}", "")
             error = f"{error:.4g}" if isinstance(error, float) else ""
-            lines.append(f"| {task} | {documents} | {name} | {value:.4g} | {error} |")
-    return "\n".join(lines)
+            rows.append([task, str(documents), name, f"{value:.4g}", error])
+    return markdown_table("| task | documents | metric | value | standard error |", rows)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run tasks on one model, print the table and, with --out, write everything as JSON."""
     parser = argparse.ArgumentParser(prog="python -m eval.downstream", description=__doc__.splitlines()[0])
-    parser.add_argument("--model", required=True, metavar="FOLDER", help="A run, a checkpoint, an export, a hub id.")
-    parser.add_argument("--tasks", required=True, nargs="+", metavar="TASK", help="xlstm_paper, standard, local, ...")
-    parser.add_argument("--include", type=Path, metavar="FOLDER", help="More task files, in lm_eval's format.")
-    parser.add_argument("--num-fewshot", type=int, metavar="N", help="Examples before a question. Default: the task's.")
-    parser.add_argument("--limit", type=positive, metavar="N", help="At most so many documents of each task.")
-    parser.add_argument(
+    add = parser.add_argument
+    add("--model", required=True, metavar="FOLDER", help="A run, a checkpoint, an export, a hub id.")
+    add("--tasks", required=True, nargs="+", metavar="TASK", help="xlstm_paper, standard, local, ...")
+    add("--include", type=Path, metavar="FOLDER", help="More task files, in lm_eval's format.")
+    add("--num-fewshot", type=int, metavar="N", help="Examples before a question. Default: the task's.")
+    add("--limit", type=positive, metavar="N", help="At most so many documents of each task.")
+    add(
         "--context-length",
         type=positive,
         metavar="T",
         help="See windows of so many tokens. Default: everything, or the trained context of a model without state.",
     )
-    parser.add_argument("--out", type=results_file, metavar="FILE", help="Write results, settings and samples as JSON.")
+    add("--out", type=results_file, metavar="FILE", help="Write results, settings and samples as JSON.")
     add_model_flags(parser)
     options = parser.parse_args(arguments)
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
@@ -145,13 +147,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         console.stage("looking up the tasks")
         manager = find_tasks(options.tasks, options.include)
         console.stage(f"loading {options.model}")
-        model = load_model(
-            options.model,
-            library=options.library,
-            device=options.device,
-            dtype=options.dtype,
-            trained_context=options.trained_context,
-        )
+        model = load_named_model(options.model, options)
         console.stage(f"reading the data of {', '.join(options.tasks)}")
         window = options.context_length or (None if model.carries_state else model.trained_context)
         results = evaluate(

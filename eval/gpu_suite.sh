@@ -52,12 +52,9 @@ stage() {
 say "$(date -u +%FT%TZ) $(git describe --always --dirty 2>/dev/null), $("$PYTHON" -c 'import torch
 print("torch", torch.__version__, torch.cuda.get_device_name() if torch.cuda.is_available() else "without a GPU")')"
 
-sizes=embedding_dim=1024,num_blocks=24
-models=(
-    "xlstm-400m=xlstm:$sizes,num_heads=4" "transformer-400m=transformer:$sizes,num_heads=16"
-    "mamba2-400m=mamba:embedding_dim=1024,num_blocks=46" "xlstm-1.3b=xlstm:embedding_dim=2048,num_blocks=24,num_heads=4"
-)
-dtypes=(float32 bfloat16 float16)
+models=(xlstm-400m transformer-400m mamba2-400m xlstm-1.3b)
+checks=("xlstm_lm doctor "{float32,bfloat16,float16})
+checks+=("eval.bench.verify_models "{xlstm-400m,xlstm-1.3b,mamba2-400m,xlstm-paper-{125m,350m,760m}-7-1})
 kernels=(--budget 150) # the lengths that matter most come first
 throughput=(--lengths 8192 2048 16384 --tokens 16384 --seconds 4 --budget 60)
 generation=(--lengths 512 4096 16384 --batch-sizes 1 16 --new-tokens 32 --rounds 3 --seconds 4 --budget 35)
@@ -68,7 +65,7 @@ training=(
 if [ -n "$dry" ]; then
     tiny=embedding_dim=64,num_blocks=2,num_heads=2,vocab_size=256
     models=("xlstm-tiny=xlstm:$tiny" "transformer-tiny=transformer:$tiny")
-    dtypes=(float32)
+    checks=("xlstm_lm doctor float32" "eval.bench.verify_models xlstm-cpu-0.7m")
     kernels=(--lengths 64 128 --rounds 1)
     throughput=(--lengths 64 128 --tokens 128 --rounds 3 --seconds 1)
     generation=(--lengths 16 32 --batch-sizes 1 2 --new-tokens 4 --rounds 3 --seconds 1)
@@ -78,16 +75,16 @@ if [ -n "$dry" ]; then
     )
 fi
 
-# A process for each type, because most of the time goes into compiling.
+# A process for each type and each model, because most of the time goes into compiling.
 stage correctness 130 bash -c 'logs=$1 python=$2 status=0
     shift 2
-    for dtype in "$@"; do
-        "$python" -m xlstm_lm doctor "$dtype" >"$logs/correctness-$dtype.log" 2>&1 &
+    for check in "$@"; do
+        timeout 120 "$python" -m $check >"$logs/correctness-${check##* }.log" 2>&1 &
         processes+=($!)
     done
     for process in "${processes[@]}"; do wait "$process" || status=1; done
-    for dtype in "$@"; do cat "$logs/correctness-$dtype.log"; done
-    exit $status' _ "$logs" "$PYTHON" "${dtypes[@]}"
+    for check in "$@"; do cat "$logs/correctness-${check##* }.log"; done
+    exit $status' _ "$logs" "$PYTHON" "${checks[@]}"
 stage kernels 190 "$PYTHON" -m eval.kernels "${kernels[@]}" --out "$OUT/kernels.json"
 stage throughput 100 "$PYTHON" -m eval.throughput --models "${models[@]}" "${throughput[@]}" --out "$OUT/throughput.json"
 stage generation 65 "$PYTHON" -m eval.throughput --generate --models "${models[@]:0:3}" "${generation[@]}" \

@@ -1,6 +1,6 @@
 """How fast our kernels are, beside attention, torch's LSTM and every peer installed: `python -m eval.kernels`.
 
-All contenders of a table run on the same sizes in one process, taking turns, so that the ratio holds on a noisy
+All contenders of a table run on the same sizes in one process, taking turns, which makes the ratio robust on a noisy
 machine. Before it is timed, each is compared with its definition in float64, values and gradients; one that is wrong or
 crashes keeps its row, with what went wrong. `eval.bench.kernel_cases` says how operations and bytes are counted.
 """
@@ -31,7 +31,7 @@ from xlstm_lm.base.program import program
 from xlstm_lm.ops.selfcheck import TOLERANCE, errors
 
 SECONDS_A_CASE = {"cpu": 120.0, "cuda": 5.0}
-"""What the timed rounds of a table may take before there are fewer of them."""
+"""Time that the timed rounds of a table may use before their number is reduced, by device."""
 
 
 @dataclass(kw_only=True)
@@ -60,7 +60,7 @@ class Row:
 
 
 def contenders_of(case: Case) -> dict[str, Callable[[], Contender]]:
-    """Who takes part in a case, peers that are installed before us; each is made when called."""
+    """Makers of a case's contenders: installed peers first, then our kernels."""
     inputs = case.inputs()
     found: dict[str, Callable[[], Contender]] = {}
     for name, (package, builder) in PEERS[case.operation, case.device].items():
@@ -127,7 +127,7 @@ def _check(contender: Contender, gradients: bool) -> tuple[float, float | None]:
 
 
 def _verdict(row: Row, contender: Contender, tolerance: float) -> str:
-    """What is wrong. Gradients that leave the normalizer's part out are right where a norm of each head follows."""
+    """The problem, or "". Gradients without the normalizer's part are right where a norm of each head follows."""
     if not row.error <= tolerance:
         return f"wrong values (allowed {tolerance:.0e})"
     if row.gradient_error is None or row.gradient_error <= tolerance:
@@ -235,7 +235,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def is_ours_and_bad(row: Row) -> bool:
-    """Whether a kernel of ours is wrong or crashed. One that refuses a size or a type is neither."""
+    """Whether one of our kernels is wrong or crashed. One that refuses a size or a type is neither."""
     return row.name.startswith(OWN) and bool(row.problem) and not row.problem.startswith("fails: ValueError")
 
 

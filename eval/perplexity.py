@@ -10,13 +10,14 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from typing import Any
 
-from eval.command import add_model_flags, environment, positive
+from eval.bench.tables import markdown_table
+from eval.command import add_model_flags, environment, load_named_model, positive
 from eval.scoring.documents import DocumentsConfig, open_documents
 from eval.scoring.extrapolation import draw_extrapolation, extrapolate
-from eval.scoring.models import load_model, pick_device
+from eval.scoring.models import pick_device
 from eval.scoring.perplexity import PerplexityConfig, choose_windows, measure
 from eval.study.results_file import results_file, write_results
 from xlstm_lm.base import console
@@ -34,7 +35,7 @@ DEFINITIONS = {
 
 
 def as_markdown(result: dict[str, Any]) -> str:
-    """What was measured of one model, for people."""
+    """The measurements of one model as text and tables."""
     lines = []
     if "documents" in result:
         lines.append(
@@ -46,22 +47,21 @@ def as_markdown(result: dict[str, Any]) -> str:
             f"{_number(result['word_perplexity'])} a word, {_number(result['bits_per_byte'])} bits per byte"
         )
         for key, what in (("by_position", "position"), ("by_document_length", "tokens of the document")):
-            lines += ["", f"| {what} | tokens | nats a token | bits per byte |", "|---|---|---|---|"]
-            lines += [
-                f"| {row['from']:,} to {row['to'] - 1:,} | {row['tokens']:,} | {row['loss']:.4f} | "
-                f"{_number(row['bits_per_byte'])} |"
-                for row in result[key]
-            ]
+            rows = [[f"{row['from']:,} to {row['to'] - 1:,}", *_cells(row)] for row in result[key]]
+            lines += ["", markdown_table(f"| {what} | tokens | nats a token | bits per byte |", rows)]
     if "extrapolation" in result:
-        lines += ["", "| context | times trained | tokens | nats a token | bits per byte | second half |"]
-        lines += ["|---|---|---|---|---|---|"]
+        head = "| context | times trained | tokens | nats a token | bits per byte | second half |"
+        rows = []
         for row in result["extrapolation"]:
             times = "" if row["times_trained"] is None else f"{row['times_trained']:g}"
-            lines.append(
-                f"| {row['context_length']:,} | {times} | {row['tokens']:,} | {row['loss']:.4f} | "
-                f"{_number(row['bits_per_byte'])} | {_number(row['second_half']['bits_per_byte'])} |"
-            )
+            half = _number(row["second_half"]["bits_per_byte"])
+            rows.append([f"{row['context_length']:,}", times, *_cells(row), half])
+        lines += ["", markdown_table(head, rows)]
     return "\n".join(lines)
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    return [f"{row['tokens']:,}", f"{row['loss']:.4f}", _number(row["bits_per_byte"])]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -70,13 +70,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     with program("eval.perplexity"):
         _check(options)
-        data = DocumentsConfig(data=options.data, split_at=options.split_at, max_documents=options.max_documents)
-        config = PerplexityConfig(
-            context_length=options.context_length,
-            stride=options.stride,
-            count_end=options.count_end,
-            count_line_ends=options.count_line_ends,
-            batch_size=options.batch_size,
+        data, config = (
+            kind(**{each.name: getattr(options, each.name) for each in fields(kind)})
+            for kind in (DocumentsConfig, PerplexityConfig)
         )
         open_documents(data)  # a missing file shows before a model is loaded
         results = [_measure_one(name, data, config, options) for name in options.model]
@@ -99,13 +95,7 @@ def _measure_one(
     name: str, data: DocumentsConfig, config: PerplexityConfig, options: argparse.Namespace
 ) -> dict[str, Any]:
     console.stage(f"loading {name}")
-    model = load_model(
-        name,
-        library=options.library,
-        device=options.device,
-        dtype=options.dtype,
-        trained_context=options.trained_context,
-    )
+    model = load_named_model(name, options)
     result: dict[str, Any] = {
         "model": name,
         "parameters": model.num_parameters,

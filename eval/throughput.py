@@ -21,7 +21,7 @@ from torch import nn
 from eval.bench.generation_speed import GenerationRow, as_markdown_generation, draw_generation, measure_generation
 from eval.bench.measure import DTYPES, Ceilings, Step, Timing, take_turns
 from eval.bench.speed_models import Model, describe_kernels, parse_model
-from eval.bench.tables import ceilings_of_study, go_through
+from eval.bench.tables import ceilings_of_study, go_through, markdown_table
 from eval.study.journal import Journal, run_in_children
 from eval.study.picture import draw_over_length
 from eval.study.results_file import results_file
@@ -49,11 +49,11 @@ class Row:
     """eager or compiled."""
     kernels: str = ""
     milliseconds: float | None = None
-    """Of a forward and a backward pass."""
+    """Time of a forward and a backward pass."""
     spread_milliseconds: float | None = None
     tokens_per_second: float | None = None
     ratio: float | None = None
-    """Of tokens a second, to the first model of the table that ran."""
+    """Tokens a second relative to the first model of the table that ran."""
     flops_share: float | None = None
     """MFU, of the matrix product measured in this run."""
     peak_bytes: int | None = None
@@ -138,23 +138,17 @@ def measure_length(
 
 def as_markdown(rows: list[Row]) -> str:
     """The rows of one length as a table for people."""
-    lines = [
-        "| model | parameters | mode | kernels | tokens/s (median ± MAD) | to the first | MFU | memory | |",
-        "|---" * 9 + "|",
-    ]
+    cells = []
     for row in rows:
         speed = ratio = share = ""
         if row.milliseconds is not None:
             spread = row.tokens_per_second * row.spread_milliseconds / row.milliseconds
-            speed, ratio, share = (
-                f"{row.tokens_per_second:,.0f} ± {spread:,.0f}",
-                f"{row.ratio:.2f}",
-                f"{row.flops_share:.1%}",
-            )
+            speed = f"{row.tokens_per_second:,.0f} ± {spread:,.0f}"
+            ratio, share = f"{row.ratio:.2f}", f"{row.flops_share:.1%}"
         memory = f"{row.peak_bytes / 2**30:.1f} GiB" if row.peak_bytes else ""
-        cells = (row.name, f"{row.parameters:,}", row.mode, row.kernels, speed, ratio, share, memory, row.problem)
-        lines.append("| " + " | ".join(cell.replace("|", "/") for cell in cells) + " |")
-    return "\n".join(lines)
+        cells.append([row.name, f"{row.parameters:,}", row.mode, row.kernels, speed, ratio, share, memory, row.problem])
+    head = "| model | parameters | mode | kernels | tokens/s (median ± MAD) | to the first | MFU | memory | |"
+    return markdown_table(head, cells)
 
 
 def draw(rows: list[Row], path: Path) -> bool:
@@ -208,37 +202,32 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m eval.throughput", description=__doc__.splitlines()[0])
-    parser.add_argument(
+    add = parser.add_argument
+    add(
         "--models",
         nargs="+",
         metavar="MODEL",
-        help="presets of configs/model, recipes, or families with fields (xlstm:embedding_dim=256,num_blocks=8); with "
+        help="presets, recipes, or families with fields (xlstm:embedding_dim=256,num_blocks=8); with "
         "transformers: in front, transformers' class of those sizes; NAME=MODEL gives it another name. "
         f"Default: {' '.join(GPU_MODELS)}; on a CPU {' '.join(CPU_MODELS)}",
     )
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--dtype", choices=list(DTYPES), help="of the weights; default bfloat16 on a GPU, else float32")
-    parser.add_argument("--threads", type=argument(Size), default=1, help="CPU threads (default 1)")
-    parser.add_argument("--lengths", type=argument(Count), nargs="+", help="of rows, or of prompts with --generate")
-    parser.add_argument("--tokens", type=argument(Count), help="in a batch (default 32768; on a CPU 2048)")
-    parser.add_argument("--modes", nargs="+", default=["eager"], choices=["eager", "compiled"])
-    parser.add_argument("--activation-checkpointing", action="store_true", help="recompute activations in the backward")
-    parser.add_argument("--generate", action="store_true", help="time to first token, and tokens/s after it")
-    parser.add_argument(
-        "--batch-sizes", type=argument(Count), nargs="+", default=[1, 8], help="of prompts, with --generate"
-    )
-    parser.add_argument("--new-tokens", type=argument(Count), default=32, help="written after a prompt (default 32)")
-    parser.add_argument("--rounds", type=argument(Count), default=9, help="timed rounds at most (default 9)")
-    parser.add_argument(
-        "--seconds", type=argument(Positive), default=60.0, help="for the rounds of a table, three at least"
-    )
-    parser.add_argument(
-        "--budget", type=argument(NonNegative), default=0, help="seconds after which no table is begun; 0: no limit"
-    )
-    parser.add_argument("--out", type=results_file, help="also write the rows to this JSON file")
-    parser.add_argument("--picture", type=Path, help="draw here instead of beside --out")
-    parser.add_argument("--journal", type=Path, help=argparse.SUPPRESS)  # the process that a supervisor starts has one
-    parser.add_argument("--begin", type=float, default=time.time(), help=argparse.SUPPRESS)
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
+    add("--dtype", choices=list(DTYPES), help="of the weights; default bfloat16 on a GPU, else float32")
+    add("--threads", type=argument(Size), default=1, help="CPU threads (default 1)")
+    add("--lengths", type=argument(Count), nargs="+", help="of rows, or of prompts with --generate")
+    add("--tokens", type=argument(Count), help="in a batch (default 32768; on a CPU 2048)")
+    add("--modes", nargs="+", default=["eager"], choices=["eager", "compiled"])
+    add("--activation-checkpointing", action="store_true", help="recompute activations in the backward")
+    add("--generate", action="store_true", help="time to first token, and tokens/s after it")
+    add("--batch-sizes", type=argument(Count), nargs="+", default=[1, 8], help="of prompts, with --generate")
+    add("--new-tokens", type=argument(Count), default=32, help="written after a prompt (default 32)")
+    add("--rounds", type=argument(Count), default=9, help="timed rounds at most (default 9)")
+    add("--seconds", type=argument(Positive), default=60.0, help="for the rounds of a table, three at least")
+    add("--budget", type=argument(NonNegative), default=0, help="seconds after which no table is begun; 0: no limit")
+    add("--out", type=results_file, help="also write the rows to this JSON file")
+    add("--picture", type=Path, help="draw here instead of beside --out")
+    add("--journal", type=Path, help=argparse.SUPPRESS)  # the process that a supervisor starts has one
+    add("--begin", type=float, default=time.time(), help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     on_gpu = options.device == "cuda"
     options.models = options.models or (GPU_MODELS if on_gpu else CPU_MODELS)

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
 import pytest
-import torch
 import yaml
 
 from xlstm_lm.base.recipe import parse_yaml, read_recipe
 from xlstm_lm.cli import _make_parser
-from xlstm_lm.models import build_model
+from xlstm_lm.models.presets import preset, preset_names
 from xlstm_lm.runs.same_run import differing_fields
 from xlstm_lm.training.deepspeed_section import OffloadOptimizer, OffloadParam, ZeroOptimization
-from xlstm_lm.training.run_config import as_dict, as_recipe, fields, load_run_config
+from xlstm_lm.training.run_config import as_dict, as_recipe, fields, load_run_config, with_defaults
 from xlstm_lm.training.schedule import ScheduleConfig
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -69,6 +70,30 @@ def test_an_older_runs_configuration_is_todays(tmp_path):
     assert not differing_fields(yaml.safe_load(text), yaml.safe_load(as_recipe(run)))
 
 
+def test_a_field_that_an_older_run_lacks_had_its_default():
+    def differing(now, *lacking):
+        older = as_dict(load_run_config([DEMO]))
+        for name in lacking:
+            section, field = name.split(".")
+            del older[section][field]
+        run = load_run_config([DEMO], now)
+        return differing_fields(with_defaults(run, older), as_dict(run))
+
+    assert differing({}, "model.slstm_block", "model.norm_eps", "optimizer.kind", "data.shuffle_documents") == []
+    assert differing({"model.norm_eps": 1e-5}, "model.norm_eps") == ["  model.norm_eps: 1e-06 there, 1e-05 now"]
+    assert "  optimizer.kind: 'adamw' there, 'muon' now" in differing({"optimizer.kind": "muon"}, "optimizer.kind")
+    assert with_defaults(load_run_config([DEMO]), {"model": {"unknown": 1}}) == {"model": {"unknown": 1}}
+
+
+def test_a_backend_may_differ_wherever_it_is():
+    def config(backend):
+        mixers = [{"kind": "mamba2", "scan_backend": backend}]
+        pattern = {"family": "hybrid", "pattern": "mamba2", "mlstm_backend": backend, "mixers": mixers}
+        return as_dict(load_run_config([DEMO], {f"model.{name}": value for name, value in pattern.items()}))
+
+    assert not differing_fields(config("auto"), config("chunkwise"))
+
+
 @pytest.mark.parametrize(
     ("before", "steps", "now", "differ"),
     [
@@ -120,17 +145,64 @@ def test_every_training_recipe_is_valid_and_short(recipe):
     assert len(recipe.read_text().splitlines()) <= 40
 
 
-@pytest.mark.parametrize("recipe", sorted((CONFIGS / "model").glob("*.yaml")), ids=lambda path: path.stem)
-def test_every_preset_is_a_model_that_can_be_built(recipe):
-    run = load_run_config([CONFIGS / "data" / "python_stdlib.yaml", recipe])
-    with torch.device("meta"):
-        build_model(run.model)
+@pytest.mark.parametrize("name", preset_names())
+def test_every_preset_passes_the_checks_of_a_recipe(name):
+    assert load_run_config([CONFIGS / "data" / "python_stdlib.yaml"], {"model": name}).model == preset(name)
+
+
+def test_presets_are_named_in_recipes_and_flags_and_fields_beside_them_win(tmp_path):
+    base = write(tmp_path / "base.yaml", "model: xlstm-400m\ndata: {sources: [{kind: text, paths: [x]}]}\n")
+    top = write(tmp_path / "top.yaml", "include: [base.yaml]\nmodel: {num_blocks: 6}\n")
+    swapped = write(tmp_path / "swapped.yaml", "model: {preset: transformer-400m, num_heads: 8}\n")
+    assert load_run_config([base]).model == preset("xlstm-400m")
+    assert load_run_config([top]).model == replace(preset("xlstm-400m"), num_blocks=6)
+    changed = replace(preset("transformer-400m"), num_heads=8)
+    assert load_run_config([base, swapped]).model == changed
+    assert load_run_config([top, swapped]).model == replace(changed, num_blocks=6)
+    assert load_run_config([swapped, base]).model == replace(preset("xlstm-400m"), num_heads=8)
+    flags = {"model.num_heads": 2, "model": "mamba2-cpu-1m"}
+    with pytest.raises(
+        ValueError, match=r"flag --model.num_heads: model.num_heads = 2: .* in the family mamba: remove"
+    ):
+        load_run_config([top], flags)
+    run = load_run_config([top], {"model.tie_embeddings": True, "model": "transformer-cpu-1m"})
+    assert run.model == replace(preset("transformer-cpu-1m"), num_blocks=6, tie_embeddings=True)
+    saved = write(tmp_path / "config.yaml", as_recipe(run))
+    assert "preset" not in saved.read_text() and load_run_config([saved]) == run
+    assert load_run_config([saved], {"model.num_blocks": 7}).model == replace(run.model, num_blocks=7)
+
+
+@pytest.mark.parametrize(
+    ("text", "flags", "message"),
+    [
+        ("model: xlstm-40m", {}, r"{file}: model.preset = 'xlstm-40m' is no preset. Did you mean xlstm-400m\?"),
+        ("model: {preset: 3}", {}, r"{file}: model.preset = 3 is no preset. There are xlstm-165m, "),
+        (
+            "{}",
+            {"model": "mamba-400m"},
+            r"flag --model: model.preset = 'mamba-400m' is no preset. Did you mean mamba2-400m",
+        ),
+        ("model: {num_heads: 4}", {"model": "xlstm-40m"}, r"flag --model: model.preset = 'xlstm-40m' is no preset"),
+        ("model: {family: lstm}", {"model": "xlstm-400m"}, "flag --model: .* of the family xlstm, but model.family is"),
+        ("model: {preset: xlstm-400m, num_heads: 3}", {}, "{file}: .*num_heads 3 does not divide"),
+    ],
+)
+def test_a_preset_that_cannot_be_is_refused_with_its_file_or_flag(text, flags, message, tmp_path):
+    path = write(tmp_path / "wrong.yaml", text)
+    with pytest.raises(ValueError, match=message.format(file=re.escape(str(path)))):
+        load_run_config([path], flags)
+
+
+def test_a_preset_over_a_runs_whole_configuration_is_refused(tmp_path):
+    saved = write(tmp_path / "config.yaml", as_recipe(load_run_config([DEMO])))
+    with pytest.raises(ValueError, match="flag --model: model.preset = 'xlstm-cpu-1m' has no effect"):
+        load_run_config([saved], {"model": "xlstm-cpu-1m"})
 
 
 @pytest.mark.parametrize("recipe", sorted((CONFIGS / "data").glob("*.yaml")), ids=lambda path: path.stem)
 @pytest.mark.parametrize("zero", sorted((CONFIGS / "deepspeed").glob("*.yaml")), ids=lambda path: path.stem)
 def test_data_and_deepspeed_recipes_compose(recipe, zero):
-    run = load_run_config([CONFIGS / "model" / "xlstm-165m.yaml", recipe, zero])
+    run = load_run_config([recipe, zero], {"model": "xlstm-165m"})
     assert "zero_optimization" in run.deepspeed
 
 
@@ -328,7 +400,8 @@ def test_a_flag_that_cannot_be_read_is_named(name, texts, message, capsys):
     [
         (["--deepspeed.zero_optimization.stage", "2"], "--deepspeed has all below it, as YAML: --deepspeed '...'."),
         (["--data.sources.0.kind", "text"], "--data.sources has all below it, as YAML"),
-        (["--model", "x"], "model is a section, with the flags --model.family, --model.vocab_size"),
+        (["--schedule", "x"], "schedule is a section, with the flags --schedule.kind, --schedule.warmup"),
+        (["--model", "xlstm-cpu-1m", "--model.preset", "xlstm-cpu-3m"], "it is there twice, first as 'xlstm-cpu-1m'"),
         (["--optimizer.betas", "0.9", "0.95"], "quote one with blanks, and lists: '[1, 2]'"),
         (["--model.forget_bias", "-1e2"], "--flag=VALUE where the value begins with a dash"),
         (["training.steps=5"], "Did you mean --training.steps?"),

@@ -97,5 +97,6 @@ def test_operations_and_models_need_torch_alone():
 import sys
 sys.modules.update(dict.fromkeys({others!r}))
 import eval.kernels, eval.throughput, xlstm_lm.doctor, xlstm_lm.ops.conv, xlstm_lm.ops.loss, xlstm_lm.models.accounting
+assert eval.throughput.parse_model("xlstm-400m").config.embedding_dim == 1024
 """
     subprocess.run([sys.executable, "-c", script], check=True, cwd=ROOT)

@@ -45,7 +45,8 @@ class _Parser(argparse.ArgumentParser):
         from xlstm_lm.base.mistakes import nearest
 
         flags = self.flags_of(command)
-        if above := [flag for flag in flags if name.startswith(f"{flag}.")]:
+        sections = {flag.rpartition(".")[0] for flag in flags}
+        if above := [flag for flag in flags if name.startswith(f"{flag}.") and flag not in sections]:
             return f"--{above[0]} has all below it, as YAML: --{above[0]} '...'."
         if below := [flag for flag in flags if flag.startswith(f"{name}.")]:
             more = ", ..." if len(below) > 5 else ""
@@ -192,7 +193,7 @@ def _make_parser(with_fields: bool) -> _Parser:
 def _train(options: argparse.Namespace) -> None:
     from xlstm_lm.training.run_config import load_run_config
 
-    overrides = {name: value for name, value in vars(options).items() if "." in name or name == "deepspeed"}
+    overrides = {name: value for name, value in vars(options).items() if "." in name or name in ("model", "deepspeed")}
     try:
         run = load_run_config(options.config, overrides)
     except ValueError as error:

@@ -14,7 +14,6 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -45,7 +44,7 @@ class TritonCall:
 
     @property
     def launch(self) -> str:
-        """Its tiles, warps and stages, for people."""
+        """Tiles, warps and stages, for the report."""
         names = self.function.arg_names
         sizes = {names[path[0]]: value for path, value in self.constants.items() if names[path[0]].isupper()}
         return ", ".join(f"{name} {value}" for name, value in (sizes | self.options).items())
@@ -70,7 +69,7 @@ class TritonCall:
         if getattr(compiled.metadata, "tmem_size", 0) > TENSOR_MEMORY:
             result["problem"] = f"{compiled.metadata.tmem_size} columns of tensor memory, {TENSOR_MEMORY} there are"
         if nvidia:
-            return result | _assembled(compiled.asm["ptx"], machine.arch) | _disassembled(compiled.asm["cubin"])
+            return _examined(compiled.asm["cubin"]) | result
         assembly = compiled.asm["amdgcn"]
         return result | {
             "registers": int(re.search(r"\.vgpr_count:\s+(\d+)", assembly)[1]),
@@ -84,9 +83,9 @@ class CudaCall:
     """A CUDA C++ kernel, one that its compiler turns into a binary of its own."""
 
     kernel: str
-    """Its name."""
+    """Name of the kernel."""
     launch: str
-    """Its sizes, for people; with the name it tells kernels apart."""
+    """Sizes, for the report; with the name they identify the kernel."""
     binary: Callable[[str], bytes]
     """Compiles it for "sm_90" and the like."""
     dynamic_shared_bytes: int
@@ -102,16 +101,9 @@ class CudaCall:
         start = time.perf_counter()
         cubin = self.binary(target)
         seconds = time.perf_counter() - start
-        usage = _resources(cubin)
-        registers, local, shared = (
-            max(int(x) for x in re.findall(rf"\b{name}:(\d+)", usage)) for name in ("REG", "STACK", "SHARED")
-        )
-        return _disassembled(cubin) | {
-            "seconds": seconds,
-            "registers": registers,
-            "spilled_bytes": local,  # arrays indexed at run time count too: they are as slow
-            "shared_bytes": shared + self.dynamic_shared_bytes,
-        }
+        examined = _examined(cubin)
+        examined["shared_bytes"] += self.dynamic_shared_bytes
+        return examined | {"seconds": seconds}
 
 
 def recorded(function: Callable[[], Any]) -> list[TritonCall]:
@@ -129,7 +121,7 @@ def recorded(function: Callable[[], Any]) -> list[TritonCall]:
 
 
 def _call(function: Any, arguments: tuple, keywords: dict[str, Any]) -> TritonCall:
-    """What the JIT compiler makes of arguments: divisibility by 16 is a fact it uses, 1 a constant."""
+    """The JIT compiler's view of arguments: divisibility by 16 is a fact that it uses, 1 a constant."""
     options = {name: keywords.pop(name) for name in ("num_warps", "num_stages") if name in keywords}
     keywords.pop("grid"), keywords.pop("warmup")
     values = dict(zip(function.arg_names, arguments)) | keywords
@@ -161,28 +153,21 @@ def _call(function: Any, arguments: tuple, keywords: dict[str, Any]) -> TritonCa
     )
 
 
-def _assembled(ptx: str, capability: int) -> dict[str, int]:
-    """Registers and bytes spilled, from the assembler that Triton itself would take."""
-    from triton.backends.nvidia.compiler import get_ptxas
-
-    name = re.search(r"^\.target\s+(sm_\w+)", ptx, re.MULTILINE)[1]
-    with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder) / "kernel.ptx"
-        source.write_text(ptx)
-        command = [get_ptxas(capability).path, "-v", f"--gpu-name={name}", source, "-o", source.with_suffix(".cubin")]
-        report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-    return {
-        "registers": int(re.search(r"Used (\d+) registers", report)[1]),
-        "spilled_bytes": int(re.search(r"(\d+) bytes spill stores", report)[1]),
-    }
-
-
-def _disassembled(cubin: bytes) -> dict[str, Any]:
-    """Counts of each matrix instruction in the machine code; a problem where it touches a product in flight."""
+def _examined(cubin: bytes) -> dict[str, Any]:
+    """The measured fields that the machine code itself shows; a problem where it touches a product in flight."""
+    usage = _resources(cubin)
+    registers, stack, shared = (
+        max(int(x) for x in re.findall(rf"\b{name}:(\d+)", usage)) for name in ("REG", "STACK", "SHARED")
+    )
     listing = disassembled(cubin)
     found = re.findall(r"\*/\s+(?:@!?U?P\d+\s+)?([A-Z][A-Z0-9_]*)", listing)
     counts = {name: sum(each.startswith(name) for each in found) for name in MATRIX_INSTRUCTIONS}
-    result: dict[str, Any] = {"instructions": {name: count for name, count in counts.items() if count}}
+    result: dict[str, Any] = {
+        "registers": registers,
+        "spilled_bytes": stack,  # arrays indexed at run time count too: they are as slow
+        "shared_bytes": shared,
+        "instructions": {name: count for name, count in counts.items() if count},
+    }
     hazard = next(hazards(listing), None)
     return result if hazard is None else result | {"problem": hazard}
 

@@ -19,9 +19,8 @@ from unittest import mock
 import torch
 
 from eval.bench.compile_calls import CudaCall, TritonCall, recorded
-from eval.bench.speed_models import PRESETS
-from xlstm_lm.models import XLSTMConfig
-from xlstm_lm.models.accounting import model_config
+from xlstm_lm.models.mixers.mixer import OperationUse
+from xlstm_lm.models.presets import preset, preset_names
 from xlstm_lm.ops.gpu import ARCHITECTURES, KIB
 
 Calls = Callable[[str], Sequence[TritonCall | CudaCall]]
@@ -36,15 +35,24 @@ class Case:
     quick: bool = False
 
 
-def _mlstm_calls(
-    K: int, V: int, dtype: torch.dtype, target: str, *, resets: bool, state: bool = True, sigmoid: bool = False
+def mlstm_calls(
+    K: int,
+    V: int,
+    dtype: torch.dtype,
+    target: str,
+    *,
+    resets: bool = True,
+    state: bool = True,
+    sigmoid: bool = False,
+    normalize: bool = True,
+    B: int = 2,
+    T: int = 8192,
+    H: int = 4,
 ) -> list[TritonCall]:
-    """Every kernel that a forward and a backward pass launches, in a long sequence; with `state` from one and to one,
-    with `sigmoid` as the field has it beside that gate: without a normalizer."""
+    """Every kernel of a forward and a backward pass over a sequence; with `state`, from one and to one."""
     from xlstm_lm.ops.mlstm import triton_op
     from xlstm_lm.ops.mlstm.triton_launch import widest
 
-    B, T, H = 2, 8192, 4
     meta = partial(torch.empty, device="meta")
     q, k, v = (meta(B, T, H, size, dtype=dtype) for size in (K, K, V))
     i, f = (meta(B, T, H) for _ in range(2))
@@ -52,7 +60,7 @@ def _mlstm_calls(
     C, n, m = (meta(B, H, K, V), meta(B, H, K), meta(B, H)) if state else (None,) * 3
 
     def both() -> None:
-        gates = sigmoid, not sigmoid, 1e-6
+        gates = sigmoid, normalize, 1e-6
         h, *last, c, x, m_BHT, x_divided, d, weights = triton_op.launch_forward(
             q, k, v, i, f, resets_BT, C, n, m, state, *gates
         )  # fmt: skip
@@ -65,42 +73,45 @@ def _mlstm_calls(
         return recorded(both) if max(K, V) <= widest(target) else []
 
 
-def preset_configurations() -> list[XLSTMConfig]:
-    """The configuration of every preset that has an mLSTM or an sLSTM."""
-    configurations = (model_config(path) for path in sorted(PRESETS.glob("*.yaml")))
-    return [each for each in configurations if isinstance(each, XLSTMConfig)]
+def _preset_uses(operation: str) -> list[OperationUse]:
+    """The uses of an operation in all presets."""
+    configurations = map(preset, preset_names())
+    return [use for each in configurations for use in each.operations(1) if use.operation.name == operation]
 
 
 def preset_mlstm_heads() -> set[tuple[int, int]]:
     """K and V of the mLSTM's heads in all presets."""
-    heads = set()
-    for config in preset_configurations():
-        widths = {"mlstm": (config.qk_dim, config.v_dim), "mlstm_paper": (config.paper_inner_dim,) * 2}
-        kinds = set(config.block_kinds())
-        heads |= {(K // config.num_heads, V // config.num_heads) for kind, (K, V) in widths.items() if kind in kinds}
-    return heads
+    return {(use.sizes["K"], use.sizes["V"]) for use in _preset_uses("mlstm")}
+
+
+def preset_ssd_heads() -> set[tuple[int, int]]:
+    """K and V of the heads that Mamba-2's presets compute with the mLSTM's kernels."""
+    return {(use.sizes["N"], use.sizes["P"]) for use in _preset_uses("ssd")}
 
 
 def preset_slstm_heads() -> set[int]:
     """Units of the sLSTM's heads in all presets."""
-    return {each.embedding_dim // each.num_heads for each in preset_configurations() if "slstm" in each.block_kinds()}
+    return {use.sizes["D"] for use in _preset_uses("slstm")}
 
 
 def mlstm_cases() -> list[Case]:
     """The heads of all presets in bfloat16; and in every type and with every option those of the published models and
     two whose sizes are no powers of two. Nothing where the kernels refuse them."""
     bf16 = torch.bfloat16
+    no_normalizer = {"sigmoid": True, "normalize": False}
     cases = [
-        Case("mlstm K256 V512 bfloat16", partial(_mlstm_calls, 256, 512, bf16, resets=False)),
-        Case("mlstm K256 V512 bfloat16 no state", partial(_mlstm_calls, 256, 512, bf16, resets=True, state=False)),
-        Case("mlstm K128 V256 bfloat16 sigmoid", partial(_mlstm_calls, 128, 256, bf16, resets=True, sigmoid=True)),
+        Case("mlstm K256 V512 bfloat16", partial(mlstm_calls, 256, 512, bf16, resets=False)),
+        Case("mlstm K256 V512 bfloat16 no state", partial(mlstm_calls, 256, 512, bf16, resets=True, state=False)),
+        Case("mlstm K128 V256 bfloat16 sigmoid", partial(mlstm_calls, 128, 256, bf16, **no_normalizer)),
     ]
     for K, V in ((64, 128), (128, 256), (256, 512), (48, 96), (80, 160)):
         for dtype in (bf16, torch.float16, torch.float32):
             name = f"mlstm K{K} V{V} {str(dtype).removeprefix('torch.')} resets"
-            cases.append(Case(name, partial(_mlstm_calls, K, V, dtype, resets=True), (K, dtype) == (256, bf16)))
+            cases.append(Case(name, partial(mlstm_calls, K, V, dtype), (K, dtype) == (256, bf16)))
     for K, V in sorted(preset_mlstm_heads()):
-        cases.append(Case(f"mlstm K{K} V{V} bfloat16 preset", partial(_mlstm_calls, K, V, bf16, resets=True)))
+        cases.append(Case(f"mlstm K{K} V{V} bfloat16 preset", partial(mlstm_calls, K, V, bf16)))
+    for K, V in sorted(preset_ssd_heads()):
+        cases.append(Case(f"ssd K{K} V{V} bfloat16 preset", partial(mlstm_calls, K, V, bf16, normalize=False)))
     return cases
 
 
@@ -117,7 +128,7 @@ def _mlstm_step_calls(K: int, V: int, dtype: torch.dtype, target: str) -> list[T
 
 
 def mlstm_step_cases() -> list[Case]:
-    """Of the heads as for training, and of the widest of the first paper's block, which take the rows in turns."""
+    """Steps with the heads of training, and with the widest of the first paper's block, where rows take turns."""
     cases = []
     for K, V in ((64, 128), (256, 512), (80, 160), (1024, 1024)):
         cases.append(Case(f"mlstm step K{K} V{V} bfloat16", partial(_mlstm_step_calls, K, V, torch.bfloat16), K == 256))

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from eval.bench.measure import DTYPES, Step, Timing, clock, summarize, synchronize, take_turns
 from eval.bench.speed_models import Model, describe_kernels
+from eval.bench.tables import markdown_table
 from eval.study.journal import Journal
 from eval.study.picture import draw_over_length
 from xlstm_lm.models.accounting import count_parameters
@@ -38,10 +39,10 @@ class GenerationRow:
     first_token_milliseconds: float | None = None
     first_token_spread: float | None = None
     tokens_per_second: float | None = None
-    """Of the whole batch, after the first token."""
+    """Speed of the whole batch, after the first token."""
     tokens_per_second_spread: float | None = None
     state_bytes: int | None = None
-    """Of all rows, behind the prompt."""
+    """State of all rows, behind the prompt."""
     peak_bytes: int | None = None
     """Memory on the GPU at most, weights included."""
     problem: str = ""
@@ -49,7 +50,7 @@ class GenerationRow:
 
 @torch.inference_mode()
 def write(model: nn.Module, prompts_BT: Tensor, new_tokens: int) -> Iterator[list[Any]]:
-    """Greedy continuation by a model of ours: yields the state behind the prompt, once the first token is known, then
+    """Greedy continuation by one of our models: yields the state behind the prompt, once the first token is known, then
     behind the last token."""
     hidden_BTD, state = model(prompts_BT, return_state=True)
     token_B1 = model.logits(hidden_BTD[:, -1:]).argmax(-1)
@@ -151,7 +152,7 @@ def measure_generation(
 
 
 def _bytes_of(state: Any) -> int:
-    """Of all tensors in lists and tuples, each counted once."""
+    """Bytes of all tensors in nested lists and tuples."""
     if isinstance(state, Tensor):
         return state.nbytes
     return sum(map(_bytes_of, state)) if isinstance(state, (list, tuple)) else 0
@@ -159,10 +160,7 @@ def _bytes_of(state: Any) -> int:
 
 def as_markdown_generation(rows: list[GenerationRow]) -> str:
     """The rows of one prompt length and batch size as a table for people."""
-    lines = [
-        "| model | parameters | kernels | first token, ms (median ± MAD) | then tokens/s | state | memory | |",
-        "|---" * 8 + "|",
-    ]
+    cells = []
     for row in rows:
         first = speed = ""
         if row.tokens_per_second is not None:
@@ -170,9 +168,9 @@ def as_markdown_generation(rows: list[GenerationRow]) -> str:
             speed = f"{row.tokens_per_second:,.0f} ± {row.tokens_per_second_spread:,.0f}"
         state = f"{row.state_bytes / 2**20:,.2f} MiB" if row.state_bytes is not None else ""
         memory = f"{row.peak_bytes / 2**30:.1f} GiB" if row.peak_bytes else ""
-        cells = (row.name, f"{row.parameters:,}", row.kernels, first, speed, state, memory, row.problem)
-        lines.append("| " + " | ".join(cell.replace("|", "/") for cell in cells) + " |")
-    return "\n".join(lines)
+        cells.append([row.name, f"{row.parameters:,}", row.kernels, first, speed, state, memory, row.problem])
+    head = "| model | parameters | kernels | first token, ms (median ± MAD) | then tokens/s | state | memory | |"
+    return markdown_table(head, cells)
 
 
 def draw_generation(rows: list[GenerationRow], path: Path) -> bool:

@@ -1,4 +1,4 @@
-"""What `eval.kernels` measures: operations at given sizes, what each must compute and move, and who computes it here.
+"""Cases of `eval.kernels`: operations at given sizes, the work that each requires, and its contenders.
 
 A contender is a function, its full-size inputs, and checks: a part of those inputs with a definition to apply to it in
 float64. Operations and bytes are those of the task, not of a contender's way of doing it:
@@ -34,7 +34,7 @@ CHECKED_TOKENS = 257  # several chunks and no multiple of any
 
 @dataclass(frozen=True)
 class Check:
-    """A part of a contender's inputs, and what it has to make of them."""
+    """A part of a contender's inputs, and the definition of the right output."""
 
     definition: Function
     inputs: list[Tensor]
@@ -42,15 +42,15 @@ class Check:
 
 @dataclass
 class Contender:
-    """Somebody who does the task."""
+    """An implementation of the task, with its inputs."""
 
     function: Function
     inputs: list[Tensor]
     checks: list[Check] = field(default_factory=list)
     operations: float | None = None
-    """Of a forward pass, where they are not the case's."""
+    """Floating-point operations of a forward pass; None: those of the case."""
     moved_bytes: float | None = None
-    """Of a forward and a backward pass, where they are not the case's."""
+    """Bytes of a forward and a backward pass; None: those of the case."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,7 +176,7 @@ class SLSTM(Case):
         yield "slstm and its input projection", Contender(self.with_projection, whole, checks, operations=operations)
 
     def with_projection(self, x: Tensor, weight: Tensor, r: Tensor, bias: Tensor, backend: str = "auto") -> Tensor:
-        """What torch.nn.LSTM does too: the product with the input's weight, then the recurrence."""
+        """The task of torch.nn.LSTM: the product with the input's weight, then the recurrence."""
         return slstm_ops.slstm(F.linear(x, weight).unflatten(-1, (4, self.H, self.D)), r, bias, backend=backend)
 
     def checks(self, inputs: list[Tensor]) -> list[Check]:

@@ -2,8 +2,8 @@
 
 On a GPU a step is timed by events on the device. Before each step the caches are filled with something else, and the
 device waits while the host launches the step, so the launches do not count as long as they take less than the wait. The
-host's own time is reported beside. On a CPU a step on one
-thread is timed by what the processor spends on this process, so that what others have it do in between does not count.
+host's own time is reported beside. On a CPU a step on one thread is timed by the processor time of this process, which
+leaves out other processes.
 """
 
 from __future__ import annotations
@@ -141,13 +141,13 @@ def synchronize(device: str) -> None:
 
 
 def one_line(error: BaseException) -> str:
-    """What an error says, in a table's cell."""
+    """An error's message for a table's cell."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
 
 
 def clock(device: str) -> Callable[[], float]:
-    """What tells seconds: on a CPU with one thread the time of this process, otherwise that on the wall."""
+    """The clock for a device: on a CPU with one thread the time of this process, otherwise wall time."""
     return time.process_time if device == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
 
 
@@ -188,7 +188,7 @@ def _cycles(seconds: float) -> int:
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What this machine reaches at best: bytes read and written by a large copy, operations of a large product."""
+    """The best rates of this machine: bytes read and written by a large copy, operations of a large product."""
 
     bytes_per_second: float
     operations_per_second: float

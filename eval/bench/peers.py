@@ -1,4 +1,4 @@
-"""Other people's kernels, called as their documentation says, on our tensors: what `eval.kernels` compares with.
+"""Kernels of other projects, called as documented, on our tensors, for comparison in `eval.kernels`.
 
 Each builder gets the case and our inputs and gives a contender.
 What computes another function than ours (attention, linear attention, LSTM) brings that function's definition.
@@ -73,7 +73,7 @@ def flash_attention_3(case: MLSTM, inputs: list[Tensor]) -> Contender:
 
 
 def mlstm_kernels(kernel: str, chunk_size: int, case: MLSTM, inputs: list[Tensor]) -> Contender:
-    """The authors' mLSTM, which takes heads before time, and whole chunks only."""
+    """The authors' mLSTM, with heads before time, and whole chunks only."""
     from mlstm_kernels.torch import get_mlstm_kernel
 
     compute = get_mlstm_kernel(kernel)
@@ -162,7 +162,7 @@ def torch_lstm(case: SLSTM, inputs: list[Tensor]) -> Contender:
 
 
 def flashrnn(backend: str, case: SLSTM, inputs: list[Tensor]) -> Contender:
-    """The authors' sLSTM; its recurrent matrices are the transposes of ours."""
+    """The authors' sLSTM; its recurrent matrices are transposed."""
     from flashrnn import flashrnn as compute
 
     dtype = dtype_name(case.dtype)
@@ -242,4 +242,4 @@ PEERS: dict[tuple[str, str], dict[str, tuple[str, Builder]]] = {
         "xlstm / cuda": ("xlstm", functools.partial(xlstm_cell, "cuda")),
     },
 }
-"""Who is compared with, by operation and device: the package that must be there, and how to call it."""
+"""Peers by operation and device: the package that must be installed, and the builder of a contender."""

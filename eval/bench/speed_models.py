@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from xlstm_lm.models import FAMILIES, build_model
 from xlstm_lm.models.accounting import model_config
+from xlstm_lm.models.presets import PRESETS, preset
 from xlstm_lm.ops.loss import linear_cross_entropy
 
-PRESETS = Path(__file__).parents[2] / "configs" / "model"
 STOCK = "transformers:"
 
 
@@ -43,7 +43,7 @@ class Model:
 
 
 def parse_model(text: str) -> Model:
-    """A preset of configs/model, a recipe's path, or a family with fields: "xlstm:embedding_dim=256,num_blocks=8".
+    """A preset, a recipe's path, or a family with fields: "xlstm:embedding_dim=256,num_blocks=8".
 
     With "transformers:" in front, transformers' own class of the same sizes. "NAME=MODEL" gives it another name.
 
@@ -63,19 +63,20 @@ def parse_model(text: str) -> Model:
         except TypeError:
             known = ", ".join(config_class.__dataclass_fields__)
             raise ValueError(f"{text!r}: a field is unknown; {family} has {known}.") from None
-    path = Path(what) if what.endswith((".yaml", ".yml")) else PRESETS / f"{what}.yaml"
-    if not path.is_file():
-        presets = ", ".join(sorted(each.stem for each in PRESETS.glob("*.yaml")))
+    if what in PRESETS:
+        return Model(name, preset(what), is_stock)
+    path = Path(what)
+    if not what.endswith((".yaml", ".yml")) or not path.is_file():
         raise ValueError(
-            f"There is no model {what!r}: give a preset ({presets}), the path of a recipe, or a family "
+            f"There is no model {what!r}: give a preset ({', '.join(PRESETS)}), the path of a recipe, or a family "
             f"({', '.join(FAMILIES)}) with fields, such as xlstm:embedding_dim=256,num_blocks=8."
         )
     try:
         return Model(name, model_config(path), is_stock)
     except ImportError as error:
         raise ValueError(
-            f"Reading the recipe of {what!r} needs PyYAML ({error}): install it, or name the model as a family with "
-            "fields, such as xlstm:embedding_dim=1024,num_blocks=24."
+            f"Reading the recipe of {what!r} needs PyYAML ({error}): install it, or give a preset or a family "
+            "with fields, such as xlstm:embedding_dim=1024,num_blocks=24."
         ) from error
 
 
@@ -94,7 +95,7 @@ def _fields(text: str) -> dict[str, Any]:
 
 
 class Own(nn.Module):
-    """A model of ours."""
+    """One of our models."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -118,13 +119,13 @@ class Stock(nn.Module):
         return self.model.base_model(input_ids=tokens_BT, use_cache=False).last_hidden_state
 
     def loss(self, hidden_BTD: Tensor, targets_BT: Tensor, reduction: str = "mean") -> Tensor:
-        """As that of our models."""
+        """Cross entropy as in our models."""
         weight_VD = self.model.get_output_embeddings().weight
         return linear_cross_entropy(hidden_BTD, weight_VD, targets_BT, soft_cap=self.soft_cap, reduction=reduction)
 
 
 def _stock_model(config: Any, generating: bool) -> Stock:
-    """transformers' class for a configuration of ours, with the same sizes.
+    """The class of transformers for one of our configurations, with the same sizes.
 
     Raises:
         ValueError: it has none.
@@ -145,7 +146,7 @@ def _stock_model(config: Any, generating: bool) -> Stock:
             num_heads=config.num_heads,
             qk_dim_factor=config.qk_dim_factor,
             v_dim_factor=config.v_dim_factor,
-            ffn_proj_factor=config.mlstm_feedforward_dim / config.embedding_dim,
+            ffn_proj_factor=config.mixer("mlstm").feedforward().hidden / config.embedding_dim,
             chunkwise_kernel="chunkwise--native_autograd",
             sequence_kernel="native_sequence__native",
             step_kernel="native",

@@ -1,12 +1,12 @@
-"""A study of speed goes through its tables: each is measured once, whatever happens to the process, printed, and kept
-in the study's JSON file."""
+"""Tables of Markdown, and those of a study of speed: each is measured once, even where the process dies, printed, and
+kept in JSON."""
 
 from __future__ import annotations
 
 import argparse
 import gc
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from typing import Any
 
@@ -15,6 +15,12 @@ import torch
 from eval.bench.measure import DTYPES, Ceilings, clock, environment, measure_ceilings, one_line
 from eval.study.journal import Journal
 from eval.study.results_file import write_results
+
+
+def markdown_table(head: str, rows: Iterable[Iterable[str]]) -> str:
+    """A Markdown table with the line `head`; a bar in a cell becomes a slash."""
+    lines = [head, "|---" * (head.count("|") - 1) + "|"]
+    return "\n".join([*lines, *(f"| {' | '.join(cell.replace('|', '/') for cell in row)} |" for row in rows)])
 
 
 def ceilings_of_study(options: argparse.Namespace, journal: Journal) -> Ceilings:

@@ -1,7 +1,7 @@
 """`python -m eval.compare --config configs/compare/NAME.yaml`: train or reuse the runs, measure, write the report.
 
-It can be stopped at any time, and goes on where it was. It ends with code 0 when all is done, 1 when something failed,
-2 on a mistake in what it was told, and 3 when there is more to do.
+It can be stopped at any time and then continued. The exit code is 0 when all is done, 1 when something failed, 2 on a
+user's mistake and 3 when work is left.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from pathlib import Path
 
 from eval.command import positive
 from eval.compare.collect import collect, command
-from eval.compare.config import Model, check_data, load_comparison
+from eval.compare.config import check_data, load_comparison
 from eval.compare.measure import measure_all, speeds_left, to_test
 from eval.compare.report.write import write_report
 from eval.compare.runs import Runs, is_chosen, to_train, train_all
-from eval.study.engine import examine
+from eval.study.engine import Grid, examine
 from eval.study.jobs import Outcome, alone_in
 from xlstm_lm.base.fields import NonNegative, argument
 from xlstm_lm.base.outputs import check_folder_of_runs
@@ -32,7 +32,7 @@ DONE, FAILED, UNFINISHED = 0, 1, 3
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Do what the options ask for, say what is left, and exit."""
+    """Do the work that the options name, print the rest of it, and exit."""
     options = _parse(arguments)
     with program("eval.compare"):
         comparison = load_comparison(options.config, options.data_root)
@@ -60,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _work(runs: Runs, options: argparse.Namespace) -> dict[str, Outcome]:
-    """Train and measure, as far as the time goes."""
+    """Train and measure until the time limit."""
     begin, at_once = time.monotonic(), runs.comparison.config.at_once
     outcomes: dict[str, Outcome] = {}
 
@@ -75,11 +75,11 @@ def _work(runs: Runs, options: argparse.Namespace) -> dict[str, Outcome]:
 
 
 def _conclude(runs: Runs, outcomes: dict[str, Outcome], options: argparse.Namespace) -> int:
-    """Say what failed and what is left, with the command that goes on; gives the exit code."""
+    """Print failures and remaining work with the command that continues; return the exit code."""
     failed = [name for name, outcome in outcomes.items() if outcome.code and not outcome.asked_to_stop]
     left = [run.name for run in to_train(runs, options.only)]
     more = len(runs.comparison.config.seeds) - 1
-    unknown = [model.name for model in runs.models if runs.best(model) is None and not _all_diverged(runs, model)]
+    unknown = [name for name, grid in runs.grids.items() if grid.best is None and not _all_diverged(grid)]
     left += [f"{more} more seeds of {name}" for name in unknown if more and not options.only]
     if options.stage != "train":
         left += [f"test of {run.name}" for run in to_test(runs, options.only)]
@@ -101,22 +101,23 @@ def _conclude(runs: Runs, outcomes: dict[str, Outcome], options: argparse.Namesp
     return FAILED if failed else UNFINISHED
 
 
-def _all_diverged(runs: Runs, model: Model) -> bool:
-    return all(examine(run).status == "diverged" for run in runs.grid(model))
+def _all_diverged(grid: Grid) -> bool:
+    return all(examine(run).status == "diverged" for run in grid.tuning)
 
 
 def _show_plan(runs: Runs, only: Sequence[str]) -> None:
-    """What there is and what would be done."""
+    """Print the state of every run and the work that is left."""
     config = runs.comparison.config
     for model in runs.models:
-        run = runs.grid(model)[0]
+        grid = runs.grids[model.name]
+        run = grid.runs[0]
         parameters = count_parameters(run.config.model)
         print(f"{model.name} ({model.label}): {parameters:,} parameters, {run.tokens:,} tokens a run")
-        for each in runs.needed(model):
+        for each in grid.needed:
             if is_chosen(each, only):
                 state = examine(each)
                 print(f"  {each.name}: {state.status}{f', {state.problem}' if state.problem else ''}")
-        if runs.best(model) is None:
+        if grid.best is None:
             print(f"  then seeds {', '.join(map(str, config.seeds[1:])) or 'none'} at the best of these learning rates")
     print(
         f"Now to train: {len(to_train(runs, only))} runs, {config.at_once} at once; to test: "
@@ -125,8 +126,8 @@ def _show_plan(runs: Runs, only: Sequence[str]) -> None:
 
 
 def _check_patterns(runs: Runs, only: Sequence[str]) -> None:
-    """Refuse a pattern that no run of any seed has."""
-    known = [run for model in runs.models for run in runs.all(model)]
+    """Refuse a pattern that matches no run of any seed."""
+    known = [run for grid in runs.grids.values() for run in grid.runs]
     for pattern in only:
         if not any(is_chosen(run, [pattern]) for run in known):
             names = ", ".join(model.name for model in runs.models)

@@ -1,4 +1,4 @@
-"""Puts together what a comparison has found so far, from its run folders and measurements."""
+"""Collect the results of a comparison so far from its run folders and measurements."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ STATE_DOUBLINGS = 5
 
 
 def collect(runs: Runs) -> Results:
-    """Everything that is there; what is not is listed in `missing`.
+    """All results so far; those still missing are listed in `missing`.
 
     Raises:
         ValueError: two runs of a seed have not read the same tokens in the same order.
@@ -41,7 +41,7 @@ def collect(runs: Runs) -> Results:
     models = [_model_result(runs, model, missing, notes) for model in runs.models]
     notes.append(_ways_of_testing(models))
     speeds = {kind: _speed(runs, kind, missing) for kind in SPEEDS}
-    first = runs.grid(runs.models[0])[0]
+    first = runs.grids[runs.models[0].name].runs[0]
     for result, model in zip(models, runs.models, strict=True):
         if any(row["name"] == model.name for speed in speeds.values() for row in speed.get("rows", ())):
             result.speed_name = model.name
@@ -66,17 +66,17 @@ def collect(runs: Runs) -> Results:
 
 
 def command(comparison: Comparison, runs: Runs) -> list[str]:
-    """The command that goes on with a comparison."""
+    """The command that continues a comparison."""
     return ["python", "-m", "eval.compare", "--config", str(comparison.path), "--out", str(runs.out)]
 
 
 def _model_result(runs: Runs, model: Model, missing: list[str], notes: list[str]) -> ModelResult:
-    """A model's runs; adds to `missing` and `notes` what is to be said about them."""
-    tried = runs.grid(model)
-    best, final = runs.best(model), runs.final(model)
+    """The results of a model's runs; remarks about them are added to `missing` and `notes`."""
+    grid = runs.grids[model.name]
+    tried, best = grid.tuning, grid.best
     context, section = tried[0].config.data.context_length, tried[0].config.model
     name = f"{model.label} at {model.size}"
-    for run in runs.needed(model):
+    for run in grid.needed:
         state = examine(run)
         if state.status not in ("finished", "diverged"):
             missing.append(f"{run.name} is {state.status}: {state.problem}.")
@@ -89,7 +89,7 @@ def _model_result(runs: Runs, model: Model, missing: list[str], notes: list[str]
     elif len(tried) > 1 and best in (model.learning_rates[0], model.learning_rates[-1]):
         end = "lowest" if best == model.learning_rates[0] else "highest"
         notes.append(f"{name}: the best learning rate, {best:g}, is the {end} of its grid; a wider one may do better.")
-    results = [_run_result(runs, run, section, is_final=True) for run in final]
+    results = [_run_result(runs, run, section, is_final=True) for run in grid.final]
     if runs.comparison.config.test:
         untested = [run.name for run in results if run.status == "finished" and run.tested is None]
         missing += [f"{run} is not tested on the test documents." for run in untested]
@@ -144,12 +144,11 @@ def _run_result(runs: Runs, run: PlannedRun, section: Any, is_final: bool) -> Ru
 
 
 def _ways_of_testing(models: list[ModelResult]) -> str:
-    """Say which models were tested in which way, where there are several."""
+    """A note on which models were tested in which way, where there are several ways; otherwise ""."""
     ways: dict[str, list[str]] = {}
     for model in models:
-        for run in model.runs[:1]:
-            if run.tested:
-                ways.setdefault(run.tested.how, []).append(f"{model.label} at {model.size}")
+        if model.runs and (tested := model.runs[0].tested):
+            ways.setdefault(tested.how, []).append(f"{model.label} at {model.size}")
     if len(ways) < 2:
         return ""
     listed = "; ".join(f"{', '.join(names)}: {how}" for how, names in ways.items())
@@ -160,21 +159,25 @@ def _ways_of_testing(models: list[ModelResult]) -> str:
 
 
 def _same_tokens(runs: Runs) -> str:
-    """Compare what the checkpoints say of their data: equal for all runs of a size and seed."""
+    """A note that the checkpoints' data fingerprints agree for all runs of a size and seed; "" without checkpoints.
+
+    Raises:
+        ValueError: they differ.
+    """
     groups: dict[tuple[str, int], list[tuple[dict[str, Any], list[str]]]] = {}
     count = 0
-    for model in runs.models:
-        for run in runs.needed(model):
-            folder = next(iter(RunFolder(run.folder).checkpoints().values()), None)
-            if folder is None:
-                continue
-            fingerprint = data_fingerprint(folder)
-            group = groups.setdefault((model.size, run.seed), [])
-            same = next((names for other, names in group if not fingerprint_differences(other, fingerprint)), None)
-            if same is None:
-                group.append((fingerprint, same := []))
-            same.append(run.name)
-            count += 1
+    sizes = {model.name: model.size for model in runs.models}
+    for run in runs.needed:
+        folder = next(iter(RunFolder(run.folder).checkpoints().values()), None)
+        if folder is None:
+            continue
+        fingerprint = data_fingerprint(folder)
+        group = groups.setdefault((sizes[run.model], run.seed), [])
+        same = next((names for other, names in group if not fingerprint_differences(other, fingerprint)), None)
+        if same is None:
+            group.append((fingerprint, same := []))
+        same.append(run.name)
+        count += 1
     for (size, seed), group in groups.items():
         if len(group) > 1:
             (_, one), (_, other) = group[:2]
@@ -201,7 +204,7 @@ def _speed(runs: Runs, kind: str, missing: list[str]) -> dict[str, Any]:
 
 
 def _shared_recipe(run: PlannedRun) -> str:
-    """A run's configuration without what differs between runs."""
+    """A run's configuration without the fields that differ between runs."""
     values = as_dict(run.config)
     del values["model"], values["training"]["run_dir"], values["training"]["seed"], values["optimizer"]["learning_rate"]
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)

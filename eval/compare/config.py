@@ -1,7 +1,7 @@
-"""What a comparison is told: a recipe that all runs share, and a section `compare` with models, grid, seeds and tests.
+"""Configuration of a comparison: a recipe that all runs share, and a section `compare` with models, grid, seeds, tests.
 
-The file is a recipe like those of training, with includes. Its other sections are those of a run; what the section
-model says holds for every model, over its preset. Learning rate, seed and folder of each run come from the comparison.
+The file is a training recipe, with includes. Its other sections are those of a run; fields of the section `model`
+override every model's preset. The comparison sets the learning rate, seed and folder of each run.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from eval.bench.speed_models import PRESETS
 from eval.compare.results import Published
 from eval.scoring.documents import DocumentsConfig, document_sources
 from eval.scoring.perplexity import PerplexityConfig
@@ -25,10 +24,11 @@ from xlstm_lm.base.recipe import merge, read_recipe, with_current_names
 from xlstm_lm.data import open_source
 from xlstm_lm.data.tokenizer import build_tokenizer
 from xlstm_lm.models.accounting import count_parameters
+from xlstm_lm.models.presets import PRESETS, with_preset_fields
 from xlstm_lm.training.run_config import RunConfig, check_run_config
 
 TOLERANCE = 0.01
-"""By which the models of a size may differ in parameters from their median."""
+"""Largest distance of a model's parameter count from the median of its size, as a share."""
 
 
 @dataclass(kw_only=True)
@@ -36,21 +36,21 @@ class ArchitectureConfig:
     """A kind of model."""
 
     label: str
-    """For people, such as xLSTM[1:1]."""
+    """Name in the report, such as xLSTM[1:1] (7B blocks)."""
     sizes: dict[str, str | dict[str, Any]]
-    """Its model at each size: a preset of configs/model, the path of a recipe, or the fields of a model section."""
+    """The model at each size: a preset, the path of a recipe, or the fields of a model section."""
     learning_rates: dict[str, list[Positive]] = field(default_factory=dict)
-    """Its own grid at a size, where it is not the common one."""
+    """Grid at a size, where it differs from the common one."""
 
 
 @dataclass(kw_only=True)
 class SizeConfig:
-    """What the models of a size share."""
+    """Settings that the models of a size share."""
 
     learning_rates: list[Positive] = field(default_factory=list)
-    """The grid at this size, where it is not the common one."""
+    """Grid at this size, where it differs from the common one."""
     recipe: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Sections of a run that win over the common recipe."""
+    """Sections of a run that override the common recipe."""
 
 
 @dataclass(kw_only=True)
@@ -79,21 +79,21 @@ class SpeedConfig:
     """How speed is measured (`eval.throughput`)."""
 
     lengths: list[Count] = field(default_factory=lambda: [256, 1024, 4096])
-    """Of training rows."""
+    """Tokens of a training row, one measurement each."""
     tokens: Count = 4096
-    """In a batch, at every length."""
+    """Tokens of a batch, the same at every length."""
     modes: list[Literal["eager", "compiled"]] = field(default_factory=lambda: ["eager"])
     """Ways of running; the report's pictures show the fastest."""
     prompts: list[Count] = field(default_factory=lambda: [256, 1024, 4096])
-    """Lengths of prompts to go on from; none: generation is not measured."""
+    """Tokens of a prompt; empty: generation is not measured."""
     batch_sizes: list[Size] = field(default_factory=lambda: [1, 8])
-    """Of prompts."""
+    """Prompts generated from at once."""
     new_tokens: Count = 32
-    """Written after a prompt."""
+    """Tokens generated after a prompt."""
     rounds: Count = 7
     """Timed rounds at most."""
     seconds: Positive = 60.0
-    """For the rounds of a table."""
+    """Time limit for the rounds of a table."""
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -112,11 +112,11 @@ class CompareConfig:
     __pydantic_config__: ClassVar = {"extra": "forbid"}
 
     name: str
-    """Of the comparison and its folder."""
+    """Name of the comparison and of its folder."""
     title: str
-    """Of the report."""
+    """Title of the report."""
     question: str
-    """What is being asked, for the report's first lines."""
+    """The question of the comparison, for the report's first lines."""
     data: str
     """The training and test documents in a sentence, with licence or source."""
     models: dict[str, ArchitectureConfig]
@@ -126,7 +126,7 @@ class CompareConfig:
     seeds: list[Seed] = field(default_factory=lambda: [0, 1, 2])
     """Seeds of the runs at the best learning rate."""
     sizes: dict[str, SizeConfig] = field(default_factory=dict)
-    """What differs at a size."""
+    """Settings of a size that differ from the common ones."""
     matched: bool = True
     """Whether the models of a size must agree in parameters within one percent."""
     data_root: str | None = None
@@ -148,22 +148,21 @@ class CompareConfig:
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds is {self.seeds}; each may be there once.")
         used = {size for architecture in self.models.values() for size in architecture.sizes}
-        for where, sizes in [("sizes", self.sizes), *((f"models.{key}", m.learning_rates) for key, m in self._models)]:
+        for where, sizes in [
+            ("sizes", self.sizes),
+            *((f"models.{key}", m.learning_rates) for key, m in self.models.items()),
+        ]:
             for size in sizes.keys() - used:
                 raise ValueError(f"{where} names the size {size}, which no model has; there are {', '.join(used)}.")
         grids = [self.learning_rates, *(size.learning_rates for size in self.sizes.values())]
-        for grid in grids + [grid for _, model in self._models for grid in model.learning_rates.values()]:
+        for grid in grids + [grid for model in self.models.values() for grid in model.learning_rates.values()]:
             if len(set(grid)) < len(grid):
                 raise ValueError(f"learning_rates is {grid}; each may be there once.")
-        for key, model in self._models:
+        for key, model in self.models.items():
             if not model.sizes:
                 raise ValueError(f"models.{key}.sizes is empty; give at least one.")
         if not re.fullmatch(r"[\w.+-]*\w[\w.+-]*", self.name):
             raise ValueError(f"name is {self.name!r}; give a name for a folder: letters, digits, dots, dashes.")
-
-    @property
-    def _models(self) -> list[tuple[str, ArchitectureConfig]]:
-        return list(self.models.items())
 
 
 @dataclass(frozen=True)
@@ -176,13 +175,13 @@ class Model:
     section: dict[str, Any]
     """The model section of its runs."""
     origins: dict[str, str]
-    """Where the fields of `section` were set."""
+    """File that sets each field of `section`."""
     learning_rates: list[Positive]
-    """Its grid, ascending."""
+    """Grid of this model, ascending."""
 
     @property
     def name(self) -> str:
-        """Such as mamba2-1m."""
+        """Architecture and size, such as mamba2-1m."""
         return f"{self.architecture}-{self.size}"
 
 
@@ -193,7 +192,7 @@ class Comparison:
     path: Path
     config: CompareConfig
     recipe: dict[str, Any]
-    """What all runs share."""
+    """Sections of a run that all runs share."""
     origins: dict[str, str]
     models: list[Model]
     """Smallest size first, as the sizes come in the file."""
@@ -213,11 +212,11 @@ class Comparison:
         return run
 
     def locate(self, path: str) -> str:
-        """Where a path of local data lies."""
+        """A path of local data, below `data_root`."""
         return str(Path(self.config.data_root or "") / path)
 
     def test_documents(self) -> DocumentsConfig:
-        """The test documents, where they lie."""
+        """The test documents, with their paths below `data_root`."""
         assert self.config.test
         documents = self.config.test.documents
         if _is_recipe(documents):
@@ -250,7 +249,7 @@ def load_comparison(path: Path, data_root: str | None = None) -> Comparison:
 
 
 def check_data(comparison: Comparison) -> None:
-    """Look whether all local files are there, before any run begins. What is on the hub is not asked for.
+    """Check that all local files exist, before any run begins; nothing is looked up on the hub.
 
     Raises:
         ValueError: a file is missing or empty; or the tokenizer of bytes does not fit a model.
@@ -298,12 +297,16 @@ def _model_section(
     model: str | dict[str, Any], where: str, comparison: Comparison
 ) -> tuple[dict[str, Any], dict[str, str]]:
     origin = next((file for key, file in comparison.origins.items() if key.startswith(where)), str(comparison.path))
-    if isinstance(model, dict):
-        return model, {f"model.{field_name}": f"{origin}: {where}" for field_name in model}
-    path = Path(model) if model.endswith((".yaml", ".yml")) else PRESETS / f"{model}.yaml"
-    if not path.is_file():
-        presets = [each.stem for each in PRESETS.glob("*.yaml")]
-        hint = nearest(model, presets, otherwise="Presets are the files of configs/model.")
+    section = {"preset": model} if isinstance(model, str) and model in PRESETS else model
+    if isinstance(section, dict):
+        try:
+            section = with_preset_fields(section)
+        except ValueError as error:
+            raise ValueError(f"{origin}: {where}: {error}") from None
+        return section, {f"model.{field_name}": f"{origin}: {where}" for field_name in section}
+    path = Path(model)
+    if not model.endswith((".yaml", ".yml")) or not path.is_file():
+        hint = nearest(model, PRESETS, otherwise="Presets are {known}.")
         raise ValueError(f"{origin}: {where} = {model!r}: there is no such preset or recipe. {hint}")
     values, origins = read_recipe(path)
     if not isinstance(values.get("model"), dict):

@@ -1,4 +1,4 @@
-"""Tests the final runs of a comparison and measures the speed of its models; what has been measured is kept as JSON."""
+"""Test the final runs of a comparison and measure the speed of its models; the results are kept as JSON."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ SPEEDS = ("training", "generation")
 
 
 def test_file(runs: Runs, run: PlannedRun) -> Path:
-    """Where the test of a finished run is kept: its name changes with the steps and the way of testing."""
+    """The file with the test of a finished run; its name changes with the steps and the settings of the test."""
     assert runs.comparison.config.test
-    # Where data lie is no part of what is measured: the paths are taken as the configuration has them.
+    # The location of the data is no part of the measurement: the paths are those of the configuration.
     settings = asdict(runs.comparison.config.test)
     return run.folder / f"test-step{run.config.training.steps}-{_digest(settings)}.json"
 
 
 def speed_file(runs: Runs, kind: str) -> Path:
-    """Where the speeds of all models are kept, of training or of generation."""
+    """The file with the speeds of all models, in training or in generation."""
     assert runs.comparison.config.speed
     settings = [asdict(runs.comparison.config.speed), {model.name: model.section for model in runs.models}]
     return runs.out / "speed" / f"{kind}-{_digest(settings)}.json"
@@ -41,7 +41,7 @@ def to_test(runs: Runs, only: Sequence[str]) -> list[PlannedRun]:
     """The final runs that are finished and not tested."""
     if runs.comparison.config.test is None:
         return []
-    final = [run for model in runs.models for run in runs.final(model) if is_chosen(run, only)]
+    final = [run for grid in runs.grids.values() for run in grid.final if is_chosen(run, only)]
     return [run for run in final if examine(run).status == "finished" and not test_file(runs, run).is_file()]
 
 
@@ -53,7 +53,7 @@ def speeds_left(runs: Runs) -> list[str]:
 
 
 def measure_all(runs: Runs, only: Sequence[str], *, at_once: int, max_seconds: float | None) -> dict[str, Outcome]:
-    """Test what is to be tested, several runs at once; then measure speed, with nothing else going on."""
+    """Run the remaining tests, several at once; then measure speed, with nothing else running."""
     begin = time.monotonic()
     tests = [_test_job(runs, run) for run in to_test(runs, only)]
     outcomes = run_jobs(tests, at_once, max_seconds=max_seconds)
@@ -104,7 +104,7 @@ def _speed_job(runs: Runs, name: str, kind: str) -> Job:
 
 
 def _unfinished(runs: Runs, kind: str) -> Path:
-    """What `eval.throughput` writes to, table by table, until it is done."""
+    """The file that `eval.throughput` updates after every table, until it is done."""
     return runs.out / "speed" / f"{kind}-unfinished.json"
 
 

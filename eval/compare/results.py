@@ -1,6 +1,6 @@
-"""What a comparison has found: everything its report shows, and nothing that must be looked up elsewhere.
+"""The results of a comparison: everything that its report shows.
 
-`collect` makes it from run folders and measurements; the report is made from it alone, and it is the report's JSON.
+`collect` builds them from run folders and measurements. The report is made from them alone; they are its JSON file.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from xlstm_lm.base.fields import Range
 
 @dataclass(kw_only=True)
 class CurvePoint:
-    """A validation on the way."""
+    """One validation during training."""
 
     step: int
     tokens: int
     flops: float
-    """Of training so far: tokens times training operations a token."""
+    """Operations of training so far: tokens times training operations a token."""
     seconds: float
     """Wall time of the run so far, over all its sessions."""
     loss: float
@@ -51,7 +51,7 @@ class Extrapolated:
     loss: float
     bits_per_byte: float | None
     second_half_bits_per_byte: float | None
-    """Of the targets with at least half a context before them."""
+    """Bits per byte over the targets with at least half a context before them."""
 
 
 @dataclass(kw_only=True)
@@ -59,7 +59,7 @@ class Tested:
     """The trained model on the test documents."""
 
     how: str
-    """State carried, or windows of which stride."""
+    """Way of reading: state carried, or windows with their stride."""
     tokens: int
     bytes: int
     words: int
@@ -70,7 +70,7 @@ class Tested:
     by_position: list[Bucket]
     extrapolation: list[Extrapolated] = field(default_factory=list)
     environment: dict[str, Any] = field(default_factory=dict)
-    """Of the test: date, git commit, versions, hardware."""
+    """Conditions of the test: date, git commit, versions, hardware."""
 
 
 @dataclass(kw_only=True)
@@ -92,7 +92,7 @@ class Run:
     curve: list[CurvePoint] = field(default_factory=list)
     tested: Tested | None = None
     environment: dict[str, Any] = field(default_factory=dict)
-    """Of the run's last session: git commit, versions, hardware (environment.json)."""
+    """Conditions of the run's last session (environment.json): git commit, versions, hardware."""
 
 
 @dataclass(kw_only=True)
@@ -100,14 +100,14 @@ class ModelResult:
     """One architecture at one size."""
 
     architecture: str
-    """Its key in the configuration, such as xlstm or mamba2."""
+    """Key of the architecture in the configuration, such as xlstm or mamba2."""
     label: str
-    """For people, such as xLSTM[1:1]."""
+    """Name in the report, such as xLSTM[1:1] (7B blocks)."""
     size: str
-    """Its key in the configuration, such as 1m."""
+    """Key of the size in the configuration, such as 1m."""
     parameters: int
     flops_per_token: float
-    """Of training at the context length, forward and backward."""
+    """Operations of training at the context length, forward and backward."""
     state_bytes: list[tuple[int, int]]
     """(context length, bytes of state or cache a sequence); bf16."""
     recipe: str
@@ -124,14 +124,14 @@ class ModelResult:
 
 @dataclass(kw_only=True)
 class Published:
-    """A number from elsewhere, for beside ours."""
+    """A number from elsewhere to set beside our own."""
 
     model: str
     size: str
     tokens: str
-    """Such as 15B, SlimPajama."""
+    """Amount and source of the training data, such as 15B, SlimPajama."""
     quantity: str
-    """Such as validation perplexity."""
+    """Name of the figure, such as validation perplexity."""
     value: Annotated[float, Range(-1e12, 1e12)]
     source: str
     """Paper and table."""
@@ -146,31 +146,31 @@ class Results:
     name: str
     title: str
     question: str
-    """What is being asked, for the first lines of the report."""
+    """The question of the comparison, for the report's first lines."""
     data: str
     """The training and test documents in a sentence, with licence or source."""
     context_length: int
     config: str
     """The comparison's configuration, as YAML."""
     recipe: str
-    """What all runs share, resolved, as YAML."""
+    """The configuration that all runs share, resolved, as YAML."""
     environment: dict[str, Any]
-    """Of the report (`eval.bench.measure.environment`): date, git commit, versions, hardware."""
+    """Conditions of the report (`eval.bench.measure.environment`): date, git commit, versions, hardware."""
     command: str
-    """That makes the report again."""
+    """Command that makes the report again."""
     models: list[ModelResult]
     training_speed: list[dict[str, Any]] = field(default_factory=list)
     """Rows of `eval.throughput` (its Row) over context lengths at a constant number of tokens a batch."""
     generation_speed: list[dict[str, Any]] = field(default_factory=list)
     """Rows of `eval.throughput --generate` (GenerationRow)."""
     speed_environments: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Of the measurements of training and of generation."""
+    """Conditions of the measurements of training and of generation."""
     published: list[Published] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
-    """What was asked for and is not there, each with the reason; the report lists it at its top."""
+    """Results that were asked for and are missing, each with the reason; the report lists them at its top."""
     notes: list[str] = field(default_factory=list)
-    """What else a reader must know: whether all runs read the same tokens, which best learning rates are the ends of
-    their grid, which runs diverged; the report lists it."""
+    """Remarks for the reader: whether all runs read the same tokens, which best learning rates are the ends of their
+    grid, which runs diverged; the report lists them."""
 
 
 _RESULTS = TypeAdapter(Results)

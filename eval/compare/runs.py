@@ -25,7 +25,7 @@ FREE = (
     "model.scan_backend",  # which runs of before it was a field do not have
     "wandb.",
 )
-"""Fields in which a run that is there may differ from the comparison's."""
+"""Fields in which an existing run may differ from the comparison's."""
 
 
 class Runs:
@@ -37,7 +37,8 @@ class Runs:
         self.models = comparison.models
 
     @functools.cached_property
-    def _grids(self) -> dict[str, Grid]:
+    def grids(self) -> dict[str, Grid]:
+        """The runs of each model, by its name."""
         return {model.name: self._plan(model) for model in self.models}
 
     def _plan(self, model: Model) -> Grid:
@@ -47,34 +48,18 @@ class Runs:
             runs.append(PlannedRun(model.name, self.comparison.run_config(model, rate, seed, folder)))
         return Grid(runs)
 
-    def all(self, model: Model) -> list[PlannedRun]:
-        """Every run that may be needed, of all learning rates and seeds."""
-        return self._grids[model.name].runs
-
-    def grid(self, model: Model) -> list[PlannedRun]:
-        """One run for each learning rate, of the first seed."""
-        return self._grids[model.name].tuning
-
-    def best(self, model: Model) -> float | None:
-        """The best learning rate (`Grid.best`)."""
-        return self._grids[model.name].best
-
-    def final(self, model: Model) -> list[PlannedRun]:
-        """One run for each seed at the best learning rate; none until that is known."""
-        return self._grids[model.name].final
-
-    def needed(self, model: Model) -> list[PlannedRun]:
-        """All runs of a model that are known to be needed."""
-        return self._grids[model.name].needed
+    @property
+    def needed(self) -> list[PlannedRun]:
+        """All runs that are known to be needed."""
+        return [run for grid in self.grids.values() for run in grid.needed]
 
     def check_folders(self) -> None:
-        """Refuse to go on where runs of another configuration lie.
+        """Refuse to continue in a folder with runs of another configuration.
 
         Raises:
             ValueError: names each run and each field that differs.
         """
-        needed = [run for model in self.models for run in self.needed(model)]
-        engine.check_folders(needed, self.comparison.path, "--out", FREE)
+        engine.check_folders(self.needed, self.comparison.path, "--out", FREE)
 
 
 def is_chosen(run: PlannedRun, only: Sequence[str]) -> bool:
@@ -84,7 +69,7 @@ def is_chosen(run: PlannedRun, only: Sequence[str]) -> bool:
 
 def chosen(runs: Runs, only: Sequence[str]) -> list[PlannedRun]:
     """The runs that are known to be needed and that the patterns name, in the order in which they are trained."""
-    return [run for model in runs.models for run in runs.needed(model) if is_chosen(run, only)]
+    return [run for run in runs.needed if is_chosen(run, only)]
 
 
 def to_train(runs: Runs, only: Sequence[str]) -> list[PlannedRun]:
@@ -95,7 +80,7 @@ def to_train(runs: Runs, only: Sequence[str]) -> list[PlannedRun]:
 def train_all(
     runs: Runs, only: Sequence[str], *, at_once: int, launch: Sequence[str], max_seconds: float | None
 ) -> dict[str, Outcome]:
-    """Train the chosen runs by the study engine; gives how each job has ended.
+    """Train the chosen runs by the study engine and return the outcome of each job.
 
     Args:
         runs: of the comparison.

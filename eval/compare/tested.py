@@ -19,6 +19,7 @@ from eval.scoring.extrapolation import extrapolate
 from eval.scoring.models import load_model, pick_device
 from eval.scoring.perplexity import choose_windows, measure
 from xlstm_lm.base.durable_files import replace_durably
+from xlstm_lm.base.mistakes import explain
 from xlstm_lm.base.program import program
 from xlstm_lm.base.read_files import read_json
 
@@ -64,7 +65,7 @@ def test_run(folder: Path, test: TestConfig) -> Tested:
 
 
 def as_json(test: TestConfig) -> str:
-    """For --test."""
+    """The settings as text for the flag --test."""
     return _TEST.dump_json(test).decode()
 
 
@@ -78,9 +79,8 @@ def read_tested(path: Path) -> Tested:
     try:
         tested = _TESTED.validate_python(content["tested"])
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        name = ".".join(map(str, ("tested", *first["loc"])))
-        raise ValueError(f"{path} is damaged: {name}: {first['msg']}. {MEASURE_AGAIN}") from None
+        mistakes = explain(error, Tested, content["tested"], {}, section="tested")
+        raise ValueError(f"{path} is damaged: {mistakes} {MEASURE_AGAIN}") from None
     return dataclasses.replace(tested, environment=content["environment"])
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from eval.bench.measure import environment
 from eval.bench.speed_models import Model, Own, parse_model
+from eval.bench.tables import markdown_table
 from eval.command import positive
 from eval.gradient_reach.picture import draw_reach
 from eval.gradient_reach.reach import DEFINITION, Bin, Reach, make_windows, measure_reach
@@ -33,7 +34,7 @@ SHOWN_DISTANCES = (1, 4, 16, 64, 256, 1024, 4096)
 
 
 def as_markdown(reaches: list[Reach]) -> str:
-    """A table for each stage: g(k) / g(0) at some distances, and within which distance what part of the whole lies."""
+    """A table for each stage: g(k) / g(0) at some distances, and the distances that contain a part of the whole."""
     tables = []
     for stage in dict.fromkeys(reach.stage for reach in reaches):
         rows = [reach for reach in reaches if reach.stage == stage]
@@ -42,13 +43,13 @@ def as_markdown(reaches: list[Reach]) -> str:
             shown.append(len(rows[0].bins) - 1)
         head = ["model", "parameters", "loss, nats", *(_distances(rows[0].bins[index]) for index in shown)]
         head += [f"{float(part):.0%} within" for part in rows[0].within]
-        lines = [f"{stage}\n", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-        for reach in rows:
-            cells = [reach.name, f"{reach.parameters:,}", f"{reach.loss:.3f}"]
-            cells += [f"{reach.bins[index].median:.1e}" for index in shown]
-            cells += [f"{distance:,}" for distance in reach.within.values()]
-            lines.append(f"| {' | '.join(cells)} |")
-        tables.append("\n".join(lines))
+        cells = [
+            [reach.name, f"{reach.parameters:,}", f"{reach.loss:.3f}"]
+            + [f"{reach.bins[index].median:.1e}" for index in shown]
+            + [f"{distance:,}" for distance in reach.within.values()]
+            for reach in rows
+        ]
+        tables.append(f"{stage}\n\n" + markdown_table(f"| {' | '.join(head)} |", cells))
     return "\n\n".join(tables)
 
 
@@ -126,7 +127,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         "--models",
         nargs="+",
         metavar="MODEL",
-        help="To measure at initialisation: presets of configs/model, recipes, or families with fields, as "
+        help="To measure at initialisation: presets, recipes, or families with fields, as "
         f"eval.throughput takes them. Default, where no run is given: {' '.join(DEFAULT_MODELS)}.",
     )
     add("--runs", nargs="+", default=[], metavar="FOLDER", help="To measure: runs, checkpoints or exports.")

@@ -66,7 +66,7 @@ class Reach:
     norm_at_zero: float
     """Median over windows of g(0)."""
     within: dict[str, int]
-    """By part of the whole, such as 0.9: the least distance within which so much of it lies."""
+    """Least distance that contains a part of the whole, by the part, such as 0.9."""
     bins: list[Bin]
 
 
@@ -89,7 +89,7 @@ def input_gradients(module: nn.Module, embedding: nn.Embedding, tokens_BT: Tenso
     with embedding.register_forward_hook(take):
         hidden_BTD = module.hidden(tokens_BT[:, :-1])
     loss_B1 = module.loss(hidden_BTD[:, -1:], tokens_BT[:, -1:], reduction="none")
-    [gradient_BTD] = torch.autograd.grad(loss_B1.sum(), embedded)  # rows know nothing of each other
+    [gradient_BTD] = torch.autograd.grad(loss_B1.sum(), embedded)  # rows are independent
     return gradient_BTD.double().norm(dim=-1).flip(1), loss_B1.detach()[:, 0]
 
 

@@ -14,19 +14,20 @@ from eval.study.jobs import alone_in
 from eval.study.study_file import check_section
 from xlstm_lm.base.fields import Count, Positive, Size, check_fields
 from xlstm_lm.base.recipe import read_recipe
+from xlstm_lm.models.presets import preset_fields
 from xlstm_lm.training.run_config import load_run_config
 
 
 @dataclass(kw_only=True)
 class StudyConfig:
-    """The file of a study; its paths of recipes are relative to it."""
+    """The file of a study; paths of recipes in it are relative to its folder."""
 
     __pydantic_config__: ClassVar = {"extra": "forbid"}
 
     recipe: str
     """Recipe that all models are trained with: everything but the model."""
     models: dict[str, str]
-    """Recipes of the models, by their names in the table and the picture."""
+    """Presets or recipes of the models, by their names in the table and the picture."""
     learning_rates: dict[str, Positive] = field(default_factory=dict)
     """Peak learning rates other than the recipe's, by the models' names."""
     run_dir: str = "runs/gradient-reach"
@@ -39,7 +40,13 @@ class StudyConfig:
     def __post_init__(self) -> None:
         check_fields(self)
         if not self.models:
-            raise ValueError("models is empty; name a recipe, such as LSTM: ../model/lstm-cpu-0.7m.yaml.")
+            raise ValueError("models is empty; name a preset or a recipe, such as LSTM: lstm-cpu-0.7m.")
+        for name, model in self.models.items():
+            if not _is_recipe(model):
+                try:
+                    preset_fields(model)
+                except ValueError as error:
+                    raise ValueError(f"models: {name} = {error}") from None
         if not self.run_dir:
             raise ValueError("run_dir is empty; give the folder of the runs, such as runs/gradient-reach.")
         folders = [folder_name(name) for name in self.models]
@@ -54,6 +61,11 @@ def folder_name(name: str) -> str:
     return re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-.")
 
 
+def _is_recipe(model: str) -> bool:
+    """Whether a model is the path of a recipe; else it is a preset."""
+    return model.endswith((".yaml", ".yml"))
+
+
 def load_study(path: Path) -> tuple[StudyConfig, list[PlannedRun]]:
     """Read a study's file, and check every run of it.
 
@@ -66,8 +78,13 @@ def load_study(path: Path) -> tuple[StudyConfig, list[PlannedRun]]:
 
 
 def _make_run(path: Path, config: StudyConfig, name: str) -> PlannedRun:
-    recipes = [str(path.parent / recipe) for recipe in (config.recipe, config.models[name])]
+    model = config.models[name]
+    recipes: list[str | Path] = [path.parent / config.recipe]
     overrides: dict[str, Any] = {"training.run_dir": str(Path(config.run_dir) / folder_name(name))}
+    if _is_recipe(model):
+        recipes.append(path.parent / model)
+    else:
+        overrides["model"] = model
     if name in config.learning_rates:
         overrides["optimizer.learning_rate"] = config.learning_rates[name]
     return PlannedRun(name, load_run_config(recipes, overrides))

@@ -35,7 +35,7 @@ class DocumentsConfig:
     split_at: str | None = None
     """Regular expression: a new document begins at every line that matches, as '^PEP: ' in a file of many."""
     max_documents: Count | None = None
-    """Only the first so many."""
+    """Number of documents to read from the beginning; null for all."""
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -48,7 +48,7 @@ class DocumentsConfig:
 
 
 def open_documents(config: DocumentsConfig) -> Iterator[Text]:
-    """The documents in order, read as they are asked for; files are looked at once, at the call.
+    """The documents in order, read lazily; the files are checked once, at the call.
 
     Of a recipe these are the documents of its validation sources, or of its sources where it has none.
 
@@ -59,7 +59,7 @@ def open_documents(config: DocumentsConfig) -> Iterator[Text]:
 
 
 def document_sources(config: DocumentsConfig) -> list[SourceConfig]:
-    """Where the documents lie; nothing is opened.
+    """The sources of the documents; nothing is opened.
 
     Raises:
         ValueError: a recipe names no source, or one that cannot be.

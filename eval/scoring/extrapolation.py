@@ -17,10 +17,10 @@ from eval.study.picture import draw_panels
 def extrapolate(
     model: CausalModel, texts: Iterable[Text], lengths: Sequence[int], *, batch_size: int, max_tokens: int | None = None
 ) -> list[dict[str, Any]]:
-    """Score the same tokens with contexts of each of `lengths` tokens, in windows that know nothing of each other.
+    """Score the same tokens with contexts of each of `lengths` tokens, in independent windows.
 
-    Documents are cut to a multiple of the longest length and shorter ones left out, so that all lengths have the same
-    targets. `second_half` counts only those with at least half a context before them, which are half of them.
+    Documents are cut to a multiple of the longest length and shorter ones left out: all lengths have the same targets.
+    `second_half` counts only those with at least half a context before them, which are half of them.
 
     Args:
         model: any.
@@ -61,21 +61,15 @@ def extrapolate(
             total.add(nats_NT.ravel(), bytes_NT.sum())
             second_half.add(nats_NT[:, length // 2 :].ravel(), bytes_NT[:, length // 2 :].sum())
         times = length / model.trained_context if model.trained_context else None
-        curve.append(
-            {
-                "context_length": length,
-                "times_trained": times,
-                **total.figures(),
-                "second_half": second_half.figures(),
-            }
-        )
+        point = {"context_length": length, "times_trained": times, **total.figures()}
+        curve.append(point | {"second_half": second_half.figures()})
     return curve
 
 
 def draw_extrapolation(results: list[dict[str, Any]], path: Path) -> bool:
     """Bits a byte against the context length, a line for each model, with its training context marked.
 
-    Says so and gives False without matplotlib.
+    Without matplotlib, print a note and return False.
     """
 
     def fill(axes: Any, _: str) -> None:

@@ -1,4 +1,4 @@
-"""A `CausalModel` as lm-evaluation-harness wants it: log-likelihoods, whole documents, and generation, in batches.
+"""Adapter of a `CausalModel` to lm-evaluation-harness: log-likelihoods, whole documents, and generation, in batches.
 
 Scores do not depend on the batch: rows are padded on the right where tokens are scored, and on the left where they are
 continued if the model proves to ignore that, otherwise only prompts of one length share a batch.

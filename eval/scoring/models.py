@@ -1,8 +1,8 @@
-"""Any causal language model behind one face: the loss of given tokens and the logits of the next, with a carried state.
+"""One interface to any causal language model: the loss of given tokens, logits of the next, and a carried state.
 
-A run, a checkpoint, an export of ours or a transformers `xlstm` folder is computed by our own modules; every other
-folder or hub id by transformers. What a model can do (carry a state of constant size, take left padding) is found out
-by trying it on a few tokens, not from its name.
+A run, a checkpoint, an export of xlstm_lm or a transformers `xlstm` folder is computed by our own modules; every other
+folder or hub id by transformers. A model's abilities (a state of constant size, left padding) are found by a trial on a
+few tokens, not from its name.
 """
 
 from __future__ import annotations
@@ -16,17 +16,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from eval.bench import measure
 from xlstm_lm.base.finite import check_finite
 from xlstm_lm.base.read_files import read_json
-from xlstm_lm.data import IGNORED_TARGET, Tokenizer, TokenizerConfig, build_tokenizer, load_tokenizer
+from xlstm_lm.base.run_layout import tokenizer_folder
+from xlstm_lm.data import IGNORED_TARGET, Tokenizer, TokenizerConfig, build_tokenizer
 from xlstm_lm.data.tokenizer import CONFIG_FILE
 from xlstm_lm.hub import load
 from xlstm_lm.hub.layouts import LAYOUTS, MODEL_TYPE
+from xlstm_lm.hub.load import load_tokenizer_of
 from xlstm_lm.runs.folder import read_config
 
 OWN_MODEL_TYPES = (MODEL_TYPE, "xlstm")
 LOGIT_ELEMENTS = 1 << 26  # logits that are formed at once, at most
-DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {"float32": torch.float32, "float64": torch.float64} | measure.DTYPES
 CACHE_NAMES = ("cache", "cache_params", "past_key_values")
 """The argument for the cache of a transformers model: the first for all models from 5.24 on, the second before for
 recurrent models, the last for the others."""
@@ -47,7 +50,7 @@ class CausalModel(ABC):
         trained_context: int | None,
         position_limit: int | None = None,
     ) -> None:
-        """See `load_model`, which finds all of this out.
+        """Wrap a module; `load_model` finds the arguments.
 
         Raises:
             ValueError: the tokenizer has more tokens than the model.
@@ -60,9 +63,9 @@ class CausalModel(ABC):
         self.always_begins = always_begins
         """Whether every text starts with `begin`; otherwise only where there is nothing else to predict from."""
         self.trained_context = trained_context
-        """Tokens of a training row; None where the folder does not say."""
+        """Tokens of a training row; None where the folder does not name it."""
         self.position_limit = position_limit
-        """Tokens that the model can take at once at all: the rows of a learned position embedding, or None."""
+        """Longest input: the rows of a learned position embedding; None for no limit."""
         parameter = next(module.parameters())
         self.device, self.dtype = parameter.device, parameter.dtype
         self.num_parameters = sum(each.numel() for each in module.parameters())
@@ -82,9 +85,9 @@ class CausalModel(ABC):
     def forward(
         self, tokens_BT: Tensor, state: Any = None, return_state: bool = False, padding_B: Tensor | None = None
     ) -> tuple[Tensor, Any]:
-        """What `logits` takes (B, T, D), and on request the state after the last token.
+        """The input of `logits` (B, T, D), and on request the state after the last token.
 
-        `padding_B` tokens at the left of each row are no part of it; a state that comes out remembers them.
+        `padding_B` tokens at the left of each row are ignored; a returned state remembers them.
         """
 
     @abstractmethod
@@ -92,7 +95,7 @@ class CausalModel(ABC):
         """Logits (B, T, V), in float32 at least."""
 
     def piece_length(self, rows: int, wanted: int) -> int:
-        """How many of the `wanted` inputs of each of so many rows to take at once, with the state carried on."""
+        """Inputs a row, at most `wanted`, to compute at once for so many rows, with the state carried on."""
         return wanted
 
     @torch.inference_mode()
@@ -185,7 +188,7 @@ class TransformersModel(CausalModel):
             mask_BT = torch.cat((mask_BT, torch.ones_like(tokens_BT)), 1)
         arguments: dict[str, Any] = {}
         if mask_BT is not None:
-            # A recurrent model wants the mask of the tokens given, attention that of all it can see.
+            # A recurrent model needs the mask of the tokens given, attention that of all it can see.
             recurrent = cache is not None and all(getattr(cache, "is_linear", (cache_name == "cache_params",)))
             arguments["attention_mask"] = mask_BT[:, -tokens_BT.shape[1] :] if recurrent else mask_BT
             if "position_ids" in known:
@@ -243,7 +246,7 @@ def load_model(
         module, context, limit = _load_transformers(path)
         tokenizer = _load_tokenizer(path)
     begin, always = tokenizer.end_of_document, True
-    of_ours = any((where / CONFIG_FILE).is_file() for where in (folder, folder / "tokenizer"))
+    of_ours = any((where / CONFIG_FILE).is_file() for where in (folder, tokenizer_folder(folder)))
     if not of_ours and model_type != MODEL_TYPE:
         begin, always = _beginning(str(folder), tokenizer)
     kind = OwnModel if library == "xlstm_lm" else TransformersModel
@@ -299,7 +302,7 @@ def _model_type(folder: Path) -> str | None:
 
 
 def _trained_context(folder: Path) -> int | None:
-    """The row length in the recipe beside the weights of a checkpoint or an export of ours, if there is one."""
+    """The row length in the recipe beside the weights of a checkpoint or an export; None without a recipe."""
     recipes = [folder / name for name in ("config.yaml", "recipe.yaml") if (folder / name).is_file()]
     return read_config(recipes[0]).get("data", {}).get("context_length") if recipes else None
 
@@ -332,20 +335,15 @@ def _load_transformers(path: str) -> tuple[nn.Module, int | None, int | None]:
 
 def _load_tokenizer(path: str) -> Tokenizer:
     folder = Path(path)
-    own = folder / "tokenizer"
-    folder = own if own.is_dir() else folder
-    if folder.is_dir() and not any(folder.glob("*tokenizer*")):  # transformers would make an empty one up
-        raise ValueError(f"{path} holds a model but no tokenizer; put its tokenizer files there.")
     if folder.is_dir():
-        return load_tokenizer(folder)
+        return load_tokenizer_of(folder)
     return build_tokenizer(TokenizerConfig(kind="huggingface", name=path))
 
 
 def _beginning(path: str, tokenizer: Tokenizer) -> tuple[int, bool]:
-    """The token that begins a text by the tokenizer's own account, and whether it puts it there by itself."""
+    """The token that begins a text for this tokenizer, and whether the tokenizer adds it itself."""
     from transformers import AutoTokenizer
 
-    own = Path(path) / "tokenizer"
-    loaded = AutoTokenizer.from_pretrained(str(own) if own.is_dir() else path)
+    loaded = AutoTokenizer.from_pretrained(str(tokenizer_folder(Path(path))))
     begin = tokenizer.end_of_document if loaded.bos_token_id is None else loaded.bos_token_id
     return begin, loaded("a")["input_ids"][:1] == [begin]

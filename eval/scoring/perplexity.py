@@ -21,7 +21,7 @@ class PerplexityConfig:
     """How documents are scored."""
 
     context_length: Count | None = None
-    """Score in windows of so many tokens that know nothing of each other; null carries the state through documents."""
+    """Score in independent windows of so many tokens; null carries the state through documents."""
     stride: Count | None = None
     """How far each window is ahead of the one before; null for whole windows."""
     count_end: bool = False

@@ -1,4 +1,4 @@
-"""Nats of whole documents, in batches: with the state carried from piece to piece, or in windows that each start anew.
+"""Nats of whole documents, in batches: with the state carried from piece to piece, or in independent windows.
 
 A sequence is the token that begins a document, its tokens and, where the document's end is to be predicted too, the
 end-of-document token: n + 1 elements of which the last n are targets.
@@ -20,7 +20,7 @@ PIECE_LENGTH = 2048  # a longer sequence goes through a model that carries its s
 
 @dataclass
 class Scores:
-    """What a model says of the n targets of a sequence."""
+    """A model's predictions of the n targets of a sequence."""
 
     nats: np.ndarray
     """Negative log-probability of each target (n), float32 (float64 of a model in float64)."""

@@ -1,8 +1,8 @@
-"""The study engine: which runs a study needs, how far each is, and their training.
+"""The study engine: the runs that a study needs, the state of each, and their training.
 
-A study plans its runs and says at any time which of them it needs so far. `train` starts those that are not over, looks
-again whenever one ends, and can be stopped and given again: a finished run is reused, an unfinished one continued, one
-that failed begun once more. A run's state is read from its folder alone.
+A study plans its runs and lists at any time those needed so far. `train` starts the ones that are not over and repeats
+this whenever one ends. Stopped and started again, it reuses finished runs, continues unfinished ones and restarts
+failed ones. A run's state is read from its folder alone.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 from eval.study.jobs import Job, Outcome, run_jobs
 from xlstm_lm.runs.folder import RunFolder
 from xlstm_lm.runs.same_run import FREE_TO_CHANGE, differing_fields
-from xlstm_lm.training.run_config import RunConfig, as_dict, as_recipe
+from xlstm_lm.training.run_config import RunConfig, as_dict, as_recipe, with_defaults
 
 FAILURE_FILE = "failure.txt"
 """In a run's folder: the end of its output, where its last session failed."""
@@ -66,7 +66,7 @@ class PlannedRun:
 
 @dataclass(frozen=True)
 class RunState:
-    """How far a run is."""
+    """Progress of a run."""
 
     status: str
     """finished, unfinished, diverged, failed or missing."""
@@ -96,7 +96,7 @@ class RunState:
 
 
 def examine(run: PlannedRun) -> RunState:
-    """How far a run is.
+    """The progress of a run.
 
     Raises:
         ValueError: its metrics.jsonl is damaged.
@@ -163,13 +163,13 @@ class Grid:
 
 
 def check_folders(runs: Iterable[PlannedRun], study: Path, remedy: str, free: tuple[str, ...] = FREE_TO_CHANGE) -> None:
-    """Refuse to go on where runs of another configuration have begun.
+    """Refuse to continue where runs of another configuration have begun.
 
     Args:
         runs: those of the study.
         study: its file.
         remedy: the flag that names another folder, or another way out.
-        free: fields in which a run that is there may differ.
+        free: fields in which an existing run may differ.
 
     Raises:
         ValueError: names each run and each field that differs.
@@ -178,7 +178,7 @@ def check_folders(runs: Iterable[PlannedRun], study: Path, remedy: str, free: tu
     for run in runs:
         recorded = RunFolder(run.folder)
         if examine(run).reached and recorded.config_path.is_file():
-            there = recorded.config()
+            there = with_defaults(run.config, recorded.config())
             fields = differing_fields(_without_places(there), _without_places(as_dict(run.config)), free)
             folder = run.folder.parent
             different += [f"{run.name}:", *fields] if fields else []
@@ -210,7 +210,7 @@ def train(
     at_once: int,
     max_seconds: float | None = None,
 ) -> dict[str, Outcome]:
-    """Train until all needed runs are over, somebody asks to stop, or the time is up; gives how each job has ended.
+    """Train until all needed runs are over, a user stops it, or the time is up; return the outcome of each job.
 
     Args:
         needed: gives the runs that are known to be needed, in the order in which they are trained.

@@ -1,4 +1,4 @@
-"""Several processes at once, each with a log of its own, and none of them left behind, however this one ends."""
+"""Run several processes at once, each with a log of its own; none of them outlives this one."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ POLL_SECONDS = 0.1
 GRACE_SECONDS = 600.0
 """Between asking a process to stop and killing it."""
 SHOWN_LINES = 12
-"""Of the log of a job that failed."""
+"""Lines shown from the end of a failed job's log."""
 PR_SET_PDEATHSIG = 1
 
 
@@ -35,23 +35,23 @@ class Job:
     name: str
     command: list[str]
     log: Path
-    """Its output is added here."""
+    """File that the job's output is appended to."""
     environment: dict[str, str] = field(default_factory=dict)
     """Variables on top of those of this process."""
 
 
 @dataclass(kw_only=True)
 class Outcome:
-    """How a job has ended."""
+    """The end of a job."""
 
     name: str
     code: int
-    """Of its exit; minus the signal that ended it."""
+    """Exit code; minus the signal that ended the job."""
     seconds: float
     asked_to_stop: bool
-    """Whether it was told to: then a code of 0 does not say that it got to its end."""
+    """Whether it was told to stop: then a code of 0 does not imply that the job is complete."""
     last_lines: str
-    """Of what it wrote to its log."""
+    """End of the job's output."""
 
 
 @contextlib.contextmanager
@@ -59,7 +59,7 @@ def alone_in(folder: Path) -> Iterator[None]:
     """Keep other processes that ask for the same out of a folder.
 
     Raises:
-        ValueError: one is there, or the folder is or lies in a run, a checkpoint, a model or a tokenizer.
+        ValueError: one is there, or the folder is (part of) a run, a checkpoint, a model or a tokenizer.
     """
     check_folder_of_runs(folder)
     with FolderLease.take(folder):
@@ -152,19 +152,19 @@ class _Process:
         return self._asked is not None and time.monotonic() - self._asked > GRACE_SECONDS
 
     def has_ended(self) -> bool:
-        """Whether the first process has; its number stays taken, for the rest of the group bears it."""
+        """Whether the first process has ended; its id stays in use, since it names the rest of the group."""
         if self._child.returncode is not None:  # killed, and its number free again
             return True
         return os.waitid(os.P_PID, self._child.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
     def kill(self) -> int:
-        """Kill what is left of the group; gives how its first process has ended."""
+        """Kill the rest of the group; return the exit code of its first process."""
         if self._child.returncode is None:
             os.killpg(self._child.pid, signal.SIGKILL)
         return self._child.wait()
 
     def outcome(self) -> Outcome:
-        """Of a process that has ended."""
+        """The outcome of a process that has ended."""
         code = self.kill()
         with self.job.log.open("rb") as log:
             log.seek(max(self._log_begin, self.job.log.stat().st_size - 20_000))
@@ -209,7 +209,7 @@ def _environment(slot: int, at_once: int) -> dict[str, str]:
 
 
 def _die_with_the_parent(parent: int) -> Callable[[], None] | None:
-    """What a new process does first on Linux: ask for SIGTERM when `parent` dies."""
+    """The first act of a new process on Linux: register for SIGTERM on the death of `parent`."""
     if sys.platform != "linux":
         return None
     libc = ctypes.CDLL(None)

@@ -25,7 +25,7 @@ ATTEMPTS = 12
 
 
 class Journal:
-    """What earlier processes tried and measured, and the file in which this one goes on; without a path, in memory."""
+    """Attempts and results of earlier processes, and the file that this one continues; without a path, in memory."""
 
     def __init__(self, path: Path | None = None) -> None:
         self.path = path
@@ -42,15 +42,15 @@ class Journal:
                 self.results[entry["done"]] = entry["result"]
 
     def trying(self, what: str | None) -> None:
-        """`what` is about to be tried; None when nothing is that could go wrong."""
+        """Record that `what` is about to be tried; None for nothing that could go wrong."""
         self._write({"trying": what})
 
     def died(self, why: str) -> None:
-        """What was being tried has made this process useless."""
+        """Record that the current attempt has made this process useless."""
         self._write({"died": why})
 
     def done(self, what: str, result: Any) -> None:
-        """`what` has given `result` (which JSON can hold)."""
+        """Record the `result` of `what`; JSON must be able to hold it."""
         self.results[what] = result
         self._write({"done": what, "result": result})
 

@@ -24,7 +24,7 @@ def draw_panels(
 ) -> bool:
     """Write a PNG with a panel for each title, which `fill` draws on its axes; `legend` has the options of one for all.
 
-    Says so and gives False without matplotlib.
+    Without matplotlib, print a note and return False.
     """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -47,7 +47,7 @@ def draw_panels(
 
 
 def draw_over_length(panels: dict[str, Curves], path: Path, *, x_label: str, y_label: str) -> bool:
-    """Write one panel of curves (points x, y by name) for each title. Says so and gives False without matplotlib."""
+    """Write one panel of curves (points x, y by name) for each title. False without matplotlib."""
     names = list(dict.fromkeys(name for curves in panels.values() for name in curves))
     width = 1 + PANEL_INCHES * len(panels)
     columns = max(1, min(len(names), int(width * CHARACTERS_AN_INCH / (max(map(len, names)) + 8))))
@@ -64,7 +64,7 @@ def draw_over_length(panels: dict[str, Curves], path: Path, *, x_label: str, y_l
 
 
 def style(name: str, index: int) -> dict[str, Any]:
-    """How to draw a curve: ours in thick lines; a marker of its own where colours come round again."""
+    """Style of a curve: thick lines for our models, another marker where the colors repeat."""
     own = name.startswith(OWN)
     return {
         "color": f"C{index % 10}",
@@ -76,7 +76,7 @@ def style(name: str, index: int) -> dict[str, Any]:
 
 
 def _scale(axes: Any, lengths: list[float]) -> None:
-    """Both axes logarithmic, with plain numbers on them: the lengths there are, and 1, 2 and 5 times powers of 10."""
+    """Make both axes logarithmic, with plain numbers: the measured lengths, and 1, 2 and 5 times powers of 10."""
     from matplotlib.ticker import LogLocator, NullFormatter
 
     axes.set_xscale("log", base=2)

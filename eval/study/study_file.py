@@ -1,4 +1,4 @@
-"""Checks what a study's file says, and tells every mistake in one line."""
+"""Check a study's file and report every mistake in one line."""
 
 from __future__ import annotations
 

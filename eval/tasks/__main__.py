@@ -2,8 +2,8 @@
 
     python -m eval.tasks --config configs/tasks/parity.yaml --at-once 2 --out eval/results/parity.json
 
-Every run is a process with one thread, through the same trainer as a language model's. Given again, the command goes
-on: finished runs are reused, others continued. What is there is tested, printed and written, with a picture beside it.
+Every run is a process with one thread and the trainer of language models. Repeated, the command continues: finished
+runs are reused, others resumed. The finished runs are tested, and the results printed and written, with a picture.
 """
 
 from __future__ import annotations
@@ -48,13 +48,13 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _train_one(recipe: Path) -> None:
-    """Train, or go on training, the run of a recipe with data.task."""
+    """Train, or resume, the run of a recipe with data.task."""
     run = load_run_config([recipe])
     train(run, TaskData(run.data))
 
 
 def _report(study: Study, out: Path | None) -> bool:
-    """Print and write the results of the finished runs; gives whether any is missing."""
+    """Print and write the results of the finished runs; return whether any is missing."""
     found = collect(study)
     curves = summarize(found["runs"])
     if curves:
@@ -73,20 +73,17 @@ def _report(study: Study, out: Path | None) -> bool:
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog=COMMAND, description=__doc__.splitlines()[0], allow_abbrev=False)
+    add = parser.add_argument
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--config", type=Path, metavar="STUDY", help="a recipe of configs/tasks")
     what.add_argument(
         "--run", type=Path, metavar="RECIPE", help="train one run, such as its config.yaml to go on with it"
     )
-    parser.add_argument("--only", nargs="+", metavar="MODEL", help="these models of the study")
-    parser.add_argument("--at-once", type=positive, default=1, metavar="N", help="runs at once (default 1)")
-    parser.add_argument(
-        "--max-minutes", type=argument(NonNegative), metavar="M", help="stop and save after so long; 0: report only"
-    )
-    parser.add_argument("--runs", type=user_path, metavar="FOLDER", help="of the runs (default runs/tasks/STUDY)")
-    parser.add_argument(
-        "--out", type=results_file, metavar="FILE", help="write the results to this JSON, and a PNG beside it"
-    )
+    add("--only", nargs="+", metavar="MODEL", help="these models of the study")
+    add("--at-once", type=positive, default=1, metavar="N", help="runs at once (default 1)")
+    add("--max-minutes", type=argument(NonNegative), metavar="M", help="stop and save after so long; 0: report only")
+    add("--runs", type=user_path, metavar="FOLDER", help="of the runs (default runs/tasks/STUDY)")
+    add("--out", type=results_file, metavar="FILE", help="write the results to this JSON, and a PNG beside it")
     options = parser.parse_args(arguments)
     if options.run and (options.only or options.runs or options.out):
         parser.error("--run takes neither --only, --runs nor --out")

@@ -54,13 +54,13 @@ def even_pairs(length: int, generator: np.random.Generator) -> String:
 
 
 def cycle_navigation(length: int, generator: np.random.Generator) -> String:
-    """Where on a cycle of five positions one ends who starts at P0 and stays or steps to a side."""
+    """The end of a walk on a cycle of five positions that starts at P0 and stays or steps to a side."""
     moves = generator.integers(3, size=length)
     return moves, np.array([0, 1, -1])[moves].cumsum() % MODULUS
 
 
 def modular_arithmetic(length: int, generator: np.random.Generator) -> String:
-    """The value modulo five of numbers with + - * between them, products first."""
+    """The value modulo five of numbers joined by + - *, products first."""
     numbers = generator.integers(MODULUS, size=length // 2 + 1).tolist()
     operators = generator.integers(PLUS, TIMES + 1, size=length // 2).tolist()
     symbols, answers, total, product = numbers[:1], numbers[:1], 0, numbers[0]
@@ -148,7 +148,7 @@ class FormalLanguage:
         return symbols, targets
 
     def example(self, case: Case, generator: np.random.Generator) -> Example:
-        """A string of a length, to test with: whatever training asks, the last answer counts alone."""
+        """A string of a length, to test with: only the last answer counts, whatever the targets of training."""
         symbols, answers = LANGUAGES[self.name].draw(case[0], generator)
         targets = np.full(len(symbols), IGNORED_TARGET)
         targets[-1] = self._targets[answers[-1]]

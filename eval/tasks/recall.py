@@ -18,7 +18,7 @@ class AssociativeRecall:
 
     The first half of the vocabulary are keys, the second values. A sequence begins with its pairs; behind them each key
     comes once more, followed by its value, among random tokens. Only these second keys have a target, the value. How
-    far behind the pairs they come follows a power law, so that most come soon.
+    far behind the pairs they come follows a power law: most come soon.
     """
 
     __pydantic_config__: ClassVar = {"extra": "forbid"}
@@ -46,7 +46,7 @@ class AssociativeRecall:
         self.chance = 1 / half
         pairs = [pairs for _, pairs in self.cases]
         self.case_names, self.trained = ("context", "pairs"), (min(pairs), max(pairs))
-        self.padding = 0  # any token does: nothing is asked of it
+        self.padding = 0  # any token does: it has no target
 
     @property
     def longest(self) -> int:

@@ -1,6 +1,6 @@
-"""A task as training data: its sequences laid end to end in rows of fixed length, each with a reset where it starts.
+"""A task as training data: sequences end to end in rows of fixed length, each with a reset at its start.
 
-Sequence number n of lane l under seed s is always the same one, so that where a lane stands is a count.
+Sequence number n of lane l with seed s is always the same, so a lane's position is a count.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ BLOCK = 64  # sequences from one random stream: making one takes longer than dra
 
 
 class Symbols:
-    """What stands in for a tokenizer: the task, which says what each token means."""
+    """A task in place of a tokenizer: it gives each token a meaning."""
 
     def __init__(self, task: Task) -> None:
         self._task = task
@@ -33,7 +33,7 @@ class Symbols:
         self.bytes_per_token = torch.zeros(self.vocab_size, dtype=torch.int64)  # no text
 
     def fingerprint(self) -> str:
-        """As in `xlstm_lm.data.training_data.Vocabulary`."""
+        """The identity of the vocabulary (see `xlstm_lm.data.training_data.Vocabulary`)."""
         return json.dumps(asdict(self._task), sort_keys=True)
 
     def save(self, folder: Path) -> None:
@@ -69,7 +69,7 @@ class TaskStream:
         return Batch(*tensors, document_ids=names)
 
     def _fill(self, lane: int, tokens_T: np.ndarray, targets_T: np.ndarray, resets_T: np.ndarray) -> None:
-        """Lay the lane's next sequences into a row, as many as fit; what is left over is padding."""
+        """Fill a row with as many of the lane's next sequences as fit; the rest of it is padding."""
         begin = 0
         while begin < len(tokens_T):
             resets_T[begin] = True
@@ -139,7 +139,7 @@ class TaskData:
         self.tokenizer = Symbols(self.task)
 
     def stream(self, lanes: range, seed: int) -> TaskStream:
-        """As in `xlstm_lm.data.TrainingData`."""
+        """The training stream of these lanes (see `xlstm_lm.data.TrainingData`)."""
         return TaskStream(self.task, self.config, lanes=lanes, seed=seed)
 
     def validation_batches(self, *, rows: int, rank: int, world_size: int) -> Iterator[Batch]:

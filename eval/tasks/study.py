@@ -1,4 +1,4 @@
-"""A study: the runs of a grid over models and settings on one task, and what each of them can do in the end."""
+"""A study: the runs of a grid over models and settings on one task, and the final accuracy of each."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class StudyConfig:
     __pydantic_config__: ClassVar = {"extra": "forbid"}
 
     title: str
-    """Over the picture."""
+    """Title of the picture."""
     task: dict[str, Any]
     """The task's name and settings."""
     test: list[Count | list[Count]]
@@ -46,9 +46,9 @@ class StudyConfig:
     test_sequences: Count = 512
     """Sequences of each case."""
     run: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """What all runs share: sections of a training recipe, `data.task` and what follows from it left out."""
+    """Sections of a training recipe that all runs share, without `data.task` and the fields that follow from it."""
     models: dict[str, dict[str, Any]]
-    """The model section of each, on top of what `run` says of it."""
+    """Model section of each, which overrides that of `run`."""
     grid: dict[str, list[Any]] = field(default_factory=dict)
     """Values of fields of a run that are combined with each other, for every model. Of several learning rates and
     seeds, the seeds after the first are trained at the best learning rate alone."""
@@ -59,7 +59,7 @@ class Study:
     """A study, checked and ready to run."""
 
     path: Path
-    """Its file."""
+    """The file that describes the study."""
     config: StudyConfig
     task: Task
     cases: list[Case]
@@ -133,7 +133,7 @@ def _plan(
 
 
 def train_runs(study: Study, at_once: int, max_seconds: float | None = None) -> dict[str, Outcome]:
-    """Train what is needed and not over, each run in a process; gives how those that were begun have ended.
+    """Train the needed runs that are not over, each in a process; return the outcomes of those that were begun.
 
     Raises:
         ValueError: a folder holds a run with another configuration.

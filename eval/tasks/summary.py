@@ -7,6 +7,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from eval.bench.tables import markdown_table
 from eval.study.picture import PANEL_INCHES, draw_panels, style
 from eval.tasks.study import LEARNING_RATE, SEED
 from eval.tasks.task import Case, Task
@@ -49,22 +50,22 @@ def summarize(runs: list[dict[str, Any]]) -> list[Curve]:
 def as_markdown(curves: list[Curve], task: Task) -> str:
     """One table: a row for each curve, mean and in brackets the range over the seeds."""
     heads = [" / ".join(map(str, case)) for case, *_ in curves[0].points]
-    lines = [f"| model; {' / '.join(task.case_names)}: | {' | '.join(heads)} |", f"|---|{'---|' * len(heads)}"]
+    rows = []
     for curve in curves:
-        cells = [
+        rate = "" if curve.learning_rate is None else f"lr {curve.learning_rate:g}"
+        row = [", ".join(filter(None, (curve.model, curve.panel, rate)))]
+        row += [
             f"{mean:.2f}" if curve.seeds == 1 else f"{mean:.2f} ({low:.2f} to {high:.2f})"
             for _, mean, low, high in curve.points
         ]
-        rate = "" if curve.learning_rate is None else f"lr {curve.learning_rate:g}"
-        name = ", ".join(filter(None, (curve.model, curve.panel, rate)))
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        rows.append(row)
+    return markdown_table(f"| model; {' / '.join(task.case_names)}: | {' | '.join(heads)} |", rows)
 
 
 def draw(curves: list[Curve], path: Path, task: Task, title: str) -> bool:
-    """Draw a panel for each group of settings, with the seeds' range as a band and what training has seen shaded.
+    """Draw a panel for each group of settings, with the seeds' range as a band and the cases of training shaded.
 
-    Says so and gives False without matplotlib.
+    Without matplotlib, print a note and return False.
     """
     names = list(dict.fromkeys(curve.model for curve in curves))
     panels = list(dict.fromkeys(curve.panel for curve in curves))

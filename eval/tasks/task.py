@@ -1,4 +1,4 @@
-"""What a task is to those who train and test a model on it."""
+"""The interface of a task to training and testing."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ class Task(Protocol):
 
     name: str
     symbols: tuple[str, ...]
-    """What each token means."""
+    """The meaning of each token."""
     chance: float
-    """The share of right answers of one who guesses."""
+    """The share of right answers of a guess."""
     longest: int
     """Tokens of the longest training sequence."""
     padding: int
-    """The token where there is nothing."""
+    """The token that fills the rest of a row."""
     case_names: tuple[str, ...]
-    """What the numbers of a case are; the last is what results are drawn over."""
+    """Names of the numbers of a case; the last is the horizontal axis of the picture."""
     trained: tuple[int, int]
     """The least and the greatest such number in training."""
 
     def draw(self, generator: np.random.Generator) -> Example:
-        """A training sequence; nothing but the generator decides which."""
+        """A training sequence, determined by the generator alone."""
 
     def example(self, case: Case, generator: np.random.Generator) -> Example:
         """A sequence of a case, to test with."""

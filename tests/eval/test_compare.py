@@ -151,7 +151,7 @@ def test_the_other_seeds_follow_the_grid_at_the_best_learning_rate(write, traine
         for rate, seed in ((0.1, 0), (0.2, 0), (0.3, 0), (0.2, 1))
     ]
     assert order(tmp_path) == expected == list(outcomes)
-    assert [runs.best(model) for model in runs.models] == [0.2, 0.2]
+    assert [grid.best for grid in runs.grids.values()] == [0.2, 0.2]
     assert go(runs, trainer()) == {}, "what is finished is reused"
     results = collect(runs)
     assert [[run.name for run in model.runs] for model in results.models] == [
@@ -166,8 +166,8 @@ def test_divergence_loses_ties_go_to_the_lower_rate_and_an_end_of_the_grid_is_to
     runs = Runs(comparison, tmp_path / "out")
     go(runs, trainer(), only=["mlstm-*"])
     assert set(order(tmp_path)) == {f"mlstm-tiny-lr{rate}-seed0" for rate in (0.1, 0.3, 0.4)}
-    assert runs.best(runs.models[0]) == 0.1
-    assert runs.best(runs.models[1]) is None
+    assert runs.grids[runs.models[0].name].best == 0.1
+    assert runs.grids[runs.models[1].name].best is None
     notes, missing = "\n".join(collect(runs).notes), "\n".join(collect(runs).missing)
     assert "mlstm-tiny-lr0.4-seed0 diverged" in notes and "0.1, is the lowest of its grid" in notes
     assert "transformer-tiny-lr0.3-seed0 is missing" in missing and "mlstm" not in missing
@@ -182,9 +182,9 @@ def test_a_failure_is_told_and_tried_again_while_the_others_go_on(write, trainer
         "transformer-tiny-lr0.5-seed0": 1,
     }
     assert "this one always fails" in capsys.readouterr().out
-    failed = runs.grid(runs.models[0])[1]
+    failed = runs.grids[runs.models[0].name].tuning[1]
     assert examine(failed).status == "failed" and "always fails" in examine(failed).problem
-    assert runs.best(runs.models[0]) is None
+    assert runs.grids[runs.models[0].name].best is None
     assert "not all of the grid are there" in "\n".join(collect(runs).missing)
     assert list(go(runs, trainer(), only=["mlstm-*"])) == ["mlstm-tiny-lr0.5-seed0"]
 
@@ -204,7 +204,7 @@ def test_other_configurations_are_refused_by_field(write, trainer, tmp_path):
 def test_runs_on_other_tokens_are_not_compared(write, trainer, tmp_path):
     runs = Runs(load_comparison(write(learning_rates=[0.2], seeds=[0])), tmp_path / "out")
     go(runs, trainer())
-    state = next(runs.grid(runs.models[1])[0].folder.glob("checkpoints/*/state.json"))
+    state = next(runs.grids[runs.models[1].name].tuning[0].folder.glob("checkpoints/*/state.json"))
     state.write_text(json.dumps({"data_fingerprint": {"seed": 0, "sources": "others"}}))
     with pytest.raises(ValueError, match="have not read the same tokens"):
         collect(runs)
@@ -220,7 +220,11 @@ def test_a_comparison_that_is_stopped_saves_and_goes_on(write, trainer, tmp_path
     assert "Go on with:" in output and "--launch" in output and "mlstm-tiny-lr0.1-seed0" in output
     assert not are_running(tmp_path)
     runs = Runs(load_comparison(path), out)
-    assert [examine(run).status for run in runs.grid(runs.models[0])] == ["unfinished", "unfinished", "missing"]
+    assert [examine(run).status for run in runs.grids[runs.models[0].name].tuning] == [
+        "unfinished",
+        "unfinished",
+        "missing",
+    ]
     go(runs, trainer())
     assert to_train(runs, ()) == []
 
@@ -263,6 +267,10 @@ def test_a_comparison_keeps_others_out_and_its_jobs_do_not_outlive_it(write, tra
         ({"models": {"x": {"label": "x", "sizes": {}}}}, r"models.x.sizes is empty"),
         ({"name": ".."}, "name is '..'; give a name for a folder"),
         ({"models": {"x": {"label": "x", "sizes": {"s": "xlstm-cpu-1n"}}}}, "Did you mean xlstm-cpu-"),
+        (
+            {"models": {"x": {"label": "x", "sizes": {"s": {"preset": "xlstm-cpu-1n"}}}}},
+            "try.yaml: compare.models.x.sizes.s: model.preset = 'xlstm-cpu-1n' is no preset. Did you mean xlstm-cpu-",
+        ),
         ({"models": {"x": {"label": "x", "sizes": {"s": {"num_blokcs": 2}}}}}, "compare.models.x.sizes.s.*num_blocks"),
         ({"sizes": {"huge": {}}}, "names the size huge, which no model has; there are tiny"),
         ({"sizes": {"tiny": {"recipe": {"training": {"step": 3}}}}}, "training.step = 3.*training.steps"),
@@ -363,7 +371,7 @@ def test_results_of_real_runs(write, tmp_path):
         run = model.runs[0]
         assert (run.status, run.steps, run.tokens) == ("finished", 4, 4 * 4 * 16)
         assert [point.step for point in run.curve] == [2, 4]
-        section = runs.grid(next(each for each in runs.models if each.label == model.label))[0].config.model
+        section = runs.grids[next(each.name for each in runs.models if each.label == model.label)].runs[0].config.model
         assert run.curve[0].flops == pytest.approx(128 * training_flops_per_token(section, 16))
         assert run.tested.bytes == run.tested.tokens == size
         assert run.tested.bits_per_byte == pytest.approx(run.tested.loss / math.log(2))

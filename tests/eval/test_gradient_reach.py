@@ -241,6 +241,10 @@ def write_study(folder: Path, **changes) -> Path:
         ({"models": ["rnn.yaml"]}, "models = .*must be a section"),
         ({"models": {"a b": "rnn.yaml", "A-B": "gru.yaml"}}, "share a folder"),
         ({"models": {"x": "none.yaml"}}, "none.yaml"),
+        (
+            {"models": {"x": "gru-cpu-2m"}},
+            r"study.yaml: models: x = 'gru-cpu-2m' is no preset. Did you mean gru-cpu-1m\?",
+        ),
         ({"windows": 0}, "windows = 0: must be a whole number from 1"),
         ({"learning_rates": {"LSTM": 1e-3}}, "learning_rates names LSTM; models has plain RNN, GRU"),
     ],

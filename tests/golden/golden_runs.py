@@ -32,6 +32,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "num_blocks": 2,
         "vocab_size": 257,
     },
+    "gated_delta": {"family": "hybrid", "pattern": "gated_delta", **SHAPE},
     "lstm": {"family": "lstm", "cell": "lstm", "embedding_dim": 32, "num_blocks": 2, "vocab_size": 257},
     "gru": {"family": "lstm", "cell": "gru", "embedding_dim": 32, "num_blocks": 2, "vocab_size": 257},
     "rnn": {"family": "lstm", "cell": "rnn", "embedding_dim": 32, "num_blocks": 2, "vocab_size": 257},

@@ -22,7 +22,8 @@ from xlstm_lm.hub import bundle, model_card
 from xlstm_lm.hub.export import choose_format, parse_size
 from xlstm_lm.hub.formats import own_format
 from xlstm_lm.hub.tokenizer_files import save_tokenizer_files
-from xlstm_lm.models import XLSTMConfig
+from xlstm_lm.models import HybridConfig, XLSTMConfig
+from xlstm_lm.models.mixers import MIXERS
 
 transformers.utils.is_xlstm_available = lambda: False  # else transformers would run the xlstm package's kernels
 
@@ -308,6 +309,24 @@ def test_what_is_saved_after_tuning_is_a_model_of_ours_again(tmp_path):
         assert getattr(transformers, name) is transformers.AutoModelForCausalLM
     tokens_BT = random_tokens(1, 9)
     torch.testing.assert_close(hub.load(tmp_path / "tuned")(tokens_BT), loaded(tokens_BT).logits)
+
+
+def test_every_mixer_runs_where_xlstm_lm_is_not_installed(tmp_path):
+    kinds = list(MIXERS)
+    trained = make_trained(tmp_path / "source", pattern=kinds, num_blocks=len(kinds))
+    hub.save_export(trained, tmp_path / "first")
+    exported = hub.export(tmp_path / "first", tmp_path / "export")  # compares with a process that cannot import it
+    assert exported.export_format.name == "xlstm_lm" and exported.difference < 1e-3
+
+
+def test_an_export_has_the_backends_in_plain_pytorch_alone():
+    sources = bundle.bundled_sources()
+    operations = {use.operation for kind in MIXERS for use in HybridConfig(pattern=kind).operations(micro_rows=1)}
+    for operation in operations:
+        modules = {name: operation[name].function.partition(":")[0] for name in operation.names}
+        assert modules[operation.reference] in sources
+        others = [name for name in operation.names if operation[name].native or operation[name].package == "triton"]
+        assert not sources.keys() & {modules[name] for name in others}
 
 
 @pytest.mark.slow

@@ -10,8 +10,8 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from tests.training.runs import configure, records, write_text
 from xlstm_lm import hub
-from xlstm_lm.generation import SamplingConfig, generate
 from xlstm_lm.hub.lora import lora_targets
+from xlstm_lm.models.generation import SamplingConfig, generate
 from xlstm_lm.training.loop import train
 
 SETTINGS = {

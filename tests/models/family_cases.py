@@ -5,7 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from xlstm_lm.models import LSTMConfig, MambaConfig, ModelConfig, TransformerConfig, XLSTMConfig, build_model
+from xlstm_lm.models import (
+    HybridConfig,
+    LSTMConfig,
+    MambaConfig,
+    ModelConfig,
+    TransformerConfig,
+    XLSTMConfig,
+    build_model,
+)
 from xlstm_lm.models.language_model import LanguageModel
 
 SHAPE = {"embedding_dim": 32, "num_blocks": 1, "vocab_size": 61}
@@ -20,6 +28,7 @@ CONFIGS: dict[str, ModelConfig] = {
     "transformer": TransformerConfig(**SHAPE, num_heads=4, num_key_value_heads=2),
     "mamba1": MambaConfig(**SHAPE, version=1, state_dim=4),
     "mamba2": MambaConfig(**SHAPE, head_dim=16, state_dim=8),
+    "gated_delta": HybridConfig(**SHAPE, num_heads=2, pattern="gated_delta"),
     "lstm": LSTMConfig(**SHAPE, layer_norm=True),
     "lstm_peepholes": LSTMConfig(**SHAPE, peepholes=True),
     "gru": LSTMConfig(**SHAPE, cell="gru"),

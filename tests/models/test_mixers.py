@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 
@@ -26,6 +28,7 @@ CELL_FLOPS = {
     "slstm": lambda c: 20 * 24,
     "attention": lambda c: 4 * 24 * T / 2,
     "mamba1": lambda c: 9 * 48 * 5,
+    "gated_delta": lambda c: 2 * (L * (3 * 9 + 2 * 18) + 6 * 9 * 18 + 6 * L),
     "mamba2": lambda c: 4 * (T * (9 + 12) + 4 * 9 * 12 + 4 * T),
 }
 
@@ -50,6 +53,13 @@ def make_model(config):
 def test_every_mixer_has_its_kind_and_cell_flops():
     assert all(config.kind == kind for kind, config in MIXERS.items())
     assert CELL_FLOPS.keys() == MIXERS.keys()
+
+
+@pytest.mark.parametrize("kind", MIXERS)
+def test_every_mixer_has_papers_and_one_line_of_description(kind):
+    papers = configure(kind).mixer(kind).papers()
+    assert papers and all(re.fullmatch(r"\d{4}\.\d{5}", paper) for paper in papers)
+    assert re.fullmatch(r"Settings of [^\n]+\.", MIXERS[kind].__doc__)
 
 
 @pytest.mark.parametrize("kind", MIXERS)
@@ -200,11 +210,3 @@ def test_ratio_patterns_name_any_kind():
 def test_sections_that_fit_no_block_are_refused(sections, message):
     with pytest.raises(ValueError, match=message):
         configure("mlstm", pattern=["mlstm", "attention"], mixers=sections)
-
-
-def test_backends_are_pinned_where_the_mixers_have_them():
-    config = configure("mlstm", pattern=["mlstm", "mamba1"]).with_backends(
-        {"mlstm_backend": "chunkwise", "scan_backend": "recurrence"}
-    )
-    assert config.mlstm_backend == "chunkwise"
-    assert config.mixer("mamba1").scan_backend == "recurrence"

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tests.ops.mlstm_cases import in_nan, make_inputs, make_resets, run
 from xlstm_lm.ops.mlstm import mlstm
+from xlstm_lm.ops.operation import resolve
 
 CASES = {
     "plain": {},
@@ -153,16 +154,21 @@ def test_the_step_is_traced_whole_and_in_place(interpreted: Callable) -> None:
     interpreted(as_operators)
 
 
-@pytest.mark.parametrize("backend", ["step", "triton_step"])
-def test_one_token_only(backend: str) -> None:
+@pytest.mark.parametrize("function", ["step:mlstm_step", "triton_step:mlstm_triton_step"])
+def test_one_token_only(function: str) -> None:
+    if "triton" in function:
+        pytest.importorskip("triton")
+    step = resolve(f"xlstm_lm.ops.mlstm.{function}")
     inputs = [x.detach() for x in make_inputs(T=2).values()]
     with pytest.raises(ValueError, match="takes one token, T = 1, got T = 2"):
-        mlstm(*inputs, backend=backend)
+        step(*inputs[:5])
 
 
 def test_what_the_triton_step_cannot_take_is_named() -> None:
+    pytest.importorskip("triton")
+    step = resolve("xlstm_lm.ops.mlstm.triton_step:mlstm_triton_step")
     inputs: list[Tensor] = [x.detach() for x in make_inputs(T=1).values()]
     with pytest.raises(ValueError, match=r"float32, bfloat16 or float16, got torch.float64: use 'step'"):
-        mlstm(*inputs, backend="triton_step")
+        step(*inputs[:5])
     with pytest.raises(ValueError, match="takes tensors of a GPU, got cpu: use 'step'"):
-        mlstm(*(x.float() for x in inputs), backend="triton_step")
+        step(*(x.float() for x in inputs[:5]))

@@ -26,6 +26,7 @@ COSTS = {
     "convolution": {"B": 1, "T": 8, "D": 4, "W": 4},
     "selective scan": {"B": 1, "T": 8, "E": 4, "N": 4},
     "ssd": {"B": 1, "T": 8, "H": 2, "P": 4, "N": 4},
+    "gated_delta": {"B": 1, "T": 8, "H": 2, "K": 4, "V": 8},
     "attention": {"B": 1, "T": 8, "H": 2, "K": 4},
     "loss": {"B": 1, "T": 8, "D": 4, "V": 32},
 }
@@ -87,16 +88,21 @@ def test_a_backend_that_is_wrong_is_found(operation, monkeypatch):
     assert "its values or gradients are wrong (error" in verify(operation, backend.name, example(operation))
 
 
-def test_a_miscompiled_software_pipeline_is_found(monkeypatch):
-    """Right in the first three chunks of 32 steps and wrong from the fourth on: more steps than a short check has."""
+@pytest.mark.parametrize("right_chunks", [3, 13])
+def test_a_miscompiled_software_pipeline_is_not_chosen(right_chunks, monkeypatch):
+    """Wrong from the fourth chunk of 32 steps on, later than a short check reaches; or where no sample reaches."""
 
     def miscompiled(*inputs, super_chunk=None, **options):
         h_BTHV, state = mlstm_chunkwise(*inputs, **options)
-        later_T = torch.arange(h_BTHV.shape[1]) >= 3 * 32
+        later_T = torch.arange(h_BTHV.shape[1]) >= 32 * right_chunks
         return torch.where(later_T[:, None, None], 1.01 * h_BTHV, h_BTHV), state
 
-    replace_backend(monkeypatch, MLSTM, "triton", miscompiled)
-    assert "its values or gradients are wrong (error" in verify(MLSTM, "triton", example(MLSTM))
+    on_a_cpu = {"devices": None, "package": None, "limits": None, "checked_on": ("cpu",)}
+    replace_backend(monkeypatch, MLSTM, "triton", miscompiled, **on_a_cpu)
+    choice = choose(MLSTM, example(MLSTM))
+    assert (choice.backend == "triton") == (right_chunks == 13)
+    reason = dict(choice.passed_over).get("triton", "")
+    assert ("its values or gradients are wrong (error" in reason) == (right_chunks == 3)
 
 
 @each_operation

@@ -56,7 +56,7 @@ def on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Kernel:
     kernel = Kernel()
     monkeypatch.setattr(triton_autotune, "ENABLED", True)
     monkeypatch.setattr(triton_autotune, "PATH", tmp_path / "cache" / "launches.json")
-    monkeypatch.setattr(triton_autotune, "_found", {})
+    monkeypatch.setattr(triton_autotune, "TUNED", {})
     monkeypatch.setattr(triton_autotune.torch.cuda, "get_device_name", lambda device: "A GPU")
     monkeypatch.setattr(triton_autotune.triton.testing, "do_bench", kernel.time)
     return kernel
@@ -79,7 +79,7 @@ def test_what_was_found_is_kept_for_the_next_process(on_a_gpu: Kernel, monkeypat
     assert all(part in key for part in ("walk", "32x64x128", "bfloat16", "A GPU", triton_autotune.triton.__version__))
     tried = len(on_a_gpu.runs)
     assert best(on_a_gpu) == FAST
-    monkeypatch.setattr(triton_autotune, "_found", {})
+    monkeypatch.setattr(triton_autotune, "TUNED", {})
     assert best(on_a_gpu) == FAST
     assert len(on_a_gpu.runs) == tried, "a process, and the next one, seek each size once"
     best(on_a_gpu, (32, 256, 512))
@@ -116,11 +116,10 @@ def test_nothing_is_tried_unless_asked_for(on_a_gpu: Kernel, monkeypatch: pytest
 
 def test_ranks_that_share_launches_launch_alike(on_a_gpu: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
     best(on_a_gpu)
-    shared = triton_autotune.launches_to_share()
-    (key,) = shared
-    assert shared == {key: FAST}
-    monkeypatch.setattr(triton_autotune, "_found", {key: TABLE})  # another rank, which has found something else
-    triton_autotune.use_launches(shared)
+    (key,) = triton_autotune.TUNED
+    monkeypatch.setattr(triton_autotune, "TUNED", {key: BROKEN})  # as `kernel_check` has it from rank 0
     tried = len(on_a_gpu.runs)
-    assert best(on_a_gpu) == FAST
+    assert best(on_a_gpu) == BROKEN
     assert len(on_a_gpu.runs) == tried
+    best(on_a_gpu, (32, 256, 512))  # reads what this node found at the other size
+    assert best(on_a_gpu) == BROKEN

@@ -14,17 +14,33 @@ import pytest
 if importlib.util.find_spec("triton") is None:
     pytest.skip("Triton is not installed (pip install 'xlstm-lm[gpu]')", allow_module_level=True)
 
-from eval.compile_cases import CASES, preset_mlstm_heads, preset_slstm_heads
+from eval.bench.compile_cases import CASES, preset_mlstm_heads, preset_slstm_heads, preset_ssd_heads
 from eval.compile_report import TARGETS, Compiled
+
+SAME_KERNELS = """
+import torch
+from eval.bench.compile_cases import mlstm_calls
+checked, trained = (
+    {call.identity: call.kernel for call in mlstm_calls(64, 128, torch.bfloat16, "sm_90", **shape)}
+    for shape in ({"B": 2, "T": 70, "H": 2}, {"B": 8, "T": 8192, "H": 4, "state": False})
+)
+print(len(trained), *(name for key, name in trained.items() if key not in checked))
+"""
+"""A program that prints how many kernels training compiles, and the names of those that a check has not."""
 
 
 def compiled(*arguments: str) -> list[dict]:
     """What `eval.compile_report` says, from a process where Triton compiles (in ours it may interpret)."""
+    printed = run_without_interpreter("-m", "eval.compile_report", "--json", *arguments)
+    return [json.loads(line) for line in printed.splitlines() if line.startswith("{")]
+
+
+def run_without_interpreter(*arguments: str) -> str:
+    """The output of a Python process in which Triton does not interpret."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "eval.compile_report", "--json", *arguments]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    run = subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True, check=False)
     assert run.returncode in (0, 1), run.stderr
-    return [json.loads(line) for line in run.stdout.splitlines() if line.startswith("{")]
+    return run.stdout
 
 
 def triton_version() -> tuple[int, ...]:
@@ -48,9 +64,15 @@ def test_every_head_of_every_preset_is_compiled() -> None:
     assert {(256, 512), (128, 256), (384, 384), (768, 768), (1024, 1024)} <= preset_mlstm_heads()
     names = {case.name for operation in CASES.values() for case in operation()}
     assert {f"mlstm K{K} V{V} bfloat16 preset" for K, V in preset_mlstm_heads()} <= names
+    assert (128, 64) in preset_ssd_heads()
+    assert {f"ssd K{K} V{V} bfloat16 preset" for K, V in preset_ssd_heads()} <= names
     assert {192, 256, 384, 512} <= preset_slstm_heads()
     for D in preset_slstm_heads():
         assert {f"slstm D{D} bfloat16 B16", f"slstm cluster D{D} bfloat16"} <= names
+
+
+def test_training_compiles_no_kernel_after_its_check() -> None:
+    assert run_without_interpreter("-c", SAME_KERNELS).split() == ["16"]
 
 
 @pytest.mark.slow

@@ -93,9 +93,9 @@ def test_checkpoints_are_missed_where_there_must_have_been_one(tmp_path, steps, 
     config = yaml.safe_load(text)
     if gone:
         with pytest.raises(ValueError, match="checkpoints are gone"):
-            open_run_folder(tmp_path / "run", config, "auto")
+            open_run_folder(tmp_path / "run", config, dict, "auto")
         return
-    open_run_folder(tmp_path / "run", config, "auto")
+    open_run_folder(tmp_path / "run", config, dict, "auto")
     (tmp_path / "run" / "learning_curve.png").touch()  # it came to a good end
     with pytest.raises(ValueError, match="checkpoints are gone"):
-        open_run_folder(tmp_path / "run", config, "auto")
+        open_run_folder(tmp_path / "run", config, dict, "auto")

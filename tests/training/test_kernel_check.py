@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from tests.ops.stand_ins import replace_backend
+from tests.training.processes import run_ranks
 from tests.training.runs import configure, records, write_text
 from xlstm_lm.models import LSTMConfig, MambaConfig, build_model
 from xlstm_lm.models.xlstm_config import XLSTMConfig
@@ -182,6 +183,14 @@ def test_what_another_rank_finds_counts_here(seen_there, expected, caplog):
     config = XLSTMConfig(vocab_size=32, embedding_dim=32, num_blocks=1)
     assert check_kernels(config, two, torch.float32, 4)["mlstm"] == expected
     assert ("on 1 of 2 processes (error 0.5)" in caplog.text) == (expected == "chunkwise")
+
+
+def test_one_process_of_a_node_compiles_first_and_the_others_launch_as_it_does():
+    first, second = json.loads(run_ranks(2, "checking"))
+    assert first["taken"] == second["taken"] == "compiled"
+    assert first["end"] <= second["begin"]
+    assert first["tuned"] == {"walk": [64, 64, 8, 1], "found by 0": [64, 64, 8, 1]}
+    assert second["tuned"] == first["tuned"] | {"found by 1": [64, 64, 8, 1]}
 
 
 def test_a_run_goes_on_with_the_definition(tmp_path, monkeypatch, caplog):

@@ -186,7 +186,7 @@ def dotted_items(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def with_current_names(values: dict[str, Any]) -> dict[str, Any]:
-    """The same sections with today's names for the fields of `RENAMED`.
+    """The same sections with today's names for the fields of `RENAMED`, and `model: NAME` as `model: {preset: NAME}`.
 
     Raises:
         ValueError: A field is there by both of its names.
@@ -199,6 +199,8 @@ def with_current_names(values: dict[str, Any]) -> dict[str, Any]:
             if key in values[section]:
                 raise ValueError(f"{name} and {former} are two names of one field: give {name} alone.")
             values[section] = {key if each == former_key else each: value for each, value in values[section].items()}
+    if isinstance(values.get("model"), str):
+        values["model"] = {"preset": values["model"]}
     return values
 
 

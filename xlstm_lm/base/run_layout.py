@@ -46,6 +46,12 @@ def checkpoint_folder(run_dir: Path, step: int) -> Path:
     return run_dir / CHECKPOINTS / f"step_{step:08}"
 
 
+def tokenizer_folder(folder: Path) -> Path:
+    """Folder of a model's tokenizer: its folder's own for it, as in a checkpoint, or that folder itself."""
+    own = folder / TOKENIZER
+    return own if own.is_dir() else folder
+
+
 def step_in_name(folder: Path) -> int | None:
     """Step that the name of a checkpoint's folder gives; None for any other name."""
     match = _STEP_FOLDER.fullmatch(folder.name)

@@ -1,6 +1,7 @@
 """The source files that an export brings along, so that it works where xlstm-lm is not installed.
 
-They are the package's own, as they stand, in one flat folder: only the imports are rewritten.
+They are the package's own in one flat folder, with relative imports: everything that the model's classes import, and
+the backends of its operations in plain PyTorch. All other backends come from xlstm-lm where it is installed.
 """
 
 from __future__ import annotations
@@ -8,25 +9,21 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import torch
+
 import xlstm_lm
+from xlstm_lm.ops.operation import Backend, Operation, make_call
+from xlstm_lm.ops.operations import OPERATIONS
 
 PACKAGE = Path(xlstm_lm.__file__).parent
 FIRST = ("xlstm_lm.hub.configuration_xlstm_lm", "xlstm_lm.hub.modeling_xlstm_lm")
-REPLACED = {
-    "xlstm_lm.ops.mlstm": "xlstm_lm.hub.portable_cells",
-    "xlstm_lm.ops.slstm": "xlstm_lm.hub.portable_cells",
-    "xlstm_lm.ops.selective_scan": "xlstm_lm.hub.portable_cells",
-    "xlstm_lm.ops.conv": "xlstm_lm.ops.conv.dispatch",  # the package's __init__ has no place in a flat folder
-    "xlstm_lm.ops.native": "xlstm_lm.hub.portable_native",
-}
-"""What chooses among all kernels, some of which are no Python, or builds them, gives way to what needs none of them."""
-_BACKEND = re.compile(r"\"(xlstm_lm[\w.]+):\w+\"")
+_BACKEND = re.compile(r"\"(xlstm_lm[\w.]+:\w+)\"")
 """A backend that is imported on first use."""
 _IMPORT = re.compile(r"^(\s*from )(xlstm_lm[\w.]*)( import )", re.MULTILINE)
 
 
 def write_code(folder: Path) -> None:
-    """Write everything that the model's classes import of ours, and theirs."""
+    """Write the source of the model's classes and of everything that they import from xlstm-lm."""
     sources = bundled_sources()
     inner = sorted(_flat_name(module) for module in sources if module not in FIRST)
     # transformers 5.0 to 5.9 copy only the files that the one they look for imports itself.
@@ -39,6 +36,12 @@ def write_code(folder: Path) -> None:
 
 def bundled_sources() -> dict[str, str]:
     """The source of each module, by its name in the package, with imports relative to one flat folder."""
+    plain = {
+        backend.function
+        for operation in OPERATIONS.values()
+        for backend in operation.backends
+        if _runs_anywhere(operation, backend)
+    }
     sources: dict[str, str] = {}
     waiting = list(FIRST)
     while waiting:
@@ -48,16 +51,18 @@ def bundled_sources() -> dict[str, str]:
         path = PACKAGE.parent / module.replace(".", "/")
         path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
         text = path.read_text(encoding="utf-8")
-        imported = [REPLACED.get(name, name) for _, name, _ in _IMPORT.findall(text)] + _BACKEND.findall(text)
-        sources[module] = _IMPORT.sub(_relative, text)
-        waiting += imported
+        sources[module] = _IMPORT.sub(lambda match: f"{match[1]}.{_flat_name(match[2])}{match[3]}", text)
+        waiting += [name for _, name, _ in _IMPORT.findall(text)]
+        waiting += [function.partition(":")[0] for function in _BACKEND.findall(text) if function in plain]
     return sources
 
 
-def _relative(match: re.Match[str]) -> str:
-    return f"{match[1]}.{_flat_name(REPLACED.get(match[2], match[2]))}{match[3]}"
+def _runs_anywhere(operation: Operation, backend: Backend) -> bool:
+    """Whether a backend is plain PyTorch, which torch.export traces where it needs no gradient."""
+    call = make_call(torch.device("cpu"), torch.float32, operation.examples[0], operation.options)
+    return backend.exports(call._replace(needs_gradient=False))
 
 
 def _flat_name(module: str) -> str:
-    """`xlstm_lm.ops.mlstm.step` -> `ops_mlstm_step`; what lies in hub keeps its name, by which transformers looks."""
+    """`xlstm_lm.ops.mlstm.step` -> `ops_mlstm_step`; modules of hub keep their names, by which transformers looks."""
     return module.removeprefix("xlstm_lm.").removeprefix("hub.").replace(".", "_")

@@ -140,16 +140,5 @@ def make_metadata(
 
 
 def papers(model_config: Any) -> list[str]:
-    """arXiv identifiers of the papers that describe the parts of a model."""
-    if model_config.family == "transformer":
-        return ["2302.13971"]
-    if model_config.family == "mamba":
-        return ["2312.00752" if model_config.version == 1 else "2405.21060"]
-    kinds = set(model_config.block_kinds())
-    found = ["2405.04517"] if model_config.family == "xlstm" or kinds & {"mlstm", "mlstm_paper", "slstm"} else []
-    if "mlstm" in kinds:
-        found.append("2503.13427")
-    if kinds & {"mlstm", "mlstm_paper"} and model_config.input_gate == "sigmoid":
-        found.append("2503.14376")
-    others = {"attention": "2302.13971", "mamba1": "2312.00752", "mamba2": "2405.21060"}
-    return found + [paper for kind, paper in others.items() if kind in kinds]
+    """arXiv identifiers of the papers that describe the blocks of a model."""
+    return sorted({paper for mixer in model_config.block_mixers() for paper in mixer.papers()})

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from xlstm_lm.data import load_tokenizer
+from xlstm_lm.base.run_layout import tokenizer_folder
+from xlstm_lm.data import Tokenizer, load_tokenizer
 from xlstm_lm.hub.download import local_folder
 from xlstm_lm.hub.layouts import StoredModel, read_model
 from xlstm_lm.models import FAMILIES
@@ -34,13 +35,21 @@ class TrainedModel(nn.Module):
         Raises:
             ValueError: the folder has none, or one with more tokens than the model.
         """
-        own = self.folder / "tokenizer"
-        folder = own if own.is_dir() else self.folder
-        if not any(folder.glob("*tokenizer*")):  # transformers would make an empty one up
-            raise ValueError(f"{self.folder} holds a model but no tokenizer; put its tokenizer files there.")
-        tokenizer = load_tokenizer(folder)
-        check_vocabulary(tokenizer, self.model, folder)
+        tokenizer = load_tokenizer_of(self.folder)
+        check_vocabulary(tokenizer, self.model, tokenizer_folder(self.folder))
         return tokenizer
+
+
+def load_tokenizer_of(model_folder: Path) -> Tokenizer:
+    """The tokenizer of the model in a folder.
+
+    Raises:
+        ValueError: the folder has none.
+    """
+    folder = tokenizer_folder(model_folder)
+    if not any(folder.glob("*tokenizer*")):  # transformers would make an empty one up
+        raise ValueError(f"{model_folder} holds a model but no tokenizer; put its tokenizer files there.")
+    return load_tokenizer(folder)
 
 
 def check_vocabulary(tokenizer: Any, model: nn.Module, origin: object) -> None:

@@ -141,7 +141,10 @@ def _tuning(model_config: Any, export_format: ExportFormat, num_tokens: int) -> 
             f'    task_type="CAUSAL_LM",{fields}\n)\n```'
         )
     if "modules_to_save" in targets:
-        notes.append("The sLSTM's matrices have more dimensions than PEFT adapts; its mixers are trained in full.")
+        notes.append(
+            "`modules_to_save` names the mixers whose matrices have more dimensions than PEFT adapts; they are trained "
+            "in full."
+        )
     if export_format.write_code:
         notes.append(
             "Rows packed from several documents, as by TRL's `packing=True` and transformers' "

@@ -46,11 +46,6 @@ def _sections(values: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     return sections if isinstance(sections, list) and all(isinstance(each, Mapping) for each in sections) else []
 
 
-def for_any_device(config: ModelConfig) -> ModelConfig:
-    """The configuration without pinned backends, which change how a model is computed but not its function."""
-    return type(config)(**with_free_backends(vars(config)))
-
-
 def build_model(config: ModelConfig) -> LanguageModel:
     """Model that `config` describes, initialized as its authors do, from torch's current random state."""
     model = FAMILIES[config.family][1](config)

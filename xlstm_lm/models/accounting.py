@@ -20,20 +20,25 @@ def model_config(yaml_path_or_config: str | Path | ModelConfig) -> ModelConfig:
     if not isinstance(yaml_path_or_config, (str, Path)):
         return yaml_path_or_config
     from xlstm_lm.base.recipe import read_recipe  # here, for the models need torch alone
+    from xlstm_lm.models.presets import with_preset_fields
 
     values, _ = read_recipe(yaml_path_or_config)
     if "model" not in values:
         raise ValueError(f"{yaml_path_or_config} has no section 'model'; it has {', '.join(values) or 'none'}.")
     if not isinstance(values["model"], dict):
         raise ValueError(f"{yaml_path_or_config}: model is {values['model']!r}; it must be a section with fields.")
-    family = values["model"].get("family", "xlstm")
+    try:
+        section = with_preset_fields(values["model"])
+    except ValueError as error:
+        raise ValueError(f"{yaml_path_or_config}: {error}") from None
+    family = section.get("family", "xlstm")
     if not isinstance(family, str) or family not in FAMILIES:
         raise ValueError(f"{yaml_path_or_config}: model.family is {family!r}; the families are {', '.join(FAMILIES)}.")
     config_class = FAMILIES[family][0]
-    unknown = set(values["model"]) - set(config_class.__dataclass_fields__)
+    unknown = set(section) - set(config_class.__dataclass_fields__)
     if unknown:
         raise ValueError(f"{yaml_path_or_config}: model has no field {', '.join(sorted(unknown))}.")
-    return config_class(**values["model"])
+    return config_class(**section)
 
 
 def count_parameters(yaml_path_or_config: str | Path | ModelConfig) -> int:

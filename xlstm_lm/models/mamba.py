@@ -77,23 +77,3 @@ class MambaConfig(BlockStack):
     def embedding_std(self) -> float:
         """Standard deviation of embedding and head at the start, as published."""
         return self.initializer_range
-
-    @property
-    def inner_dim(self) -> int:
-        """Width between the projections of a block."""
-        return self.mixer.inner_dim
-
-    @property
-    def num_heads(self) -> int:
-        """Heads of Mamba-2."""
-        return self.mixer.num_heads
-
-    @property
-    def states(self) -> int:
-        """State units for each inner unit."""
-        return self.mixer.state_dim
-
-    @property
-    def rank(self) -> int:
-        """Rank of Mamba-1's step sizes."""
-        return self.mixer.rank

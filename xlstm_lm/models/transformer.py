@@ -55,18 +55,3 @@ class TransformerConfig(BlockStack):
 
     def block_mixers(self) -> list[AttentionConfig]:
         return [self.mixer] * self.num_blocks
-
-    @property
-    def head_dim(self) -> int:
-        """Width of a head."""
-        return self.mixer.head_dim
-
-    @property
-    def key_value_heads(self) -> int:
-        """Heads of keys and values."""
-        return self.mixer.key_value_heads
-
-    @property
-    def hidden_dim(self) -> int:
-        """Width of the feed-forward."""
-        return self.mixer.feedforward().hidden

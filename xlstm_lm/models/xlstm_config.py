@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -38,8 +37,8 @@ class XLSTMConfig(BlockStack):
     """Blocks from first to last: one kind of mixer for all, xlstm[a:b] for a mLSTM to b sLSTM, or a list of kinds."""
     mlstm_block: MixerKind = "mlstm"
     """Kind of the first a of every a + b blocks in xlstm[a:b]."""
-    slstm_block: MixerKind | None = None
-    """Kind of the last b of every a + b blocks in xlstm[a:b]; null for slstm."""
+    slstm_block: MixerKind = "slstm"
+    """Kind of the last b of every a + b blocks in xlstm[a:b]."""
     slstm_positions: list[CountOrZero] | None = None
     """Positions (from 0) of the slstm_block in xlstm[a:b]; by default the last b of every a + b blocks."""
     mixers: list[dict[str, Any]] | None = None
@@ -96,18 +95,6 @@ class XLSTMConfig(BlockStack):
         except ValueError as error:
             raise ValueError(f"mixers, section {kind}: {error}" if section else str(error)) from None
 
-    def with_backends(self, backends: Mapping[str, str]) -> XLSTMConfig:
-        """The same model with backends pinned, by the name of the field in the mixers, such as scan_backend."""
-        own = {field.name for field in dataclasses.fields(self)}
-        sections = {each["kind"]: dict(each) for each in self.mixers or ()}
-        for kind in dict.fromkeys(self.block_kinds()):
-            fields = {field.name for field in dataclasses.fields(MIXERS[kind])} & backends.keys()
-            for name in fields:
-                if name not in own or name in sections.get(kind, {}):
-                    sections.setdefault(kind, {"kind": kind})[name] = backends[name]
-        flat = {name: backend for name, backend in backends.items() if name in own}
-        return dataclasses.replace(self, **flat, mixers=list(sections.values()) or None)
-
     def _check_sections(self) -> None:
         kinds, seen = self.block_kinds(), []
         for index, section in enumerate(self.mixers or ()):
@@ -135,26 +122,6 @@ class XLSTMConfig(BlockStack):
         kinds = self.block_kinds()
         mixers = {kind: self.mixer(kind) for kind in dict.fromkeys(kinds)}
         return [mixers[kind] for kind in kinds]
-
-    @property
-    def qk_dim(self) -> int:
-        """Width of all queries of an mlstm block together."""
-        return self.mixer("mlstm").qk_dim
-
-    @property
-    def v_dim(self) -> int:
-        """Width of all values of an mlstm block together."""
-        return self.mixer("mlstm").v_dim
-
-    @property
-    def mlstm_feedforward_dim(self) -> int:
-        """Feed-forward width of an mlstm block."""
-        return self.mixer("mlstm").feedforward().hidden
-
-    @property
-    def paper_inner_dim(self) -> int:
-        """Inner width of an mlstm_paper block."""
-        return self.mixer("mlstm_paper").inner_dim
 
     def block_kinds(self) -> list[str]:
         """The kind of every block, first to last, that `pattern` and `slstm_positions` stand for."""
@@ -185,10 +152,7 @@ class XLSTMConfig(BlockStack):
             raise ValueError(
                 f"slstm_positions {positions} must lie between 0 and num_blocks - 1 = {self.num_blocks - 1}."
             )
-        return [
-            (self.slstm_block or "slstm") if index in positions else self.mlstm_block
-            for index in range(self.num_blocks)
-        ]
+        return [self.slstm_block if index in positions else self.mlstm_block for index in range(self.num_blocks)]
 
 
 @dataclass(kw_only=True)

@@ -28,6 +28,8 @@ INSTALL = {
     "causal_conv1d": "causal_conv1d is not installed",
 }
 """Reasons for packages that backends need."""
+IN_EXPORT = __package__ != "xlstm_lm.ops"
+"""Whether this file is the copy in an exported folder, which brings along the backends in plain PyTorch."""
 TENSORS = {"cpu": "CPU", "cuda": "GPU"}
 
 
@@ -232,11 +234,27 @@ _RECORDS: list[dict[str, list[str]]] = []
 
 
 def resolve(path: str) -> Callable:
-    """The function that "module:name" stands for; in an exported folder, whose modules stand side by side, its copy."""
+    """The function that "module:name" stands for.
+
+    In an exported folder, whose modules stand side by side, it is the folder's own or else that of an installed
+    xlstm-lm.
+    """
     module, _, name = path.partition(":")
-    if __package__ != "xlstm_lm.ops":
-        module = f"{__package__}.{module.removeprefix('xlstm_lm.').replace('.', '_')}"
+    copy = f"{__package__}.{module.removeprefix('xlstm_lm.').replace('.', '_')}"
+    if IN_EXPORT and importlib.util.find_spec(copy):
+        module = copy
     return getattr(importlib.import_module(module), name)
+
+
+def _why_absent(backend: Backend) -> str | None:
+    """The reason why a backend's source is not here; None if it is."""
+    if IN_EXPORT and isinstance(backend.function, str):
+        try:
+            resolve(backend.function)
+        except (ImportError, AttributeError):
+            announce_once("xlstm-lm is not installed, so this model runs in plain PyTorch, which is slower")
+            return Expected("it comes with xlstm-lm, which is not installed, or in another version")
+    return None
 
 
 def choose(operation: Operation, call: Call, backend: str = "auto") -> Choice:
@@ -309,9 +327,7 @@ def why_not(operation: Operation, backend: Backend, call: Call) -> str | None:
     if reason is None and backend.dtypes is not None and call.dtype not in backend.dtypes:
         return f"it accepts {', '.join(map(str, backend.dtypes))}, not {call.dtype}"
     if reason is None and backend.native:
-        from xlstm_lm.ops.native import why_no_kernels
-
-        return why_no_kernels()
+        return resolve("xlstm_lm.ops.native:why_no_kernels")()
     return reason
 
 
@@ -326,8 +342,9 @@ def why_impossible(operation: Operation, backend: Backend, call: Call) -> str | 
         return Expected(f"it takes {tensors} tensors, but {operation.subject} is on {call.device}")
     if backend.package is not None and importlib.util.find_spec(backend.package) is None:
         return INSTALL[backend.package]
-    if backend.limits is None:
-        return None
+    absent = _why_absent(backend)
+    if absent is not None or backend.limits is None:
+        return absent
     return (resolve(backend.limits) if isinstance(backend.limits, str) else backend.limits)(call)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -37,22 +38,21 @@ FREE_TO_CHANGE = (
         for name in ("paths", "revision", "weight", "on_bad_document", "retry_seconds")
     ),
     "model.chunk_length",
-    "model.mlstm_backend",
-    "model.slstm_backend",
-    "model.scan_backend",
+    "model.mixers.chunk_length",
 )
 """Fields, or with a dot at the end sections, that may differ when a run goes on: they say how it is computed and
-reported, not what is computed."""
+reported, not what is computed. A model's backends may always differ."""
 
 FREE_WHEN_BRANCHING = (*FREE_TO_CHANGE, "optimizer.", "schedule.", "data.validation")
 """Fields that may differ when a run starts from another run's checkpoint."""
 
-ADDED = {"optimizer.kind": "adamw"}
-"""Fields that older configurations lack, and the value that their runs had."""
-
 LENGTHS = ("schedule.warmup", "schedule.cooldown")
 """Fields in steps or, below 1, in shares of training.steps."""
 _NUMBER = re.compile(r"\[[0-9]+\]")
+_BACKEND = re.compile(r"model\..*_backend")
+
+Complete = Callable[[dict[str, Any]], dict[str, Any]]
+"""Gives the sections of an older configuration the defaults of the fields that they lack."""
 
 
 def differing_fields(before: dict[str, Any], now: dict[str, Any], free: tuple[str, ...] = FREE_TO_CHANGE) -> list[str]:
@@ -60,8 +60,7 @@ def differing_fields(before: dict[str, Any], now: dict[str, Any], free: tuple[st
 
     Lengths of the schedule are equal also where they stand for equally many steps, each in its own run.
     """
-    added = {name: value for name, value in ADDED.items() if name.split(".")[0] in before}
-    old, new = added | _fields(with_current_names(before)), _fields(now)
+    old, new = _fields(with_current_names(before)), _fields(now)
     different = [
         name
         for name in sorted(old.keys() | new.keys())
@@ -70,7 +69,7 @@ def differing_fields(before: dict[str, Any], now: dict[str, Any], free: tuple[st
     return [
         f"  {name}: {old.get(name, 'not set')!r} there, {new.get(name, 'not set')!r} now"
         for name in different
-        if not f"{_NUMBER.sub('', name)}.".startswith(free)
+        if not f"{_NUMBER.sub('', name)}.".startswith(free) and not _BACKEND.fullmatch(name)
     ]
 
 
@@ -92,15 +91,17 @@ def _fields(values: dict[str, Any]) -> dict[str, Any]:
     return items
 
 
-def check_same_run(folder: Path, config: dict[str, Any], free: tuple[str, ...] = FREE_TO_CHANGE) -> None:
+def check_same_run(
+    folder: Path, config: dict[str, Any], complete: Complete, free: tuple[str, ...] = FREE_TO_CHANGE
+) -> None:
     """Refuse to go on from `folder/config.yaml` (of a run or a checkpoint) with another configuration.
 
-    Of an imported model that file has the model's section alone, and nothing else is compared.
+    An imported model has a file with the model's section alone, and nothing else is compared.
 
     Raises:
         ValueError: names each field that differs, with both values.
     """
-    before = RunFolder(folder).config()
+    before = complete(RunFolder(folder).config())
     different = differing_fields(before, {section: config[section] for section in before if section in config}, free)
     if different and before.keys() == {"model"}:
         raise ValueError(
@@ -116,7 +117,7 @@ def check_same_run(folder: Path, config: dict[str, Any], free: tuple[str, ...] =
         )
 
 
-def open_run_folder(run_dir: Path, config: dict[str, Any], resume: str) -> None:
+def open_run_folder(run_dir: Path, config: dict[str, Any], complete: Complete, resume: str) -> None:
     """Check that the run in the folder, if there is one, is this one. For rank 0; changes nothing.
 
     A run that wrote nothing yet is no run, and an imported model, the checkpoint of step 0, is none yet.
@@ -134,9 +135,9 @@ def open_run_folder(run_dir: Path, config: dict[str, Any], resume: str) -> None:
             "that folder, or continue it with --training.resume auto."
         )
     if has_run:
-        check_same_run(run_dir, config)
+        check_same_run(run_dir, config, complete)
     elif checkpoints:
-        check_same_run(checkpoints[0], config)
+        check_same_run(checkpoints[0], config, complete)
     if has_run and not checkpoints and _had_checkpoints(folder):
         raise ValueError(
             f"{run_dir} holds a run whose checkpoints are gone. Put one back (a folder checkpoints/step_*) to go on "
@@ -181,16 +182,3 @@ def run_of_recipe(run_dir: str, origin: str) -> Path | None:
     if recipe.name != CONFIG or not (in_checkpoint or has_trained(folder)):
         return None
     return None if named.exists() and named.samefile(folder) else folder
-
-
-def is_finished(config: dict[str, Any]) -> bool:
-    """Whether the run of this configuration has a checkpoint, in its folder, of its last step.
-
-    Raises:
-        ValueError: the folder holds a run with another configuration.
-    """
-    run_dir = user_path(config["training"]["run_dir"])
-    steps = RunFolder(run_dir).checkpoints()
-    if steps:
-        check_same_run(run_dir, config)
-    return max(steps, default=-1) >= config["training"]["steps"]

@@ -28,6 +28,7 @@ from xlstm_lm.base.recipe import (
 )
 from xlstm_lm.data import DataConfig
 from xlstm_lm.models import FAMILIES
+from xlstm_lm.models.presets import preset_names, with_preset_fields
 from xlstm_lm.runs.same_run import run_of_recipe
 from xlstm_lm.training.config import TrainingConfig
 from xlstm_lm.training.deepspeed_section import CheckedSection
@@ -196,9 +197,19 @@ def _type_name(node: dict[str, Any]) -> str:
 
 
 def add_field_flags(parser: argparse.ArgumentParser) -> None:
-    """Give the parser `--section.field` for every field of a run, and its former name where it has one."""
+    """Give the parser `--section.field` for every field of a run, and its former name where it has one; and `--model`
+    for a preset."""
     former = {name: old for old, name in RENAMED.items()}
-    groups: dict[str, Any] = {}
+    groups: dict[str, Any] = {"model": parser.add_argument_group("model")}
+    groups["model"].add_argument(
+        "--model",
+        "--model.preset",
+        action=_Once,
+        metavar="PRESET",
+        default=argparse.SUPPRESS,
+        help="A model by name, in place of a recipe's preset; recipes and flags that set fields of the model win. "
+        f"One of {', '.join(preset_names())}.",
+    )
     for each in fields():
         section = each.name.split(".")[0]
         group = groups.setdefault(section, parser.add_argument_group(section))
@@ -240,7 +251,7 @@ def load_run_config(paths: list[str | Path], overrides: dict[str, Any] | None = 
 
     Raises:
         ValueError: a recipe cannot be read, or a key or a value is not allowed; the message names the file or flag, the
-            value and, for a key, the nearest one there is. All mistakes are named at once.
+            value and, for a key or a preset, the nearest one there is. All mistakes are named at once.
     """
     values: dict[str, Any] = {}
     origins: dict[str, str] = {}
@@ -285,10 +296,29 @@ def check_run_config(values: dict[str, Any], origins: dict[str, str]) -> RunConf
         for text in _texts(value):
             if "\0" in text or text.encode(errors="replace").decode() != text:
                 raise ValueError(f"{origin_of(name, origins)}{name} = {text!a}: must be UTF-8 text without null bytes.")
+    values, origins = _with_preset_fields(values, origins)
     try:
         return _RUN.validate_python(values)
     except ValidationError as error:
         raise ValueError(explain(error, RunConfig, values, origins)) from None
+
+
+def _with_preset_fields(values: dict[str, Any], origins: dict[str, str]) -> tuple[dict[str, Any], dict[str, str]]:
+    """The sections with the fields of `model.preset` in its place; they come from the file or flag that names it.
+
+    Raises:
+        ValueError: There is no such preset, or it cannot be joined with the fields beside it.
+    """
+    model = values.get("model")
+    if not isinstance(model, dict) or "preset" not in model:
+        return values, origins
+    origin = origin_of("model.preset", origins)
+    try:
+        fields = with_preset_fields(model)
+    except ValueError as error:
+        raise ValueError(f"{origin}{error}") from None
+    of_preset = dict.fromkeys((f"model.{name}" for name in fields), origin.removesuffix(": ")) if origin else {}
+    return values | {"model": fields}, of_preset | origins
 
 
 def _texts(value: Any) -> Iterator[str]:
@@ -309,3 +339,19 @@ def as_recipe(run: RunConfig) -> str:
 def as_dict(run: RunConfig) -> dict[str, Any]:
     """Convert the run to nested mappings of plain values, as in JSON and YAML."""
     return _RUN.dump_python(run, mode="json")
+
+
+def with_defaults(run: RunConfig, older: dict[str, Any]) -> dict[str, Any]:
+    """The sections of an older configuration with today's defaults for the fields that they lack.
+
+    They stay as they are where this version of xlstm-lm does not allow one of them.
+
+    Args:
+        run: a run of today, whose sections stand in while the older ones are checked.
+        older: values of a run's config.yaml, or of some of its sections.
+    """
+    try:
+        full = as_dict(_RUN.validate_python(as_dict(run) | with_current_names(older)))
+    except ValidationError:
+        return older
+    return {section: full[section] for section in older}

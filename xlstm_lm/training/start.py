@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from xlstm_lm.runs.random_state import restore_random_state
 from xlstm_lm.runs.same_run import FREE_WHEN_BRANCHING, check_same_run, open_run_folder
 from xlstm_lm.training.engine import TrainingEngine
 from xlstm_lm.training.memory import planned_shapes
-from xlstm_lm.training.run_config import RunConfig, as_dict, as_recipe
+from xlstm_lm.training.run_config import RunConfig, as_dict, as_recipe, with_defaults
 from xlstm_lm.training.safeguards import NOT_FINITE
 
 logger = logging.getLogger("xlstm_lm")
@@ -66,11 +67,12 @@ class Start:
     def _open_folder(self) -> Path | None:
         """Prepare the run folder and return the checkpoint to start from, None for a fresh start. For rank 0."""
         resume, folder = self.run.training.resume, RunFolder(self.run_dir)
+        complete = partial(with_defaults, self.run)
         branch = None
         if resume not in ("auto", "never") and not folder.checkpoints():
             branch = find_checkpoint(user_path(resume))
-            check_same_run(branch, self.config, FREE_WHEN_BRANCHING)
-        open_run_folder(self.run_dir, self.config, resume)
+            check_same_run(branch, self.config, complete, FREE_WHEN_BRANCHING)
+        open_run_folder(self.run_dir, self.config, complete, resume)
         start = newest_checkpoint(self.run_dir) if folder.checkpoints() else branch
         checkpoint = read_checkpoint(start) if start else None
         if checkpoint:

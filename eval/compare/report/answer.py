@@ -1,4 +1,4 @@
-"""The answer of a comparison in words, made from its numbers alone: it can turn out against anyone."""
+"""The answer of a comparison in words, made from its numbers alone; no model is favored."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from eval.compare.report.select import Quantity
 from eval.compare.results import ModelResult, Results
 
 MATCHED = 0.01
-"""How far parameters may lie from the median of their size, as a share."""
+"""Largest distance of a parameter count from the median of its size, as a share."""
 STEADY = 0.2
-"""How far the speeds of one model's runs may lie apart, as a share."""
+"""Largest difference between the speeds of one model's runs, as a share."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """Who is best at one size."""
+    """The best model at one size."""
 
     size: str
     outcome: str
-    """In a few words."""
+    """The verdict in a few words."""
     sentence: str
 
 
 def verdict(results: Results, size: str) -> Verdict:
-    """Who is best at a size, by how much, and whether that is beyond the spread over seeds."""
+    """The best model at a size, its lead, and whether that is beyond the spread over seeds."""
     quantity, models = select.deciding_quantity(results), select.of_size(results, size)
     order, pair = select.ranked(models, quantity), select.sides(models, quantity)
     if not order:
@@ -63,36 +63,30 @@ def verdict(results: Results, size: str) -> Verdict:
 
 
 def _standing(reference: ModelResult, others: list[ModelResult], quantity: Quantity) -> str:
-    """How the reference stands to each of the others."""
+    """The standing of the reference against each of the others."""
     labels: dict[str, list[str]] = {}
     for model in others:
         labels.setdefault(select.standing(select.gap(reference, model, quantity)), []).append(model.label)
-    words = [
-        f"{word} {', '.join(labels[standing])}"
-        for standing, word in (
-            ("better", "better than"),
-            ("worse", "worse than"),
-            ("not told apart", "not told apart from"),
-        )
-        if standing in labels
-    ]
+    known = {"better": "better than", "worse": "worse than", "not told apart": "not told apart from"}
+    words = [f"{word} {', '.join(labels[standing])}" for standing, word in known.items() if standing in labels]
     return f" Of the rest, seed by seed, {reference.label} is {'; '.join(words)}." if words else ""
 
 
 def further_findings(results: Results) -> list[tuple[str, list[str]]]:
-    """What else a reader wants to know first, (subject, a sentence for each size): contexts, speed, memory."""
-    found = []
-    for title, describe in (
-        ("At equal contexts", _equal_context_finding),
-        ("Beyond the training context", _extrapolation_finding),
-        ("Training speed", _training_finding),
-        ("Decoding speed", _decoding_finding),
-        ("Memory while writing", _state_finding),
-    ):
-        sentences = [f"{size}: {words}." for size, pair in select.pairs(results) if (words := describe(results, *pair))]
-        if sentences:
-            found.append((title, sentences))
-    return found
+    """The other main findings as (subject, a sentence for each size): contexts, speed, memory."""
+    findings = {
+        "At equal contexts": _equal_context_finding,
+        "Beyond the training context": _extrapolation_finding,
+        "Training speed": _training_finding,
+        "Decoding speed": _decoding_finding,
+        "Memory while writing": _state_finding,
+    }
+    pairs = list(select.pairs(results))
+    found = [
+        (title, [f"{size}: {words}." for size, pair in pairs if (words := describe(results, *pair))])
+        for title, describe in findings.items()
+    ]
+    return [(title, sentences) for title, sentences in found if sentences]
 
 
 def _equal_context_finding(results: Results, first: ModelResult, second: ModelResult) -> str:
@@ -118,13 +112,11 @@ def _extrapolation_finding(results: Results, first: ModelResult, second: ModelRe
     )
 
 
-def _training_finding(results: Results, first: ModelResult, second: ModelResult) -> str:
-    del second
+def _training_finding(results: Results, first: ModelResult, _: ModelResult) -> str:
     return _ratio(results, first, lambda model: select.fastest_training(results, model), "tokens of context")
 
 
-def _decoding_finding(results: Results, first: ModelResult, second: ModelResult) -> str:
-    del second
+def _decoding_finding(results: Results, first: ModelResult, _: ModelResult) -> str:
     batch = min(select.batch_sizes(results), default=1)
     return _ratio(results, first, lambda model: select.generation_rows(results, model, batch), "tokens of prompt")
 
@@ -174,28 +166,25 @@ def checks(results: Results) -> list[tuple[bool, str]]:
         short = [m.label for m in models if not m.runs or len(select.finished(m)) < len(m.runs)]
         lacking = f"Not every seed finished at {size}, which may flatter or harm {', '.join(short)}."
         found.append((not short, lacking if short else f"Every seed finished for all models at {size}."))
-    open_rates = [f"{model.label} at {model.size}" for model in results.models if model.learning_rate is None]
-    untuned = [f"{model.label} at {model.size}" for model in results.models if len(model.tried) < 2]
+    named = [(f"{model.label} at {model.size}", model) for model in results.models]
+    untuned = [name for name, model in named if len(model.tried) < 2]
+    open_rates = [name for name, model in named if model.learning_rate is None]
+    unsteady = [name for name, model in named if select.speeds_apart(model) > STEADY]
     if untuned:
         found.append((False, f"The learning rate was not tuned here for {', '.join(untuned)}."))
     if open_rates:
         found.append((False, f"The best learning rate is not known yet of {', '.join(open_rates)}."))
     if not untuned and not open_rates and not any(map(select.is_at_edge, results.models)):
         found.append((True, "The best learning rate of every model lies inside the grid that was tried."))
-    ways = {run.tested.how for run in runs if run.tested}
-    if len(ways) > 1:
-        found.append(
-            (False, "The models read the test documents in different ways; at equal contexts they stand further down.")
-        )
-    unsteady = [f"{model.label} at {model.size}" for model in results.models if select.speeds_apart(model) > STEADY]
+    if len({run.tested.how for run in runs if run.tested}) > 1:
+        different = "The models read the test documents in different ways; at equal contexts they stand further down."
+        found.append((False, different))
     if unsteady:
-        found.append(
-            (
-                False,
-                f"Runs of one model differ by more than {STEADY:.0%} in speed ({', '.join(unsteady)}): something else "
-                "was running, so wall time and tokens/s of training say little. Speed is measured by itself below.",
-            )
+        sentence = (
+            f"Runs of one model differ by more than {STEADY:.0%} in speed ({', '.join(unsteady)}): something else "
+            "was running, so wall time and tokens/s of training say little. Speed is measured by itself below."
         )
+        found.append((False, sentence))
     for key, what in (("git_commit", "commit of the source"), ("device", "hardware")):
         names = sorted({str(run.environment[key]) for run in runs if run.environment.get(key)})
         if names:

@@ -1,7 +1,7 @@
 """Draw a comparison's pictures: one panel each, every line labelled where it ends, one colour an architecture.
 
-Each is made twice: as PNG, and as SVG to stand inside a web page, whose colours are CSS variables that the page sets
-for a light and for a dark ground.
+Each is made as PNG, and as SVG for a web page; the colors in the SVG are CSS variables that the page sets for a light
+and for a dark ground.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ COLOURS = (
     ("#4b3fbf", "#9d94ff"),
     ("#8a9a00", "#cbd94a"),
 )
-"""Of an architecture on a light and on a dark ground, after Okabe and Ito; shapes tell them apart as well."""
+"""Colors of the architectures on a light and on a dark ground, after Okabe and Ito; markers differ as well."""
 MARKERS = "osD^vPX<>*ph"
 INK, FRAME, GRID = "#1f2329", "#8b9199", "#d9dde3"
 WIDTH, HEIGHT = 5.2, 3.5
@@ -64,9 +64,9 @@ class Picture:
     """A finished panel."""
 
     name: str
-    """Of its file, without the ending."""
+    """Name of the file, without the ending."""
     alt: str
-    """What it shows, for those who cannot see it."""
+    """Text instead of the picture, for screen readers."""
     svg: str
     png: bytes
 
@@ -85,23 +85,23 @@ class Line:
 
 @dataclass(kw_only=True)
 class Frame:
-    """What stands around the lines."""
+    """Title, axes and marks around the lines."""
 
     title: str
     x_label: str
     y_label: str
     lengths: bool = False
-    """Whether x are lengths in tokens, doubling, with a tick at each."""
+    """Whether x are lengths in tokens that double, with a tick at each."""
     log_x: bool = False
     ticks: list[tuple[float, str]] | None = None
-    """Of x, where they are not to be found from the lines."""
+    """Ticks of x as (place, label); None derives them from the lines."""
     log_y: bool = False
     y_limits: tuple[float, float] | None = None
     second_label: str = ""
     second: tuple[Callable[[Any], Any], Callable[[Any], Any]] | None = None
     """From y to the numbers of a second axis on the right, and back."""
     mark: tuple[float, str] | None = None
-    """A vertical line at an x, and what it says."""
+    """A vertical line at an x, and its label."""
 
 
 def draw_lines(name: str, frame: Frame, lines: Sequence[Line], colours: Mapping[str, int]) -> Picture:
@@ -116,14 +116,8 @@ def draw_lines(name: str, frame: Frame, lines: Sequence[Line], colours: Mapping[
         if frame.mark:
             x, words = frame.mark
             axes.axvline(x, color=FRAME, linewidth=1, linestyle=(0, (4, 3)))
-            axes.annotate(
-                words,
-                (x, 1),
-                xycoords=("data", "axes fraction"),
-                xytext=(3, -8),
-                textcoords="offset points",
-                fontsize=FONT_SIZE - 1.5,
-            )
+            offset = {"xytext": (3, -8), "textcoords": "offset points"}
+            axes.annotate(words, (x, 1), xycoords=("data", "axes fraction"), fontsize=FONT_SIZE - 1.5, **offset)
         for line in lines:
             _draw_line(axes, line, colours[line.architecture])
         _label_ends(axes, lines, colours, 1 - strip / (WIDTH - left - right))
@@ -159,18 +153,11 @@ def draw_dots(
             style = {"color": colour, "marker": marker, "linestyle": "none", "markeredgewidth": 0}
             if mean > end:
                 arrow = {"arrowstyle": "->", "color": colour, "linewidth": 1.6}
-                start = (0.9, place)
-                axes.annotate("", (1, place), start, xycoords=axes.get_yaxis_transform(), arrowprops=arrow)
+                axes.annotate("", (1, place), (0.9, place), xycoords=axes.get_yaxis_transform(), arrowprops=arrow)
             axes.plot([mean, mean], [place - 0.32, place + 0.32], color=colour, linewidth=2.4)
             axes.plot(values, [place] * len(values), markersize=5.5, alpha=0.75, **style)
-            axes.annotate(
-                f"{mean:.3f}",
-                (1, place),
-                xycoords=("axes fraction", "data"),
-                xytext=(8, 0),
-                textcoords="offset points",
-                va="center",
-            )
+            offset = {"xytext": (8, 0), "textcoords": "offset points"}
+            axes.annotate(f"{mean:.3f}", (1, place), xycoords=("axes fraction", "data"), va="center", **offset)
         axes.set_ylim(len(rows) - 0.5, -0.5)
         axes.set_yticks(range(len(rows)), [label for _, label, _ in rows])
         axes.tick_params(axis="y", length=0)
@@ -188,17 +175,16 @@ def length_label(length: float) -> str:
     return f"{length / 1024:g}k" if length >= 1024 and length % 1024 == 0 else f"{length:,g}"
 
 
-def short_number(value: float, place: object = None) -> str:
-    """Of a tick (matplotlib also says which): 0.05, 500, 20k, 3M."""
-    del place
-    for divisor, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if value >= divisor:
-            return f"{value / divisor:g}{unit}"
-    return f"{value:g}"
+def large(count: float) -> str:
+    """A count in thousands, millions, billions or trillions."""
+    for divisor, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if count >= divisor:
+            return f"{count / divisor:.3g}{unit}"
+    return f"{count:g}"
 
 
 def _axes(figure: Figure, *, left: float, right: float, bottom: float, top: float) -> Axes:
-    """Axes with margins in inches, the same in every panel so that panels side by side line up."""
+    """Axes with margins in inches, the same in every panel, which aligns panels side by side."""
     width, height = figure.get_size_inches()
     axes = figure.add_axes((left / width, bottom / height, 1 - (left + right) / width, 1 - (bottom + top) / height))
     axes.grid(True, linewidth=0.6)
@@ -207,7 +193,7 @@ def _axes(figure: Figure, *, left: float, right: float, bottom: float, top: floa
 
 
 def _set_x(axes: Axes, frame: Frame, values: list[float], strip: float) -> None:
-    """Leaves the share `strip` at the right end to the labels."""
+    """Scale and ticks of x; the labels have the share `strip` at the right end."""
     low, high = values[0], values[-1]
     if frame.lengths or frame.log_x:
         axes.set_xscale("log", base=2 if frame.lengths else 10)
@@ -235,7 +221,7 @@ def _set_y(axes: Axes, frame: Frame, values: list[float]) -> None:
         low, high = min(low, middle / 2), max(high, middle * 2)  # an axis of less than a factor 4 would lack ticks
         axes.set_ylim(low / (high / low) ** 0.06, high * (high / low) ** 0.06)
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low < 200 else (1,)))
-        axes.yaxis.set_major_formatter(short_number)
+        axes.yaxis.set_major_formatter(lambda value, _: large(value))
         axes.yaxis.set_minor_formatter(NullFormatter())
         axes.yaxis.set_minor_locator(NullLocator())
         return
@@ -250,24 +236,16 @@ def _draw_line(axes: Axes, line: Line, index: int) -> None:
     colour = COLOURS[index][0]
     x, y = zip(*line.points)
     every = max(1, -(-len(x) // 6))
-    axes.plot(
-        x,
-        y,
-        color=colour,
-        linewidth=1.6,
-        linestyle=(0, (4, 2)) if line.dashed else "-",
-        marker=MARKERS[index],
-        markersize=4.2,
-        markeredgewidth=0,
-        markevery=slice((len(x) - 1) % every, None, every),
-    )
+    marks = {"marker": MARKERS[index], "markersize": 4.2, "markeredgewidth": 0}
+    marks["markevery"] = slice((len(x) - 1) % every, None, every)
+    axes.plot(x, y, color=colour, linewidth=1.6, linestyle=(0, (4, 2)) if line.dashed else "-", **marks)
     if line.band:
         low, high = zip(*line.band)
         axes.fill_between(x, low, high, color=colour, alpha=0.18, linewidth=0)
 
 
 def _label_ends(axes: Axes, lines: Sequence[Line], colours: Mapping[str, int], x: float) -> None:
-    """Names in a column that begins at the share `x` of the axes, near the ends of their lines and none on another."""
+    """Names in a column from the share `x` of the axes on, near the ends of their lines and without overlap."""
     to_share = (axes.transData + axes.transAxes.inverted()).transform
     ends = [(min(max(float(to_share(line.points[-1])[1]), 0.0), 1.0), line) for line in lines]
     ends.sort(key=lambda end: end[0])
@@ -292,7 +270,7 @@ def _finish(name: str, figure: Figure, title: str, alt: str) -> Picture:
 
 
 def _for_page(svg: str, alt: str) -> str:
-    """The <svg> element for inside a page: without what only a file needs, its colours as variables."""
+    """The <svg> element for a page, without the parts that only a file needs, its colors as variables."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", svg, flags=re.DOTALL)
     svg = re.sub(r'<g id="[^"]*"', "<g", svg)

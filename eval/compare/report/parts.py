@@ -1,4 +1,4 @@
-"""What a report is made of, whichever way it is written: sections of paragraphs, pictures, tables and folded texts."""
+"""The parts of a report in every format: sections of paragraphs, pictures, tables and folded texts."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ NOTHING = "–"
 
 @dataclass(frozen=True)
 class Cell:
-    """Of a table."""
+    """A cell of a table."""
 
     text: str
     strong: bool = False
     architecture: str = ""
-    """Whose colour stands before the text."""
+    """Architecture whose color precedes the text; empty for none."""
 
 
 @dataclass(kw_only=True)
 class Table:
-    """Numbers to the right, the columns in `words` to the left."""
+    """A table with numbers aligned to the right and the columns in `words` to the left."""
 
     columns: list[str]
     rows: list[list[Cell]]
@@ -36,7 +36,7 @@ class Table:
 
 @dataclass(kw_only=True)
 class Part:
-    """Of a section: one size, as a rule."""
+    """A part of a section, usually one size."""
 
     heading: str = ""
     pictures: list[Picture] = field(default_factory=list)
@@ -54,18 +54,18 @@ class Section:
 
     title: str
     lead: str = ""
-    """What is shown and how it was measured."""
+    """Content of the section, and how it was measured."""
     parts: list[Part] = field(default_factory=list)
     folds: list[tuple[str, str]] = field(default_factory=list)
     """(title, verbatim text)."""
     terms: list[tuple[str, str]] = field(default_factory=list)
     """(term, what it means)."""
     absent: str = ""
-    """What to say where there is nothing."""
+    """Text for an empty section."""
 
     @property
     def anchor(self) -> str:
-        """Its name within the page."""
+        """Name within the page, for links."""
         return self.title.lower().replace(" ", "-").replace(",", "")
 
     @property
@@ -85,23 +85,15 @@ def cells(texts: Iterable[str], strong: bool = False) -> list[Cell]:
 
 
 def number(value: float | None, form: str) -> str:
-    """Formatted, or the sign for nothing."""
+    """A formatted number, or the sign for nothing."""
     return NOTHING if value is None else format(value, form)
 
 
 def duration(seconds: float) -> str:
-    """Of a run: 42 s, 12 min, 3.4 h."""
+    """A run's duration: 42 s, 12 min, 3.4 h."""
     if seconds < 120:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:,.1f} h"
-
-
-def large(count: float) -> str:
-    """A count in thousands, millions, billions or trillions."""
-    for divisor, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if count >= divisor:
-            return f"{count / divisor:.3g}{unit}"
-    return f"{count:g}"
 
 
 def show_spread(found: Spread, decimals: int) -> str:
@@ -112,12 +104,12 @@ def show_spread(found: Spread, decimals: int) -> str:
 
 
 def signed(value: float, decimals: int) -> str:
-    """With its sign, a minus as long as the plus."""
+    """A number with its sign, a minus as long as the plus."""
     return f"{value:+,.{decimals}f}".replace("-", "−")
 
 
 def show_bytes(count: float) -> str:
-    """With a binary unit."""
+    """A number of bytes with a binary unit."""
     for unit in ("bytes", "KiB", "MiB"):
         if count < 1024:
             return f"{count:,.3g} {unit}"

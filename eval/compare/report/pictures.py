@@ -1,10 +1,11 @@
-"""The pictures of a comparison: which lines each has, from the results."""
+"""The pictures of a comparison, made from its results."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import statistics
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -32,12 +33,13 @@ def colours_of(results: Results) -> dict[str, int]:
 
 
 def line_pictures(
-    results: Results, name: str, models: Iterable[ModelResult], points_of: Callable[[ModelResult], Points], frame: Frame
+    results: Results, size: str, name: str, points_of: Callable[[ModelResult], Points], frame: Frame
 ) -> list[Picture]:
-    """One panel with a line for each model that has points; none where no model has."""
-    lines = [Line(model.architecture, model.label, sorted(points_of(model).items())) for model in models]
-    lines = [line for line in lines if line.points]
-    return [draw_lines(name, frame, lines, colours_of(results))] if lines else []
+    """One panel with a line for each model of a size that has points; no panel without any. Adds the size to titles."""
+    found = [(model, sorted(points_of(model).items())) for model in select.of_size(results, size)]
+    lines = [Line(model.architecture, model.label, points) for model, points in found if points]
+    frame = dataclasses.replace(frame, title=f"{frame.title}, {size}")
+    return [draw_lines(f"{size}-{name}", frame, lines, colours_of(results))] if lines else []
 
 
 def final_pictures(results: Results, size: str) -> list[Picture]:
@@ -52,7 +54,7 @@ def final_pictures(results: Results, size: str) -> list[Picture]:
 
 
 def scale_pictures(results: Results) -> list[Picture]:
-    """The deciding number over parameters, where it is there for several sizes."""
+    """The deciding number over parameters, where there are several sizes."""
     quantity = select.deciding_quantity(results)
     lines: dict[str, Line] = {}
     for model in results.models:
@@ -130,7 +132,7 @@ def _mean_line(
 
 
 def _after_the_start(lines: list[Line]) -> tuple[float, float]:
-    """From the lowest value to where the lines are after a seventh of the way, so that the end can be told apart."""
+    """From the lowest value to where the lines are after a seventh of the way, which leaves room for the end."""
     low = min(low for line in lines for low, _ in line.band)
     early = statistics.median(line.points[len(line.points) // 7][1] for line in lines)
     return low, max(early, *(line.points[-1][1] for line in lines))
@@ -154,55 +156,47 @@ def tuning_pictures(results: Results, size: str) -> list[Picture]:
         found = select.tuning_points(model)
         return found if len(found) > 1 else {}
 
-    quantity = select.tuning_quantity(results)
-    frame = Frame(title=f"Learning rates, {size}", x_label="learning rate", y_label=quantity.short, log_x=True)
-    return line_pictures(results, f"{size}-learning-rates", select.of_size(results, size), points, frame)
+    y_label = select.tuning_quantity(results).short
+    frame = Frame(title="Learning rates", x_label="learning rate", y_label=y_label, log_x=True)
+    return line_pictures(results, size, "learning-rates", points, frame)
+
+
+def _loss_frame(results: Results, title: str, x_label: str) -> Frame:
+    mark = (results.context_length, "training context")
+    y_label = f"{select.unit_of_tests(results)}, test"
+    return Frame(title=title, x_label=x_label, y_label=y_label, lengths=True, mark=mark)
 
 
 def position_pictures(results: Results, size: str) -> list[Picture]:
     """The loss over the position in the document."""
-    frame = Frame(
-        title=f"Loss by position, {size}",
-        x_label="position in the document, up to",
-        y_label=f"{select.unit_of_tests(results)}, test",
-        lengths=True,
-        mark=(results.context_length, "training context"),
-    )
-    return line_pictures(results, f"{size}-position", select.of_size(results, size), select.mean_by_position, frame)
+    frame = _loss_frame(results, "Loss by position", "position in the document, up to")
+    return line_pictures(results, size, "position", select.mean_by_position, frame)
 
 
 def extrapolation_pictures(results: Results, size: str) -> list[Picture]:
     """The loss on the same tokens over the length of the context."""
-    frame = Frame(
-        title=f"Beyond the training context, {size}",
-        x_label="context length",
-        y_label=f"{select.unit_of_tests(results)}, test",
-        lengths=True,
-        mark=(results.context_length, "training context"),
-    )
-    return line_pictures(
-        results, f"{size}-extrapolation", select.of_size(results, size), select.mean_extrapolation, frame
-    )
+    frame = _loss_frame(results, "Beyond the training context", "context length")
+    return line_pictures(results, size, "extrapolation", select.mean_extrapolation, frame)
+
+
+def _column(rows: dict[int, dict[str, Any]], key: str, scale: float = 1.0) -> Points:
+    return {length: row[key] * scale for length, row in rows.items() if row.get(key)}
 
 
 def training_speed_pictures(results: Results, size: str) -> list[Picture]:
     """Tokens a second and share of the peak over the context length, the faster mode of each model."""
+    found: list[Picture] = []
+    for name, title, y_label, key, scale in (
+        ("speed", "Training speed", "tokens/s", "tokens_per_second", 1.0),
+        ("mfu", "Share of the peak (MFU)", "MFU, %", "flops_share", 100.0),
+    ):
+        frame = Frame(title=title, x_label="context length", y_label=y_label, lengths=True, log_y=name == "speed")
 
-    def points(key: str, scale: float = 1.0) -> Callable[[ModelResult], Points]:
-        def of(model: ModelResult) -> Points:
-            rows = select.fastest_training(results, model)
-            return {length: row[key] * scale for length, row in rows.items() if row.get(key)}
+        def points(model: ModelResult, key: str = key, scale: float = scale) -> Points:
+            return _column(select.fastest_training(results, model), key, scale)
 
-        return of
-
-    models = select.of_size(results, size)
-    speed = Frame(
-        title=f"Training speed, {size}", x_label="context length", y_label="tokens/s", lengths=True, log_y=True
-    )
-    share = Frame(title=f"Share of the peak (MFU), {size}", x_label="context length", y_label="MFU, %", lengths=True)
-    return line_pictures(results, f"{size}-speed", models, points("tokens_per_second"), speed) + line_pictures(
-        results, f"{size}-mfu", models, points("flops_share", 100.0), share
-    )
+        found += line_pictures(results, size, name, points, frame)
+    return found
 
 
 def generation_pictures(results: Results, size: str) -> list[Picture]:
@@ -216,35 +210,22 @@ def generation_pictures(results: Results, size: str) -> list[Picture]:
             ("decoding", "Decoding speed", "tokens/s, whole batch", "tokens_per_second", 1.0),
             ("memory", "Memory" if memory == "peak_bytes" else "State and cache", "MiB", memory, 2.0**-20),
         ):
+            title = f"{title}, batch {batch}"
+            frame = Frame(title=title, x_label="prompt length", y_label=y_label, lengths=True, log_y=True)
 
-            def points(
-                model: ModelResult, batch: int = batch, key: str = key, scale: float = scale, **_: Any
-            ) -> Points:
-                rows = select.generation_rows(results, model, batch)
-                return {length: row[key] * scale for length, row in rows.items() if row.get(key)}
+            def points(model: ModelResult, batch: int = batch, key: str = key, scale: float = scale) -> Points:
+                return _column(select.generation_rows(results, model, batch), key, scale)
 
-            frame = Frame(
-                title=f"{title}, batch {batch}, {size}",
-                x_label="prompt length",
-                y_label=y_label,
-                lengths=True,
-                log_y=True,
-            )
-            found += line_pictures(results, f"{size}-{name}-batch{batch}", select.of_size(results, size), points, frame)
+            found += line_pictures(results, size, f"{name}-batch{batch}", points, frame)
     return found
 
 
 def state_pictures(results: Results, size: str) -> list[Picture]:
-    """What a sequence leaves behind for the next token, over its length."""
+    """The state or cache of a sequence over its length."""
+    title = "State or cache of a sequence"
+    frame = Frame(title=title, x_label="tokens behind", y_label="KiB", lengths=True, log_y=True)
 
     def points(model: ModelResult) -> Points:
         return {length: count / 1024 for length, count in model.state_bytes if count}
 
-    frame = Frame(
-        title=f"State or cache of a sequence, {size}",
-        x_label="tokens behind",
-        y_label="KiB",
-        lengths=True,
-        log_y=True,
-    )
-    return line_pictures(results, f"{size}-state", select.of_size(results, size), points, frame)
+    return line_pictures(results, size, "state", points, frame)

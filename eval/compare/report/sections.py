@@ -1,4 +1,4 @@
-"""What a comparison's report shows, in order. A section with nothing in it says so."""
+"""The sections of a comparison's report, in order; an empty one states that."""
 
 from __future__ import annotations
 
@@ -11,52 +11,44 @@ from eval.compare.report.drawing import Picture
 from eval.compare.report.parts import Part, Section, Table
 from eval.compare.results import Results
 
-TERMS = [
-    (
-        "Bits per byte",
-        "The negative log-likelihood of a text in bits over its length in bytes; it does not depend on the "
-        "tokenizer. Lower is better; so is every perplexity.",
+TERMS = {
+    "Bits per byte": (
+        "The negative log-likelihood of a text in bits over its length in bytes; it does not depend on the tokenizer. "
+        "Lower is better; so is every perplexity."
     ),
-    ("Perplexity a token, a word", "exp of the nats over the number of tokens, or of words with one end of line each."),
-    ("Mean ± spread", "Mean and sample standard deviation over the seeds that finished."),
-    (
-        "Beyond the spread",
-        "Runs of one seed see the same tokens in the same order, so models are compared seed by seed: "
-        "the 95 % interval of Student's t for the mean of these differences leaves out zero. Three seeds are few: the "
-        "interval is then 4.3 standard errors to each side, assumes normally distributed differences, and is not "
-        "widened for the number of models compared; one such interval in twenty is wrong by chance.",
+    "Perplexity a token, a word": "exp of the nats over the number of tokens, or of words with one end of line each.",
+    "Mean ± spread": "Mean and sample standard deviation over the seeds that finished.",
+    "Beyond the spread": (
+        "Runs of one seed see the same tokens in the same order, so models are compared seed by seed: the 95 % "
+        "interval of Student's t for the mean of these differences leaves out zero. Three seeds are few: the interval "
+        "is then 4.3 standard errors to each side, assumes normally distributed differences, and is not widened for "
+        "the number of models compared; one such interval in twenty is wrong by chance."
     ),
-    (
-        "Learning rate",
-        "The best of a grid that is the same for all, by the validation documents, with the first seed. That "
-        "seed is also one of those averaged, for every model alike.",
+    "Learning rate": (
+        "The best of a grid that is the same for all, by the validation documents, with the first seed. That seed is "
+        "also one of those averaged, for every model alike."
     ),
-    (
-        "Training FLOPs",
-        "Operations of forward and backward of all matrix products, convolutions and what mixes tokens, "
-        "counted from the sizes (xlstm_lm.models.accounting); nothing recomputed is counted.",
+    "Training FLOPs": (
+        "Operations of forward and backward of all matrix products, convolutions and what mixes tokens, counted from "
+        "the sizes (xlstm_lm.models.accounting); nothing recomputed is counted."
     ),
-    (
-        "Wall time",
-        "Of training, over all sessions of a run, validation included; comparable only on one and the same "
-        "hardware with nothing else running.",
+    "Wall time": (
+        "Of training, over all sessions of a run, validation included; comparable only on one and the same hardware "
+        "with nothing else running."
     ),
-    ("MFU", "Training FLOPs a second over those of a large matrix product of the same type, measured in the same run."),
-    ("Tokens/s ± spread", "The median of repeated measurements in turns, and the median absolute deviation."),
-    (
-        "Time to the first token",
-        "From the prompt handed over to the first new token; decoding speed counts those after.",
-    ),
-    (
-        "State",
+    "MFU": "Training FLOPs a second over those of a large matrix product of the same type, measured in the same run.",
+    "Tokens/s ± spread": "The median of repeated measurements in turns, and the median absolute deviation.",
+    "Time to the first token": "From the prompt handed over to the first new token; decoding speed counts those after.",
+    "State": (
         "Bytes that one sequence leaves for its next token: recurrent states in float32, keys, values and what "
-        "convolutions remember in bfloat16; in tables of measurements as measured, for all rows of the batch.",
+        "convolutions remember in bfloat16; in tables of measurements as measured, for all rows of the batch."
     ),
-]
+}
+"""Meaning of the figures, by their names in the report."""
 
 
 def sections(results: Results) -> list[Section]:
-    """All of them."""
+    """All sections of the report."""
     return [
         Section(
             title="Final result",
@@ -129,12 +121,12 @@ def sections(results: Results) -> list[Section]:
             parts=[Part(tables=tables.run_table(results))],
             folds=_configurations(results),
         ),
-        Section(title="What the figures mean", terms=TERMS),
+        Section(title="What the figures mean", terms=list(TERMS.items())),
     ]
 
 
 def _by_size(results: Results, *makers: Callable[[Results, str], list[Any]]) -> list[Part]:
-    """A part for each size of which there is anything."""
+    """A part for each size with any content."""
     parts = []
     for size in select.sizes_of(results):
         made = [each for maker in makers for each in maker(results, size)]
@@ -154,7 +146,7 @@ def _final_pictures(results: Results) -> list[Picture]:
 
 
 def _tested_how(results: Results) -> str:
-    """How the finished runs were tested."""
+    """The way in which the finished runs were tested."""
     tested = [run.tested for model in results.models for run in model.runs if run.tested]
     how = "; ".join(dict.fromkeys(each.how for each in tested))
     counts = "; ".join(dict.fromkeys(f"{each.tokens:,} tokens, {each.bytes:,} bytes" for each in tested))
@@ -170,7 +162,7 @@ def _measured_on(results: Results, kind: str) -> str:
 
 
 def _configurations(results: Results) -> list[tuple[str, str]]:
-    """Verbatim: the comparison's, what runs share, each model's, and each environment with the runs that have it."""
+    """All configurations verbatim (comparison, shared, each model's), and each environment with its runs."""
     folds = [("Configuration of the comparison", results.config), ("Recipe that all runs share", results.recipe)]
     folds += [(f"Recipe of {model.label} at {model.size}", model.recipe) for model in results.models]
     folds.append(("Environment of the report", json.dumps(results.environment, indent=1)))

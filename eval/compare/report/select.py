@@ -1,4 +1,4 @@
-"""Every question to the results of a comparison; the writers of the report only ask here.
+"""Selections from the results of a comparison; the writers of the report use no other source.
 
 Lower is better of every quantity. Only finished runs count, and only finite values.
 """
@@ -26,7 +26,7 @@ class Quantity:
 
     name: str
     short: str
-    """Label of a picture's axis."""
+    """Name of the figure on a picture's axis."""
     decimals: int
     of: Value
 
@@ -234,12 +234,6 @@ def _speed_rows(rows: list[dict[str, Any]], model: ModelResult) -> list[dict[str
     return [row for row in rows if model.speed_name and row["name"] == model.speed_name]
 
 
-def further_rows(results: Results, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows of speed that belong to no model of the comparison."""
-    known = {model.speed_name for model in results.models if model.speed_name}
-    return [row for row in rows if row["name"] not in known]
-
-
 def batch_sizes(results: Results) -> list[int]:
     """The batch sizes at which generation was measured, the smallest first."""
     return sorted({row["batch_size"] for row in results.generation_speed})
@@ -277,9 +271,10 @@ def beside_published(results: Results, entry: Published) -> tuple[Spread | None,
 
 
 def _published_quantity(name: str) -> Value:
-    """Our number that a published one of this name stands beside."""
+    """Our figure for a published quantity, on validation or test documents as its name states."""
+    figure_of = validated if "validation" in name else tested
     if "bits per byte" in name:
-        return tested("bits_per_byte")
-    if "word" in name:
-        return tested("word_perplexity")
-    return validated("perplexity") if "validation" in name else tested("perplexity")
+        return figure_of("bits_per_byte")
+    if "word" not in name:
+        return figure_of("perplexity")
+    return tested("word_perplexity") if figure_of is tested else lambda run: None  # validation counts no words

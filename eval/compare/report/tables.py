@@ -7,13 +7,13 @@ from collections.abc import Callable
 from typing import Any
 
 from eval.compare.report import select
+from eval.compare.report.drawing import large
 from eval.compare.report.parts import (
     NOTHING,
     Cell,
     Table,
     cells,
     duration,
-    large,
     name_cell,
     number,
     show_bytes,
@@ -31,49 +31,37 @@ def final_table(results: Results, size: str) -> list[Table]:
     order = select.ranked(models, quantity)
     pair = select.sides(models, quantity)
     reference = pair[0] if pair else None
+    against = f"minus {reference.label} [95 % interval]" if reference else "difference"
     rows = []
     for place, (model, found) in enumerate(order, 1):
-        apart = judged = NOTHING
+        apart, judged = NOTHING, "(reference)" if reference else NOTHING
         if reference and model is not reference:
             apart, judged = _against(model, reference, results)
-        elif reference:
-            judged = "(reference)"
         finished = select.finished(model)
+        cut = number(select.mean_extrapolation(model).get(trained), f".{quantity.decimals}f")
         rows.append(
-            [
-                Cell(str(place)),
-                name_cell(model),
-                Cell(f"{len(finished)} of {len(model.runs)}"),
-                Cell(show_spread(found, quantity.decimals), strong=place == 1),
-                Cell(number(select.mean_extrapolation(model).get(trained), f".{quantity.decimals}f")),
-                Cell(_over_seeds(model, tested("perplexity"), 2)),
-                Cell(_over_seeds(model, tested("word_perplexity"), 1)),
-                Cell(_over_seeds(model, validated("perplexity"), 2)),
-                Cell(apart),
-                Cell(judged),
-                Cell(number(select.median_speed(model), ",.0f")),
-                Cell(duration(statistics.fmean(run.seconds for run in finished))),
-            ]
+            {
+                "": Cell(str(place)),
+                "model": name_cell(model),
+                "seeds": Cell(f"{len(finished)} of {len(model.runs)}"),
+                quantity.name: Cell(show_spread(found, quantity.decimals), strong=place == 1),
+                f"the same, in windows of {trained:,} tokens": Cell(cut),
+                "test perplexity a token": Cell(_over_seeds(model, tested("perplexity"), 2)),
+                "test perplexity a word": Cell(_over_seeds(model, tested("word_perplexity"), 1)),
+                "validation perplexity a token": Cell(_over_seeds(model, validated("perplexity"), 2)),
+                against: Cell(apart),
+                "so it is": Cell(judged),
+                "training tokens/s": Cell(number(select.median_speed(model), ",.0f")),
+                "wall time a run": Cell(duration(statistics.fmean(run.seconds for run in finished))),
+            }
         )
-    against = f"minus {reference.label} [95 % interval]" if reference else "difference"
-    columns = [
-        "",
-        "model",
-        "seeds",
-        quantity.name,
-        f"the same, in windows of {trained:,} tokens",
-        "test perplexity a token",
-        "test perplexity a word",
-        "validation perplexity a token",
-        against,
-        "so it is",
-        "training tokens/s",
-        "wall time a run",
-    ]
-    unranked = [model for model in models if model not in [ranked_model for ranked_model, _ in order]]
-    for model in unranked:
-        rows.append([Cell(NOTHING), name_cell(model), Cell(f"0 of {len(model.runs)}"), *cells([NOTHING] * 9)])
-    return [Table(columns=columns, rows=rows, words=frozenset({1, 9}))] if order else []
+    if not rows:
+        return []
+    ranked = [model for model, _ in order]
+    for model in (model for model in models if model not in ranked):
+        known = {"model": name_cell(model), "seeds": Cell(f"0 of {len(model.runs)}")}
+        rows.append(dict.fromkeys(rows[0], Cell(NOTHING)) | known)
+    return [Table(columns=[*rows[0]], rows=[[*row.values()] for row in rows], words=frozenset({1, 9}))]
 
 
 def _against(model: ModelResult, reference: ModelResult, results: Results) -> tuple[str, str]:
@@ -88,6 +76,10 @@ def _against(model: ModelResult, reference: ModelResult, results: Results) -> tu
 def _over_seeds(model: ModelResult, of: Value, decimals: int) -> str:
     found = select.over_seeds(model, of)
     return show_spread(found, decimals) if found else NOTHING
+
+
+def _capitalized(text: str) -> str:
+    return text[:1].upper() + text[1:]
 
 
 def tuning_table(results: Results, size: str) -> list[Table]:
@@ -109,7 +101,7 @@ def tuning_table(results: Results, size: str) -> list[Table]:
         note = "at the edge of the grid" if select.is_at_edge(model) else ""
         rows.append([*row, Cell(chosen, strong=True), Cell(note, strong=True)])
     columns = ["model", *(f"lr {rate:g}" for rate in rates), "chosen", "remark"]
-    title = f"{select.tuning_quantity(results).name[:1].upper()}{select.tuning_quantity(results).name[1:]}"
+    title = _capitalized(select.tuning_quantity(results).name)
     return [Table(columns=columns, rows=rows, words=frozenset({0, len(columns) - 1}), title=title)]
 
 
@@ -117,60 +109,57 @@ def length_table(
     results: Results, size: str, points_of: Callable[[ModelResult], dict[int, float]], prefix: str, title: str
 ) -> list[Table]:
     """A column for each length, a row for each model that has any."""
-    found = [(model, points_of(model)) for model in select.of_size(results, size)]
-    found = [(model, points) for model, points in found if points]
+    found = [(model, points) for model in select.of_size(results, size) if (points := points_of(model))]
     lengths = sorted({length for _, points in found for length in points})
     best = {length: min(points[length] for _, points in found if length in points) for length in lengths}
-    rows = [
-        [
-            name_cell(model),
-            *(Cell(number(points.get(at), ".3f"), strong=points.get(at) == best[at]) for at in lengths),
-        ]
-        for model, points in found
-    ]
+    rows = []
+    for model, points in found:
+        shown = (Cell(number(points.get(at), ".3f"), strong=points.get(at) == best[at]) for at in lengths)
+        rows.append([name_cell(model), *shown])
     return [Table(columns=["model", *(f"{prefix}{at:,}" for at in lengths)], rows=rows, title=title)] if rows else []
 
 
 def position_table(results: Results, size: str) -> list[Table]:
     """The loss by position."""
-    unit = select.unit_of_tests(results)
-    title = f"{unit[:1].upper()}{unit[1:]} of the test targets up to a position (from the end of the column before)"
+    unit = _capitalized(select.unit_of_tests(results))
+    title = f"{unit} of the test targets up to a position (from the end of the column before)"
     return length_table(results, size, select.mean_by_position, "to ", title)
 
 
 def extrapolation_table(results: Results, size: str) -> list[Table]:
     """The loss by the length of the context."""
-    unit = select.unit_of_tests(results)
-    title = f"{unit[:1].upper()}{unit[1:]} of the same test tokens, by the length of the context"
+    title = f"{_capitalized(select.unit_of_tests(results))} of the same test tokens, by the length of the context"
     return length_table(results, size, select.mean_extrapolation, "", title)
 
 
 def training_speed_tables(results: Results, size: str) -> list[Table]:
     """The fastest of each model by length; then, folded, every row as measured."""
-    found = [(model, select.fastest_training(results, model)) for model in select.of_size(results, size)]
-    found = [(model, rows) for model, rows in found if rows]
+    models = select.of_size(results, size)
+    found = [(model, rows) for model in models if (rows := select.fastest_training(results, model))]
     lengths = sorted({length for _, rows in found for length in rows})
     best = {at: max(rows[at]["tokens_per_second"] for _, rows in found if at in rows) for at in lengths}
     table = []
     for model, rows in found:
         line = [name_cell(model)]
         for at in lengths:
-            row = rows.get(at)
-            text = NOTHING
-            if row:
-                share = row.get("flops_share")
-                text = f"{row['tokens_per_second']:,.0f}" + (f" ({share:.0%})" if share is not None else "")
-            line.append(Cell(text, strong=bool(row) and row["tokens_per_second"] == best[at]))
+            speed, share = (rows.get(at, {}).get(key) for key in ("tokens_per_second", "flops_share"))
+            text = number(speed, ",.0f") + (f" ({share:.0%})" if share is not None else "")
+            line.append(Cell(text, strong=speed == best[at]))
         table.append(line)
     if not table:
         return []
     short = Table(columns=["model", *(f"T {at:,}" for at in lengths)], rows=table, title="Tokens/s (MFU)")
-    names = {model.speed_name: model for model in select.of_size(results, size) if model.speed_name}
-    rows = [row for row in results.training_speed if row["name"] in names]
-    return [short, _training_rows(rows, lambda row: name_cell(names[row["name"]]), "Every measurement")]
+    return [short, _training_rows(results.training_speed, _names(results, size), "Every measurement")]
 
 
-def _training_rows(rows: list[dict[str, Any]], name: Callable[[dict[str, Any]], Cell], title: str) -> Table:
+def _names(results: Results, size: str) -> dict[str, Cell]:
+    """The models of a size by their names in the rows of speed."""
+    return {model.speed_name: name_cell(model) for model in select.of_size(results, size) if model.speed_name}
+
+
+def _training_rows(rows: list[dict[str, Any]], names: dict[str, Cell], title: str) -> Table:
+    """Every row with a name in `names`, as measured."""
+
     def line(row: dict[str, Any]) -> list[Cell]:
         speed, off = row.get("tokens_per_second"), row.get("spread_milliseconds")
         shown = number(speed, ",.0f")
@@ -178,10 +167,11 @@ def _training_rows(rows: list[dict[str, Any]], name: Callable[[dict[str, Any]], 
             shown += f" ± {speed * off / row['milliseconds']:,.0f}"
         values = [f"{row['length']:,}", str(row["batch_size"]), row["mode"], row["dtype"], shown]
         values += [number(row.get("flops_share"), ".1%"), _bytes(row), row.get("kernels", ""), row.get("problem", "")]
-        return [name(row), *cells(values)]
+        return [names[row["name"]], *cells(values)]
 
     columns = ["model", "context", "rows", "mode", "type", "tokens/s", "MFU", "memory", "kernels", "problem"]
-    return Table(columns=columns, rows=[*map(line, rows)], words=frozenset({0, 3, 4, 8, 9}), title=title, folded=True)
+    shown = [line(row) for row in rows if row["name"] in names]
+    return Table(columns=columns, rows=shown, words=frozenset({0, 3, 4, 8, 9}), title=title, folded=True)
 
 
 def _bytes(row: dict[str, Any]) -> str:
@@ -190,13 +180,13 @@ def _bytes(row: dict[str, Any]) -> str:
 
 def generation_table(results: Results, size: str) -> list[Table]:
     """Every row, as measured."""
-    names = {model.speed_name: model for model in select.of_size(results, size) if model.speed_name}
-    rows = [row for row in results.generation_speed if row["name"] in names]
-    title = "Every measurement"
-    return [_generation_rows(rows, lambda row: name_cell(names[row["name"]]), title)] if rows else []
+    table = _generation_rows(results.generation_speed, _names(results, size), "Every measurement")
+    return [table] if table.rows else []
 
 
-def _generation_rows(rows: list[dict[str, Any]], name: Callable[[dict[str, Any]], Cell], title: str) -> Table:
+def _generation_rows(rows: list[dict[str, Any]], names: dict[str, Cell], title: str) -> Table:
+    """Every row with a name in `names`, as measured."""
+
     def line(row: dict[str, Any]) -> list[Cell]:
         first, speed = number(row.get("first_token_milliseconds"), ",.1f"), number(row.get("tokens_per_second"), ",.0f")
         if row.get("first_token_spread") is not None:
@@ -205,22 +195,21 @@ def _generation_rows(rows: list[dict[str, Any]], name: Callable[[dict[str, Any]]
             speed += f" ± {row['tokens_per_second_spread']:,.0f}"
         state = show_bytes(row["state_bytes"]) if row.get("state_bytes") is not None else NOTHING
         values = [f"{row['length']:,}", str(row["batch_size"]), first, speed, state, _bytes(row)]
-        return [name(row), *cells([*values, row.get("kernels", ""), row.get("problem", "")])]
+        return [names[row["name"]], *cells([*values, row.get("kernels", ""), row.get("problem", "")])]
 
     columns = ["model", "prompt", "batch", "first token, ms", "then tokens/s", "state", "memory", "kernels", "problem"]
-    return Table(columns=columns, rows=[*map(line, rows)], words=frozenset({0, 7, 8}), title=title, folded=True)
+    shown = [line(row) for row in rows if row["name"] in names]
+    return Table(columns=columns, rows=shown, words=frozenset({0, 7, 8}), title=title, folded=True)
 
 
 def other_speed_tables(results: Results) -> list[Table]:
     """Rows of speed that belong to no model of the comparison."""
-    training = select.further_rows(results, results.training_speed)
-    generation = select.further_rows(results, results.generation_speed)
-    found = []
-    if training:
-        found.append(_training_rows(training, lambda row: Cell(row["name"]), "Training speed of further models"))
-    if generation:
-        found.append(_generation_rows(generation, lambda row: Cell(row["name"]), "Generation by further models"))
-    return found
+    known = {model.speed_name for model in results.models}
+    rows = [*results.training_speed, *results.generation_speed]
+    names = {row["name"]: Cell(row["name"]) for row in rows if row["name"] not in known}
+    training = _training_rows(results.training_speed, names, "Training speed of further models")
+    generation = _generation_rows(results.generation_speed, names, "Generation by further models")
+    return [table for table in (training, generation) if table.rows]
 
 
 def size_table(results: Results, size: str) -> list[Table]:
@@ -268,8 +257,7 @@ def run_table(results: Results) -> list[Table]:
         versions = run.environment.get("versions") or {}
         values = [run.name, model.size, str(run.seed), f"{run.learning_rate:g}", run.status, f"{run.steps:,}"]
         values += [f"{run.tokens:,}", duration(run.seconds), number(run.tokens_per_second, ",.0f")]
-        values += [number(VALIDATION_BITS.of(run), ".4f")]
-        values += [number(TEST_BITS.of(run), ".4f")]
+        values += [number(VALIDATION_BITS.of(run), ".4f"), number(TEST_BITS.of(run), ".4f")]
         values += [str(run.environment.get("git_commit") or NOTHING)[:12]]
         values += [versions.get("torch") or NOTHING, str(run.environment.get("device") or NOTHING)]
         rows.append([name_cell(model), *cells(values)])

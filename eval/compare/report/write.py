@@ -43,13 +43,8 @@ def write_report(results: Results, folder: Path) -> list[Path]:
 
 
 def _page(words: dict[str, object], colours: dict[str, int]) -> str:
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
+    options = {"autoescape": True, "trim_blocks": True, "lstrip_blocks": True, "undefined": jinja2.StrictUndefined}
+    environment = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), **options)
     return environment.get_template("report.html.jinja").render(**words, colours=colours, palette=COLOURS)
 
 

@@ -43,10 +43,10 @@ def _llama_config(config: TransformerConfig) -> Any:
     return LlamaConfig(
         vocab_size=config.vocab_size,
         hidden_size=config.embedding_dim,
-        intermediate_size=config.hidden_dim,
+        intermediate_size=config.mixer.feedforward().hidden,
         num_hidden_layers=config.num_blocks,
         num_attention_heads=config.num_heads,
-        num_key_value_heads=config.key_value_heads,
+        num_key_value_heads=config.mixer.key_value_heads,
         rms_norm_eps=config.norm_eps,
         rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
         tie_word_embeddings=config.tie_embeddings,
@@ -110,7 +110,7 @@ def _mamba_config(config: MambaConfig) -> Any:
         "vocab_size": config.vocab_size,
         "hidden_size": config.embedding_dim,
         "num_hidden_layers": config.num_blocks,
-        "state_size": config.states,
+        "state_size": config.mixer.state_dim,
         "expand": config.expand,
         "conv_kernel": config.conv_width,
         "layer_norm_epsilon": config.norm_eps,
@@ -122,10 +122,10 @@ def _mamba_config(config: MambaConfig) -> Any:
         "dtype": "float32",
     }
     if config.version == 1:
-        return TheirMamba1Config(**shared, time_step_rank=config.rank, architectures=["MambaForCausalLM"])
+        return TheirMamba1Config(**shared, time_step_rank=config.mixer.rank, architectures=["MambaForCausalLM"])
     return TheirMamba2Config(
         **shared,
-        num_heads=config.num_heads,
+        num_heads=config.mixer.num_heads,
         head_dim=config.head_dim,
         n_groups=config.num_groups,
         architectures=["Mamba2ForCausalLM"],
@@ -184,7 +184,7 @@ def _refuse(name: str, values: dict[str, Any], unknown: dict[str, Any]) -> None:
 
 
 def _llama_sizes(config: TransformerConfig, name: str) -> list[int] | None:
-    shared = config.key_value_heads * config.head_dim
+    shared = config.mixer.key_value_heads * config.mixer.head_dim
     return [config.embedding_dim, shared, shared] if name == "mixer.qkv.weight" else None
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from xlstm_lm.hub.bundle import write_code
 from xlstm_lm.hub.formats.export_format import ExportFormat, NamedTensors
 from xlstm_lm.hub.formats.name_map import PrefixMap
-from xlstm_lm.models import for_any_device
+from xlstm_lm.models import with_free_backends
 from xlstm_lm.models.xlstm_config import XLSTMConfig
 
 MODEL_TYPE = "xlstm_lm"
@@ -39,7 +39,7 @@ def _convert(config: XLSTMConfig, weights: NamedTensors) -> Iterator[tuple[str, 
 def _make_config(config: XLSTMConfig) -> Any:
     from xlstm_lm.hub.configuration_xlstm_lm import XLSTMLMConfig
 
-    values = dataclasses.asdict(for_any_device(config))
+    values = with_free_backends(dataclasses.asdict(config))
     made = XLSTMLMConfig(**values, architectures=["XLSTMLMForCausalLM"], dtype="float32")
     made.auto_map = _AUTO_MAP
     return made

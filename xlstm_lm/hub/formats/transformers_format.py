@@ -29,7 +29,8 @@ def _objections(config: XLSTMConfig) -> list[str]:
         "it has a soft cap on the logits, and model.logit_soft_cap is null": config.logit_soft_cap is None,
     }
     if not kinds:
-        for name, width in (("queries and keys", config.qk_dim), ("values", config.v_dim)):
+        mixer = config.mixer("mlstm")
+        for name, width in (("queries and keys", mixer.qk_dim), ("values", mixer.v_dim)):
             conditions[f"its {name} have a multiple of 64 units, and these have {width}"] = width % 64 != 0
     return [reason for reason, applies in conditions.items() if applies]
 
@@ -39,8 +40,10 @@ def _make_config(config: XLSTMConfig) -> Any:
         from transformers import xLSTMConfig
 
     # Their rounding goes down to the multiple below, ours up; a factor a little below meets this width by either.
-    multiple = math.gcd(config.mlstm_feedforward_dim, 64)
-    feedforward_factor = (config.mlstm_feedforward_dim - (0.25 if multiple > 1 else 0.0)) / config.embedding_dim
+    mixer = config.mixer("mlstm")
+    hidden = mixer.feedforward().hidden
+    multiple = math.gcd(hidden, 64)
+    feedforward_factor = (hidden - (0.25 if multiple > 1 else 0.0)) / config.embedding_dim
     return xLSTMConfig(
         vocab_size=config.vocab_size,
         hidden_size=config.embedding_dim,
@@ -48,8 +51,8 @@ def _make_config(config: XLSTMConfig) -> Any:
         num_hidden_layers=config.num_blocks,
         num_blocks=config.num_blocks,
         num_heads=config.num_heads,
-        qk_dim_factor=_factor(config.qk_dim, config.embedding_dim),
-        v_dim_factor=_factor(config.v_dim, config.embedding_dim),
+        qk_dim_factor=_factor(mixer.qk_dim, config.embedding_dim),
+        v_dim_factor=_factor(mixer.v_dim, config.embedding_dim),
         ffn_proj_factor=feedforward_factor,
         ffn_round_up_to_multiple_of=multiple,
         gate_soft_cap=config.gate_soft_cap,
@@ -86,7 +89,8 @@ def _model_class() -> type:
 
 def _convert(config: XLSTMConfig, weights: NamedTensors) -> Iterator[tuple[str, Tensor]]:
     """Ours side by side in one tensor become theirs, one for each projection."""
-    qkvo = [config.qk_dim, config.qk_dim, config.v_dim, config.v_dim]
+    mixer = config.mixer("mlstm")
+    qkvo = [mixer.qk_dim, mixer.qk_dim, mixer.v_dim, mixer.v_dim]
     return NAMES.split(weights, lambda name: qkvo if name == "mixer.qkvo.weight" else None, "single")
 
 

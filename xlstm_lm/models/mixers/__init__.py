@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from xlstm_lm.models.mixers.attention import AttentionConfig
+from xlstm_lm.models.mixers.gated_delta import GatedDeltaConfig
 from xlstm_lm.models.mixers.mamba1 import Mamba1Config
 from xlstm_lm.models.mixers.mamba2 import Mamba2Config
 from xlstm_lm.models.mixers.mixer import MixerConfig
@@ -17,5 +18,6 @@ MIXERS: dict[str, type[MixerConfig]] = {
     "attention": AttentionConfig,
     "mamba1": Mamba1Config,
     "mamba2": Mamba2Config,
+    "gated_delta": GatedDeltaConfig,
 }
 """Configuration of each mixer by its kind."""

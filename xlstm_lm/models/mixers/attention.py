@@ -66,6 +66,9 @@ class AttentionConfig(MixerConfig):
         """Heads of keys and values."""
         return self.num_heads if self.num_key_value_heads is None else self.num_key_value_heads
 
+    def papers(self) -> list[str]:
+        return ["2302.13971"]
+
     def build(self) -> AttentionMixer:
         return AttentionMixer(self)
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from xlstm_lm.base.fields import Range, Size
 from xlstm_lm.models.layers import CausalConv
-from xlstm_lm.models.mixers.mamba_steps import init_step_bias, negative_decay, positive_steps
+from xlstm_lm.models.mixers.mamba_steps import StepLinear, init_step_bias, negative_decay
 from xlstm_lm.models.mixers.mixer import Mixer, MixerConfig, OperationUse, State
 from xlstm_lm.ops.conv import CONV
 from xlstm_lm.ops.selective_scan import SCAN, selective_scan
@@ -48,6 +48,9 @@ class Mamba1Config(MixerConfig):
         """Rank of the step sizes' projection."""
         return self.step_rank or math.ceil(self.embedding_dim / 16)
 
+    def papers(self) -> list[str]:
+        return ["2312.00752"]
+
     def build(self) -> Mamba1Mixer:
         return Mamba1Mixer(self)
 
@@ -78,7 +81,7 @@ class Mamba1Mixer(Mixer):
         self.input = nn.Linear(config.embedding_dim, 2 * inner, bias=False)
         self.conv = CausalConv(inner, config.conv_width)
         self.selection = nn.Linear(inner, sum(self.widths), bias=False)
-        self.step = nn.Linear(config.rank, inner)
+        self.step = StepLinear(config.rank, inner)
         self.log_decay = nn.Parameter(torch.empty(inner, config.state_dim))
         self.skip = nn.Parameter(torch.empty(inner))
         self.out = nn.Linear(inner, config.embedding_dim, bias=False)
@@ -92,7 +95,7 @@ class Mamba1Mixer(Mixer):
         step_BTR, b_BTN, c_BTN = self.selection(x_BTE).split(self.widths, dim=-1)
         y_BTE, cell_state = selective_scan(
             x_BTE,
-            positive_steps(F.linear(step_BTR, self.step.weight), self.step.bias),
+            F.softplus(self.step(step_BTR)),
             negative_decay(self.log_decay),
             b_BTN,
             c_BTN,

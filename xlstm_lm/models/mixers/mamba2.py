@@ -71,6 +71,9 @@ class Mamba2Config(MixerConfig):
         """Width of the convolution: the inner units, B and C."""
         return self.inner_dim + 2 * self.num_groups * self.state_dim
 
+    def papers(self) -> list[str]:
+        return ["2405.21060"]
+
     def build(self) -> Mamba2Mixer:
         return Mamba2Mixer(self)
 

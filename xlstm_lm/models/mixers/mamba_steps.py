@@ -6,15 +6,26 @@ import math
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 SMALLEST_STEP, LARGEST_STEP, STEP_FLOOR = 1e-3, 1e-1, 1e-4  # of dt at the start, as published
 
 
 def positive_steps(step: Tensor, bias: Tensor) -> Tensor:
     """Step sizes dt above 0, in float32 at least, because 16 bits would lose small ones."""
+    return F.softplus(_add(step, bias))
+
+
+class StepLinear(nn.Linear):
+    """Linear layer that adds its bias in float32 at least: its softplus are the step sizes."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _add(F.linear(x, self.weight), self.bias)
+
+
+def _add(step: Tensor, bias: Tensor) -> Tensor:
     dtype = torch.promote_types(step.dtype, torch.float32)
-    return F.softplus(step.to(dtype) + bias.to(dtype))
+    return step.to(dtype) + bias.to(dtype)
 
 
 def negative_decay(log_decay: Tensor) -> Tensor:

@@ -54,6 +54,10 @@ class MixerConfig:
     def __post_init__(self) -> None:
         check_fields(self)
 
+    def papers(self) -> list[str]:
+        """arXiv identifiers of the papers that describe the mixer with these settings."""
+        raise NotImplementedError
+
     def build(self) -> Mixer:
         """Module with these settings; its weights have no values before `init_weights`."""
         raise NotImplementedError

@@ -53,6 +53,9 @@ class MLSTMConfig(MLSTMCellConfig):
         """Width of the values of all heads."""
         return round(self.embedding_dim * self.v_dim_factor)
 
+    def papers(self) -> list[str]:
+        return [*super().papers(), "2503.13427"]
+
     def build(self) -> MLSTMMixer:
         return MLSTMMixer(self)
 

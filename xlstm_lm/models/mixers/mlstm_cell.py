@@ -46,6 +46,9 @@ class MLSTMCellConfig(MixerConfig):
     mlstm_backend: MLSTMBackend
     """Backend of the cell."""
 
+    def papers(self) -> list[str]:
+        return ["2405.04517", "2503.14376"] if self.input_gate == "sigmoid" else ["2405.04517"]
+
     @property
     def qk_dim(self) -> int:
         """Width of the queries of all heads."""

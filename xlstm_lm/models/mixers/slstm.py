@@ -56,6 +56,9 @@ class SLSTMConfig(MixerConfig):
         """Units of a head."""
         return self.embedding_dim // self.num_heads
 
+    def papers(self) -> list[str]:
+        return ["2405.04517"]
+
     def build(self) -> SLSTMMixer:
         return SLSTMMixer(self)
 

@@ -8,8 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from xlstm_lm.ops.mlstm.triton_launch import why_not, why_not_step
-from xlstm_lm.ops.operation import Backend, Call, Cost, Operation, Sample
+from xlstm_lm.ops.operation import Backend, Call, Cost, Operation, Sample, resolve
 from xlstm_lm.ops.selfcheck import TOLERANCE, Checked, some_resets
 
 STATE_ENTRIES = 2**17
@@ -103,13 +102,15 @@ def cost(*, B: int, T: int, H: int, K: int, V: int, itemsize: int = 2) -> Cost:
 
 def _walks(call: Call) -> str | None:
     """Why the Triton kernels do not train a call's heads; None if they do."""
-    reason = why_not(call.size("K"), call.size("V"), call.dtype, call.device)
+    reason = resolve("xlstm_lm.ops.mlstm.triton_launch:why_not")(
+        call.size("K"), call.size("V"), call.dtype, call.device
+    )
     return None if reason is None else f"it {reason}"
 
 
 def _step(call: Call) -> str | None:
     """Why the Triton kernel for a single step does not run; None if it does."""
-    reason = why_not_step(call.dtype, call.device)
+    reason = resolve("xlstm_lm.ops.mlstm.triton_launch:why_not_step")(call.dtype, call.device)
     return None if reason is None else f"it {reason}"
 
 

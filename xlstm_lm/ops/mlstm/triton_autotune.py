@@ -4,7 +4,7 @@ XLSTM_LM_AUTOTUNE=1 is in the environment when this is imported.
 Then the first call at each head size, type and processor times a few launches of each kernel on the tensors of that
 call, drops those that do not run or do not agree with the table's, and takes the fastest from then on. What was found
 is kept on the node, in PATH, by kernel, sizes, type, processor and version of Triton, and not sought again; delete that
-file to start over. Other launches round otherwise, so the ranks of a run share one rank's (`launches_to_share`).
+file to start over. Other launches round otherwise, so the ranks of a run share one rank's (`training.kernel_check`).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from xlstm_lm.ops.announce import announce_once
 from xlstm_lm.ops.build_cache import node_local_folder
-from xlstm_lm.ops.mlstm.triton_launch import Launch
+from xlstm_lm.ops.mlstm.triton_launch import TUNED, Launch
 
 ENABLED = os.environ.get("XLSTM_LM_AUTOTUNE") == "1"
 PATH = (node_local_folder() or Path.home() / ".cache" / "xlstm_lm") / "triton_launches.json"
@@ -30,7 +30,6 @@ AGREEMENT = 2e-2
 """How far a launch's result may be from the table's, of its largest entry: other sums round otherwise."""
 
 Run = Callable[[Launch], Tensor]
-_found: dict[str, Launch] = {}
 
 
 def best_launch(kernel: str, launch: Launch, sizes: tuple[int, ...], like: Tensor, run: Run) -> Launch:
@@ -42,26 +41,16 @@ def best_launch(kernel: str, launch: Launch, sizes: tuple[int, ...], like: Tenso
         return launch
     processor = torch.cuda.get_device_name(like.device)
     key = f"{kernel} {'x'.join(map(str, sizes))} {like.dtype} {processor} triton {triton.__version__}"
-    if key not in _found:
+    if key not in TUNED:
         announce_once(
             f"XLSTM_LM_AUTOTUNE=1: the first call at each head size tries launches of the mLSTM's kernels, which takes "
             f"some minutes; what is found is kept in {PATH}."
         )
-        _found.update(_read())
-    if key not in _found:
-        _found[key] = choose(candidates(launch), run, triton.testing.do_bench)
-        _write(_found)
-    return _found[key]
-
-
-def launches_to_share() -> dict[str, Launch]:
-    """The launches that this process has found or read, for the other ranks' `use_launches`; picklable."""
-    return dict(_found)
-
-
-def use_launches(found: dict[str, Launch]) -> None:
-    """Launch as another rank does, from now on, even where this process has found other launches itself."""
-    _found.update(found)
+        TUNED.update(_read() | TUNED)
+    if key not in TUNED:
+        TUNED[key] = choose(candidates(launch), run, triton.testing.do_bench)
+        _write(TUNED)
+    return TUNED[key]
 
 
 def candidates(launch: Launch) -> list[Launch]:

@@ -24,6 +24,8 @@ LOG2E = tl.constexpr(1.4426950408889634)
 SMALLEST = tl.constexpr(-3.4028234663852886e38)
 BLOCK = 512
 """Steps that one program of these kernels takes at a time."""
+STRIDES = ("i_row", "i_step", "i_head", "f_row", "f_step", "f_head")
+"""Arguments that depend on the batch: the kernels compiled for a check are those of training."""
 
 
 class Gates(NamedTuple):
@@ -59,7 +61,7 @@ def _later(forget_1, m_1, forget_2, m_2):
     return forget_1 + forget_2, tl.maximum(m_1 + forget_2, m_2)
 
 
-@triton.jit(do_not_specialize=["T", "H"])
+@triton.jit(do_not_specialize=[*STRIDES, "T", "H"])
 def gates_kernel(
     i_ptr,
     f_ptr,
@@ -67,8 +69,12 @@ def gates_kernel(
     c_ptr,
     x_ptr,
     m_ptr,
-    i_strides,
-    f_strides,
+    i_row,
+    i_step,
+    i_head,
+    f_row,
+    f_step,
+    f_head,
     T,
     H,
     L: tl.constexpr,
@@ -79,8 +85,8 @@ def gates_kernel(
     """One head's c, x and m from its gates, all steps in order. The first entry of m is there already."""
     pair = tl.program_id(0).to(tl.int64)
     row, head = pair // H, pair % H
-    i_ptr += row * i_strides[0] + head * i_strides[2]
-    f_ptr += row * f_strides[0] + head * f_strides[2]
+    i_ptr += row * i_row + head * i_head
+    f_ptr += row * f_row + head * f_head
     segment_ptr += row * (T + 1)
     c_ptr += pair * T
     x_ptr += pair * T
@@ -89,8 +95,8 @@ def gates_kernel(
     for first in range(0, T, BLOCK):
         t = first + tl.arange(0, BLOCK)
         inside = t < T
-        log_input = tl.load(i_ptr + t.to(tl.int64) * i_strides[1], inside, float("-inf")).to(tl.float32)
-        forget = tl.load(f_ptr + t.to(tl.int64) * f_strides[1], inside, 0.0).to(tl.float32)
+        log_input = tl.load(i_ptr + t.to(tl.int64) * i_step, inside, float("-inf")).to(tl.float32)
+        forget = tl.load(f_ptr + t.to(tl.int64) * f_step, inside, 0.0).to(tl.float32)
         log_forget = tl.where(inside, log2_sigmoid(forget), 0.0)
         if SIGMOID:
             log_input = log2_sigmoid(log_input)
@@ -113,7 +119,7 @@ def gates_kernel(
         tl.store(m_ptr + t + 1, m, inside)
 
 
-@triton.jit(do_not_specialize=["T", "H", "steps", "pairs", "has_border"])
+@triton.jit(do_not_specialize=[*STRIDES, "T", "H", "steps", "pairs", "has_border"])
 def gate_gradients_kernel(
     i_ptr,
     f_ptr,
@@ -123,10 +129,12 @@ def gate_gradients_kernel(
     border_ptr,
     di_ptr,
     df_ptr,
-    i_strides,
-    f_strides,
-    di_strides,
-    df_strides,
+    i_row,
+    i_step,
+    i_head,
+    f_row,
+    f_step,
+    f_head,
     T,
     H,
     steps,
@@ -147,10 +155,10 @@ def gate_gradients_kernel(
     program = tl.program_id(0).to(tl.int64)
     pair, super_chunk = program // supers, (program % supers).to(tl.int32)
     row, head = pair // H, pair % H
-    i_ptr += row * i_strides[0] + head * i_strides[2]
-    f_ptr += row * f_strides[0] + head * f_strides[2]
-    di_ptr += row * di_strides[0] + head * di_strides[2]
-    df_ptr += row * df_strides[0] + head * df_strides[2]
+    i_ptr += row * i_row + head * i_head
+    f_ptr += row * f_row + head * f_head
+    di_ptr += row * T * H + head
+    df_ptr += row * T * H + head
     segment_ptr += row * (T + 1)
     beyond = 0.0
     if has_border:
@@ -174,13 +182,13 @@ def gate_gradients_kernel(
             dforget = tl.cumsum(difference, 0) + beyond
         beyond = tl.sum(tl.where(back == BLOCK - 1, dforget, 0.0))
         t_long = t.to(tl.int64)
-        dforget *= tl.sigmoid(-tl.load(f_ptr + t_long * f_strides[1], inside, 0.0).to(tl.float32))
+        dforget *= tl.sigmoid(-tl.load(f_ptr + t_long * f_step, inside, 0.0).to(tl.float32))
         if HAS_RESETS:
             dforget = tl.where(tl.load(segment_ptr + t, inside, 0) == segment, dforget, 0.0)
         if SIGMOID:
-            k_dk *= tl.sigmoid(-tl.load(i_ptr + t_long * i_strides[1], inside, 0.0).to(tl.float32))
-        tl.store(di_ptr + t_long * di_strides[1], k_dk.to(di_ptr.dtype.element_ty), inside)
-        tl.store(df_ptr + t_long * df_strides[1], dforget.to(df_ptr.dtype.element_ty), inside)
+            k_dk *= tl.sigmoid(-tl.load(i_ptr + t_long * i_step, inside, 0.0).to(tl.float32))
+        tl.store(di_ptr + t_long * H, k_dk.to(di_ptr.dtype.element_ty), inside)
+        tl.store(df_ptr + t_long * H, dforget.to(df_ptr.dtype.element_ty), inside)
 
 
 def count_resets(resets_BT: Tensor | None) -> Tensor | None:
@@ -207,8 +215,8 @@ def make_gates(
         c_BHT,
         x_BHT,
         m_BHT1,
-        i_BTH.stride(),
-        f_BTH.stride(),
+        *i_BTH.stride(),
+        *f_BTH.stride(),
         T,
         H,
         L=L,
@@ -234,7 +242,7 @@ def gate_gradients(
     """Gradients of i and f: from k . dk in P parts, q . dq, and at each border the product of the state and its
     gradient (None where no super-chunk of `steps` steps is followed by anything)."""
     B, T, H = i_BTH.shape
-    di_BTH, df_BTH = torch.empty_like(i_BTH), torch.empty_like(f_BTH)
+    di_BTH, df_BTH = i_BTH.new_empty(B, T, H), f_BTH.new_empty(B, T, H)
     segment = gates.c_BHT if gates.segment_BT1 is None else gates.segment_BT1
     gate_gradients_kernel[(B * H * triton.cdiv(T, steps),)](
         i_BTH,
@@ -245,10 +253,8 @@ def gate_gradients(
         q_dq_BHT if border_BHS1 is None else border_BHS1,
         di_BTH,
         df_BTH,
-        i_BTH.stride(),
-        f_BTH.stride(),
-        di_BTH.stride(),
-        df_BTH.stride(),
+        *i_BTH.stride(),
+        *f_BTH.stride(),
         T,
         H,
         steps,

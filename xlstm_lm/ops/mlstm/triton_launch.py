@@ -62,6 +62,8 @@ class Plan(NamedTuple):
         return -(-T // self.steps)
 
 
+TUNED: dict[str, Launch] = {}
+"""Launches that `triton_autotune` found, or read, or that another rank of the run found, in place of the table's."""
 TABLE = {
     # (16-bit?, architecture): L, entries of a part, columns and numbers of a state at most, warps at least and at most,
     # stages, edge of a contribution

@@ -212,7 +212,7 @@ def _(
     shortest=SHORTEST,
 ):
     dstate = (C.new_empty(C.shape), n.new_empty(n.shape)) if C is not None else (d.new_empty(0), d.new_empty(0))
-    return *(torch.empty_like(each) for each in (q, k, v, i, f)), *dstate
+    return *(torch.empty_like(each) for each in (q, k, v)), *(x.new_empty(x.shape) for x in (i, f)), *dstate
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:

@@ -1,0 +1,193 @@
+"""The gated delta rule: a linear attention that erases what a key held before it writes (arXiv 2412.06464)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from xlstm_lm.ops.operation import Backend, Call, Cost, Operation, Sample
+from xlstm_lm.ops.selfcheck import TOLERANCE, Checked, some_resets
+
+CHUNK_LENGTH = 64
+FORGOTTEN = -40.0
+"""Logarithm of the decay that stands for a reset in fla's kernels, which have none: e^-40 of a state is nothing beside
+any number in float32, and sums of it over a chunk are still exact to 1e-4."""
+
+
+def gated_delta(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    beta: Tensor,
+    *,
+    resets: Tensor | None = None,
+    initial_state: Tensor | None = None,
+    return_state: bool = False,
+    chunk_length: int | None = None,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The gated delta rule over a sequence (arXiv 2412.06464, eq. 10). Each head computes
+
+        C_t = a_t (C_(t-1) - beta_t k_t (k_t^T C_(t-1))) + beta_t k_t v_t^T        h_t = C_t^T q_t / sqrt(K)
+
+    with a_t = e^log_decay_t.
+
+    Args:
+        q: queries (B, T, H, K), floating point, usually of length 1.
+        k: keys (B, T, H, K), of length 1 at most, for otherwise the state grows.
+        v: values (B, T, H, V).
+        log_decay: logarithms of the decays (B, T, H), 0 at most. Computed in float32 at least.
+        beta: write strengths (B, T, H) between 0 and 1. Computed in float32 at least.
+        resets: (B, T) bool, true where the state before the step is empty; None for no resets.
+        initial_state: C before the first step (B, H, K, V); None for an empty one.
+        return_state: whether to return the state after the last step too, in float32 at least.
+        chunk_length: steps in a chunk of the chunkwise backend; None for 64.
+        backend: "auto" or the name of a backend of `GATED_DELTA`.
+
+    Returns:
+        h (B, T, H, V) in the type of v, or (h, state). Gradients reach all floating-point inputs, also from the state.
+
+    Raises:
+        ValueError: shapes or types that do not fit, T = 0, a chunk length below 1, or an unknown backend.
+    """
+    _check(q, k, v, log_decay, beta, resets, initial_state)
+    if chunk_length is not None and chunk_length < 1:
+        raise ValueError(f"chunk_length must be at least 1, got {chunk_length}; None chooses {CHUNK_LENGTH}.")
+    B, _, H, K = q.shape
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    C_BHKV = q.new_zeros(B, H, K, v.shape[-1], dtype=dtype) if initial_state is None else initial_state.to(dtype)
+    inputs = (q, k, v, log_decay, beta)
+    chosen = GATED_DELTA.backend_for(
+        (*inputs, initial_state), backend, has_resets=resets is not None, one_step=q.shape[1] == 1, K=K, V=v.shape[-1]
+    )
+    h_BTHV, C_BHKV = chosen.loaded(*inputs, resets, C_BHKV, chunk_length or CHUNK_LENGTH)
+    h_BTHV = h_BTHV.to(v.dtype)
+    return (h_BTHV, C_BHKV) if return_state else h_BTHV
+
+
+def _check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    beta: Tensor,
+    resets: Tensor | None,
+    initial_state: Tensor | None,
+) -> None:
+    if q.dim() != 4 or v.dim() != 4 or q.numel() == 0 or not q.is_floating_point():
+        raise ValueError(
+            f"q and v must be floating point and (B, T, H, K) and (B, T, H, V) with at least one step, got {q.dtype} "
+            f"{tuple(q.shape)} and {tuple(v.shape)}."
+        )
+    B, T, H, K = q.shape
+    V = v.shape[-1]
+    expected = {"k": (k, (B, T, H, K)), "v": (v, (B, T, H, V)), "log_decay": (log_decay, (B, T, H))}
+    expected["beta"] = (beta, (B, T, H))
+    if resets is not None:
+        expected["resets"] = (resets, (B, T))
+        if resets.dtype != torch.bool:
+            raise ValueError(f"resets must be bool, got {resets.dtype}.")
+    if initial_state is not None:
+        expected["initial_state"] = (initial_state, (B, H, K, V))
+    for name, (x, shape) in expected.items():
+        if tuple(x.shape) != shape:
+            raise ValueError(
+                f"{name} must be {shape} to go with q {tuple(q.shape)} and v {tuple(v.shape)}, got {tuple(x.shape)}."
+            )
+
+
+def gated_delta_fla(
+    q_BTHK: Tensor,
+    k_BTHK: Tensor,
+    v_BTHV: Tensor,
+    log_decay_BTH: Tensor,
+    beta_BTH: Tensor,
+    resets_BT: Tensor | None,
+    C_BHKV: Tensor,
+    chunk_length: int,
+) -> tuple[Tensor, Tensor]:
+    """The kernels of the package fla, with its own chunk length."""
+    from fla.ops.gated_delta_rule import chunk_gated_delta_rule
+
+    del chunk_length
+    if resets_BT is not None:
+        log_decay_BTH = log_decay_BTH.masked_fill(resets_BT[..., None], FORGOTTEN)
+    dtype = v_BTHV.dtype
+    return chunk_gated_delta_rule(
+        q_BTHK.to(dtype),
+        k_BTHK.to(dtype),
+        v_BTHV,
+        log_decay_BTH.float(),
+        beta_BTH.float(),
+        initial_state=C_BHKV,
+        output_final_state=True,
+    )
+
+
+def samples(call: Call, backend: str) -> Iterator[Sample]:
+    """A sequence of five chunks and a rest from a state; on a GPU, of 300 steps and more."""
+    B, T, H, K, V = 2, 5 * 64 + 5, 2, call.size("K"), call.size("V")
+    gates = torch.promote_types(call.dtype, torch.float32)
+    q_BTHK, k_BTHK, v_BTHV = (torch.randn(B, T, H, width, device=call.device, dtype=call.dtype) for width in (K, K, V))
+    log_decay_BTH, beta_BTH = (torch.randn(B, T, H, device=call.device, dtype=gates) for _ in range(2))
+    state_BHKV = torch.randn(B, H, K, V, device=call.device, dtype=gates)
+    inputs = [F.normalize(q_BTHK, dim=-1), F.normalize(k_BTHK, dim=-1), v_BTHV, -F.softplus(log_decay_BTH)]
+    resets_BT = some_resets(inputs) if call.has_resets else None
+    yield Sample([*inputs, beta_BTH.sigmoid(), state_BHKV], {"resets": resets_BT}, "recurrence")
+
+
+def run(backend: Backend, sample: Sample) -> Checked:
+    """h and the last state as a function of q, k, v, the gates and the first state."""
+
+    def function(*inputs: Tensor) -> tuple[Tensor, Tensor]:
+        *inputs, C_BHKV = inputs
+        return backend.loaded(*inputs, sample.options["resets"], C_BHKV, CHUNK_LENGTH)
+
+    return function
+
+
+def cost(*, B: int, T: int, H: int, K: int, V: int, itemsize: int = 2) -> Cost:
+    """Products of chunks of 64 and with the state; q, k, v and gates read and h written once."""
+    flops = B * T * H * (CHUNK_LENGTH * (3 * K + 2 * V) + 6 * K * V)
+    return Cost(flops, B * T * H * (itemsize * (2 * K + 2 * V) + 2 * 4))
+
+
+GATED_DELTA = Operation(
+    name="gated_delta",
+    title="the gated delta rule",
+    subject="q",
+    backends=(
+        Backend(
+            name="fla",
+            function="xlstm_lm.ops.gated_delta:gated_delta_fla",
+            devices=("cuda",),
+            dtypes=tuple(TOLERANCE),
+            package="fla",
+            exports=lambda call: False,
+            checked_on=("cuda",),
+            limits=lambda call: None if call.size("K") <= 256 else f"it has heads of 256 at most, not {call.size('K')}",
+        ),
+        Backend(
+            name="chunkwise",
+            function="xlstm_lm.ops.gated_delta.chunkwise:gated_delta_chunkwise",
+            exports=lambda call: not call.needs_gradient,
+            slow="as batched matrix products in PyTorch",
+            fast_on=("cpu",),
+        ),
+        Backend(
+            name="recurrence",
+            function="xlstm_lm.ops.gated_delta.recurrence:gated_delta_recurrence",
+            slow="step by step in Python",
+        ),
+    ),
+    samples=samples,
+    run=run,
+    cost=cost,
+    identity="KV",
+    examples=({"K": 16, "V": 24},),
+    gpu_examples=({"K": 128, "V": 256},),
+)

@@ -1,0 +1,110 @@
+"""The gated delta rule in matrix products over chunks of the sequence, as one operator with its exact backward.
+
+Within a chunk of L steps, every write depends on the earlier ones through a unit lower triangular matrix, which one
+triangular solve inverts for all chunks together (arXiv 2412.06464, section 3.3). Only the states between chunks follow
+each other. A reset cuts the dependence: steps of different documents have no entry in these matrices.
+
+The backward keeps the inputs alone and differentiates the chunks again, so memory between the passes does not grow
+with the states.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from xlstm_lm.ops.compiling import custom_operator, without_autocast
+
+
+def chunks_of(
+    q_BTHK: Tensor,
+    k_BTHK: Tensor,
+    v_BTHV: Tensor,
+    log_decay_BTH: Tensor,
+    beta_BTH: Tensor,
+    resets_BT: Tensor | None,
+    C_BHKV: Tensor,
+    chunk_length: int,
+) -> tuple[Tensor, Tensor]:
+    """h (B, T, H, V) and the last state (B, H, K, V) of `gated_delta`, in the type of the state, for autograd."""
+    T, K = q_BTHK.shape[1], q_BTHK.shape[-1]
+    L = min(chunk_length, T)
+
+    def cut(x_BTHX: Tensor) -> Tensor:
+        """(B, T, H, X) -> (B, N, H, L, X). Steps beyond the end neither write nor decay."""
+        padded = F.pad(x_BTHX.to(C_BHKV.dtype), (0, 0, 0, 0, 0, -T % L))
+        return padded.unflatten(1, (-1, L)).transpose(2, 3)
+
+    q, k, v = cut(q_BTHK) * K**-0.5, cut(k_BTHK), cut(v_BTHV)
+    log_decay_BNHL, beta_BNHL1 = cut(log_decay_BTH[..., None])[..., 0], cut(beta_BTH[..., None])
+    g_BNHL = log_decay_BNHL.cumsum(-1)
+    causal_LL = torch.ones(L, L, dtype=torch.bool, device=q.device).tril()
+    if resets_BT is None:
+        joined = causal_LL
+        from_state, to_state = g_BNHL.exp(), (g_BNHL[..., -1:] - g_BNHL).exp()
+        kept_BNH = g_BNHL[..., -1].exp()
+    else:
+        document_BN1L = F.pad(resets_BT, (0, -T % L)).unflatten(1, (-1, L)).cumsum(-1)[:, :, None]
+        joined = causal_LL & (document_BN1L[..., :, None] == document_BN1L[..., None, :])
+        last_BN11 = document_BN1L[..., -1:]
+        from_state = g_BNHL.exp().masked_fill(document_BN1L > 0, 0)
+        to_state = (g_BNHL[..., -1:] - g_BNHL).exp().masked_fill(document_BN1L < last_BN11, 0)
+        kept_BNH = g_BNHL[..., -1].exp().masked_fill(last_BN11[..., 0] > 0, 0)
+    # Masked before exp: a later step minus an earlier one of another document may overflow.
+    decay_BNHLL = (g_BNHL[..., :, None] - g_BNHL[..., None, :]).masked_fill(~joined, -torch.inf).exp()
+    mixed_BNHLL = beta_BNHL1 * decay_BNHLL * (k @ k.mT)
+    right = torch.cat((beta_BNHL1 * v, beta_BNHL1 * from_state[..., None] * k), dim=-1)
+    solved = torch.linalg.solve_triangular(mixed_BNHLL.tril(-1), right, upper=False, unitriangular=True)
+    written_BNHLV, erased_BNHLK = solved.split((v.shape[-1], K), dim=-1)
+    keys_BNHLK = to_state[..., None] * k
+    queries_BNHLK = from_state[..., None] * q
+    scores_BNHLL = decay_BNHLL * (q @ k.mT)
+    chunks = []
+    for n in range(q.shape[1]):
+        update_BHLV = written_BNHLV[:, n] - erased_BNHLK[:, n] @ C_BHKV
+        chunks.append(queries_BNHLK[:, n] @ C_BHKV + scores_BNHLL[:, n] @ update_BHLV)
+        C_BHKV = kept_BNH[:, n, :, None, None] * C_BHKV + keys_BNHLK[:, n].mT @ update_BHLV
+    return torch.stack(chunks, dim=1).transpose(2, 3).flatten(1, 2)[:, :T], C_BHKV
+
+
+def compute_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    beta: Tensor,
+    resets: Tensor | None,
+    C: Tensor,
+    chunk_length: int,
+) -> tuple[Tensor, Tensor]:
+    """`chunks_of`, in new tensors and without autocast."""
+    with without_autocast(q):
+        h_BTHV, last_BHKV = chunks_of(q, k, v, log_decay, beta, resets, C, chunk_length)
+    return h_BTHV.contiguous(), last_BHKV.contiguous()
+
+
+def _keep(ctx: Any, inputs: tuple, output: tuple) -> None:
+    *tensors, ctx.chunk_length = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _gradients(ctx: Any, dh: Tensor, dC: Tensor) -> tuple[Tensor | None, ...]:
+    *inputs, resets, C = ctx.saved_tensors
+    leaves = [x.detach().requires_grad_() for x in (*inputs, C)]
+    with torch.enable_grad(), without_autocast(C):
+        values = chunks_of(*leaves[:-1], resets, leaves[-1], ctx.chunk_length)
+        *gradients, dfirst = torch.autograd.grad(values, leaves, (dh, dC))
+    return *gradients, None, dfirst, None
+
+
+gated_delta_chunkwise = custom_operator(
+    "gated_delta_chunkwise",
+    compute_forward,
+    lambda q, k, v, log_decay, beta, resets, C, chunk_length: (C.new_empty(v.shape), C.new_empty(C.shape)),
+    gradients=_gradients,
+    keep=_keep,
+)
+"""`compute_forward`, as one operator with its backward."""

@@ -93,6 +93,8 @@ def evaluate(
             f"set HF_HOME to a folder that holds it, or take the tasks of --tasks local."
         ) from error
     console.end_stage()  # lm_eval and HarnessModel show bars from here on
+    # lm_eval forks a pool for standard errors, and a fork of a process with threads may hang. One process is quick too.
+    os.environ.setdefault("DISABLE_MULTIPROC", "1")
     return simple_evaluate(
         wrapped,
         tasks=loaded,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -20,7 +20,7 @@ from xlstm_lm.models.mixers.mixer import (
     small_std,
 )
 
-ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "gelu": F.gelu}
 
 
 class BlockConfig(NamedTuple):
@@ -110,18 +110,20 @@ class BlockStack:
     `tie_embeddings`, and answers `block_mixers`.
     """
 
+    embedding_dim: int
+    norm_eps: float
     norm: ClassVar[NormKind] = "rms"
     drawn_in_order: ClassVar[bool] = False
     """Whether initial weights are drawn from the first layer to the last. Otherwise the head follows the embedding,
     and a block's feed-forward precedes its mixer. Weights of a seed depend on it, so it never changes."""
 
-    def block_mixers(self) -> list[MixerConfig]:
+    def block_mixers(self) -> Sequence[MixerConfig]:
         """The mixer of every block, first to last."""
         raise NotImplementedError
 
     def mixer_settings(self, mixer: type[MixerConfig]) -> dict[str, Any]:
         """Values of the fields that a mixer's configuration has in common with this one, by name."""
-        own = {field.name for field in dataclasses.fields(self)}
+        own = {field.name for field in dataclasses.fields(self)}  # type: ignore[arg-type]  # each subclass is a dataclass
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(mixer) if field.name in own}
 
     def blocks(self) -> list[BlockConfig]:

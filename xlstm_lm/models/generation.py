@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from xlstm_lm.base.fields import Count, NonNegative, PositiveRatio, Seed, check_fields
 from xlstm_lm.base.finite import check_finite
+from xlstm_lm.models.language_model import LanguageModel
 
 GREEDY = 1e-6  # temperatures below would overflow, and draw the likeliest token in any case
 PREFILL_TOKENS = 4096  # a longer prompt is read in pieces of this length, and memory does not grow with it
@@ -46,7 +47,7 @@ def sample(logits_V: Tensor, config: SamplingConfig, generator: torch.Generator)
 
 @torch.inference_mode()
 def generate(
-    model: nn.Module,
+    model: LanguageModel,
     prompt: list[int],
     config: SamplingConfig,
     stop_token: int | None = None,
@@ -64,7 +65,7 @@ def generate(
         raise ValueError("The prompt has no token; give at least one character to continue.")
     device = next(model.parameters()).device
     generator = torch.Generator(device).manual_seed(config.seed)
-    state = None
+    state: Any = None
     for piece_T in torch.tensor(prompt, device=device).split(PREFILL_TOKENS):
         hidden_BTD, state = model(piece_T.unsqueeze(0), state=state, return_state=True)
     token = None
@@ -79,7 +80,7 @@ def generate(
         yield token
 
 
-def continue_text(model: nn.Module, tokenizer: Any, prompt: str, config: SamplingConfig) -> Iterator[str]:
+def continue_text(model: LanguageModel, tokenizer: Any, prompt: str, config: SamplingConfig) -> Iterator[str]:
     """Yield the text that follows `prompt`, in pieces, each as soon as it is known.
 
     The model sees the prompt as the beginning of a document, as in training.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from xlstm_lm.models.block import make_contexts
 from xlstm_lm.models.layers import soft_cap
 from xlstm_lm.models.mixers.mixer import State
-from xlstm_lm.ops.loss import linear_cross_entropy
+from xlstm_lm.ops.loss import Reduction, linear_cross_entropy
 
 SATURATED = 0.95
 """Share of its soft cap beyond which a gate counts as being at the cap."""
@@ -25,7 +26,7 @@ class LanguageModel(nn.Module):
         super().__init__()
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.embedding_dim)
-        self.blocks = nn.ModuleList(config.build_blocks())
+        self.blocks: Any = nn.ModuleList(config.build_blocks())  # a ModuleList types its items as bare modules
         self.final_norm = config.build_final_norm()
         self.head = nn.Linear(config.head_width, config.vocab_size, bias=False)
         if config.tie_embeddings:
@@ -51,7 +52,7 @@ class LanguageModel(nn.Module):
         each block; a recurrent block's has a size that does not depend on T. The `extras` reach every block.
         """
         x_BTD = self.embed(tokens_BT)
-        before = state or [None] * len(self.blocks)
+        before: Sequence[State | None] = state or [None] * len(self.blocks)
         contexts = make_contexts(self.blocks, x_BTD, resets_BT, before)
         states = []
         for block, context, block_state in zip(self.blocks, contexts, before, strict=True):
@@ -77,7 +78,7 @@ class LanguageModel(nn.Module):
         logits_BTV = self.head(hidden_BTD)
         return soft_cap(logits_BTV.to(torch.promote_types(logits_BTV.dtype, torch.float32)), self.config.logit_soft_cap)
 
-    def loss(self, hidden_BTD: Tensor, targets_BT: Tensor, reduction: str = "sum", z_loss: float = 0.0) -> Tensor:
+    def loss(self, hidden_BTD: Tensor, targets_BT: Tensor, reduction: Reduction = "sum", z_loss: float = 0.0) -> Tensor:
         """Cross entropy, in nats, of the targets (B, T) given hidden states (B, T, D), without forming all logits.
 
         A target of -100 is left out. `reduction` is sum, mean or none.

@@ -30,7 +30,7 @@ def soft_cap(x: Tensor, cap: float | None) -> Tensor:
     return x if cap is None else cap * torch.tanh(x / cap)
 
 
-def make_norm(kind: NormKind, width: int, eps: float) -> nn.Module:
+def make_norm(kind: NormKind, width: int, eps: float) -> nn.RMSNorm | nn.LayerNorm:
     """The norm before a block or after the last one: a weight, no bias."""
     return nn.RMSNorm(width, eps=eps) if kind == "rms" else nn.LayerNorm(width, eps=eps, bias=False)
 
@@ -74,7 +74,7 @@ class BlockDiagonalLinear(nn.Module):
         self.weight = nn.Parameter(torch.empty(num_blocks, width // num_blocks, width // num_blocks))
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = self.weight
+        weight: Tensor = self.weight
         if x.shape[:-1].numel() >= self.MANY:
             weight = join_diagonal_blocks(weight, self.WORTHWHILE_WIDTH)
         x_blocks = x.unflatten(-1, (weight.shape[0], -1))
@@ -121,7 +121,7 @@ class CausalConv(nn.Module):
         return_state: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """The convolved input and, where `return_state` is set, the last inputs for the next call."""
-        y_BTD = causal_conv(
+        result = causal_conv(
             x_BTD,
             self.weight,
             self.bias,
@@ -129,7 +129,7 @@ class CausalConv(nn.Module):
             initial_state_BWD=state_BWD,
             return_state=return_state,
         )
-        return y_BTD if return_state else (y_BTD, None)
+        return result if isinstance(result, tuple) else (result, None)
 
 
 class GatedFeedForward(nn.Module):

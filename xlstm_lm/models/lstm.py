@@ -18,7 +18,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_sequence, pad_sequence
 from xlstm_lm.base.fields import Epsilon, Range, Share, Size, VocabSize, check_fields
 from xlstm_lm.models.language_model import LanguageModel
 from xlstm_lm.models.layers import NumBlocks, SoftCap
-from xlstm_lm.models.mixers.mixer import Mixer, OperationUse, State
+from xlstm_lm.models.mixers.mixer import Mixer, Observer, OperationUse, State
 from xlstm_lm.ops.announce import announce_once
 from xlstm_lm.ops.document_rnn import KERNELS, document_rnn
 
@@ -159,7 +159,8 @@ class Layer(Mixer):
         documents = torch.arange(B * T).split(length_M.tolist())
         documents_B = starts_BT.sum(1)
         last_B = documents_B.cumsum(0) - 1
-        parts = (resets_BT, pack_sequence(documents, enforce_sorted=False), last_B + 1 - documents_B, last_B)
+        places = pack_sequence(documents, enforce_sorted=False)
+        parts: tuple[Any, ...] = (resets_BT, places, last_B + 1 - documents_B, last_B)
         context = Context(*(part.to(device, non_blocking=True) for part in parts))
         longest = int(length_M.max())
         if device.type == "cpu" and longest * len(documents) <= PADDING * B * T:
@@ -169,8 +170,15 @@ class Layer(Mixer):
         return context
 
     def forward(
-        self, x_BTD: Tensor, context: Context, state: State | None = None, return_state: bool = False, **_: Any
+        self,
+        x_BTD: Tensor,
+        context: Context,
+        state: State | None = None,
+        return_state: bool = False,
+        observe: Observer | None = None,
+        overwrite_state: bool = False,
     ) -> tuple[Tensor, State | None]:
+        del observe, overwrite_state
         if state is None:
             state = (x_BTD.new_zeros(x_BTD.shape[0], self.config.width),) * (2 if self.config.cell == "lstm" else 1)
         if self.config.peepholes:
@@ -203,16 +211,20 @@ class Layer(Mixer):
 
     def _first_states(self, count: int, context: Context, state: State) -> State:
         """First state of each of `count` documents: the one that its row continues, or zeros."""
+        assert context.resets_BT is not None and context.first_B is not None
         first = (each.masked_fill(context.resets_BT[:, :1], 0) for each in state)
         return tuple(each.new_zeros(count, each.shape[1]).index_copy(0, context.first_B, each) for each in first)
 
     def _padded(self, x_BTD: Tensor, context: Context, state: State) -> Tensor:
+        assert context.padded_MS is not None
         first = self._first_states(len(context.padded_MS), context, state)
         y_MSH, _ = self._kernel((x_BTD.flatten(0, 1)[context.padded_MS],), first)
         return y_MSH.flatten(0, 1)[context.back_P].unflatten(0, x_BTD.shape[:2])
 
     def _packed(self, x_BTD: Tensor, context: Context, state: State) -> tuple[Tensor, State]:
+        assert context.places is not None
         places, batch_sizes, order, back = context.places
+        assert order is not None
         first = self._first_states(len(order), context, state)
         y, last = self._kernel((x_BTD.flatten(0, 1)[places], batch_sizes), tuple(each[order] for each in first))
         y_BTH = torch.empty_like(y).index_copy(0, places, y).unflatten(0, x_BTD.shape[:2])
@@ -246,7 +258,7 @@ class Layer(Mixer):
             self.bias.chunk(4)[1].fill_(self.config.forget_bias)
         if self.config.peepholes:
             nn.init.zeros_(self.peephole)
-        if self.config.layer_norm:
+        if isinstance(self.norm, nn.LayerNorm):
             nn.init.ones_(self.norm.weight)
             nn.init.zeros_(self.norm.bias)
 

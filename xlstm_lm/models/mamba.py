@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal, get_args
 
@@ -70,7 +71,7 @@ class MambaConfig(BlockStack):
             del settings["state_dim"]
         return mixer(**settings)
 
-    def block_mixers(self) -> list[Mamba1Config | Mamba2Config]:
+    def block_mixers(self) -> Sequence[Mamba1Config | Mamba2Config]:
         return [self.mixer] * self.num_blocks
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -53,5 +54,5 @@ class TransformerConfig(BlockStack):
         """Attention of every block."""
         return AttentionConfig(**self.mixer_settings(AttentionConfig))
 
-    def block_mixers(self) -> list[AttentionConfig]:
+    def block_mixers(self) -> Sequence[AttentionConfig]:
         return [self.mixer] * self.num_blocks

@@ -16,7 +16,7 @@ from xlstm_lm.models.mixers.mixer import MixerConfig
 from xlstm_lm.models.mixers.mlstm_cell import MLSTMBackend
 from xlstm_lm.models.mixers.slstm import SLSTMBackend
 
-MixerKind = Literal[*MIXERS]
+MixerKind = Literal[*MIXERS]  # type: ignore[valid-type]  # a table that mypy cannot evaluate
 
 
 @dataclass(kw_only=True)
@@ -57,7 +57,7 @@ class XLSTMConfig(BlockStack):
     """Soft cap of the mLSTM's input and forget gate pre-activations; null for none."""
     logit_soft_cap: SoftCap | None = 30.0
     """Soft cap of the logits; null for none."""
-    norm: NormKind = "rms"
+    norm: NormKind = "rms"  # type: ignore[misc]  # the field of one family, a constant of the others
     """Norm before every block and after the last."""
     cell_norm: NormKind = "layer"
     """Norm of each head behind the cell."""
@@ -159,5 +159,5 @@ class XLSTMConfig(BlockStack):
 class HybridConfig(XLSTMConfig):
     """A language model of mixed blocks that is no xLSTM: the fields are those of the family xlstm."""
 
-    family: Literal["hybrid"] = "hybrid"
+    family: Literal["hybrid"] = "hybrid"  # type: ignore[assignment]  # XLSTMConfig shares its fields, not its name
     """Model family."""

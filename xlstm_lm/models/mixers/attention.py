@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from xlstm_lm.models.mixers.mixer import (
     FeedForwardConfig,
     Mixer,
     MixerConfig,
+    Observer,
     OperationUse,
     State,
     residual_std,
@@ -154,8 +155,15 @@ class AttentionMixer(Mixer):
         return (self.config.rope_theta**-exponent).repeat(2)
 
     def forward(
-        self, x_BTD: Tensor, context: Context, state: State | None, return_state: bool, **_: Any
+        self,
+        x_BTD: Tensor,
+        context: Context,
+        state: State | None,
+        return_state: bool,
+        observe: Observer | None = None,
+        overwrite_state: bool = False,
     ) -> tuple[Tensor, State | None]:
+        del observe, overwrite_state
         q, k, v = self.qkv(x_BTD).unflatten(-1, (sum(self.heads), -1)).split(self.heads, dim=2)
         q, k = (rotate(x, context.cosine_BT1K, context.sine_BT1K) for x in (q, k))
         if state is not None:

@@ -139,21 +139,21 @@ class GatedDeltaMixer(Mixer):
         heads = (x.unflatten(-1, (self.config.num_heads, -1)) for x in F.silu(convolved_BTE).split(self.widths, -1))
         q_BTHK, k_BTHK, v_BTHV = heads
         beta_BTH, step_BTH = self.gates(x_BTD).chunk(2, dim=-1)
-        h_BTHV = gated_delta(
+        result = gated_delta(
             F.normalize(q_BTHK, dim=-1, eps=1e-6),
             F.normalize(k_BTHK, dim=-1, eps=1e-6),
             v_BTHV,
             -self.log_decay.to(step_BTH.dtype).exp() * F.softplus(step_BTH),
             beta_BTH.sigmoid(),
             resets=context,
-            initial_state=state and state[1],
+            initial_state=state[1] if state else None,
             return_state=return_state,
             chunk_length=self.config.chunk_length,
             backend=self.config.delta_backend,
         )
-        h_BTHV, C_BHKV = h_BTHV if return_state else (h_BTHV, None)
+        h_BTHV, C_BHKV = result if isinstance(result, tuple) else (result, None)
         y_BTD = self.out(self.head_norm(h_BTHV) * F.silu(self.output_gate(x_BTD)))
-        return y_BTD, (conv_state, C_BHKV) if return_state else None
+        return y_BTD, None if C_BHKV is None else (conv_state, C_BHKV)
 
     @torch.no_grad()
     def init_weights(self, index: int, depth: int) -> None:

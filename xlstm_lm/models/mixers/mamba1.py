@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from xlstm_lm.base.fields import Range, Size
 from xlstm_lm.models.layers import CausalConv
 from xlstm_lm.models.mixers.mamba_steps import StepLinear, init_step_bias, negative_decay
-from xlstm_lm.models.mixers.mixer import Mixer, MixerConfig, OperationUse, State
+from xlstm_lm.models.mixers.mixer import Mixer, MixerConfig, Observer, OperationUse, State
 from xlstm_lm.ops.conv import CONV
 from xlstm_lm.ops.selective_scan import SCAN, selective_scan
 
@@ -87,8 +87,15 @@ class Mamba1Mixer(Mixer):
         self.out = nn.Linear(inner, config.embedding_dim, bias=False)
 
     def forward(
-        self, x_BTD: Tensor, context: Tensor | None, state: State | None, return_state: bool, **_: Any
+        self,
+        x_BTD: Tensor,
+        context: Tensor | None,
+        state: State | None,
+        return_state: bool,
+        observe: Observer | None = None,
+        overwrite_state: bool = False,
     ) -> tuple[Tensor, State | None]:
+        del observe, overwrite_state
         x_BTE, gate_BTE = self.input(x_BTD).chunk(2, dim=-1)
         x_BTE, conv_state = self.conv(x_BTE, context, state and state[0], return_state)
         x_BTE = F.silu(x_BTE)
@@ -100,12 +107,12 @@ class Mamba1Mixer(Mixer):
             b_BTN,
             c_BTN,
             resets=context,
-            initial_state=state and state[1],
+            initial_state=state[1] if state else None,
             return_state=return_state,
             backend=self.config.scan_backend,
         )
         y_BTE = (y_BTE + self.skip * x_BTE) * F.silu(gate_BTE)
-        return self.out(y_BTE), (conv_state, cell_state) if return_state else None
+        return self.out(y_BTE), None if cell_state is None else (conv_state, cell_state)
 
     @torch.no_grad()
     def init_weights(self, index: int, depth: int) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,7 @@ from xlstm_lm.models.mixers.mixer import (
     COUNTED_CHUNK,
     Mixer,
     MixerConfig,
+    Observer,
     OperationUse,
     State,
     linear_attention_flops,
@@ -112,8 +113,15 @@ class Mamba2Mixer(Mixer):
         self.out = nn.Linear(inner, config.embedding_dim, bias=False)
 
     def forward(
-        self, x_BTD: Tensor, context: Tensor | None, state: State | None, return_state: bool, **_: Any
+        self,
+        x_BTD: Tensor,
+        context: Tensor | None,
+        state: State | None,
+        return_state: bool,
+        observe: Observer | None = None,
+        overwrite_state: bool = False,
     ) -> tuple[Tensor, State | None]:
+        del observe, overwrite_state
         config = self.config
         gate_BTE, inner_BTF, step_BTH = self.input(x_BTD).split(self.widths, dim=-1)
         inner_BTF, conv_state = self.conv(inner_BTF, context, state and state[0], return_state)
@@ -127,14 +135,14 @@ class Mamba2Mixer(Mixer):
             b_BTGN,
             c_BTGN,
             resets=context,
-            initial_state=state and state[1],
+            initial_state=state[1] if state else None,
             return_state=return_state,
             backend=config.scan_backend,
         )
         y_BTE = (y_BTHP + self.skip[:, None] * x_BTHP).flatten(2) * F.silu(gate_BTE)
         groups = y_BTE.unflatten(-1, (config.num_groups, -1))
         y_BTE = F.rms_norm(groups, groups.shape[-1:], eps=config.norm_eps).flatten(2) * self.norm_weight
-        return self.out(y_BTE), (conv_state, cell_state) if return_state else None
+        return self.out(y_BTE), None if cell_state is None else (conv_state, cell_state)
 
     @torch.no_grad()
     def init_weights(self, index: int, depth: int) -> None:

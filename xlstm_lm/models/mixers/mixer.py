@@ -82,7 +82,7 @@ class MixerConfig:
 class Mixer(nn.Module):
     """Maps (B, T, D) to (B, T, D) along time."""
 
-    no_decay: ClassVar[frozenset[str]] = frozenset()
+    no_decay: frozenset[str] = frozenset()
     """Parameters with two dimensions or more that are no matrices: weight decay leaves them alone."""
     has_gates: ClassVar[bool] = False
     """Whether `forward` calls `observe`."""

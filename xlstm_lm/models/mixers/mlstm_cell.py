@@ -89,8 +89,11 @@ def run_mlstm_cell(
     input_BTH, forget_BTH = soft_cap(gates_BTG, config.gate_soft_cap).chunk(2, dim=-1)
     if observe is not None:
         observe(input_BTH, forget_BTH, config.gate_soft_cap)
-    h_BTHV = mlstm(
-        *(tensor.unflatten(-1, (config.num_heads, -1)) for tensor in qkv_BTE),
+    q_BTHK, k_BTHK, v_BTHV = (tensor.unflatten(-1, (config.num_heads, -1)) for tensor in qkv_BTE)
+    result = mlstm(
+        q_BTHK,
+        k_BTHK,
+        v_BTHV,
         input_BTH,
         forget_BTH,
         resets=resets_BT,
@@ -102,7 +105,7 @@ def run_mlstm_cell(
         overwrite_state=overwrite_state,
         backend=config.mlstm_backend,
     )
-    return h_BTHV if return_state else (h_BTHV, None)
+    return result if isinstance(result, tuple) else (result, None)
 
 
 def init_mlstm_gates(gates: nn.Linear) -> None:

@@ -117,7 +117,7 @@ class PaperMLSTMMixer(Mixer):
             self.config, qkv, gates_BTG, context, state and state[1:], return_state, observe, overwrite_state
         )
         h_BTE = self.head_norm(h_BTHV) + self.skip * conv_BTE
-        return self.down(h_BTE * F.silu(output_BTE)), (conv_state, *cell_state) if return_state else None
+        return self.down(h_BTE * F.silu(output_BTE)), None if cell_state is None else (conv_state, *cell_state)
 
     @torch.no_grad()
     def init_weights(self, index: int, depth: int) -> None:

@@ -117,7 +117,7 @@ class SLSTMMixer(Mixer):
             ),
             dim=2,
         )
-        y_BTHD = slstm(
+        result = slstm(
             wx_BTGHD,
             self.recurrent_weight,
             self.bias,
@@ -126,15 +126,16 @@ class SLSTMMixer(Mixer):
             return_state=return_state,
             backend=self.config.slstm_backend,
         )
-        y_BTHD, cell_state = y_BTHD if return_state else (y_BTHD, None)
+        y_BTHD, cell_state = result if isinstance(result, tuple) else (result, None)
         if observe is not None:
             first_y_BHD = state[1] if state else torch.zeros_like(y_BTHD[:, 0])
             previous_BTHD = torch.cat((first_y_BHD.unsqueeze(1), y_BTHD[:, :-1]), dim=1)
             if context is not None:
                 previous_BTHD = previous_BTHD.masked_fill(context[..., None, None], 0)
             recurrent_BTGHD = torch.einsum("bthd,ghde->btghe", previous_BTHD, self.recurrent_weight[:2])
-            observe(*(wx_BTGHD[:, :, :2] + recurrent_BTGHD + self.bias[:2]).unbind(2), None)
-        return self.head_norm(y_BTHD), (conv_state, *cell_state) if return_state else None
+            input_BTHD, forget_BTHD = (wx_BTGHD[:, :, :2] + recurrent_BTGHD + self.bias[:2]).unbind(2)
+            observe(input_BTHD, forget_BTHD, None)
+        return self.head_norm(y_BTHD), None if cell_state is None else (conv_state, *cell_state)
 
     @torch.no_grad()
     def init_weights(self, index: int, depth: int) -> None:

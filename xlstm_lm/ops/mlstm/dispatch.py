@@ -19,7 +19,7 @@ def mlstm(
     f: Tensor,
     *,
     resets: Tensor | None = None,
-    initial_state: State | None = None,
+    initial_state: tuple[Tensor, ...] | None = None,
     return_state: bool = False,
     input_gate: str = "exp",
     normalize: bool = True,
@@ -98,7 +98,13 @@ def mlstm(
 
 
 def _check(
-    q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, resets: Tensor | None, initial_state: State | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    i: Tensor,
+    f: Tensor,
+    resets: Tensor | None,
+    initial_state: tuple[Tensor, ...] | None,
 ) -> None:
     if q.dim() != 4 or v.dim() != 4:
         raise ValueError(f"q and v must be (B, T, H, K) and (B, T, H, V), got {tuple(q.shape)} and {tuple(v.shape)}.")

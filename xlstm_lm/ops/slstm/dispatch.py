@@ -16,7 +16,7 @@ def slstm(
     bias: torch.Tensor,
     *,
     resets: torch.Tensor | None = None,
-    initial_state: SLSTMState | None = None,
+    initial_state: tuple[torch.Tensor, ...] | None = None,
     return_state: bool = False,
     backend: str = "auto",
 ) -> torch.Tensor | tuple[torch.Tensor, SLSTMState]:
@@ -57,7 +57,7 @@ def _check(
     r: torch.Tensor,
     bias: torch.Tensor,
     resets: torch.Tensor | None,
-    initial_state: SLSTMState | None,
+    initial_state: tuple[torch.Tensor, ...] | None,
 ) -> None:
     if wx.ndim != 5 or wx.shape[2] != 4:
         raise ValueError(

@@ -88,7 +88,7 @@ def test_a_field_that_an_older_run_lacks_had_its_default():
 def test_a_backend_may_differ_wherever_it_is():
     def config(backend):
         mixers = [{"kind": "mamba2", "scan_backend": backend}]
-        pattern = {"family": "hybrid", "pattern": "mamba2", "mlstm_backend": backend, "mixers": mixers}
+        pattern = {"pattern": "mamba2", "mlstm_backend": backend, "mixers": mixers}
         return as_dict(load_run_config([DEMO], {f"model.{name}": value for name, value in pattern.items()}))
 
     assert not differing_fields(config("auto"), config("chunkwise"))

@@ -25,7 +25,7 @@ import torch
 from eval.bench.compile_calls import CudaCall, TritonCall
 from eval.bench.compile_cases import CASES
 from eval.study.results_file import results_file, write_results
-from xlstm_lm.base.machine import assembler, environment, git_commit, version
+from xlstm_lm.base.machine import assembler, environment
 from xlstm_lm.base.program import program
 from xlstm_lm.ops.gpu import ARCHITECTURES
 
@@ -110,14 +110,15 @@ def compile_all(
 def _record(out: Path, row: Compiled) -> None:
     """Add a row to the results in a file, in place of an older one of the same kernel, with what compiled it."""
     older = json.loads(out.read_text())["rows"] if out.exists() else []
+    here = environment(torch.device("cpu"))
     new = asdict(row) | {
-        "commit": git_commit(),
-        "triton": version("triton"),
+        "commit": here["git_commit"],
+        "triton": here["versions"]["triton"],
         "ptxas": assembler(int(row.target.removeprefix("sm_"))) if row.target.startswith("sm_") else None,
     }
     key = ("case", "kernel", "target", "launch")
     rows = [each for each in older if any(each[name] != new[name] for name in key)]
-    write_results(out, {"environment": environment(torch.device("cpu")), "rows": [*rows, new]})
+    write_results(out, {"environment": here, "rows": [*rows, new]})
 
 
 @program("eval.compile_report")

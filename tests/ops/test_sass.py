@@ -39,6 +39,7 @@ def listing(*instructions: str) -> str:
         ("STS [R104], R5", None),
         ("MOV R4, R104", None),
         ("HGMMA.64x32x16.F32.BF16 R88, R108, gdesc[UR8], R88, gsb0", None),
+        ("HGMMA.64x64x16.F32.BF16 R120, R152, gdesc[UR8], R120, gsb0", None),
         ("BRA `(.L_x_1)", None),
         ("UPLOP3.LUT UPT, UPT", None),
         ("VOTE.ANY PT, P0", None),

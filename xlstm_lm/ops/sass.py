@@ -58,7 +58,7 @@ def hazards(listing: str) -> Iterator[str]:
             continue
         product = operation.startswith("HGMMA")
         if product:
-            sums = _range(_register(operands[0]), int(operation.split("64x")[1].split("x")[0]) // 2)
+            sums = _range(_register(operands[0]), int(operation.split("x")[1]) // 2)
             operand = _range(_register(operands[1]), _OPERAND_REGISTERS)
             written, read = frozenset[int](), operand
         else:

@@ -207,6 +207,8 @@ def read_config(path: Path) -> dict[str, Any]:
     for name, section in config.items():
         if not isinstance(section, dict):
             raise ValueError(f"{path} is damaged: {name} is {section!r}, which is no section with fields. {remedy}")
+    if "preset" in config.get("model", {}):  # a run writes the fields that a preset stands for
+        raise ValueError(f"{path} is damaged: model is {config['model']['preset']!r}, which is no section. {remedy}")
     if not config.get("model"):
         raise ValueError(f"{path} is damaged: it has no section 'model'. {remedy}")
     return config

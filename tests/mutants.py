@@ -58,6 +58,16 @@ def tests_of(file: str) -> list[str]:
     return sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tests").glob("test_*.py"))
 
 
+def fails(tree: Path, tests: list[str], seconds: int) -> tuple[bool, list[str]]:
+    """Whether tests fail or run out of their seconds, and the last lines that they print."""
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests]
+    try:
+        done = subprocess.run(command, cwd=tree, capture_output=True, text=True, timeout=seconds, check=False)
+    except subprocess.TimeoutExpired:
+        return True, ["out of time"]
+    return done.returncode != 0, done.stdout.strip().splitlines()[-3:]
+
+
 def try_fault(tree: Path, fault: tuple[str, str, int], seconds: int) -> dict[str, object]:
     """Put one fault into the copy, run the tests, and take it out again."""
     from cosmic_ray.mutating import mutate_code
@@ -70,13 +80,9 @@ def try_fault(tree: Path, fault: tuple[str, str, int], seconds: int) -> dict[str
     assert wrong is not None and wrong != right, fault
     lines = zip(right.splitlines(), wrong.splitlines())
     line, changed = next(((n, new) for n, (old, new) in enumerate(lines, 1) if old != new), (0, ""))
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests_of(file)]
     path.write_text(wrong, encoding="utf-8")
     try:
-        done = subprocess.run(command, cwd=tree, capture_output=True, text=True, timeout=seconds, check=False)
-        caught, by = done.returncode != 0, done.stdout.strip().splitlines()[-3:]
-    except subprocess.TimeoutExpired:
-        caught, by = True, ["out of time"]
+        caught, by = fails(tree, tests_of(file), seconds)
     finally:
         path.write_text(right, encoding="utf-8")
     return {
@@ -110,8 +116,16 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="mutants_") as scratch:
         tree = Path(scratch) / "tree"
         subprocess.run(["git", "clone", "--quiet", str(ROOT), str(tree)], check=True)
+        (tree / ".venv").symlink_to(ROOT / ".venv")  # the oracles are in it
+        passing: set[str] = set()
         for fault in sample[part::parts]:
             if fault not in seen:
+                tests = tests_of(fault[0])
+                if tests[0] not in passing:
+                    failed, last = fails(tree, tests, arguments.seconds)
+                    if failed:
+                        sys.exit(f"{' '.join(tests)} fail without any fault:\n" + "\n".join(last))
+                    passing.add(tests[0])
                 tried.append(try_fault(tree, fault, arguments.seconds))
                 with arguments.out.open("a", encoding="utf-8") as out:
                     out.write(json.dumps(tried[-1]) + "\n")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 import pytest
 import torch
 
@@ -59,6 +61,16 @@ def test_the_cost_doubles_with_the_rows(operation):
     one, two = operation.cost(**sizes), operation.cost(**{**sizes, "B": 2})
     assert one.flops > 0 and two.flops == 2 * one.flops
     assert one.moved_bytes < two.moved_bytes <= 2 * one.moved_bytes
+
+
+@each_operation
+def test_a_missing_package_of_a_backend_is_named(operation, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    call = make_call(torch.device("cuda", 0), torch.bfloat16, operation.examples[0], operation.options)
+    for backend in operation.backends:
+        if backend.package is not None:
+            reason = why_impossible(operation, backend, call)
+            assert f"{backend.package} is not installed" in reason.lower()
 
 
 @pytest.mark.parametrize(("operation", "backend"), BACKENDS)

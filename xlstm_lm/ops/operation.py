@@ -22,12 +22,8 @@ from xlstm_lm.ops.announce import announce_once
 from xlstm_lm.ops.compiling import constant_result
 from xlstm_lm.ops.selfcheck import TOLERANCE, Checked, compare, undisturbed
 
-INSTALL = {
-    "triton": "Triton is not installed (pip install 'xlstm-lm[gpu]')",
-    "mamba_ssm": "mamba_ssm is not installed",
-    "causal_conv1d": "causal_conv1d is not installed",
-}
-"""Reasons for packages that backends need."""
+INSTALL = {"triton": "Triton is not installed (pip install 'xlstm-lm[gpu]')"}
+"""Reasons, with the remedy, for packages that xlstm-lm installs on request; others are named alone."""
 IN_EXPORT = __package__ != "xlstm_lm.ops"
 """Whether this file is the copy in an exported folder, which brings along the backends in plain PyTorch."""
 TENSORS = {"cpu": "CPU", "cuda": "GPU"}
@@ -349,7 +345,7 @@ def why_impossible(operation: Operation, backend: Backend, call: Call) -> str | 
         tensors = " or ".join(TENSORS[kind] for kind in devices)
         return Expected(f"it takes {tensors} tensors, but {operation.subject} is on {call.device}")
     if backend.package is not None and importlib.util.find_spec(backend.package) is None:
-        return INSTALL[backend.package]
+        return INSTALL.get(backend.package, f"{backend.package} is not installed")
     absent = _why_absent(backend)
     if absent is not None or backend.limits is None:
         return absent

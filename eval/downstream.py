@@ -20,6 +20,7 @@ from eval.command import add_model_flags, environment, load_named_model, positiv
 from eval.scoring.models import CausalModel
 from eval.study.results_file import results_file, write_results
 from xlstm_lm.base import console
+from xlstm_lm.base.errors import first_line
 from xlstm_lm.base.program import program
 
 HERE = Path(__file__).parent
@@ -89,7 +90,7 @@ def evaluate(
         loaded = [item for name in tasks for item in _load_task(manager, name)]
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"a data set of {', '.join(tasks)} cannot be had ({str(error).strip().splitlines()[0]}); without a network "
+            f"a data set of {', '.join(tasks)} cannot be had ({first_line(error)}); without a network "
             f"set HF_HOME to a folder that holds it, or take the tasks of --tasks local."
         ) from error
     console.end_stage()  # lm_eval and HarnessModel show bars from here on

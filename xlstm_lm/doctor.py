@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+from xlstm_lm.base.errors import first_line
 from xlstm_lm.base.machine import cpu_name, environment, version
 from xlstm_lm.ops.native import KernelsUnavailableError
 from xlstm_lm.ops.operation import (
@@ -19,7 +20,6 @@ from xlstm_lm.ops.operation import (
     Sample,
     choose,
     error_of,
-    first_line,
     make_call,
     why_impossible,
 )

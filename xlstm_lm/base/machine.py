@@ -45,11 +45,6 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, (MemoryError, torch.OutOfMemoryError))
 
 
-def first_line(error: BaseException) -> str:
-    """The first line of an error's text, or its name where it has none."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
-
-
 def cpu_name() -> str:
     """The processor's own name, where the system gives it."""
     path = Path("/proc/cpuinfo")

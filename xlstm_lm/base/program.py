@@ -14,6 +14,7 @@ from typing import TextIO
 
 from xlstm_lm.base import console
 from xlstm_lm.base.durable_files import RunError
+from xlstm_lm.base.errors import first_line
 
 MISTAKE, FAILURE, INTERRUPTED, BROKEN_PIPE, TERMINATED = 2, 1, 128 + 2, 128 + 13, 128 + 15
 """Exit codes: a mistake of the user, a run that cannot go on, Ctrl-C, output that nobody reads, SIGTERM."""
@@ -55,7 +56,7 @@ def program(name: str) -> Iterator[None]:
                 _end(code, f"{name}: {error}")
             _end(code, None if hasattr(error, "told_once") else f"{name}, rank {os.environ['RANK']}: {error}")
         except (RuntimeError, MemoryError) as error:
-            from xlstm_lm.base.machine import first_line, is_out_of_memory  # slow to import
+            from xlstm_lm.base.machine import is_out_of_memory  # slow to import
 
             if not is_out_of_memory(error) or os.environ.get("XLSTM_LM_TRACEBACK"):
                 raise

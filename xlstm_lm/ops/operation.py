@@ -18,8 +18,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from xlstm_lm.base.errors import first_line
 from xlstm_lm.ops.announce import announce_once
-from xlstm_lm.ops.compiling import constant_result
+from xlstm_lm.ops.compiling import constant_result, needs_gradient
 from xlstm_lm.ops.selfcheck import TOLERANCE, Checked, compare, undisturbed
 
 INSTALL = {"triton": "Triton is not installed (pip install 'xlstm-lm[gpu]')"}
@@ -213,18 +214,13 @@ class Operation:
         """
         first = inputs[0]
         assert first is not None
-        dtype = first.dtype
-        needs_gradient = False
-        for each in inputs:
-            if each is not None:
-                needs_gradient = needs_gradient or each.requires_grad
-                dtype = torch.float64 if each.dtype == torch.float64 else dtype
+        has_float64 = any(each is not None and each.dtype == torch.float64 for each in inputs)
         chosen = self.pick(
             backend,
             first.device,
-            dtype,
+            torch.float64 if has_float64 else first.dtype,
             options,
-            needs_gradient and torch.is_grad_enabled(),
+            needs_gradient(*inputs),
             has_resets,
             one_step,
             torch.compiler.is_exporting(),
@@ -385,11 +381,6 @@ def error_of(operation: Operation, backend: str, sample: Sample) -> float:
     exact.load()
     function, definition = operation.run(checked, sample), operation.run(exact, sample)
     return compare(function, definition, sample.inputs, gradients=checked.gradients)
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message; its type if that is empty."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def verdict(operation: Operation, backend: str, call: Call) -> str | None:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from xlstm_lm.base.errors import first_line
 from xlstm_lm.base.read_files import NUMBER, Fields, read_json
 from xlstm_lm.base.run_layout import STATE as STATE_FILE
 from xlstm_lm.base.tensor_files import tensor_files, tensor_forms
@@ -125,7 +126,7 @@ def _damaged_random_states(checkpoint: Checkpoint) -> list[str]:
         try:
             restore_random_state(content)
         except Exception as error:  # whatever torch makes of bytes
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0].split(". ")[0]
+            reason = first_line(error).split(". ")[0]
             problems.append(f"{name}: it cannot be read ({reason})")
     restore_random_state(before)
     return problems

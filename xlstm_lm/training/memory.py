@@ -9,7 +9,8 @@ from collections.abc import Iterator
 import torch
 
 from xlstm_lm.base.durable_files import RunError
-from xlstm_lm.base.machine import first_line, is_out_of_memory, memory_bytes
+from xlstm_lm.base.errors import first_line
+from xlstm_lm.base.machine import is_out_of_memory, memory_bytes
 from xlstm_lm.models import build_model
 from xlstm_lm.models.accounting import count_parameters
 from xlstm_lm.parallel.process_group import World

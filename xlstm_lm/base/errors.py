@@ -1,0 +1,8 @@
+"""Errors in a line."""
+
+from __future__ import annotations
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message; the name of its type where the message is empty."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

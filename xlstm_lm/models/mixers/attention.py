@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from xlstm_lm.base.fields import Factor, Range, Size
-from xlstm_lm.models.layers import round_up
 from xlstm_lm.models.mixers.mixer import (
     FeedForwardConfig,
     Mixer,
@@ -18,6 +17,7 @@ from xlstm_lm.models.mixers.mixer import (
     OperationUse,
     State,
     residual_std,
+    silu_feedforward,
     small_std,
 )
 from xlstm_lm.ops.attention import ATTENTION, Packing, attention, pack
@@ -92,8 +92,7 @@ class AttentionConfig(MixerConfig):
         return [OperationUse(ATTENTION, {}, rows) for rows in kinds]
 
     def feedforward(self) -> FeedForwardConfig:
-        hidden = self.feedforward_dim or round_up(int(self.embedding_dim * self.feedforward_factor), 64)
-        return FeedForwardConfig(hidden, "silu")
+        return silu_feedforward(self.feedforward_dim, int(self.embedding_dim * self.feedforward_factor))
 
 
 class Context(NamedTuple):

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from xlstm_lm.base.fields import Epsilon, Factor, Size
-from xlstm_lm.models.layers import CausalConv, Float32Linear, HeadNorm, round_up
+from xlstm_lm.models.layers import CausalConv, Float32Linear, HeadNorm
 from xlstm_lm.models.mixers.mixer import (
     COUNTED_CHUNK,
     FeedForwardConfig,
@@ -22,6 +22,7 @@ from xlstm_lm.models.mixers.mixer import (
     State,
     check_heads,
     residual_std,
+    silu_feedforward,
     small_std,
 )
 from xlstm_lm.ops.conv import CONV
@@ -105,8 +106,7 @@ class GatedDeltaConfig(MixerConfig):
         return [cell, OperationUse(CONV, {"D": self.convolved_dim, "W": self.conv_width})]
 
     def feedforward(self) -> FeedForwardConfig:
-        hidden = self.feedforward_dim or round_up(self.embedding_dim * self.feedforward_factor, 64)
-        return FeedForwardConfig(hidden, "silu")
+        return silu_feedforward(self.feedforward_dim, self.embedding_dim * self.feedforward_factor)
 
 
 class GatedDeltaMixer(Mixer):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from xlstm_lm.base.fields import Size, check_fields
+from xlstm_lm.models.layers import round_up
 from xlstm_lm.ops.operation import Call, Operation, make_call
 
 State = tuple[Tensor, ...]
@@ -42,6 +43,11 @@ class FeedForwardConfig(NamedTuple):
     """Units between the projections."""
     activation: str
     """Name of the gate's activation: silu or gelu."""
+
+
+def silu_feedforward(hidden: int | None, about: float) -> FeedForwardConfig:
+    """Feed-forward of `hidden` units; None for the least multiple of 64 that is not below `about`."""
+    return FeedForwardConfig(hidden or round_up(about, 64), "silu")
 
 
 @dataclass(kw_only=True)

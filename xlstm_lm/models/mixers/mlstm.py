@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from xlstm_lm.base.fields import Factor, Size
-from xlstm_lm.models.layers import Float32Linear, HeadNorm, round_up
+from xlstm_lm.models.layers import Float32Linear, HeadNorm
 from xlstm_lm.models.mixers.mixer import (
     FeedForwardConfig,
     Mixer,
@@ -18,6 +18,7 @@ from xlstm_lm.models.mixers.mixer import (
     State,
     check_heads,
     residual_std,
+    silu_feedforward,
     small_std,
 )
 from xlstm_lm.models.mixers.mlstm_cell import MLSTMCellConfig, init_mlstm_gates, run_mlstm_cell
@@ -72,8 +73,7 @@ class MLSTMConfig(MLSTMCellConfig):
         return [self.cell_operation()]
 
     def feedforward(self) -> FeedForwardConfig:
-        hidden = self.feedforward_dim or round_up(self.embedding_dim * self.feedforward_factor, 64)
-        return FeedForwardConfig(hidden, "silu")
+        return silu_feedforward(self.feedforward_dim, self.embedding_dim * self.feedforward_factor)
 
 
 class MLSTMMixer(Mixer):

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from xlstm_lm.ops.heads import check_shapes, sizes_of
 from xlstm_lm.ops.operation import Backend, Call, Cost, Operation, Sample
 from xlstm_lm.ops.selfcheck import TOLERANCE, Checked, some_resets
 
@@ -79,26 +80,18 @@ def _check(
     resets: Tensor | None,
     initial_state: Tensor | None,
 ) -> None:
-    if q.dim() != 4 or v.dim() != 4 or q.numel() == 0 or not q.is_floating_point():
-        raise ValueError(
-            f"q and v must be floating point and (B, T, H, K) and (B, T, H, V) with at least one step, got {q.dtype} "
-            f"{tuple(q.shape)} and {tuple(v.shape)}."
-        )
-    B, T, H, K = q.shape
-    V = v.shape[-1]
-    expected = {"k": (k, (B, T, H, K)), "v": (v, (B, T, H, V)), "log_decay": (log_decay, (B, T, H))}
-    expected["beta"] = (beta, (B, T, H))
-    if resets is not None:
-        expected["resets"] = (resets, (B, T))
-        if resets.dtype != torch.bool:
-            raise ValueError(f"resets must be bool, got {resets.dtype}.")
+    B, T, H, K, V = sizes_of(q, v)
+    if q.numel() == 0:
+        raise ValueError(f"q is {tuple(q.shape)}; B, H and K must be at least 1.")
+    expected: dict[str, tuple[Tensor, tuple[int, ...]]] = {
+        "k": (k, (B, T, H, K)),
+        "v": (v, (B, T, H, V)),
+        "log_decay": (log_decay, (B, T, H)),
+        "beta": (beta, (B, T, H)),
+    }
     if initial_state is not None:
         expected["initial_state"] = (initial_state, (B, H, K, V))
-    for name, (x, shape) in expected.items():
-        if tuple(x.shape) != shape:
-            raise ValueError(
-                f"{name} must be {shape} to go with q {tuple(q.shape)} and v {tuple(v.shape)}, got {tuple(x.shape)}."
-            )
+    check_shapes(q, v, resets, expected)
 
 
 def gated_delta_fla(
@@ -130,7 +123,7 @@ def gated_delta_fla(
 
 
 def samples(call: Call, backend: str) -> Iterator[Sample]:
-    """A sequence of five chunks and a rest from a state; on a GPU, of 300 steps and more."""
+    """A sequence of five chunks and a rest, from a state: 325 steps."""
     B, T, H, K, V = 2, 5 * 64 + 5, 2, call.size("K"), call.size("V")
     gates = torch.promote_types(call.dtype, torch.float32)
     q_BTHK, k_BTHK, v_BTHV = (torch.randn(B, T, H, width, device=call.device, dtype=call.dtype) for width in (K, K, V))

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
+from xlstm_lm.ops.heads import check_shapes, sizes_of
 from xlstm_lm.ops.mlstm.operation import MLSTM
 from xlstm_lm.ops.mlstm.recurrence import Options, State
 
@@ -106,26 +106,16 @@ def _check(
     resets: Tensor | None,
     initial_state: tuple[Tensor, ...] | None,
 ) -> None:
-    if q.dim() != 4 or v.dim() != 4:
-        raise ValueError(f"q and v must be (B, T, H, K) and (B, T, H, V), got {tuple(q.shape)} and {tuple(v.shape)}.")
-    B, T, H, K = q.shape
-    V = v.shape[-1]
-    if T == 0:
-        raise ValueError("The sequence is empty (T = 0): give at least one step.")
-    if not q.is_floating_point():
-        raise ValueError(f"q must be floating point, got {q.dtype}.")
-    expected = {"k": (k, (B, T, H, K)), "v": (v, (B, T, H, V)), "i": (i, (B, T, H)), "f": (f, (B, T, H))}
-    if resets is not None:
-        expected["resets"] = (resets, (B, T))
-        if resets.dtype != torch.bool:
-            raise ValueError(f"resets must be bool, got {resets.dtype}.")
+    B, T, H, K, V = sizes_of(q, v)
+    expected: dict[str, tuple[Tensor, tuple[int, ...]]] = {
+        "k": (k, (B, T, H, K)),
+        "v": (v, (B, T, H, V)),
+        "i": (i, (B, T, H)),
+        "f": (f, (B, T, H)),
+    }
     if initial_state is not None:
         if len(initial_state) != 3:
             raise ValueError(f"initial_state must be (C, n, m), got {len(initial_state)} tensors.")
         for name, x, shape in zip("Cnm", initial_state, ((B, H, K, V), (B, H, K), (B, H))):
             expected[f"initial_state {name}"] = (x, shape)
-    for name, (x, shape) in expected.items():
-        if tuple(x.shape) != shape:
-            raise ValueError(
-                f"{name} must be {shape} to go with q {tuple(q.shape)} and v {tuple(v.shape)}, got {tuple(x.shape)}."
-            )
+    check_shapes(q, v, resets, expected)

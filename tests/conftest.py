@@ -13,7 +13,7 @@ sys.path.append(str(Path(__file__).parents[1] / ".venv" / "oracles"))
 
 @pytest.fixture
 def fresh_choices():
-    """Choices among backends begin and end with nothing known, so that a stand-in of one test is not seen by others."""
+    """Forget choices among backends before and after a test: no other test sees its stand-ins."""
     from xlstm_lm.ops.operation import forget
 
     forget()

@@ -366,7 +366,7 @@ def test_a_flag_that_holds_text_takes_it_as_it_is(name, text):
 
 
 def flag(name: str, *texts: str):
-    """What the command line makes of a flag."""
+    """Value that the command line makes of a flag."""
     given = [part for text in texts for part in (f"--{name}", text)]
     options = vars(_make_parser(True).parse_args(["train", "--config", "x.yaml", *given]))
     return options[name]

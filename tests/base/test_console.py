@@ -1,4 +1,4 @@
-"""What a terminal shows, and what is kept of other libraries' output."""
+"""Lines on a terminal, and the kept output of other libraries."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from xlstm_lm.base.threads import BOUNDED_SPIN, USERS_CHOICES, bound_spinning
 @pytest.fixture
 def environment(monkeypatch):
     for name in USERS_CHOICES:
-        monkeypatch.setenv(name, "")  # so that it is put back
+        monkeypatch.setenv(name, "")  # the fixture puts it back
         monkeypatch.delenv(name)
 
 

@@ -54,7 +54,7 @@ def split_then_bytes(pattern: str, behavior="isolated", invert=False, **others) 
 
 
 def sentencepiece_bpe(pre_tokenizer=None, normalizer=None, added=()) -> Tokenizer:
-    """As Llama 2 and Gemma: spaces are written ▁ and joined to words by merges; other characters are bytes."""
+    """Tokenizer like those of Llama 2 and Gemma: merges join spaces (▁) to words, and other characters are bytes."""
     words = ["▁", *"abcdefghijklmnopqrstuvwxyzT.,-1234567890"]
     merges = [
         ("▁", "t"),

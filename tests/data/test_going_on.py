@@ -223,8 +223,8 @@ def test_lines_that_were_read_are_compared_again_when_they_are_passed_over(tmp_p
 @pytest.mark.parametrize("shuffle", [True, False])
 @pytest.mark.parametrize("files", [1, 4])
 def test_after_a_bad_document_both_ways_out_lead_on(way, shuffle, files, tmp_path):
-    """As if the file had been good, or bad documents skipped, from the beginning. Where there are more files than lanes
-    their sizes decide which lane reads which: those of the beginning."""
+    """The run equals one whose file was good, or that skipped bad documents, from the beginning. Where there are more
+    files than lanes, their sizes at the beginning decide which lane reads which."""
     for number in range(files):
         write_lines(tmp_path / f"{number}", kind="jsonl")
     path = tmp_path / f"{files - 1}"

@@ -188,7 +188,7 @@ def test_a_killed_process_goes_on_where_it_was_and_leaves_no_worker(folder):
 
 
 def documents_of_epoch(config: DataConfig, epoch: int, seed: int = 3) -> list[list[tuple[str, str]]]:
-    """What each lane reads in an epoch, as (id, text)."""
+    """Documents that each lane reads in an epoch, as (id, text)."""
     dealt = DealtSource(open_source(config.sources[0]), config, seed, 0)
     lanes = []
     for lane in range(config.global_batch_size):

@@ -14,13 +14,13 @@ from xlstm_lm.data.tokenizer import CONFIG_FILE
 
 @pytest.fixture(scope="session")
 def own_folder(tmp_path_factory) -> Path:
-    """An export of ours."""
+    """An export of xlstm-lm."""
     return save_own(tmp_path_factory.mktemp("own"))
 
 
 @pytest.fixture(scope="session")
 def tokenizer_folder(tmp_path_factory) -> Path:
-    """A BPE as transformers keeps it, with nothing that says it is of ours."""
+    """A BPE as transformers keeps it, without the marks of xlstm-lm."""
     folder = tmp_path_factory.mktemp("tokenizer")
     (folder / "text.txt").write_text(TEXT)
     train_bpe([str(folder / "text.txt")], vocab_size=300, out=folder / "bpe")

@@ -1,4 +1,4 @@
-"""Small models in folders, of ours and of transformers, whose answers do depend on what came before."""
+"""Small models of xlstm-lm and of transformers in folders; their answers depend on earlier tokens."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def shake(module: torch.nn.Module) -> torch.nn.Module:
 
 
 def save_own(folder: Path, format_name: str = "xlstm_lm", **changes) -> Path:
-    """An export of ours over bytes, mLSTM and sLSTM unless `changes` say otherwise."""
+    """An export of xlstm-lm over bytes: mLSTM and sLSTM, with the `changes`."""
     build_tokenizer(TokenizerConfig()).save(folder / "source" / "tokenizer")
     torch.manual_seed(0)
     sizes = {"vocab_size": 257, "embedding_dim": 32, "num_blocks": 2, "num_heads": 2, "pattern": ["mlstm", "slstm"]}

@@ -103,7 +103,7 @@ def write(tmp_path):
 
 @pytest.fixture
 def trainer(tmp_path):
-    """What starts the trainer's stand-in; the runs that it was started for are the lines of `order`."""
+    """Command of the trainer's stand-in, which writes a line to `order` for each run that it is started for."""
 
     def make(seconds: float = 0.0) -> list[str]:
         (tmp_path / "trainer.py").write_text(

@@ -26,7 +26,7 @@ from tests.eval.invented_results import full_results, make_model, make_results, 
 
 
 class Page(html.parser.HTMLParser):
-    """What a page loads, whether its elements close, and its text."""
+    """A page: the things that it loads, whether its elements close, and its text."""
 
     def __init__(self, text: str):
         super().__init__()

@@ -35,7 +35,7 @@ def figures(results) -> dict[str, float]:
 
 
 def per_document(results) -> dict[str, list]:
-    """What the model answered to each request of each task."""
+    """The model's answer to each request of each task."""
     return {task: [sample["resps"] for sample in samples] for task, samples in results["samples"].items()}
 
 

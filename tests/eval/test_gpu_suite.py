@@ -1,4 +1,4 @@
-"""What one command runs on a GPU host, run here at toy sizes."""
+"""The suite for a GPU host, run here at toy sizes."""
 
 from __future__ import annotations
 

@@ -59,7 +59,7 @@ def test_what_others_do_meanwhile_does_not_count_on_one_thread(monkeypatch):
 
 
 def test_a_gpu_waits_while_the_host_launches_a_step(monkeypatch):
-    """Of 1e9 cycles a second: caches are filled, 5 ms go by, and only then the span begins that is timed."""
+    """The timed span begins after the caches are filled and 5 ms are over. The GPU has 1e9 cycles a second."""
     happened, device_clock = [], [0.0]
 
     class Event:

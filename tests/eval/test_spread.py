@@ -10,7 +10,7 @@ import pytest
 from eval.study.spread import T_975, Difference, difference, spread
 
 HALF_WIDTH = 4.303 * 0.1 / math.sqrt(3)
-"""Of the differences mean - 0.1, mean, mean + 0.1: two degrees of freedom, deviation 0.1, three seeds: 0.2484."""
+"""Half width for the differences mean - 0.1, mean, mean + 0.1: two degrees of freedom, deviation 0.1: 0.2484."""
 
 
 def by_seed(*values: float) -> dict[int, float]:

@@ -199,7 +199,7 @@ def write_study(folder: Path, **changes) -> Path:
 
 
 def train_here(jobs, at_once, then, max_seconds=None) -> dict[str, Outcome]:
-    """As `run_jobs`, one after the other in this process, which has imported everything already."""
+    """Stand-in for `run_jobs`: one job after the other in this process, which has imported everything already."""
     del at_once, max_seconds
     outcomes, waiting = {}, list(jobs)
     while waiting:
@@ -259,7 +259,7 @@ def test_a_study_trains_reuses_tests_and_reports(tmp_path, monkeypatch, capsys):
 
 
 def test_a_run_that_was_cut_goes_on_to_the_same_end(tmp_path, monkeypatch):
-    """Of a run that died behind step 4, the last steps come out to the digit."""
+    """A run that died behind step 4 repeats its last steps to the digit."""
     monkeypatch.setattr(engine, "run_jobs", train_here)
     path = write_study(tmp_path, grid={}, models={"xlstm[0:1]": STUDY["models"]["xlstm[0:1]"]})
     flags = ["--config", str(path), "--runs", str(tmp_path / "runs")]

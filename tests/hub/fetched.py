@@ -1,4 +1,4 @@
-"""What slow tests need beside the environment, from the package index: kept in the user's cache, never in the tree."""
+"""Packages that slow tests need and the environment lacks: from the package index, kept in the user's cache."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from xlstm_lm.models import XLSTMConfig, build_model
 MIXED = ["mlstm", "slstm", "mlstm_paper"]
 SMALL: dict[str, Any] = {"vocab_size": 261, "embedding_dim": 32, "num_blocks": 3, "num_heads": 2, "pattern": MIXED}
 STOCK: dict[str, Any] = {"vocab_size": 261, "embedding_dim": 128, "num_blocks": 2, "num_heads": 2, "pattern": "mlstm"}
-"""What transformers' own `xlstm` can hold."""
+"""Fields of a model that transformers' own `xlstm` can hold."""
 
 
 @torch.no_grad()
@@ -31,7 +31,7 @@ def make_model(**changes: Any) -> torch.nn.Module:
 
 
 def make_trained(folder: Path, **changes: Any) -> hub.TrainedModel:
-    """A model of ours, and the byte tokenizer in `folder`."""
+    """A model of xlstm-lm, and the byte tokenizer in `folder`."""
     build_tokenizer(TokenizerConfig()).save(folder / "tokenizer")
     model = make_model(**changes)
     return hub.TrainedModel(model.eval(), folder)

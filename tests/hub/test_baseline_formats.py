@@ -39,7 +39,7 @@ CONFIGS = {
 
 @pytest.fixture(params=CONFIGS)
 def pair(request):
-    """A model of ours, moved away from its initialisation, and the same as transformers' type."""
+    """A baseline of xlstm-lm, moved away from its initialization, and the same as transformers' type."""
     torch.manual_seed(0)
     config = CONFIGS[request.param]
     ours = build_model(config)

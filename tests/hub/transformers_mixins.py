@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import transformers.utils
 
-# Not as `tests`, which is the name of ours as well; they import each other relatively.
+# Not as `tests`, which is a package here, too; they import each other relatively.
 sys.modules["theirs"] = types.ModuleType("theirs")
 sys.modules["theirs"].__path__ = [os.environ["TRANSFORMERS_TESTS"]]
 

@@ -15,7 +15,7 @@ from xlstm_lm.ops.slstm import cluster
 
 EMULATOR = Path(__file__).with_name("cluster_emulator.h")
 BARRIERS = {"warp": 1, "block": 2, "cluster": 4, "mail": 8}
-"""What can be told not to wait."""
+"""Barriers that a test can leave out, by their bits."""
 
 
 class EmulationError(Exception):
@@ -49,11 +49,11 @@ def _library(layout: cluster.Layout) -> ctypes.CDLL:
 def emulated_launch(
     tiles: int, seed: int = 0, ignored: dict[str, int] | None = None
 ) -> Callable[[str, torch.Tensor, ctypes.Structure], None]:
-    """What takes the place of `cluster._launch` for tensors on the CPU.
+    """A stand-in for `cluster._launch` for tensors on the CPU.
 
     Args:
         tiles: groups of eight sequences that a cluster computes.
-        seed: of the order in which threads run.
+        seed: seed of the order in which threads run.
         ignored: by direction, barriers at which nobody waits, as a sum of `BARRIERS`.
     """
 

@@ -1,4 +1,4 @@
-"""For tests of Triton kernels: a process beside pytest in which Triton interprets them.
+"""A process beside pytest in which Triton interprets its kernels.
 
 The interpreter has to be switched on before the kernels are imported, and an access outside a tensor can corrupt its
 process.

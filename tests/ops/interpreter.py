@@ -1,6 +1,6 @@
-"""What a process does first in which Triton is to interpret its kernels.
+"""Start of a process in which Triton interprets its kernels.
 
-In a module of its own, because the new process imports it by name, and `conftest` may name that of another folder.
+The new process imports this module by name.
 """
 
 from __future__ import annotations

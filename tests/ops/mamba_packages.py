@@ -43,8 +43,8 @@ def selective_scan_fn(
 def mamba_chunk_scan_combined(
     x, dt, A, B, C, chunk_size, D=None, z=None, dt_bias=None, initial_states=None, seq_idx=None, **options
 ):
-    """As one masked product: y_t = sum_s C_t.B_s e^(A (dt_(s+1) + .. + dt_t)) dt_s x_s over its own document, and what
-    the initial state, of document 0, gives. x (B, L, H, P), dt (B, L, H), B and C (B, L, G, N), states (B, H, P, N)."""
+    """One masked product: y_t = sum_s C_t.B_s e^(A (dt_(s+1) + .. + dt_t)) dt_s x_s over its own document, plus the
+    part of the initial state in document 0. x (B, L, H, P), dt (B, L, H), B and C (B, L, G, N), states (B, H, P, N)."""
     assert D is z is dt_bias is None and options == {"return_final_states": True}
     assert seq_idx is None or (seq_idx.dtype == torch.int32 and seq_idx.shape == dt.shape[:2])
     heads = x.shape[2]

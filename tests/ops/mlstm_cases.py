@@ -171,11 +171,11 @@ def _assert_close(
 
 
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 5e-3}
-"""Of the largest entry, in any of the cases below. The 16-bit ones are those of products in that type."""
+"""Allowed error relative to the largest entry, in any of the cases below; in 16 bits, of products in that type."""
 
 
 def super_chunks_of(chunks: int) -> contextlib.AbstractContextManager:
-    """The Triton backend with super-chunks of `chunks` chunks at least, so that a few steps make several."""
+    """The Triton backend with super-chunks of `chunks` chunks at least: a few steps then make several."""
     return mock.patch.dict(MLSTM["triton"].arguments, {"super_chunk": chunks})
 
 
@@ -211,8 +211,8 @@ def check_case(
 ) -> None:
     """One case of a backend against the definition, from inputs that lie in larger tensors full of NaN; with `cut` also
     in two halves. `resets` are steps of the first row, one later in each next one; `chunks` is how many the Triton
-    kernels have in a super-chunk, `architecture` for which GPU they are launched. What comes back is nothing, so that a
-    process beside can be asked."""
+    kernels have in a super-chunk, `architecture` for which GPU they are launched. Nothing is returned,
+    because it also runs in a process beside."""
     gates = {"input_mean": input_mean, "forget_mean": forget_mean, "gate_spread": gate_spread}
     inputs = make_inputs(B, T, H, K, V, state=state, seed=seed, device=device, **gates)
     wide = torch.promote_types(dtype, torch.float32)

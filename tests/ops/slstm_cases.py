@@ -9,7 +9,7 @@ from tests.ops.mlstm_cases import in_nan
 from xlstm_lm.ops.slstm import slstm
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.float16: 2e-3}
-"""Of the largest entry of a value or gradient, where gates are of moderate size."""
+"""Allowed error relative to the largest entry of a value or gradient, where gates are of moderate size."""
 
 
 def small_kernels(tile: int, steps: int, backend: str) -> None:

@@ -64,7 +64,7 @@ def test_blocks_of_rows_do_not_change_the_result(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("B", "T", "D"), [(1, 1, 3), (2, 33, 64), (3, 100, 70), (2, 600, 17)])
 def test_the_compiled_form_reads_and_writes_what_it_should(B, T, D, dtype):
-    """Of views with odd strides, surrounded by NaN, in the types of training."""
+    """Views with odd strides, surrounded by NaN, in the types of training."""
     inputs_ = [in_nan(x.detach().to(dtype).requires_grad_()) for x in inputs(B, T, D, 4)[:3]]
     resets = torch.rand(B, T, generator=torch.Generator().manual_seed(1)) < 0.1
     run = functools.partial(conv.causal_conv, resets_BT=resets)

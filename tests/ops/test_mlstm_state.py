@@ -171,7 +171,7 @@ def transformers_mlstm() -> ModuleType:
 @pytest.mark.parametrize("backend", ["recurrence", *FAST])
 @pytest.mark.parametrize("input_mean", [0.0, 10.0])
 def test_transformers_computes_the_same(transformers_mlstm: ModuleType, backend: str, input_mean: float) -> None:
-    """Its recurrent form starts from m = 0, not -inf, which shows in m itself; elsewhere only eps would tell."""
+    """The recurrent form there starts from m = 0, not -inf, which shows in m itself; elsewhere only in eps."""
     B, T, H, K, V = 2, 37, 3, 8, 12
     inputs = make_inputs(B, T, H, K, V, input_mean=input_mean)
     with torch.no_grad():

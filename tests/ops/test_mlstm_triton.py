@@ -65,7 +65,7 @@ def large_states() -> dict[str, float]:
     inputs = make_inputs(1, 40, 1, 16, 24, state=True, gate_spread=1.0)
     sizes = {"q": 1.0, "k": 1e-3, "v": 1e-3, "C": 1e6, "n": 1e6}
     inputs = {name: x.detach() * sizes.get(name, 1.0) for name, x in inputs.items()}
-    inputs |= {name: inputs[name].abs() for name in "qn"}  # so that the normalizers are as large as the states
+    inputs |= {name: inputs[name].abs() for name in "qn"}  # the normalizers are then as large as the states
     inputs = {name: x.to(torch.float16 if name in "qkv" else torch.float32) for name, x in inputs.items()}
 
     def everything(backend: str, dtype: torch.dtype | None) -> dict[str, Tensor]:
@@ -199,7 +199,7 @@ def test_what_the_kernels_cannot_take_is_named() -> None:
 
 
 def verdict(broken: str | None) -> str:
-    """What the guard of every GPU says of the kernels, interpreted, with a part of the super-chunks' path `broken`."""
+    """Verdict of the guard of every GPU on the interpreted kernels, with a part of the super-chunks' path `broken`."""
     from xlstm_lm.ops.mlstm import operation, triton_op, triton_states
 
     def zero_borders(*arguments: Any, reverse: bool = False, **options: Any) -> Tensor:

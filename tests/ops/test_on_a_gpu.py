@@ -25,7 +25,7 @@ if not torch.cuda.is_available():
 
 SIXTEEN_BITS = ("plain", "two halves", "no state", "sigmoid", "not normalized", "several blocks and parts", "narrow")
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 5e-3}
-"""Of the largest entry of a value or gradient of the sLSTM: 1e-5 as float32 products are three on tensor cores."""
+"""Allowed error of the sLSTM, of the largest entry: 1e-5, because a float32 product is three on tensor cores."""
 SLSTM_SIZES = (8, 24, 32, 64, 80, 128, 136, 256)
 SLSTM_CASES = {
     "plain": {},

@@ -107,7 +107,7 @@ def test_equals_the_definition_in_real_sizes(monkeypatch, shape, dtype, tiles):
     ],
 )
 def test_no_barrier_can_be_left_out(monkeypatch, direction, barrier):
-    """That the emulation notices, in some order of events at least; so passing above says that the barriers suffice."""
+    """The emulation notices it, in some order of events at least. Passing above then shows that barriers suffice."""
 
     def goes_wrong(seed):
         ignored = {direction: BARRIERS[barrier]}

@@ -52,7 +52,7 @@ def test_no_candidate_is_smaller_than_a_product_can_be() -> None:
 
 @pytest.fixture
 def on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Kernel:
-    """As if this were a GPU and the environment asked for autotuning; what is found is kept in `tmp_path`."""
+    """Pretend that this is a GPU with autotuning switched on; the launches found are kept in `tmp_path`."""
     kernel = Kernel()
     monkeypatch.setattr(triton_autotune, "ENABLED", True)
     monkeypatch.setattr(triton_autotune, "PATH", tmp_path / "cache" / "launches.json")

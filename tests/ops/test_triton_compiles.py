@@ -31,7 +31,7 @@ print(len(trained), *(name for key, name in trained.items() if key not in checke
 
 
 def compiled(*arguments: str) -> list[dict]:
-    """What `eval.compile_report` says, from a process where Triton compiles (in ours it may interpret)."""
+    """Rows of `eval.compile_report`, from a process where Triton compiles (here it may interpret)."""
     printed = run_without_interpreter("-m", "eval.compile_report", "--json", *arguments)
     return [json.loads(line) for line in printed.splitlines() if line.startswith("{")]
 

@@ -1,6 +1,6 @@
 """Steps through DeepSpeed beside the same steps of a plain PyTorch loop; also a program for torchrun.
 
-Every rank computes the plain loop on the whole batch, so that each comparison is against one process and no sharding.
+Every rank computes the plain loop on the whole batch: each comparison is against one process and no sharding.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ SCHEDULE = ScheduleConfig(kind="cosine", warmup=2, cooldown=1)
 
 
 def batches(steps: int = STEPS) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Tokens and targets; the first rows have few targets, so that ranks and micro batches weigh differently."""
+    """Tokens and targets; the first rows have few targets, and ranks and micro batches weigh differently."""
     generator = torch.Generator().manual_seed(1)
     made = []
     for _ in range(steps):
@@ -73,7 +73,7 @@ def engine_step(world: World, engine: TrainingEngine, batch: tuple[torch.Tensor,
 
 
 class PlainLoop:
-    """torch.optim.AdamW, or another optimizer of ours, on one device, whole batch at once."""
+    """torch.optim.AdamW, or another optimizer of xlstm-lm, on one device, whole batch at once."""
 
     def __init__(self, model: TinyModel, optimizer: OptimizerConfig = OPTIMIZER) -> None:
         self.model = copy.deepcopy(model)
@@ -154,7 +154,7 @@ def compare(
 def compare_with_faults(
     world: World, stage: int, fault: str, optimizer: OptimizerConfig = OPTIMIZER
 ) -> dict[str, float]:
-    """As `compare`, with a fault on the last rank in the second and third step, which the plain loop never sees."""
+    """`compare` with a fault on the last rank in the second and third step, which the plain loop never sees."""
     model, engine = build_engine(world, stage, optimizer=optimizer)
     torch.manual_seed(0)
     plain = PlainLoop(TinyModel(), optimizer)

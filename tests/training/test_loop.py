@@ -77,7 +77,7 @@ def test_a_run_writes_what_it_promises(reference):
 
 
 def test_a_run_goes_on_where_a_checkpoint_stands(folder, reference, capsys):
-    """Of a run that died behind step 6: its later lines and a torn one are cut, then written again."""
+    """A run that died behind step 6 cuts its later lines and a torn one, then writes them again."""
     train(configure(folder))
     run_dir = folder / "run"
     for step in (9, 10):

@@ -1,4 +1,4 @@
-"""What cannot fit in memory is refused before anything is built; an error of allocation says what needs less."""
+"""A run that cannot fit in memory is refused before anything is built; an error of allocation names remedies."""
 
 from __future__ import annotations
 

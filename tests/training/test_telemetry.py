@@ -103,7 +103,7 @@ def test_the_learning_curve_is_drawn(tmp_path):
 
 @pytest.fixture
 def logged(monkeypatch):
-    """What reaches wandb."""
+    """Records that reach wandb."""
     found = []
     monkeypatch.setattr(wandb.sdk.wandb_run.Run, "log", lambda run, data: found.append(data))
     return found

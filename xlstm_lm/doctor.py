@@ -12,17 +12,9 @@ import torch
 
 from xlstm_lm.base.errors import first_line
 from xlstm_lm.base.machine import cpu_name, environment, version
+from xlstm_lm.ops.backend import Call, Expected, Sample, make_call
 from xlstm_lm.ops.native import KernelsUnavailableError
-from xlstm_lm.ops.operation import (
-    Call,
-    Expected,
-    Operation,
-    Sample,
-    choose,
-    error_of,
-    make_call,
-    why_impossible,
-)
+from xlstm_lm.ops.operation import Operation, choose, error_of, why_impossible
 from xlstm_lm.ops.operations import OPERATIONS
 from xlstm_lm.ops.selfcheck import TOLERANCE, undisturbed
 from xlstm_lm.training.deepspeed_config import choose_precision

@@ -24,8 +24,9 @@ from torch import Tensor
 from eval.bench.measure import dtype_name
 from xlstm_lm.ops import mlstm as mlstm_ops
 from xlstm_lm.ops import slstm as slstm_ops
+from xlstm_lm.ops.backend import Backend
 from xlstm_lm.ops.mlstm.operation import mlstm_inputs
-from xlstm_lm.ops.operation import Backend, Operation
+from xlstm_lm.ops.operation import Operation
 from xlstm_lm.ops.slstm.operation import slstm_inputs
 
 Function = Callable[..., Tensor]

@@ -12,9 +12,9 @@ import transformers.utils
 import yaml
 
 from xlstm_lm import hub
+from xlstm_lm.base.announce import announce_once
 from xlstm_lm.data import TokenizerConfig, build_tokenizer
 from xlstm_lm.models import MambaConfig, XLSTMConfig, build_model
-from xlstm_lm.ops.announce import announce_once
 from xlstm_lm.parallel.process_group import World
 from xlstm_lm.runs.checkpoint import write_checkpoint
 

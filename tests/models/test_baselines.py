@@ -8,7 +8,8 @@ from torch import nn
 
 from xlstm_lm.models import LSTMConfig, MambaConfig, TransformerConfig, build_model
 from xlstm_lm.ops import attention
-from xlstm_lm.ops.operation import make_call, verify
+from xlstm_lm.ops.backend import make_call
+from xlstm_lm.ops.operation import verify
 
 CONFIGS = {
     "transformer": TransformerConfig(num_heads=4),

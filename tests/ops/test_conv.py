@@ -11,11 +11,12 @@ from torch.utils.checkpoint import checkpoint
 
 from tests.ops.mlstm_cases import in_nan
 from tests.ops.stand_ins import replace_backend
+from xlstm_lm.base.announce import announce_once
 from xlstm_lm.ops import conv
-from xlstm_lm.ops.announce import announce_once
+from xlstm_lm.ops.backend import make_call
 from xlstm_lm.ops.conv import CONV, shifts
 from xlstm_lm.ops.native import load_kernels
-from xlstm_lm.ops.operation import make_call, verify
+from xlstm_lm.ops.operation import verify
 from xlstm_lm.ops.selfcheck import compare
 
 

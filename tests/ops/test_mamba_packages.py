@@ -9,12 +9,13 @@ import pytest
 import torch
 
 from tests.ops import mamba_packages
+from xlstm_lm.base.announce import announce_once
 from xlstm_lm.models import MambaConfig, build_model
 from xlstm_lm.ops import operation as operation_module
 from xlstm_lm.ops import ssd
-from xlstm_lm.ops.announce import announce_once
+from xlstm_lm.ops.backend import make_call
 from xlstm_lm.ops.conv import CONV, causal_conv
-from xlstm_lm.ops.operation import choose, make_call, recorded_choices, verify
+from xlstm_lm.ops.operation import choose, recorded_choices, verify
 from xlstm_lm.ops.selective_scan import SCAN, selective_scan
 from xlstm_lm.ops.selective_scan.operation import scan_inputs
 from xlstm_lm.ops.selfcheck import TOLERANCE, compare

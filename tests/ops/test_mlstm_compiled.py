@@ -10,8 +10,9 @@ import torch
 
 from tests.ops.mlstm_cases import assert_equal_to_definition, gradients, make_inputs, make_resets, run
 from xlstm_lm.ops import native
+from xlstm_lm.ops.backend import make_call
 from xlstm_lm.ops.mlstm import MLSTM, mlstm
-from xlstm_lm.ops.operation import choose, make_call
+from xlstm_lm.ops.operation import choose
 
 
 @pytest.fixture(autouse=True, scope="module")

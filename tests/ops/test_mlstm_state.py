@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from tests.ops.mlstm_cases import FAST, assert_halves_equal_the_whole, gradients, make_inputs, make_resets, run
+from xlstm_lm.base.announce import announce_once
 from xlstm_lm.ops import operation
-from xlstm_lm.ops.announce import announce_once
 from xlstm_lm.ops.mlstm import MLSTM, mlstm
 from xlstm_lm.ops.mlstm.recurrence import Options
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from tests.ops.mlstm_cases import in_nan, make_inputs, make_resets, run
+from xlstm_lm.ops.backend import resolve
 from xlstm_lm.ops.mlstm import mlstm
-from xlstm_lm.ops.operation import resolve
 
 CASES = {
     "plain": {},

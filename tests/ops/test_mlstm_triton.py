@@ -21,8 +21,9 @@ from tests.ops.mlstm_cases import (
     super_chunks_of,
 )
 from tests.ops.stand_ins import replace_backend
+from xlstm_lm.ops.backend import make_call
 from xlstm_lm.ops.mlstm import MLSTM
-from xlstm_lm.ops.operation import make_call, verify
+from xlstm_lm.ops.operation import verify
 
 pytest.importorskip("triton", reason="Triton is not installed (pip install 'xlstm-lm[gpu]')")
 

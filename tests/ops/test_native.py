@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from xlstm_lm.base.announce import announce_once
 from xlstm_lm.ops import native
-from xlstm_lm.ops.announce import announce_once
 
 CHOOSE = """
 import torch

@@ -17,7 +17,8 @@ from tests.ops.test_mlstm_step import CASES as STEP_CASES
 from tests.ops.test_mlstm_step import check, split, step_by_step
 from tests.ops.test_mlstm_triton import CASES as MLSTM_CASES
 from tests.ops.test_mlstm_triton import SLOW_CASES as LARGER_MLSTM_CASES
-from xlstm_lm.ops.operation import make_call, why_impossible
+from xlstm_lm.ops.backend import make_call
+from xlstm_lm.ops.operation import why_impossible
 from xlstm_lm.ops.slstm import SLSTM
 
 if not torch.cuda.is_available():

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from tests.ops.stand_ins import replace_backend
+from xlstm_lm.ops.backend import make_call
 from xlstm_lm.ops.mlstm import MLSTM
 from xlstm_lm.ops.mlstm.chunkwise import mlstm_chunkwise
-from xlstm_lm.ops.operation import choose, make_call, refuse, verify, why_impossible
+from xlstm_lm.ops.operation import choose, refuse, verify, why_impossible
 from xlstm_lm.ops.operations import OPERATIONS
 
 pytestmark = pytest.mark.usefixtures("fresh_choices")

@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from xlstm_lm.ops.announce import announce_once
+from xlstm_lm.base.announce import announce_once
+from xlstm_lm.ops.backend import make_call
 from xlstm_lm.ops.native import load_kernels
-from xlstm_lm.ops.operation import choose, make_call
+from xlstm_lm.ops.operation import choose
 from xlstm_lm.ops.slstm import SLSTM, slstm
 
 BACKEND_NAMES = pytest.mark.parametrize("backend", ["recurrence", "compiled", "batched"])

@@ -14,8 +14,9 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from tests.ops.stand_ins import replace_backend
-from xlstm_lm.ops.announce import announce_once
-from xlstm_lm.ops.operation import choose, make_call
+from xlstm_lm.base.announce import announce_once
+from xlstm_lm.ops.backend import make_call
+from xlstm_lm.ops.operation import choose
 from xlstm_lm.ops.selfcheck import errors, some_resets
 from xlstm_lm.ops.slstm import SLSTM, cuda_graphs, fused, operation, slstm
 from xlstm_lm.ops.slstm.operation import slstm_inputs

@@ -12,9 +12,9 @@ import torch
 from tests.ops.stand_ins import replace_backend
 from tests.training.processes import run_ranks
 from tests.training.runs import configure, records, write_text
+from xlstm_lm.base.announce import announce_once
 from xlstm_lm.models import LSTMConfig, MambaConfig, build_model
 from xlstm_lm.models.xlstm_config import XLSTMConfig
-from xlstm_lm.ops.announce import announce_once
 from xlstm_lm.ops.mlstm import MLSTM
 from xlstm_lm.ops.mlstm.compiled import mlstm_compiled
 from xlstm_lm.ops.operation import choose

@@ -7,8 +7,8 @@ import re
 
 import pytest
 
+from xlstm_lm.base.announce import announce_once
 from xlstm_lm.base.read_files import json_lines, read_json
-from xlstm_lm.ops.announce import announce_once
 from xlstm_lm.parallel.process_group import join_world
 from xlstm_lm.runs.folder import RunFolder
 from xlstm_lm.runs.picture import draw_learning_curve

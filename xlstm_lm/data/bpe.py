@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from xlstm_lm.base.announce import announce_once
 from xlstm_lm.base.outputs import check_new_folder, whole_or_not_at_all
 from xlstm_lm.base.paths import user_path
 from xlstm_lm.data.cuts import Cuts
@@ -14,7 +15,6 @@ from xlstm_lm.data.documents import documents
 from xlstm_lm.data.match_boundaries import UnknownBoundariesError
 from xlstm_lm.data.sources import FileSource, SourceConfig
 from xlstm_lm.data.tokenizer_files import END_OF_DOCUMENT, TokenizerConfig, save_tokenizer
-from xlstm_lm.ops.announce import announce_once
 
 PIECE_CHARACTERS = 1 << 20
 

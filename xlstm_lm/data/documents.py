@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
+from xlstm_lm.base.announce import announce_once
 from xlstm_lm.data.packing import Document
 from xlstm_lm.data.sources import START, Piece, Position, Record, Source, refuse
 from xlstm_lm.data.tokenizer import Tokenizer
-from xlstm_lm.ops.announce import announce_once
 
 LONG_DOCUMENT = 1 << 24  # characters
 

@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from xlstm_lm.base.announce import announce_once
 from xlstm_lm.base.paths import user_path
 from xlstm_lm.data.byte_tokenizer import ByteDecoder, byte_characters
 from xlstm_lm.data.cuts import Cuts
 from xlstm_lm.data.encoder import encoder_without, fallback, never_writes, unknown_token
 from xlstm_lm.data.match_boundaries import UnknownBoundariesError
 from xlstm_lm.data.tokenizer_files import TokenizerConfig, is_fault_of_library, save_tokenizer, unreadable
-from xlstm_lm.ops.announce import announce_once
 
 PIECE_CHARACTERS = 1 << 16  # a text is encoded in pieces of so many characters, or as few more as it can
 LONG_PIECE = 1 << 22

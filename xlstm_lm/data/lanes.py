@@ -13,12 +13,12 @@ from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import Any
 
+from xlstm_lm.base.announce import announce_once
 from xlstm_lm.data.config import DataConfig
 from xlstm_lm.data.documents import documents, tokenized
 from xlstm_lm.data.packing import Document, Row, pack
 from xlstm_lm.data.sources import KINDS, START, Piece, Position, Record, Source
 from xlstm_lm.data.tokenizer import Tokenizer
-from xlstm_lm.ops.announce import announce_once
 
 UNKNOWN = {"turn": 0, "checksum": None, "read": None}
 """Fields that the state of a lane lacks in checkpoints of order 1, which does not need them to go on."""

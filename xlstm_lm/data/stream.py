@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
+from xlstm_lm.base.announce import announce_once
 from xlstm_lm.data.batch import Batch, stack_rows
 from xlstm_lm.data.config import DataConfig
 from xlstm_lm.data.fingerprint import changed_files, fingerprint_differences, source_differences
@@ -16,7 +17,6 @@ from xlstm_lm.data.packing import Row
 from xlstm_lm.data.sources import ORDER, Piece, Source, open_source
 from xlstm_lm.data.tokenizer import Tokenizer
 from xlstm_lm.data.worker import Worker, produce
-from xlstm_lm.ops.announce import announce_once
 
 
 class TrainingStream:

@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 
 import xlstm_lm
-from xlstm_lm.ops.operation import Backend, Operation, make_call
+from xlstm_lm.ops.backend import Backend, make_call
+from xlstm_lm.ops.operation import Operation
 from xlstm_lm.ops.operations import OPERATIONS
 
 PACKAGE = Path(xlstm_lm.__file__).parent

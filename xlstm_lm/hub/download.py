@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from xlstm_lm.base.announce import announce_once
 from xlstm_lm.base.paths import user_path
 from xlstm_lm.hub.layouts import MODEL_TYPES, read_mapping
-from xlstm_lm.ops.announce import announce_once
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 WANTED = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.yaml"]

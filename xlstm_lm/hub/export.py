@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from xlstm_lm.base import console
+from xlstm_lm.base.announce import announce_once
 from xlstm_lm.base.durable_files import write_durably
 from xlstm_lm.base.outputs import check_new_folder, whole_or_not_at_all
 from xlstm_lm.base.paths import user_path
@@ -32,7 +33,6 @@ from xlstm_lm.hub.load import TrainedModel, load
 from xlstm_lm.hub.model_card import write_model_card
 from xlstm_lm.hub.push import check_repository_name, push
 from xlstm_lm.hub.tokenizer_files import save_tokenizer_files
-from xlstm_lm.ops.announce import announce_once
 from xlstm_lm.runs.folder import RunFolder
 
 FORMATS: dict[str, tuple[ExportFormat, ...]] = {

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from xlstm_lm.base.announce import announce_once
 from xlstm_lm.base.read_files import read_json
 from xlstm_lm.base.recipe import read_recipe
 from xlstm_lm.base.tensor_files import read_tensors, tensor_files, tensor_names
@@ -19,7 +20,6 @@ from xlstm_lm.hub.formats.own_format import MODEL_TYPE, from_export
 from xlstm_lm.hub.formats.package_layout import from_package
 from xlstm_lm.hub.formats.transformers_layout import from_transformers
 from xlstm_lm.models import FAMILIES, pinned_backends, with_free_backends
-from xlstm_lm.ops.announce import announce_once
 from xlstm_lm.runs.checkpoint import find_checkpoint, looks_like_a_checkpoint, read_checkpoint
 from xlstm_lm.runs.folder import RunFolder
 

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_sequence, pad_sequence
 
+from xlstm_lm.base.announce import announce_once
 from xlstm_lm.base.fields import Epsilon, Range, Share, Size, VocabSize, check_fields
 from xlstm_lm.models.language_model import LanguageModel
 from xlstm_lm.models.layers import NumBlocks, SoftCap
 from xlstm_lm.models.mixers.mixer import Mixer, Observer, OperationUse, State
-from xlstm_lm.ops.announce import announce_once
 from xlstm_lm.ops.document_rnn import KERNELS, document_rnn
 
 GATES = {"lstm": 4, "gru": 3, "rnn": 1}

@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 
+from xlstm_lm.base.announce import announce_once
 from xlstm_lm.base.machine import assembler, version
-from xlstm_lm.ops.announce import announce_once
 from xlstm_lm.ops.gpu import architecture
 from xlstm_lm.ops.sass import disassembled, hazards
 

@@ -15,8 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from xlstm_lm.ops.announce import announce_once
-from xlstm_lm.ops.operation import Backend, Call, Cost, Operation, Sample
+from xlstm_lm.base.announce import announce_once
+from xlstm_lm.ops.backend import Backend, Call, Cost, Sample
+from xlstm_lm.ops.operation import Operation
 from xlstm_lm.ops.selfcheck import Checked, some_resets
 
 SHORT = 128  # mean steps of a document below which one masked product beats a call for each, on a CPU

@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from xlstm_lm.ops.announce import announce_once
+from xlstm_lm.base.announce import announce_once
 
 _DIGEST_BYTES = hashlib.sha256().digest_size
 

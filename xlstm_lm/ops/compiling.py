@@ -16,12 +16,6 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 _libraries: list[torch.library.Library] = []  # an operator lives as long as its library
 
 
-def constant_result(function: Function) -> Function:
-    """`torch.compiler.assume_constant_result`, which sets this attribute and does nothing else."""
-    function._dynamo_marked_constant = True  # type: ignore[attr-defined] # functions have no attribute of that name yet
-    return function
-
-
 def not_compiled(package: str) -> Callable[[Function], Function]:
     """`torch.compiler.disable` for a function that calls `package`, where that is installed."""
     return torch.compiler.disable if importlib.util.find_spec(package) else lambda function: function

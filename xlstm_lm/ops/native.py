@@ -24,10 +24,10 @@ from pathlib import Path
 
 import torch
 
+from xlstm_lm.base.announce import announce_once
 from xlstm_lm.base.durable_files import crc32_of, replace_durably
 from xlstm_lm.base.read_files import read_json
-from xlstm_lm.ops.announce import announce_once
-from xlstm_lm.ops.compiling import constant_result
+from xlstm_lm.base.tracing import constant_result
 from xlstm_lm.ops.native_operators import register_operators
 
 _OPS = Path(__file__).parent

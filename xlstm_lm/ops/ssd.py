@@ -13,9 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from xlstm_lm.ops.backend import Backend, Call, Cost, Sample
 from xlstm_lm.ops.compiling import not_compiled
 from xlstm_lm.ops.mlstm import mlstm
-from xlstm_lm.ops.operation import Backend, Call, Cost, Operation, Sample
+from xlstm_lm.ops.operation import Operation
 from xlstm_lm.ops.selfcheck import TOLERANCE, Checked, some_resets
 
 Result = tuple[Tensor, Tensor | None]

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from xlstm_lm.base.announce import announce_once
 from xlstm_lm.base.durable_files import disk_errors_explained, replace_durably
 from xlstm_lm.base.read_files import NUMBER_OR_NULL, Fields, Line, json_lines, read_json
 from xlstm_lm.base.recipe import read_recipe
@@ -28,7 +29,6 @@ from xlstm_lm.base.run_layout import (
     checkpoint_folders,
     run_of_checkpoint,
 )
-from xlstm_lm.ops.announce import announce_once
 
 logger = logging.getLogger("xlstm_lm")
 

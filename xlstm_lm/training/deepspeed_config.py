@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import torch
 
-from xlstm_lm.ops.announce import announce_once
+from xlstm_lm.base.announce import announce_once
 
 Precision = Literal["bf16", "fp32"]
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
+from xlstm_lm.base.announce import announce_once
 from xlstm_lm.models.mixers.mixer import OperationUse
-from xlstm_lm.ops.announce import announce_once
 from xlstm_lm.ops.mlstm.triton_launch import TUNED
 from xlstm_lm.ops.operation import choose, refuse, verdict
 from xlstm_lm.parallel.process_group import World

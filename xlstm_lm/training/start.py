@@ -12,13 +12,13 @@ from typing import Any
 import torch
 
 from xlstm_lm.base import console
+from xlstm_lm.base.announce import announce_once
 from xlstm_lm.base.finite import listed
 from xlstm_lm.base.lease import FolderLease
 from xlstm_lm.base.outputs import check_run_folder
 from xlstm_lm.base.paths import user_path
 from xlstm_lm.data import Tokenizer
 from xlstm_lm.data.training_data import Stream
-from xlstm_lm.ops.announce import announce_once
 from xlstm_lm.parallel.process_group import World
 from xlstm_lm.runs.checkpoint import Checkpoint, find_checkpoint, newest_checkpoint, read_checkpoint, remove_leftovers
 from xlstm_lm.runs.fit import Wanted, check_fit

@@ -8,10 +8,10 @@ import os
 import sysconfig
 from pathlib import Path
 
+from xlstm_lm.base.announce import announce_once
 from xlstm_lm.base.paths import user_path
 from xlstm_lm.data.sources.config import SourceConfig
 from xlstm_lm.data.sources.record import ORDER
-from xlstm_lm.ops.announce import announce_once
 
 # Not text a person would read first: tests hold files that are broken on purpose, site-packages is not the library.
 STDLIB_EXCLUDED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}

@@ -14,12 +14,12 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 
+from xlstm_lm.base.announce import announce_once
 from xlstm_lm.data.sources.config import KINDS, SourceConfig
 from xlstm_lm.data.sources.contents import BYTE_ORDER_MARK, HEAD_BYTES, READ_ERRORS, Contents, hash_files, open_text
 from xlstm_lm.data.sources.listing import list_files, stdlib_files
 from xlstm_lm.data.sources.readers import Shard
 from xlstm_lm.data.sources.record import ORDER, START, Piece, Position, Record
-from xlstm_lm.ops.announce import announce_once
 
 JSON_NAMES = {".json", ".jsonl", ".ndjson"}
 JSON_BEGINNING = re.compile(rb'\s*(\[\s*)?\{\s*"[^"\n]*"\s*:')

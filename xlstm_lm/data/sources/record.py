@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, NamedTuple, Protocol
 
+from xlstm_lm.base.announce import announce_once
 from xlstm_lm.data.sources.config import SourceConfig
-from xlstm_lm.ops.announce import announce_once
 
 ORDER = 2
 """Version of the order of documents, kept in checkpoints: a run goes on in the order it began with. In order 1, lanes

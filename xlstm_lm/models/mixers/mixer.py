@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from xlstm_lm.base.fields import Size, check_fields
 from xlstm_lm.models.layers import round_up
-from xlstm_lm.ops.operation import Call, Operation, make_call
+from xlstm_lm.ops.backend import Call, make_call
+from xlstm_lm.ops.operation import Operation
 
 State = tuple[Tensor, ...]
 """Everything that a mixer keeps after the last token, each tensor with the batch first."""

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from xlstm_lm.ops.operation import Backend, Call, Cost, Operation, Sample
+from xlstm_lm.ops.backend import Backend, Call, Cost, Sample
+from xlstm_lm.ops.operation import Operation
 from xlstm_lm.ops.selfcheck import TOLERANCE, Checked, some_resets
 
 

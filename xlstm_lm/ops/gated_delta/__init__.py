@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from xlstm_lm.ops.backend import Backend, Call, Cost, Sample
 from xlstm_lm.ops.heads import check_shapes, sizes_of
-from xlstm_lm.ops.operation import Backend, Call, Cost, Operation, Sample
+from xlstm_lm.ops.operation import Operation
 from xlstm_lm.ops.selfcheck import TOLERANCE, Checked, some_resets
 
 CHUNK_LENGTH = 64

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from xlstm_lm.ops.backend import Backend, Call, Cost, Sample, resolve
 from xlstm_lm.ops.mlstm.recurrence import DEFAULTS, State
-from xlstm_lm.ops.operation import Backend, Call, Cost, Operation, Sample, resolve
+from xlstm_lm.ops.operation import Operation
 from xlstm_lm.ops.selfcheck import TOLERANCE, Checked, some_resets
 
 STATE_ENTRIES = 2**17

@@ -21,7 +21,7 @@ import torch
 import triton
 from torch import Tensor
 
-from xlstm_lm.ops.announce import announce_once
+from xlstm_lm.base.announce import announce_once
 from xlstm_lm.ops.build_cache import node_local_folder
 from xlstm_lm.ops.mlstm.triton_launch import TUNED, Launch
 

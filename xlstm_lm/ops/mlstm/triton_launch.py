@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 import torch
 
+from xlstm_lm.base.tracing import constant_result
 from xlstm_lm.ops.assembler import why_not_chained
-from xlstm_lm.ops.compiling import constant_result
 from xlstm_lm.ops.gpu import ARCHITECTURES, KIB, architecture, padded, processors, why_no_launches
 
 PROGRAMS = 2

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from xlstm_lm.ops.announce import announce_once
+from xlstm_lm.base.announce import announce_once
 from xlstm_lm.ops.nvrtc import Kernel, compile_cuda
 from xlstm_lm.ops.slstm.fused import CHECKPOINT_STEPS
 from xlstm_lm.ops.slstm.recurrence import SLSTMState

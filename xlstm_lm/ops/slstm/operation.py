@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xlstm_lm.ops.operation import Backend, Call, Cost, Operation, Sample, resolve
+from xlstm_lm.ops.backend import Backend, Call, Cost, Sample, resolve
+from xlstm_lm.ops.operation import Operation
 from xlstm_lm.ops.selfcheck import Checked, some_resets
 
 

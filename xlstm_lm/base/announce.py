@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 
-from xlstm_lm.ops.compiling import constant_result
+from xlstm_lm.base.tracing import constant_result
 
 
 @functools.cache

@@ -61,12 +61,12 @@ def mlstm_calls(
 
     def both() -> None:
         gates = sigmoid, normalize, 1e-6
-        h, *last, c, x, m_BHT, x_divided, d, weights = triton_op.launch_forward(
+        h, C_last, n_last, _, c, x, m_BHT, x_divided, d, weights = triton_op.launch_forward(
             q, k, v, i, f, resets_BT, C, n, m, state, *gates
         )  # fmt: skip
-        last = last[:2] if state else (None, None)
+        last = (C_last, n_last) if state else (None, None)
         triton_op.launch_backward(
-            q, k, v, i, f, resets_BT, C, n, h, c, x, m_BHT, x_divided, d, weights, h, *last, *gates
+            q, k, v, i, f, resets_BT, C, n, h, c, x, m_BHT, x_divided, d, weights, h, last[0], last[1], *gates
         )  # fmt: skip
 
     with mock.patch.object(triton_op, "architecture", lambda device: target):

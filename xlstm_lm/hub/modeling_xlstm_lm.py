@@ -5,7 +5,7 @@ Padding changes nothing, and documents packed into one row do not see each other
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -169,9 +169,10 @@ class XLSTMLMModel(XLSTMLMPreTrainedModel):
         for piece in pieces:
             piece_BTD, piece_resets_BT = x_BTD[:, piece], None if resets_BT is None else resets_BT[:, piece]
             keep = return_state or piece is not pieces[-1]
-            next_states, states = [], states or [None] * len(self.blocks)
-            contexts = make_contexts(self.blocks, piece_BTD, piece_resets_BT, states)
-            for block, context, state in zip(self.blocks, contexts, states, strict=True):
+            next_states: list[tuple[Tensor, ...]] = []
+            before: Sequence[tuple[Tensor, ...] | None] = states or [None] * len(self.blocks)
+            contexts = make_contexts(self.blocks, piece_BTD, piece_resets_BT, before)
+            for block, context, state in zip(self.blocks, contexts, before, strict=True):
                 if output_hidden_states:  # all positions are one piece, and what is returned is part of the graph
                     layers.append(layout.restore(piece_BTD))
                     piece_BTD = layout.arrange(layers[-1])

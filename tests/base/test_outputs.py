@@ -58,6 +58,7 @@ def place(tmp_path):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(content)
     (tmp_path / "empty").mkdir()
+    (tmp_path / "launched" / "logs" / "job_7_attempt_0").mkdir(parents=True)
     (tmp_path / "link").symlink_to("run/checkpoints/step_00000004")
     (tmp_path / "nowhere").symlink_to("unmounted")
     (tmp_path / "loop").symlink_to("loop")
@@ -104,7 +105,10 @@ def test_a_run_is_refused_where_something_else_lies(place, name, message):
         check_run_folder(place / name)
 
 
-@pytest.mark.parametrize("name", ["run", "run/../run", "begun", "logs", "empty", "new", "new/er", "run/branch"])
+FREE = ["run", "run/../run", "begun", "logs", "launched", "empty", "new", "new/er", "run/branch"]
+
+
+@pytest.mark.parametrize("name", FREE)
 def test_a_run_may_go_where_a_run_is_or_nothing_that_matters(place, name):
     check_run_folder(place / name)
 

@@ -27,6 +27,7 @@ from xlstm_lm.base.lease import LEASE_FILE, FolderLease
 from xlstm_lm.base.run_layout import (
     CHECKPOINTS,
     CONFIG,
+    LOGS,
     MANIFEST,
     RUN_NAMES,
     STATE,
@@ -102,8 +103,8 @@ def check_run_folder(run_dir: Path) -> None:
     """Refuse a folder that neither is a run's nor can become one.
 
     It may be absent, empty, or hold a run. It may also hold what people and schedulers put there before a run begins:
-    files (no folders) that match `STRAY_FILES`. A config.yaml that no run has written is somebody's own and would be
-    replaced, so it is refused as everything else is.
+    files that match `STRAY_FILES`, and the folder `logs` of the launch scripts. A config.yaml that no run has written
+    is somebody's own and would be replaced, so it is refused as everything else is.
 
     Raises:
         ValueError: names what is there.
@@ -135,7 +136,7 @@ def check_run_folder(run_dir: Path) -> None:
         )
     for path in sorted(run_dir.iterdir()):
         stray = any(fnmatch.fnmatch(path.name.lower(), pattern) for pattern in STRAY_FILES)
-        if (path.is_dir() or not stray) and path.name != "lost+found":  # which every new disk has
+        if (path.is_dir() or not stray) and path.name not in (LOGS, "lost+found"):  # which every new disk has
             raise ValueError(f"training.run_dir {run_dir} is no run's folder and is not empty ({path.name}); {choose}")
 
 

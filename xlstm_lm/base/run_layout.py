@@ -16,6 +16,8 @@ SAMPLES = "samples.jsonl"
 ENVIRONMENT = "environment.json"
 CURVE = "learning_curve.png"
 LIBRARY_LOG = "libraries.log"
+LOGS = "logs"
+"""A folder with the output of each rank and attempt, which the launch scripts make before the run begins."""
 WANDB_ID = "wandb.json"
 WANDB = "wandb"
 """The folder that Weights & Biases writes to."""
@@ -32,7 +34,7 @@ MANIFEST = "manifest.json"
 """In a checkpoint: sizes and checksums of its files, written last."""
 
 RUN_NAMES = (
-    *(CONFIG, METRICS, SUPERSEDED, SAMPLES, ENVIRONMENT, CURVE, LIBRARY_LOG, CHECKPOINTS, WANDB, WANDB_ID),
+    *(CONFIG, METRICS, SUPERSEDED, SAMPLES, ENVIRONMENT, CURVE, LIBRARY_LOG, LOGS, CHECKPOINTS, WANDB, WANDB_ID),
     *(MODEL_RECIPE, TOKENIZER, ORIGIN, LEASE_FILE),
 )
 """Names in a run's folder that the run writes itself."""

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from xlstm_lm.models import build_model
 from xlstm_lm.models.accounting import parameter_shapes
@@ -78,3 +79,15 @@ def test_their_models_can_be_built(name):
         model = build_model(run.model)
     assert len(model.no_decay_parameter_names()) > run.model.num_blocks
     assert model.head.weight.shape == (run.model.vocab_size, run.model.embedding_dim)
+
+
+@pytest.mark.parametrize(
+    "path", sorted((RECIPES[0].parents[1] / "deepspeed").glob("*.yaml")), ids=lambda path: path.stem
+)
+def test_deepspeeds_files_leave_no_dangerous_default(path):
+    section = yaml.safe_load(path.read_text())["deepspeed"]
+    zero = section["zero_optimization"]
+    assert section["communication_data_type"] == "fp32"
+    assert zero["overlap_comm"] is False
+    assert zero["reduce_bucket_size"] > 0
+    assert zero["prefetch_bucket_size" if zero["stage"] == 3 else "allgather_bucket_size"] > 0

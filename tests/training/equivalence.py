@@ -9,6 +9,7 @@ import copy
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -44,6 +45,7 @@ def build_engine(
     seed: int = 0,
     optimizer: OptimizerConfig = OPTIMIZER,
     model_class: type[TinyModel] = TinyModel,
+    section: dict[str, Any] | None = None,
 ) -> tuple[TinyModel, TrainingEngine]:
     torch.manual_seed(seed)
     model = model_class(tied)
@@ -51,7 +53,7 @@ def build_engine(
     engine = TrainingEngine(
         model,
         optimizer,
-        {"zero_optimization": zero},
+        {"zero_optimization": zero} | (section or {}),
         world=world,
         precision=precision,
         micro_batch_size=MICRO_ROWS,

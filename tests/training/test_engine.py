@@ -78,6 +78,13 @@ def test_two_processes_equal_a_plain_loop(tmp_path):
             assert difference < TOLERANCE, (case, name)
 
 
+def test_gradients_of_a_bf16_run_are_summed_in_float32_unless_the_recipe_says_otherwise():
+    found = json.loads(run_ranks(2, "reducing").splitlines()[-1])
+    for stage in (1, 2, 3):
+        assert found[f"stage {stage}, default"] == ["torch.float32"]
+        assert found[f"stage {stage}, bf16"] == ["torch.bfloat16"]
+
+
 def test_the_z_loss_is_part_of_the_training_loss_alone():
     tokens_BT = torch.randint(0, VOCABULARY, (2, 5))
     plain, module = TrainingModule(TinyModel()), TrainingModule(TinyModel(), z_loss=0.1)

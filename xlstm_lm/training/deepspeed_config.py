@@ -68,6 +68,8 @@ def deepspeed_json(
         "zero_force_ds_cpu_optimizer": False,
     }
     config.setdefault("zero_allow_untested_optimizer", True)
+    # DeepSpeed would sum a bf16 run's gradients in bf16, each addition of a ring rounded to 8 bits.
+    config.setdefault("communication_data_type", "fp32")
     if precision == "bf16":
         config.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
     return config

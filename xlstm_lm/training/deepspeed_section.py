@@ -276,8 +276,8 @@ class DeepSpeedSection(TypedDict, total=False):
 
     zero_optimization: ZeroOptimization
     """ZeRO."""
-    communication_data_type: Literal["fp32", "fp16", "bf16"] | None
-    """Type of gradients that are summed over processes."""
+    communication_data_type: Literal["fp32", "bf16"]
+    """Type in which gradients are summed over processes; fp32 where it is not given, also in a run in bf16."""
     data_types: DataTypes
     """Data types."""
     prescale_gradients: StrictBool

@@ -112,7 +112,8 @@ def _run_result(runs: Runs, run: PlannedRun, section: Any, is_final: bool) -> Ru
     state = examine(run)
     flops = training_flops_per_token(section, run.config.data.context_length)
     trained = [each for each in state.records if each["split"] == "train"]
-    last = state.records[-1] if state.records else {"step": 0, "tokens": 0, "elapsed_seconds": 0.0}
+    measured = [each for each in state.records if each["split"] != "event"]
+    last = measured[-1] if measured else {"step": 0, "tokens": 0, "elapsed_seconds": 0.0}
     speeds = [each["tokens_per_second"] for each in trained[1:]]  # the first includes one-time work
     tested = None
     if is_final and runs.comparison.config.test and state.status == "finished":

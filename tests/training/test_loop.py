@@ -243,7 +243,11 @@ def test_a_gradient_that_is_not_finite_skips_the_step(folder, monkeypatch, caplo
     skipped = [each for each in records(folder / "run") if each.get("skipped")]
     assert [each["step"] for each in skipped] == [2, 3]
     assert all(each["grad_norm"] is None for each in skipped)
-    assert "Step 2 skipped: its loss or gradient is not finite. Weights are unchanged." in caplog.text
+    message = "Step 2 skipped: its loss or gradient is not finite. Weights are unchanged."
+    assert message in caplog.text
+    events = [each for each in records(folder / "run") if each["split"] == "event"]
+    assert [(each["step"], each["event"]) for each in events] == [(2, "skipped"), (3, "skipped")]
+    assert events[0]["message"] == message and all("train.txt" in each for each in events[0]["documents"])
     newest = next(iter(checkpoint_folders(folder / "run").values()))
     state = json.loads((newest / "state.json").read_text())
     assert state["skipped_steps"] == 2 and state["optimizer_steps"] == 8 and state["step"] == 10

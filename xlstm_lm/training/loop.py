@@ -178,12 +178,14 @@ class Trainer:
             result = self.engine.train_step(micro_batches, self.world.size / counts[0].clamp(min=1), learning_rate)
             self.step += 1
             self.report.count(counts[0])
-            self.skips.observe(
+            skipped = self.skips.observe(
                 result.applied,
                 self.step,
                 lambda batch=batch: self.document_ids(batch),
                 self.engine.weights_are_finite,
             )
+            if skipped:
+                self.report.event(self.step, "skipped", skipped, documents=self.document_ids(batch))
 
             last = self.step == training.steps
             gates_due = training.gate_statistics_every and self.step % training.gate_statistics_every == 0

@@ -148,6 +148,18 @@ class Report:
             f"validation at step {step}: {bits}loss {record['loss']:.4f}, perplexity {record['perplexity']:.2f}"
         )
 
+    def event(self, step: int, kind: str, message: str, **fields: Any) -> None:
+        """Report something that happened once, such as a skipped step, as a line of split event. Prints nothing.
+
+        Args:
+            step: Number of steps made.
+            kind: Name of the kind of event, such as skipped.
+            message: Sentences for a reader.
+            fields: Further JSON values by name.
+        """
+        if self.world.is_first:
+            self._write({"split": "event", "step": step, "event": kind, "message": message, **fields})
+
     def sync(self) -> None:
         """Flush all records to the disk."""
         if self.world.is_first:

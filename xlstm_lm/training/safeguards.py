@@ -45,22 +45,26 @@ class SkipCounter:
         step: int,
         document_ids: Callable[[], list[str]],
         weights_are_finite: Callable[[], bool],
-    ) -> None:
+    ) -> str:
         """Count a step (numbered from 1). Both functions are collective: all ranks call them or none.
+
+        Returns:
+            Report of the skipped step, which is also logged; empty if the step was applied.
 
         Raises:
             RunError: more were skipped in a row than allowed; names the step and the documents of its batch.
         """
         if applied:
             self.in_a_row = 0
-            return
+            return ""
         self.total += 1
         self.in_a_row += 1
         finite = weights_are_finite()
         if self.in_a_row <= self.config.max_skipped_steps:
             weights = "Weights are unchanged." if finite else "Weights are not finite either."
-            logger.warning("Step %d skipped: its loss or gradient is not finite. %s", step, weights)
-            return
+            message = f"Step {step} skipped: its loss or gradient is not finite. {weights}"
+            logger.warning(message)
+            return message
         if finite:
             cause = (
                 f"The documents of this step's batch: {', '.join(document_ids())}. Look at them, or lower "

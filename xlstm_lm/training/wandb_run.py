@@ -88,7 +88,7 @@ class WandbRun:
             self._run = wandb.init(mode="offline", **arguments)
         # wandb's own step counter starts at 0 offline and after a kill.
         self._run.define_metric("step")
-        for split in ("train", "validation"):
+        for split in ("train", "validation", "event"):
             self._run.define_metric(f"{split}/*", step_metric="step")
 
     @property

@@ -178,7 +178,7 @@ def test_a_stopped_run_is_saved_and_goes_on(number, folder, reference, monkeypat
 
 
 def test_before_the_first_step_ctrl_c_stops_at_once(folder, monkeypatch):
-    monkeypatch.setattr(loop, "build_model", lambda config: os.kill(os.getpid(), signal.SIGINT))
+    monkeypatch.setattr(loop, "unbuilt_model", lambda config: os.kill(os.getpid(), signal.SIGINT))
     with pytest.raises(KeyboardInterrupt):
         train(configure(folder))
     assert not (folder / "run" / "checkpoints").exists()

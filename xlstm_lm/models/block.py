@@ -69,25 +69,34 @@ class Block(nn.Module):
             x_BTD = x_BTD + self.feedforward(self.feedforward_norm(x_BTD))
         return x_BTD, state
 
+    def init_weights(self, index: int, depth: int) -> None:
+        """Initialize every parameter, in block `index` from 0 of `depth`."""
+        for _ in self.initialize_in_turn(index, depth):
+            pass
+
     @torch.no_grad()
-    def init_weights(self, index: int, depth: int, mixer_first: bool = False) -> None:
-        """Initialize every parameter, in block `index` from 0 of `depth`.
+    def initialize_in_turn(self, index: int, depth: int, mixer_first: bool = False) -> Iterator[Tensor]:
+        """Initialize every parameter; yields each right before its values are written.
 
         Args:
             index: Position of the block, from 0.
             depth: Number of blocks.
             mixer_first: Whether the mixer's weights are drawn before the feed-forward's.
         """
+        yield self.norm.weight
         nn.init.ones_(self.norm.weight)
         if mixer_first:
-            self.mixer.init_weights(index, depth)
+            yield from self.mixer.initialize_in_turn(index, depth)
         if self.feedforward is not None:
             width = self.norm.weight.shape[0]
+            yield self.feedforward_norm.weight
             nn.init.ones_(self.feedforward_norm.weight)
+            yield self.feedforward.gate_up.weight
             nn.init.normal_(self.feedforward.gate_up.weight, std=small_std(width))
+            yield self.feedforward.down.weight
             nn.init.normal_(self.feedforward.down.weight, std=residual_std(width, depth))
         if not mixer_first:
-            self.mixer.init_weights(index, depth)
+            yield from self.mixer.initialize_in_turn(index, depth)
 
 
 def make_contexts(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -92,17 +92,26 @@ class LanguageModel(nn.Module):
             reduction=reduction,
         )
 
-    @torch.no_grad()
     def init_weights(self) -> None:
         """Initialize every parameter as the authors of its kind of block do, from torch's current random state."""
+        for _ in self.initialize_in_turn():
+            pass
+
+    @torch.no_grad()
+    def initialize_in_turn(self) -> Iterator[Tensor]:
+        """Initialize every parameter; yields each right before its values are written, a tied one twice."""
         in_order, std, depth = self.config.drawn_in_order, self.config.embedding_std, len(self.blocks)
+        yield self.embedding.weight
         nn.init.normal_(self.embedding.weight, std=std)
         if not in_order:
+            yield self.head.weight
             nn.init.normal_(self.head.weight, std=std)
+        yield self.final_norm.weight
         nn.init.ones_(self.final_norm.weight)
         for index, block in enumerate(self.blocks):
-            block.init_weights(index, depth, mixer_first=in_order)
+            yield from block.initialize_in_turn(index, depth, mixer_first=in_order)
         if in_order and not self.config.tie_embeddings:
+            yield self.head.weight
             nn.init.normal_(self.head.weight, std=std)
 
     def no_decay_parameter_names(self) -> set[str]:

@@ -4,7 +4,7 @@ gated feed-forward."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Annotated, Literal
 
 import torch
@@ -107,10 +107,12 @@ class CausalConv(nn.Module):
         self.weight = nn.Parameter(torch.empty(width, kernel_size))
         self.bias = nn.Parameter(torch.empty(width))
 
-    def init_weights(self) -> None:
-        """torch.nn.Conv1d's own start: uniform within one over the root of the taps."""
+    def initialize_in_turn(self) -> Iterator[Tensor]:
+        """Start as torch.nn.Conv1d does, uniform within one over the root of the taps; yields as a mixer's does."""
         bound = self.weight.shape[1] ** -0.5
+        yield self.weight
         nn.init.uniform_(self.weight, -bound, bound)
+        yield self.bias
         nn.init.uniform_(self.bias, -bound, bound)
 
     def forward(

@@ -247,19 +247,25 @@ class Layer(Mixer):
         return torch.stack(steps, dim=1), (y_BH, c_BH)
 
     @torch.no_grad()
-    def init_weights(self, index: int, depth: int) -> None:
+    def initialize_in_turn(self, index: int, depth: int) -> Iterator[Tensor]:
         """Make each gate's recurrence orthogonal (arXiv 1312.6120); no biases but an LSTM's forget gate's."""
+        yield self.input_weight
         for gate in self.input_weight.chunk(GATES[self.config.cell]):
             nn.init.xavier_uniform_(gate)
+        yield self.recurrent_weight
         for gate in self.recurrent_weight.chunk(GATES[self.config.cell]):
             nn.init.orthogonal_(gate)
+        yield self.bias
         nn.init.zeros_(self.bias)
         if self.config.cell == "lstm":  # gates in torch's order: input, forget, cell input, output
             self.bias.chunk(4)[1].fill_(self.config.forget_bias)
         if self.config.peepholes:
+            yield self.peephole
             nn.init.zeros_(self.peephole)
         if isinstance(self.norm, nn.LayerNorm):
+            yield self.norm.weight
             nn.init.ones_(self.norm.weight)
+            yield self.norm.bias
             nn.init.zeros_(self.norm.bias)
 
 
@@ -275,10 +281,12 @@ class LSTM(LanguageModel):
         return self.dropout(super().embed(tokens_BT))
 
     @torch.no_grad()
-    def init_weights(self) -> None:
+    def initialize_in_turn(self) -> Iterator[Tensor]:
         """Draw an embedding of unit variance, as the input projections expect it (Glorot and Bengio, 2010), the head,
         then the layers."""
+        yield self.embedding.weight
         nn.init.normal_(self.embedding.weight)
+        yield self.head.weight
         nn.init.normal_(self.head.weight, std=self.config.width**-0.5)
         for index, layer in enumerate(self.blocks):
-            layer.init_weights(index, len(self.blocks))
+            yield from layer.initialize_in_turn(index, len(self.blocks))

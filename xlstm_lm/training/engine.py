@@ -20,6 +20,7 @@ from deepspeed.utils import (
 from torch import Tensor, nn
 
 from xlstm_lm.parallel.process_group import World
+from xlstm_lm.training.build import place_weights
 from xlstm_lm.training.deepspeed_config import Precision, deepspeed_json, refusals_explained
 from xlstm_lm.training.optimizer import OptimizerConfig, build_optimizer, state_shapes
 
@@ -78,7 +79,7 @@ class TrainingEngine:
         """Set up DeepSpeed. Collective.
 
         Args:
-            model: The model, with the same weights on every rank.
+            model: An `unbuilt_model`, or a model with the same weights on every rank.
             optimizer_config: Section optimizer of the recipe, checked against the layout.
             deepspeed_section: Section deepspeed of the recipe, checked.
             world: All processes; ZeRO divides state over them.
@@ -94,7 +95,6 @@ class TrainingEngine:
         no_decay = model.no_decay_parameter_names()
         self.moment_shapes = state_shapes(optimizer_config, self.shapes, no_decay)
         """Shape of each tensor that `moments` yields, by name, in order."""
-        self._parameters = dict(model.named_parameters())
         self._clip = optimizer_config.gradient_clip
         self._accumulation_steps = accumulation_steps
         config = deepspeed_json(
@@ -110,6 +110,9 @@ class TrainingEngine:
         # to DeepSpeed, the list costs a probe of all its operations and a minute of compiling that one.
         deepspeed.ops.__compatible_ops__ = {}
         deepspeed.init_distributed(dist_backend="nccl" if world.device.type == "cuda" else "gloo")
+        if any(parameter.is_meta for parameter in model.parameters()):
+            place_weights(model, config, world.device)
+        self._parameters = dict(model.named_parameters())
         # The module moves first, because torch chooses its fused optimizer kernel by the parameters' device.
         module = TrainingModule(model, z_loss).to(world.device)
         self._optimizer = build_optimizer(optimizer_config, model.named_parameters(), no_decay)

@@ -13,7 +13,6 @@ import torch
 from xlstm_lm.base import console
 from xlstm_lm.base.durable_files import RunError
 from xlstm_lm.data import Batch, DocumentData, TrainingData
-from xlstm_lm.models import build_model
 from xlstm_lm.models.accounting import training_flops_per_token
 from xlstm_lm.parallel.launcher import program_command
 from xlstm_lm.parallel.process_group import World, join_world, lost_processes_explained
@@ -21,6 +20,7 @@ from xlstm_lm.runs.checkpoint import write_checkpoint
 from xlstm_lm.runs.folder import RunFolder
 from xlstm_lm.runs.picture import draw_learning_curve
 from xlstm_lm.runs.session import record_session
+from xlstm_lm.training.build import unbuilt_model
 from xlstm_lm.training.config import split_batch
 from xlstm_lm.training.deepspeed_config import choose_precision, zero_stage
 from xlstm_lm.training.engine import MicroBatch, TrainingEngine
@@ -129,7 +129,7 @@ class Trainer:
         kernels = check_kernels(run.model, world, dtype, self.micro_rows)
         console.stage("building the model")
         torch.manual_seed(run.training.seed)
-        model = build_model(run.model)
+        model = unbuilt_model(run.model)
         model.activation_checkpointing = run.training.activation_checkpointing
         self.engine = TrainingEngine(
             model,

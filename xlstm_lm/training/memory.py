@@ -29,8 +29,8 @@ def check_memory(run: RunConfig, world: World, precision: Precision, micro_batch
     """Refuse a run that cannot fit, whatever its kernels need in addition.
 
     The bound counts weights, gradients, master weights and optimizer state as ZeRO divides them; one activation of the
-    model's width for each block and token of a micro batch, which every backward pass keeps; and the rows of data. The
-    host must also hold the whole float32 model once for each of its processes, because each builds it.
+    model's width for each block and token of a micro batch, which every backward pass keeps; and the rows of data.
+    Building a model needs no more, because its weights are drawn one parameter at a time.
 
     Raises:
         ValueError: the device or the host has less memory; names the amounts and the remedies.
@@ -57,8 +57,6 @@ def _check(run: RunConfig, world: World, needed: tuple[dict[str, int], dict[str,
         _refuse_beyond(memory_bytes(world.device), device, run, parameters, f"{world.device} has")
     else:
         host = {name: host.get(name, 0) + device.get(name, 0) for name in device | host}
-    if sum(host.values()) < 4 * parameters:
-        host = {"the whole model, as it is built": 4 * parameters}
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     here = "this machine has" if local == 1 else f"this machine has for {local} processes together"
     host = {name: local * value for name, value in host.items()}

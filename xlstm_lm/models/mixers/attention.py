@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Literal, NamedTuple
 
@@ -180,9 +181,11 @@ class AttentionMixer(Mixer):
         return x_BS[:, x_BS.shape[1] - window + 1 :].clone()  # a view would keep all tokens in memory
 
     @torch.no_grad()
-    def init_weights(self, index: int, depth: int) -> None:
+    def initialize_in_turn(self, index: int, depth: int) -> Iterator[Tensor]:
         """Weights as small as those of an xLSTM of this size: neither has an advantage."""
+        yield self.qkv.weight
         nn.init.normal_(self.qkv.weight, std=small_std(self.config.embedding_dim))
+        yield self.out.weight
         nn.init.normal_(self.out.weight, std=residual_std(self.config.embedding_dim, depth))
 
 

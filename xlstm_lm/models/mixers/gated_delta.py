@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -156,15 +157,20 @@ class GatedDeltaMixer(Mixer):
         return y_BTD, None if C_BHKV is None else (conv_state, C_BHKV)
 
     @torch.no_grad()
-    def init_weights(self, index: int, depth: int) -> None:
+    def initialize_in_turn(self, index: int, depth: int) -> Iterator[Tensor]:
         """Small projections; decays of rates up to 16 and steps between 0.001 and 0.1, as in Mamba-2."""
         width, heads = self.config.embedding_dim, self.config.num_heads
         for projection in (self.qkv, self.output_gate, self.gates):
+            yield projection.weight
             nn.init.normal_(projection.weight, std=small_std(width))
+        yield self.out.weight
         nn.init.normal_(self.out.weight, std=residual_std(width, depth))
+        yield self.head_norm.weight
         nn.init.ones_(self.head_norm.weight)
-        self.conv.init_weights()
+        yield from self.conv.initialize_in_turn()
+        yield self.gates.bias
         nn.init.zeros_(self.gates.bias)
         step = torch.empty(heads).uniform_(math.log(SMALLEST_STEP), math.log(LARGEST_STEP)).exp()
         self.gates.bias[heads:] = step + torch.log(-torch.expm1(-step))  # softplus of this is the step
+        yield self.log_decay
         self.log_decay.uniform_(1e-3, LARGEST_DECAY).log_()

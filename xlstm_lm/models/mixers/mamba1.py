@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -115,16 +116,23 @@ class Mamba1Mixer(Mixer):
         return self.out(y_BTE), None if cell_state is None else (conv_state, cell_state)
 
     @torch.no_grad()
-    def init_weights(self, index: int, depth: int) -> None:
+    def initialize_in_turn(self, index: int, depth: int) -> Iterator[Tensor]:
         """Published start: decays of 1 to the number of states; torch's own start for the projections, the one back to
         the residual stream smaller with depth."""
         rank, states = self.config.rank, self.config.state_dim
+        yield self.input.weight
         self.input.reset_parameters()
+        yield self.out.weight
         self.out.reset_parameters()
         self.out.weight /= depth**0.5
-        self.conv.init_weights()
+        yield from self.conv.initialize_in_turn()
+        yield self.skip
         nn.init.ones_(self.skip)
+        yield self.selection.weight
         self.selection.reset_parameters()
+        yield self.step.weight
         nn.init.uniform_(self.step.weight, -(rank**-0.5), rank**-0.5)
+        yield self.log_decay
         self.log_decay.copy_(torch.arange(1, states + 1).to(self.log_decay).log())
+        yield self.step.bias
         init_step_bias(self.step.bias)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -145,14 +146,20 @@ class Mamba2Mixer(Mixer):
         return self.out(y_BTE), None if cell_state is None else (conv_state, cell_state)
 
     @torch.no_grad()
-    def init_weights(self, index: int, depth: int) -> None:
+    def initialize_in_turn(self, index: int, depth: int) -> Iterator[Tensor]:
         """Published start: decays between 1 and 16; torch's own start for the projections, the one back to the residual
         stream smaller with depth."""
+        yield self.input.weight
         self.input.reset_parameters()
+        yield self.out.weight
         self.out.reset_parameters()
         self.out.weight /= depth**0.5
-        self.conv.init_weights()
+        yield from self.conv.initialize_in_turn()
+        yield self.skip
         nn.init.ones_(self.skip)
+        yield self.norm_weight
         nn.init.ones_(self.norm_weight)
+        yield self.log_decay
         self.log_decay.uniform_(1, 16).log_()
+        yield self.step_bias
         init_step_bias(self.step_bias)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -122,8 +122,12 @@ class Mixer(nn.Module):
         """
         raise NotImplementedError
 
-    def init_weights(self, index: int, depth: int) -> None:
-        """Initialize every parameter as the mixer's authors do, in block `index` from 0 of `depth`."""
+    def initialize_in_turn(self, index: int, depth: int) -> Iterator[Tensor]:
+        """Initialize every parameter as the mixer's authors do, in block `index` from 0 of `depth`.
+
+        Yields each parameter right before its values are written, and writes none of it later: only one parameter at a
+        time needs memory for its values.
+        """
         raise NotImplementedError
 
 

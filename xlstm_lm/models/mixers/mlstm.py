@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -21,7 +22,7 @@ from xlstm_lm.models.mixers.mixer import (
     silu_feedforward,
     small_std,
 )
-from xlstm_lm.models.mixers.mlstm_cell import MLSTMCellConfig, init_mlstm_gates, run_mlstm_cell
+from xlstm_lm.models.mixers.mlstm_cell import MLSTMCellConfig, initialize_mlstm_gates, run_mlstm_cell
 
 
 @dataclass(kw_only=True)
@@ -106,13 +107,16 @@ class MLSTMMixer(Mixer):
         return self.out(torch.sigmoid(output_BTV) * self.head_norm(h_BTHV)), state
 
     @torch.no_grad()
-    def init_weights(self, index: int, depth: int) -> None:
+    def initialize_in_turn(self, index: int, depth: int) -> Iterator[Tensor]:
         """Small q, k, v; output gate and gates start from their biases alone; the input gate is nearly shut."""
         width, heads = self.config.embedding_dim, self.config.num_heads
+        yield self.head_norm.weight
         nn.init.ones_(self.head_norm.weight)
+        yield self.qkvo.weight
         qkv, output_gate = self.qkvo.weight.split((sum(self.widths[:3]), self.widths[3]))
         nn.init.normal_(qkv, std=small_std(width))
         nn.init.zeros_(output_gate)
+        yield self.out.weight
         nn.init.normal_(self.out.weight, std=residual_std(width, depth))
-        init_mlstm_gates(self.gates)
+        yield from initialize_mlstm_gates(self.gates)
         nn.init.constant_(self.gates.bias[:heads], -10.0)

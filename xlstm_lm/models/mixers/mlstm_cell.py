@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -108,11 +109,13 @@ def run_mlstm_cell(
     return result if isinstance(result, tuple) else (result, None)
 
 
-def init_mlstm_gates(gates: nn.Linear) -> None:
+def initialize_mlstm_gates(gates: nn.Linear) -> Iterator[Tensor]:
     """Zero the weights and spread forget biases from 3 to 6 over the heads, which then start with different memories.
 
-    The input gates' biases are the caller's.
+    Yields the weight and the bias right before it writes them. The caller then writes the input gates' biases.
     """
     num_heads = gates.bias.shape[0] // 2
+    yield gates.weight
     nn.init.zeros_(gates.weight)
+    yield gates.bias
     gates.bias[num_heads:] = torch.linspace(3, 6, num_heads, dtype=gates.bias.dtype, device=gates.bias.device)

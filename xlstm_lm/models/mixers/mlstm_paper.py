@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -20,7 +21,7 @@ from xlstm_lm.models.mixers.mixer import (
     residual_std,
     small_std,
 )
-from xlstm_lm.models.mixers.mlstm_cell import MLSTMCellConfig, init_mlstm_gates, run_mlstm_cell
+from xlstm_lm.models.mixers.mlstm_cell import MLSTMCellConfig, initialize_mlstm_gates, run_mlstm_cell
 from xlstm_lm.ops.conv import CONV
 
 
@@ -120,14 +121,18 @@ class PaperMLSTMMixer(Mixer):
         return self.down(h_BTE * F.silu(output_BTE)), None if cell_state is None else (conv_state, *cell_state)
 
     @torch.no_grad()
-    def init_weights(self, index: int, depth: int) -> None:
+    def initialize_in_turn(self, index: int, depth: int) -> Iterator[Tensor]:
         """Small projections; the input gate starts near 1, the convolution as torch's own."""
         width, heads = self.config.embedding_dim, self.config.num_heads
+        yield self.head_norm.weight
         nn.init.ones_(self.head_norm.weight)
         for projection in (self.up, self.query, self.key, self.value):
+            yield projection.weight
             nn.init.normal_(projection.weight, std=small_std(width))
+        yield self.down.weight
         nn.init.normal_(self.down.weight, std=residual_std(width, depth))
+        yield self.skip
         nn.init.ones_(self.skip)
-        self.conv.init_weights()
-        init_mlstm_gates(self.gates)
+        yield from self.conv.initialize_in_turn()
+        yield from initialize_mlstm_gates(self.gates)
         nn.init.normal_(self.gates.bias[:heads], std=0.1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -138,12 +139,16 @@ class SLSTMMixer(Mixer):
         return self.head_norm(y_BTHD), None if cell_state is None else (conv_state, *cell_state)
 
     @torch.no_grad()
-    def init_weights(self, index: int, depth: int) -> None:
+    def initialize_in_turn(self, index: int, depth: int) -> Iterator[Tensor]:
         """No recurrence at first; forget biases fall from 5 to -7 over a head, more steeply in later blocks."""
+        yield self.head_norm.weight
         nn.init.ones_(self.head_norm.weight)
+        yield self.input_weight
         nn.init.normal_(self.input_weight, std=small_std(self.config.embedding_dim))
+        yield self.recurrent_weight
         nn.init.zeros_(self.recurrent_weight)
+        yield from self.conv.initialize_in_turn()
+        yield self.bias
         nn.init.zeros_(self.bias)
-        self.conv.init_weights()
         unit = torch.linspace(0, 1, self.bias.shape[-1])
         self.bias[1] = 5 - 12 * unit ** (0.3 + 1.3 * (index / max(depth - 1, 1)))

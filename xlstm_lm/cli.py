@@ -1,4 +1,4 @@
-"""The command line: `xlstm-lm train | generate | export | import | tokenizer | doctor`.
+"""The command line: `xlstm-lm train | status | generate | export | import | tokenizer | doctor`.
 
 Each command imports its modules when it is called, which keeps `--help` quick.
 """
@@ -20,7 +20,7 @@ from xlstm_lm.base.fields import Count, CountOrZero, NonNegative, PositiveRatio,
 from xlstm_lm.base.import_path import keep_current_folder_out
 from xlstm_lm.base.program import program, told_once
 
-COMMANDS = ("train", "generate", "export", "import", "tokenizer", "doctor")
+COMMANDS = ("train", "status", "generate", "export", "import", "tokenizer", "doctor")
 SLOW_COMMANDS = ("train", "generate", "export", "import", "doctor")
 SAMPLE_PROMPT = "def "  # beginning of the sample at the end of a run
 SAMPLE_TOKENS = 400
@@ -103,6 +103,14 @@ def _make_parser(with_fields: bool) -> _Parser:
         from xlstm_lm.training.run_config import add_field_flags
 
         add_field_flags(train)
+
+    status = command("status", _status, "Print where runs stand, from the files of their folders.")
+    status.add_argument("runs", nargs="+", metavar="RUN", help="Folder of a run; of several, each has one line.")
+    status.add_argument(
+        "--requeue",
+        action="store_true",
+        help="Print whether the run should be started again, and why; exit with 0 if it should and 1 if not.",
+    )
 
     generate = command("generate", _generate, "Continue a prompt with a trained model.")
     generate.add_argument(
@@ -252,6 +260,26 @@ def _conclude(run_dir: Path, recipes: list[str], overrides: dict[str, Any]) -> N
 
 def _as_flag(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
+
+
+def _status(options: argparse.Namespace) -> None:
+    from xlstm_lm.runs.overview import look_at, one_line, page
+    from xlstm_lm.runs.status import read_status, should_requeue
+    from xlstm_lm.runs.text_curve import can_write
+
+    folders = [Path(each) for each in options.runs]
+    if options.requeue:
+        if len(folders) > 1:
+            raise ValueError(f"--requeue answers for one run, but there are {len(folders)}: give one folder.")
+        look_at(folders[0])  # names a folder that holds no run
+        again, reason = should_requeue(read_status(folders[0]))
+        print(f"{'requeue' if again else 'no requeue'}: {reason}")
+        raise SystemExit(0 if again else 1)
+    if len(folders) > 1:
+        for each in folders:
+            print(one_line(look_at(each)))
+    else:
+        print(page(look_at(folders[0]), unicode=can_write(sys.stdout.encoding)))
 
 
 def _generate(options: argparse.Namespace) -> None:

@@ -12,12 +12,16 @@ CONFIG = "config.yaml"
 METRICS = "metrics.jsonl"
 SUPERSEDED = "superseded.jsonl"
 """Lines that left metrics.jsonl because the run went on from an earlier step."""
+STATUS = "status.json"
+"""State of the run for launch scripts: running, finished, stopped, preempted or failed."""
 SAMPLES = "samples.jsonl"
 ENVIRONMENT = "environment.json"
 CURVE = "learning_curve.png"
 LIBRARY_LOG = "libraries.log"
 LOGS = "logs"
 """A folder with the output of each rank and attempt, which the launch scripts make before the run begins."""
+PROFILE = "profile"
+"""A folder with traces, tables of operations and memory snapshots."""
 WANDB_ID = "wandb.json"
 WANDB = "wandb"
 """The folder that Weights & Biases writes to."""
@@ -35,7 +39,7 @@ MANIFEST = "manifest.json"
 
 RUN_NAMES = (
     *(CONFIG, METRICS, SUPERSEDED, SAMPLES, ENVIRONMENT, CURVE, LIBRARY_LOG, LOGS, CHECKPOINTS, WANDB, WANDB_ID),
-    *(MODEL_RECIPE, TOKENIZER, ORIGIN, LEASE_FILE),
+    *(MODEL_RECIPE, TOKENIZER, ORIGIN, LEASE_FILE, STATUS, PROFILE),
 )
 """Names in a run's folder that the run writes itself."""
 RUN_SECTIONS = {"model", "data", "training", "optimizer", "schedule", "safeguards", "wandb", "deepspeed"}

@@ -100,6 +100,15 @@ class RunFolder:
                 raise ValueError(self._damaged_line(line))
         return [line.value for line in lines]
 
+    def sound_metrics(self) -> tuple[list[dict[str, Any]], list[str]]:
+        """Read the records of metrics.jsonl that are sound, first to last, and a sentence for each damaged line."""
+        try:
+            lines = self._metric_lines()
+        except ValueError as error:
+            return [], [str(error)]
+        damaged = [line for line in lines if line.problem and not line.is_torn]
+        return [line.value for line in lines if not line.problem], [self._damaged_line(line) for line in damaged]
+
     def split(self, step: int) -> MetricsSplit:
         """Split the lines of metrics.jsonl at a step, without changing the file.
 

@@ -178,7 +178,7 @@ def test_the_batch_shell_is_told_in_time_for_saving_and_jobs_may_be_requeued(scr
     assert options["ntasks-per-node"] == "1", "one torchrun a node, which starts the ranks"
     save_seconds = re.search(r"SAVE_SECONDS:-(\d+)", TORCHRUN.read_text())
     assert int(save_seconds[1]) < int(lead), "SIGKILL follows before the job's time ends"
-    same = {"nodes", "ntasks-per-node", "gpus-per-node", "exclusive", "time", "signal", "requeue", "open-mode"}
+    same = {"nodes", "ntasks-per-node", "gpus-per-node", "exclusive", "mem", "time", "signal", "requeue", "open-mode"}
     assert {name: options[name] for name in same} == {name: directives(TRAIN)[name] for name in same}
 
 

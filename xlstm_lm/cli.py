@@ -95,9 +95,15 @@ def _make_parser(with_fields: bool) -> _Parser:
         return sub
 
     train = command("train", _train, "Train a model from recipes; the same command continues a run that was stopped.")
-    train.usage = "xlstm-lm train --config RECIPE [--config RECIPE ...] [--section.field VALUE ...]"
+    train.usage = "xlstm-lm train --config RECIPE [--config RECIPE ...] [--dry-run N] [--section.field VALUE ...]"
     train.add_argument(
         "--config", action="append", required=True, metavar="RECIPE", help="YAML recipe; given again, later ones win."
+    )
+    train.add_argument(
+        "--dry-run",
+        type=int,
+        metavar="N",
+        help="Run one step as rank 0 of N processes that do not exist, print what it holds and sends, and end.",
     )
     if with_fields:
         from xlstm_lm.training.run_config import add_field_flags
@@ -210,6 +216,12 @@ def _train(options: argparse.Namespace) -> None:
     with console.libraries_quieted():
         from xlstm_lm.training.loop import train
 
+        if options.dry_run is not None:
+            from xlstm_lm.training.dry_run import dry_run
+
+            for line in dry_run(run, options.dry_run):
+                console.say(line)
+            return
         run_dir = train(run)
     if console.is_first_process():
         _conclude(run_dir, options.config, overrides)

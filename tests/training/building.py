@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from tests.training.live_bytes import LiveBytes
 from xlstm_lm.models import build_model
 from xlstm_lm.models.xlstm_config import HybridConfig
+from xlstm_lm.parallel.live_bytes import LiveBytes
 from xlstm_lm.parallel.process_group import World, join_world
 from xlstm_lm.training import engine as engine_module
 from xlstm_lm.training.build import place_weights, unbuilt_model
@@ -59,6 +59,9 @@ def build(world: World, stage: int, precision: str, tied: bool = False) -> dict[
     wrong = [
         name for name, value in weights.items() if not torch.equal(value, parameters[name].detach().to(rounded).float())
     ]
+    engine.load(((name, value.float() + 1) for name, value in parameters.items()), iter(()), 5)
+    restored = dict(engine.weights())
+    assert all(torch.equal(restored[name], value.float() + 1) for name, value in parameters.items())
     engine.close()
     return {"wrong": wrong, "peak": live.peak, "kept": kept}
 
@@ -70,9 +73,9 @@ if __name__ == "__main__":
         "bytes": sum(each.nbytes for each in reference.parameters()),
         "largest": max(each.nbytes for each in reference.parameters()),
     }
-    for stage in range(4):
+    for stage in (0, 1, 3):
         report[f"stage {stage}, fp32"] = build(world, stage, "fp32")
-    for stage in (1, 3):
+    for stage in (2, 3):
         report[f"stage {stage}, bf16, tied"] = build(world, stage, "bf16", tied=True)
     if world.is_first:
         print(json.dumps(report))

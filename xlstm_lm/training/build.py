@@ -1,7 +1,7 @@
 """Build a model whose weights are drawn one at a time, each straight into its place on the device.
 
-The whole model never stands in float32 beside its place: under ZeRO 3 a rank keeps its share of a parameter and frees the
-whole before the next one is drawn. The weights of a seed are those of `build_model`.
+The whole model never stands in float32 beside its place: under ZeRO 3 a rank keeps its share of a parameter and frees
+the whole before the next one is drawn. The weights of a seed are those of `build_model`.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def place_weights(model: LanguageModel, config: dict[str, Any], device: torch.de
             deepspeed.zero.Init(nn.ParameterList([drawn]), dtype=dtype, config_dict_or_path=config)
             shared = drawn
         else:
-            shared.convert_to_zero_parameters(param_list=[drawn])  # type: ignore[operator]  # DeepSpeed's attribute
+            shared.convert_to_zero_parameters(param_list=[drawn])
 
     drawn: nn.Parameter | None = None
     for parameter in model.initialize_in_turn():

@@ -229,6 +229,18 @@ class TrainingEngine:
         square = torch.stack([torch.linalg.vector_norm(each, dtype=torch.float32) for each in own]).square().sum()
         return (self.world.sum_(square) if self.stage == 3 else square).sqrt()
 
+    def held_bytes(self) -> dict[str, int]:
+        """Bytes that this rank keeps from step to step: weights, master weights and optimizer state."""
+        parameters = self._parameters.values()
+        weights = [parameter.ds_tensor if self.stage == 3 else parameter for parameter in parameters]
+        if self.stage == 3:
+            masters = self._engine.optimizer.fp32_partitioned_groups_flat
+        else:
+            masters = [each for group in self._optimizer.param_groups for each in group["params"]] if self.stage else []
+        state = [each for of_one in self._optimizer.state.values() for each in of_one.values()]
+        held = {"weights": weights, "master weights": masters, "optimizer state": state}
+        return {name: sum(each.nbytes for each in tensors) for name, tensors in held.items()}
+
     def _own_part(self, parameter: nn.Parameter) -> Tensor:
         """Values of a parameter on this rank; under ZeRO-3 its share without padding."""
         if self.stage < 3:

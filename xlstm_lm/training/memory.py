@@ -38,9 +38,9 @@ def check_memory(run: RunConfig, world: World, precision: Precision, micro_batch
     parameters = count_parameters(run.model)
     # Without building the model, because one that is far too large takes long to build even on the meta device.
     state = run.optimizer.fewest_state_tensors * parameters
-    _check(run, world, _needed_bytes(run, world, precision, micro_batch_size, parameters, state), parameters)
+    _check(run, world, needed_bytes(run, world, precision, micro_batch_size, parameters, state), parameters)
     state = sum(shape.numel() for shape in planned_shapes(run)[1].values())
-    _check(run, world, _needed_bytes(run, world, precision, micro_batch_size, parameters, state), parameters)
+    _check(run, world, needed_bytes(run, world, precision, micro_batch_size, parameters, state), parameters)
 
 
 def planned_shapes(run: RunConfig) -> tuple[dict[str, torch.Size], dict[str, torch.Size]]:
@@ -63,7 +63,7 @@ def _check(run: RunConfig, world: World, needed: tuple[dict[str, int], dict[str,
     _refuse_beyond(memory_bytes(torch.device("cpu")), host, run, parameters, here)
 
 
-def _needed_bytes(
+def needed_bytes(
     run: RunConfig, world: World, precision: Precision, micro_batch_size: int, parameters: int, state: int
 ) -> tuple[dict[str, int], dict[str, int]]:
     """Bytes that one process needs on its device and in the host's memory, by purpose.

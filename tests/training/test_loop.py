@@ -21,6 +21,7 @@ from xlstm_lm.base.durable_files import RunError
 from xlstm_lm.base.lease import FolderLease
 from xlstm_lm.base.run_layout import checkpoint_folders
 from xlstm_lm.data import TrainingStream, build_tokenizer
+from xlstm_lm.runs.status import read_status
 from xlstm_lm.training import loop
 from xlstm_lm.training.engine import TrainingEngine
 from xlstm_lm.training.loop import train
@@ -153,7 +154,7 @@ def test_a_run_whose_checkpoints_are_gone_keeps_its_history(folder):
     assert (folder / "run" / "metrics.jsonl").read_bytes() == before
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "ctrl-c"])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 def test_a_stopped_run_is_saved_and_goes_on(number, folder, reference, monkeypatch, capsys):
     batches = 0
     next_batch = TrainingStream.next_batch
@@ -173,6 +174,20 @@ def test_a_stopped_run_is_saved_and_goes_on(number, folder, reference, monkeypat
     assert list(checkpoint_folders(folder / "run")) == [5, 3]
     assert f"xlstm-lm train --config {folder}/run/config.yaml" in capsys.readouterr().out
     assert signal.getsignal(signal.SIGINT) is handler
+    found = read_status(folder / "run")
+    assert (found.state, found.step) == ("stopped" if number == signal.SIGINT else "preempted", 5)
+    assert signal.Signals(number).name in found.reason and found.requeue is (number != signal.SIGINT)
+    train(configure(folder))
+    found = read_status(folder / "run")
+    assert (found.state, found.step, found.attempt) == ("finished", 10, 2)
+    comparable(folder, reference)
+
+
+def test_a_time_limit_stops_the_run_as_preempted(folder, reference):
+    with pytest.raises(SystemExit):
+        train(configure(folder, training__max_hours=1e-6))
+    found = read_status(folder / "run")
+    assert (found.state, found.step, found.requeue) == ("preempted", 1, True) and "max_hours" in found.reason
     train(configure(folder))
     comparable(folder, reference)
 

@@ -38,7 +38,8 @@ logger = logging.getLogger("xlstm_lm")
 
 LEASE_FILE = "lease.json"
 BEAT_SECONDS = 15.0
-STALE_SECONDS = 120.0
+STALE_SECONDS = 3 * BEAT_SECONDS + 15.0
+"""Three missed beats, and the delay with which a network file system may show a fourth."""
 
 
 @dataclass(frozen=True, kw_only=True)

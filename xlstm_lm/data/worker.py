@@ -111,6 +111,7 @@ def serve() -> None:
     # The training process decides when to stop; Ctrl-C and some launchers' signals reach every process.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     output = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # whatever a library prints must not end up among the rows
     lanes, states, prefetch_batches = pickle.load(sys.stdin.buffer)

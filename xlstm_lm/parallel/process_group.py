@@ -133,9 +133,16 @@ def join_world() -> World:
     return World(rank=rank, size=size, local_rank=local_rank, device=device)
 
 
+class LostProcessError(RunError):
+    """Another process of the run has gone: the reason is with that process."""
+
+    OPENING = "lost the connection to another"
+    """Begin of the message."""
+
+
 @contextlib.contextmanager
 def lost_processes_explained(world: World) -> Iterator[None]:
-    """Turn the error of a collective whose other end has gone into a RunError.
+    """Turn the error of a collective whose other end has gone into a LostProcessError.
 
     A process that has failed by itself raises its own error; the others get this one, as soon as gloo or NCCL notices.
     """
@@ -144,8 +151,8 @@ def lost_processes_explained(world: World) -> Iterator[None]:
     except RuntimeError as error:
         if world.size == 1 or isinstance(error, RunError) or not _is_of_a_collective(error):
             raise
-        raise RunError(
-            f"lost the connection to another of the {world.size} processes: it has ended, was killed (of memory, "
+        raise LostProcessError(
+            f"{LostProcessError.OPENING} of the {world.size} processes: it has ended, was killed (of memory, "
             "say), or its machine cannot be reached. If it had a message, that stands above. Checkpoints finished "
             "before are intact: give the same command again to continue from the newest.\n"
             f"(rank {world.rank}: {_first_sentence(error)})"

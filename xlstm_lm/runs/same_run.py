@@ -21,6 +21,7 @@ FREE_TO_CHANGE = (
     "training.log_every",
     "training.checkpoint_every",
     "training.keep_checkpoints",
+    "training.max_hours",
     "training.validate_every",
     "training.gate_statistics_every",
     "training.micro_batch_size",

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from xlstm_lm.base.fields import Count, CountOrZero, NonNegative, Seed, Size, check_fields
+from xlstm_lm.base.fields import Count, CountOrZero, NonNegative, Positive, Seed, Size, check_fields
 from xlstm_lm.base.paths import user_path
 
 
@@ -29,6 +29,8 @@ class TrainingConfig:
     """Steps between two checkpoints; the last step is always saved."""
     keep_checkpoints: Count = 3
     """Number of newest checkpoints that are kept."""
+    max_hours: Positive | None = None
+    """Hours of one session, its last save included: the run then stops as preempted; null for no limit."""
     validate_every: CountOrZero = 1000
     """Steps between two validations; 0 validates after the last step only."""
     gate_statistics_every: CountOrZero = 100

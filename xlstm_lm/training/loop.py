@@ -6,6 +6,7 @@ import contextlib
 import logging
 import shlex
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -28,9 +29,10 @@ from xlstm_lm.training.kernel_check import check_kernels
 from xlstm_lm.training.memory import check_memory, memory_errors_explained
 from xlstm_lm.training.report import Report
 from xlstm_lm.training.run_config import RunConfig
-from xlstm_lm.training.safeguards import NOT_FINITE, SkipCounter, StopRequest
+from xlstm_lm.training.safeguards import NOT_FINITE, SkipCounter
 from xlstm_lm.training.schedule import learning_rate_ratio
 from xlstm_lm.training.start import Start
+from xlstm_lm.training.stop_request import StopRequest
 from xlstm_lm.training.validation import count_targets, evaluate, split_rows
 
 logger = logging.getLogger("xlstm_lm")
@@ -50,7 +52,7 @@ def train(run: RunConfig, data: TrainingData | None = None) -> Path:
         ValueError: the configuration cannot be trained, the run folder or a checkpoint does not fit it, or another
             process trains in the folder.
         RunError: the disk is full, too many steps in a row were not finite, or the run folder has disappeared.
-        SystemExit: with code 0, after SIGTERM or Ctrl-C, once the run is saved.
+        SystemExit: with code 0, after SIGTERM, SIGUSR1, Ctrl-C or training.max_hours, once the run is saved.
     """
     run.schedule.check_steps(run.training.steps)
     world = join_world()
@@ -60,11 +62,12 @@ def train(run: RunConfig, data: TrainingData | None = None) -> Path:
     precision = choose_precision(run.training.precision, world.device)
     run.optimizer.check_layout(zero_stage(run.deepspeed, precision), run.deepspeed.get("zero_optimization", {}))
     check_memory(run, world, precision, micro_rows)
-    stop_request = StopRequest()
-    with memory_errors_explained(run), contextlib.ExitStack() as resources, lost_processes_explained(world):
+    stop_request = StopRequest(run.training.max_hours)
+    with contextlib.ExitStack() as resources, memory_errors_explained(run), lost_processes_explained(world):
         trainer = Trainer(run, world, stop_request, resources, data)
         with stop_request:  # before, nothing can be saved: Ctrl-C and SIGTERM end the run at once
             stopped = trainer.run_steps()
+        trainer.record_end(stopped)
     if world.is_first:
         folder = RunFolder(trainer.run_dir)
         draw_learning_curve(folder.metrics(), folder.curve_path, trainer.run_dir.resolve().name)
@@ -170,6 +173,7 @@ class Trainer:
             self.report.progress.say(f"The run has its {training.steps} steps; raise training.steps to go on.")
         self.report.clock.restart_window()
         while self.step < training.steps:
+            self.stop_request.step_begins()
             batch = self.stream.next_batch()
             counts = self.count(batch)
             learning_rate = optimizer.learning_rate * learning_rate_ratio(self.run.schedule, self.step, training.steps)
@@ -218,7 +222,7 @@ class Trainer:
         """
         lease = self.start.lease
         folder_is_gone = lease is not None and not lease.is_in_place
-        asked_to_stop = torch.tensor([int(self.stop_request.received > 0 or folder_is_gone)])
+        asked_to_stop = torch.tensor([int(bool(self.stop_request.reason) or folder_is_gone)])
         counts = torch.cat((count_targets(batch, self.bytes_per_token), asked_to_stop))
         return self.world.sum_(counts.to(self.world.device, non_blocking=True))
 
@@ -236,12 +240,26 @@ class Trainer:
         totals = evaluate(self.engine, batches, world=self.world, bytes_per_token=self.bytes_per_token)
         self.report.validation(self.step, *totals)
 
+    def record_end(self, stopped: bool) -> None:
+        """Set the state in which status.json leaves the run. Collective.
+
+        Args:
+            stopped: Whether a stop was requested before the last step.
+        """
+        if not stopped:
+            self.start.attempt.end("finished", f"All {self.run.training.steps:,} steps are made.")
+            return
+        requests = self.world.gather((self.stop_request.reason, self.stop_request.is_by_hand))
+        reason, by_hand = next(((reason, by_hand) for reason, by_hand in requests if reason), ("", False))
+        self.start.attempt.end("stopped" if by_hand else "preempted", reason)
+
     def save(self) -> None:
         """Write a checkpoint of this step; older ones are kept if its weights are not finite. Collective.
 
         Raises:
             RunError: the disk is full, or the run's folder was removed or moved. If moved, the step is saved there.
         """
+        began = time.monotonic()
         run_dir = self.world.on_first(lambda: self.start.lease.place())
         keep = self.run.training.keep_checkpoints
         if not self.engine.weights_are_finite():
@@ -275,6 +293,9 @@ class Trainer:
             save_tokenizer=self.tokenizer.save,
             keep=keep,
         )
+        self.stop_request.saved(time.monotonic() - began)
+        if self.world.is_first:
+            self.start.attempt.saved(self.step)
         if run_dir != self.run_dir:
             raise RunError(
                 f"The run's folder {self.run_dir} was moved to {run_dir} while the run was at work. Step {self.step} "

@@ -1,13 +1,10 @@
-"""Safeguards: steps whose numbers are not finite, and requests to stop the run."""
+"""Safeguards: steps whose numbers are not finite."""
 
 from __future__ import annotations
 
 import logging
-import signal
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import FrameType
 
 from xlstm_lm.base.durable_files import RunError
 from xlstm_lm.base.fields import CountOrZero, check_fields
@@ -77,34 +74,3 @@ class SkipCounter:
             f"safeguards.max_skipped_steps ({self.config.max_skipped_steps}). {cause}"
         )
         raise told_once(problem)
-
-
-class StopRequest:
-    """Handler of SIGTERM and Ctrl-C, which end the run once the current step is saved. A second signal ends it at once.
-
-    Signals within a second of the first count as the same request, because launchers forward signals that the terminal
-    has already sent to every process.
-    """
-
-    SIGNALS = (signal.SIGTERM, signal.SIGINT)
-
-    def __init__(self) -> None:
-        self.received = 0
-        self._first_at = 0.0
-
-    def __enter__(self) -> StopRequest:
-        self._before = {number: signal.signal(number, self._note) for number in self.SIGNALS}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, _: FrameType | None) -> None:
-        if self.received:
-            if time.monotonic() - self._first_at > 1:
-                signal.signal(number, self._before[number])
-                signal.raise_signal(number)
-            return
-        self.received, self._first_at = number, time.monotonic()
-        logger.warning("%s: finishing this step, then saving. Once more to stop at once.", signal.Signals(number).name)

@@ -20,6 +20,7 @@ from xlstm_lm.base.paths import user_path
 from xlstm_lm.data import Tokenizer
 from xlstm_lm.data.training_data import Stream
 from xlstm_lm.parallel.process_group import World
+from xlstm_lm.runs.attempt import Attempt
 from xlstm_lm.runs.checkpoint import Checkpoint, find_checkpoint, newest_checkpoint, read_checkpoint, remove_leftovers
 from xlstm_lm.runs.fit import Wanted, check_fit
 from xlstm_lm.runs.folder import MetricsSplit, RunFolder
@@ -48,12 +49,18 @@ class Start:
         """Rank 0's lease on the folder; None on other ranks."""
         self.metrics: MetricsSplit | None = None
         """Rank 0's metrics of earlier sessions, once the folder is open; None on other ranks."""
-        world.on_first(lambda: self._take_folder(resources))
+        number = world.on_first(lambda: self._take_folder(resources))
+        if not world.is_first:
+            self.attempt = Attempt(lambda: self.run_dir, run.training.steps, number)
+        resources.enter_context(self.attempt)
 
-    def _take_folder(self, resources: contextlib.ExitStack) -> None:
+    def _take_folder(self, resources: contextlib.ExitStack) -> int:
+        """Lock the folder and return the number of this attempt. For rank 0."""
         check_run_folder(self.run_dir)
         self.lease = FolderLease.take(self.run_dir)
         resources.callback(self.lease.release)
+        self.attempt = Attempt(self.lease.place, self.run.training.steps)
+        return self.attempt.number
 
     def open_folder(self) -> None:
         """Check the run's folder, write config.yaml, and open the checkpoint to start from. Collective.
@@ -82,6 +89,7 @@ class Start:
             folder.point_out_lost_metrics(self.metrics, start)
         folder.write_config(self.config_yaml)
         remove_leftovers(self.run_dir)
+        self.attempt.start(0 if checkpoint is None or checkpoint.is_imported else checkpoint.state["step"])
         return start
 
     def _check_checkpoint(self, checkpoint: Checkpoint) -> None:

@@ -1,0 +1,70 @@
+from __future__ import annotations
+
+import os
+import signal
+
+import pytest
+
+from xlstm_lm.training import stop_request as module
+from xlstm_lm.training.stop_request import StopRequest
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    made = Clock()
+    monkeypatch.setattr(module, "time", made)
+    return made
+
+
+@pytest.mark.parametrize("number", StopRequest.SIGNALS)
+def test_signals_are_requests(number):
+    before = signal.getsignal(number)
+    with StopRequest() as request:
+        assert request.reason == ""
+        os.kill(os.getpid(), number)
+        assert request.reason == f"{signal.Signals(number).name} was received."
+        assert request.is_by_hand is (number == signal.SIGINT)
+    assert signal.getsignal(number) is before
+
+
+def test_a_scheduler_may_repeat_its_warning(clock):
+    with StopRequest() as request:
+        for _ in range(3):
+            os.kill(os.getpid(), signal.SIGUSR1)
+            clock.now += 10
+        assert request.received == signal.SIGUSR1
+
+
+def test_the_time_limit_leaves_room_for_two_steps_and_the_save(clock):
+    request = StopRequest(max_hours=1.0)
+    for seconds in (500, 20, 30, 20):  # the first step compiles
+        request.step_begins()
+        clock.now += seconds
+    request.step_begins()
+    request.saved(40)
+    clock.now = 1000 + 3600 - 1.5 * 40 - 2 * 30 - 1
+    assert request.reason == ""
+    clock.now += 2
+    assert request.reason == "training.max_hours (1) is nearly over." and not request.is_by_hand
+
+
+def test_before_the_first_save_a_tenth_of_the_time_is_kept_for_it(clock):
+    request = StopRequest(max_hours=0.5)
+    clock.now += 0.9 * 1800 - 1
+    assert request.reason == ""
+    clock.now += 2
+    assert "max_hours" in request.reason
+
+
+def test_without_a_limit_a_session_may_last(clock):
+    request = StopRequest()
+    clock.now += 1e9
+    assert request.reason == ""

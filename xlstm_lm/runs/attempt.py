@@ -1,0 +1,144 @@
+"""One start of a run, recorded in status.json from its beginning to its end."""
+
+from __future__ import annotations
+
+import datetime
+import logging
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from xlstm_lm.base.durable_files import RunError
+from xlstm_lm.base.errors import first_line
+from xlstm_lm.parallel.process_group import LostProcessError
+from xlstm_lm.runs.status import RunStatus, read_status, write_status
+
+logger = logging.getLogger("xlstm_lm")
+
+KILLED = "It was killed, or its machine was lost: it recorded no end."
+FIRST_HAND_SECONDS = 3.0
+"""Time that a rank with a lost connection leaves to the rank that caused the loss for a reason of its own."""
+
+
+class Attempt:
+    """This start of a run, on one rank. As a context manager, it records how the start ends.
+
+    Rank 0 records everything. Another rank records only its own failure, because rank 0 may then see no more than a
+    lost connection. Nothing is recorded in a folder that has passed to another process. Before `start`, a failure is
+    recorded only after an earlier attempt, which a script could otherwise repeat without end.
+    """
+
+    def __init__(self, place: Callable[[], Path], steps: int, number: int | None = None) -> None:
+        """Continue the numbers of earlier attempts.
+
+        Args:
+            place: Returns the run's folder; raises RunError if it has passed to another process.
+            steps: Steps of the whole run.
+            number: Rank 0's number of this attempt, for the other ranks; None on rank 0.
+        """
+        self._place, self._steps, self._is_first = place, steps, number is None
+        earlier = self._read() if number is None else None
+        self.number = number if number is not None else (earlier.attempt if earlier else 0) + 1
+        self._has_begun = number is not None
+        self._may_be_repeated = earlier is not None and earlier.state != "finished"
+        self._step = earlier.step if earlier else 0
+        self._end: tuple[str, str] | None = None
+
+    def start(self, step: int) -> None:
+        """Record that the run goes on after a step. For rank 0."""
+        self._has_begun, self._step = True, step
+        self._write("running", "")
+
+    def saved(self, step: int) -> None:
+        """Record a checkpoint. For rank 0."""
+        self._step = step
+        self._write("running", "")
+
+    def end(self, state: str, reason: str) -> None:
+        """Set the state and the reason that are recorded at the end if nothing fails before.
+
+        Args:
+            state: finished, stopped or preempted.
+            reason: One sentence.
+        """
+        self._end = state, reason
+
+    def __enter__(self) -> Attempt:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None:
+            if self._end and self._is_first:
+                self._write(*self._end, requeue=self._end[0] == "preempted")
+            return
+        if isinstance(error, KeyboardInterrupt):
+            self._write("stopped", "Ctrl-C before the first step.")
+        elif isinstance(error, SystemExit):
+            self._write("preempted", "SIGTERM before the first step.", requeue=True)
+        else:
+            if isinstance(error, LostProcessError):
+                time.sleep(FIRST_HAND_SECONDS)
+            # A user's mistake is the same at the next start.
+            self._write("failed", first_line(error), requeue=not isinstance(error, ValueError))
+
+    def _write(self, state: str, reason: str, requeue: bool = False) -> None:
+        if not (self._has_begun or self._may_be_repeated):
+            return
+        try:
+            folder = self._place()
+            status = self._read()
+            if status and self._has_begun and not self._may_replace(status, state, reason):
+                return
+            attempts = self._attempts(status, state, reason)
+            status = RunStatus(
+                state=state,
+                reason=reason,
+                step=self._step if self._is_first or status is None else status.step,
+                steps=self._steps,
+                attempt=self.number,
+                updated=_now(),
+                attempts=attempts,
+                requeue=requeue or state == "running",
+            )
+            write_status(folder, status)
+        except (OSError, RunError) as problem:
+            logger.warning("The state of the run (%s) cannot be recorded: %s", state, first_line(problem))
+
+    def _may_replace(self, status: RunStatus, state: str, reason: str) -> bool:
+        """Whether this attempt owns the status, and the reason there is no better one."""
+        if status.attempt > self.number or (not self._is_first and status.attempt != self.number):
+            return False
+        is_own_failure = status.attempt == self.number and status.state == "failed"
+        return not is_own_failure or (state == "failed" and status.reason.startswith(LostProcessError.OPENING))
+
+    def _attempts(self, status: RunStatus | None, state: str, reason: str) -> list[dict[str, Any]]:
+        """The record of all attempts with the present state of this one."""
+        attempts = [dict(each) for each in status.attempts] if status else []
+        own = next((each for each in attempts if each.get("attempt") == self.number), None)
+        if own is None:
+            for each in attempts:
+                if each.get("state") == "running":
+                    each.update(state="failed", reason=KILLED)
+            own = {"attempt": self.number, "from_step": self._step, "host": socket.gethostname(), "started": _now()}
+            attempts.append(own)
+        own.update(state=state, reason=reason)
+        if self._is_first:
+            own["to_step"] = self._step
+        return attempts
+
+    def _read(self) -> RunStatus | None:
+        """The status in the folder; None without one and, with a warning, for a damaged one."""
+        try:
+            return read_status(self._place())
+        except ValueError as problem:
+            logger.warning("%s It is written afresh.", problem)
+            return None
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

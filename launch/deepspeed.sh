@@ -2,7 +2,7 @@
 # Train through DeepSpeed's own launcher: on this machine, or on the nodes of a hostfile, which it reaches through ssh.
 #
 #   launch/deepspeed.sh RUN --config RECIPE [--config RECIPE ...] [--section.field VALUE ...]
-#   HOSTFILE=launch/hostfile launch/deepspeed.sh RUN --config RECIPE
+#   HOSTFILE=hosts.txt launch/deepspeed.sh RUN --config RECIPE
 #
 # RUN is the run's folder, training.run_dir, on a file system that every node sees. Environment:
 #   PYTHON              a Python with xlstm-lm installed, at the same path on every node; default: python3

@@ -11,7 +11,12 @@ import pytest
 from xlstm_lm.cli import COMMANDS, _make_parser
 
 ROOT = Path(__file__).parents[1]
-PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md")), ROOT / "eval" / "results" / "README.md"]
+PAGES = [
+    *sorted(ROOT.glob("*.md")),
+    *sorted((ROOT / "docs").glob("*.md")),
+    ROOT / "eval" / "results" / "README.md",
+    ROOT / "launch" / "README.md",
+]
 page = pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
 
 
@@ -43,7 +48,7 @@ def test_links_lead_somewhere(path):
 @page
 def test_files_that_are_named_exist(path):
     for code in code_of(path):
-        for name in re.findall(r"(?<![\w/.-])(?:configs|eval|tests|xlstm_lm|docs)/[\w./{},-]*[\w/]", code):
+        for name in re.findall(r"(?<![\w/.-])(?:configs|eval|launch|tests|xlstm_lm|docs)/[\w./{},-]*[\w/]", code):
             if "NAME" not in name and "{" not in name:
                 assert (ROOT / name).exists(), name
 

@@ -16,8 +16,6 @@ from tests.launch.scripts import LAUNCH, REPOSITORY, environment
 from tests.training.runs import write_text
 
 STEPS = 40
-WRITES_STATUS = any("write_status" in path.read_text() for path in (REPOSITORY / "xlstm_lm" / "training").glob("*.py"))
-"""Whether training writes the status.json that these tests read."""
 
 
 def write_recipe(folder: Path) -> Path:

@@ -14,7 +14,6 @@ from tests.launch.scripts import LAUNCH, REPOSITORY, stand_in
 from tests.launch.slurm import Slurm, slurm, why_no_slurm
 from tests.launch.small_run import (
     STEPS,
-    WRITES_STATUS,
     losses,
     status_of,
     undisturbed_losses,
@@ -26,7 +25,6 @@ from tests.launch.small_run import (
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(bool(why_no_slurm()), reason=why_no_slurm()),
-    pytest.mark.skipif(not WRITES_STATUS, reason="training writes no status.json yet"),
 ]
 
 

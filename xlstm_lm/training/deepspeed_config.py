@@ -66,8 +66,8 @@ def deepspeed_json(
         "bf16": {"enabled": precision == "bf16"},
         # The optimizers of xlstm-lm update CPU tensors as well, and compile nothing.
         "zero_force_ds_cpu_optimizer": False,
+        "zero_allow_untested_optimizer": True,
     }
-    config.setdefault("zero_allow_untested_optimizer", True)
     # DeepSpeed would sum a bf16 run's gradients in bf16, each addition of a ring rounded to 8 bits.
     config.setdefault("communication_data_type", "fp32")
     if precision == "bf16":

@@ -16,6 +16,9 @@ _FORBID = {"extra": "forbid", "use_attribute_docstrings": True}
 _ANOTHER_LAYOUT = "checkpoints here hold weights and optimizer state either whole or divided over all processes"
 _NO_NVME = "checkpoints here are read from and written to device cpu only"
 _OTHER_NUMBERS = "it changes what is computed"
+_LEAVES = "the loss uses the head's weight outside of its module, and DeepSpeed would not collect it there"
+_NO_EFFECT = "DeepSpeed reads it nowhere"
+_OWN_CHECKPOINTS = "it is of DeepSpeed's own checkpoints, which xlstm-lm does not write"
 
 REFUSED = {
     "train_batch_size": "use data.global_batch_size",
@@ -32,6 +35,8 @@ REFUSED = {
     "scheduler": "use the section schedule",
     "activation_checkpointing": "use training.activation_checkpointing",
     "wandb": "use the section wandb",
+    "tensorboard": "metrics are in metrics.jsonl, and in W&B by the section wandb",
+    "csv_monitor": "metrics are in metrics.jsonl, and in W&B by the section wandb",
     "comet": "metrics are in metrics.jsonl, and in W&B by the section wandb",
     "checkpoint": "use training.checkpoint_every",
     "load_universal_checkpoint": "use training.resume, which reads checkpoints of any ZeRO stage",
@@ -57,6 +62,8 @@ REFUSED = {
     "sparse_attention": _OTHER_NUMBERS,
     "sparse_gradients": "embeddings of xlstm-lm have dense gradients",
     "hybrid_engine": "it serves generation during training, which xlstm-lm does not do",
+    "disable_allgather": _NO_EFFECT,
+    "zero_allow_untested_optimizer": "the optimizers of xlstm-lm are tested at every stage, and DeepSpeed is told so",
     "compile": "kernels are chosen and checked by xlstm-lm",
     "zero_optimization.mics_shard_size": _ANOTHER_LAYOUT,
     "zero_optimization.mics_hierarchical_params_gather": _ANOTHER_LAYOUT,
@@ -72,7 +79,25 @@ REFUSED = {
     "zero_optimization.cpu_offload_use_pin_memory": "use pin_memory of offload_optimizer and offload_param",
     "zero_optimization.offload_optimizer.nvme_path": _NO_NVME,
     "zero_optimization.offload_optimizer.super_offload": "xlstm-lm cannot save the optimizer state that it holds",
+    "zero_optimization.offload_optimizer.buffer_count": _NO_NVME,
+    "zero_optimization.offload_optimizer.fast_init": _NO_NVME,
+    "zero_optimization.offload_optimizer.pipeline_read": _NO_NVME,
+    "zero_optimization.offload_optimizer.pipeline_write": _NO_NVME,
+    "zero_optimization.offload_optimizer.ratio": "checkpoints would miss the part that is not offloaded",
     "zero_optimization.offload_param.nvme_path": _NO_NVME,
+    "zero_optimization.offload_param.buffer_count": _NO_NVME,
+    "zero_optimization.offload_param.buffer_size": _NO_NVME,
+    "zero_optimization.offload_param.max_in_cpu": _NO_NVME,
+    "zero_optimization.allgather_partitions": _NO_EFFECT,
+    "zero_optimization.legacy_stage1": "DeepSpeed has removed it",
+    "zero_optimization.compute_grad_norm": "the gradient norm is a metric, and decides whether a step is applied",
+    "zero_optimization.leaf_module": _LEAVES,
+    "zero_optimization.module_granularity_threshold": _LEAVES,
+    "zero_optimization.stage3_module_granularity_threshold": _LEAVES,
+    "zero_optimization.pipeline_loading_checkpoint": _OWN_CHECKPOINTS,
+    "zero_optimization.gather_16bit_weights_on_model_save": _OWN_CHECKPOINTS,
+    "zero_optimization.stage3_gather_16bit_weights_on_model_save": _OWN_CHECKPOINTS,
+    "zero_optimization.stage3_gather_fp16_weights_on_model_save": _OWN_CHECKPOINTS,
 }
 """DeepSpeed's keys that a recipe must not set, with the reason or the field to use instead."""
 
@@ -100,38 +125,12 @@ def _problems(section: Any, prefix: str) -> list[str]:
 class Offload(TypedDict, total=False):
     """Tensors in the host's memory."""
 
+    __pydantic_config__ = _FORBID
+
     device: Literal["none", "cpu"]
     """Device that holds them. Checkpoints can be read from and written to device cpu only."""
     pin_memory: StrictBool
     """Whether the memory is page-locked."""
-    buffer_count: Count
-    """Number of buffers for offloading."""
-
-
-class OffloadOptimizer(Offload, total=False):
-    """Master weights and moments in the host's memory."""
-
-    __pydantic_config__ = _FORBID
-
-    ratio: Literal[1]
-    """Offloaded part of them."""
-    fast_init: StrictBool
-    """Whether DeepSpeed uses its faster initialization."""
-    pipeline_read: StrictBool
-    """Whether reads overlap with computation."""
-    pipeline_write: StrictBool
-    """Whether writes overlap with computation."""
-
-
-class OffloadParam(Offload, total=False):
-    """Weights in the host's memory, at stage 3."""
-
-    __pydantic_config__ = _FORBID
-
-    buffer_size: Count
-    """Number of elements of a buffer."""
-    max_in_cpu: CountOrZero
-    """Elements kept in the host's memory."""
 
 
 class ZeroOptimization(TypedDict, total=False):
@@ -149,8 +148,6 @@ class ZeroOptimization(TypedDict, total=False):
     """Elements reduced at a time."""
     use_multi_rank_bucket_allreduce: StrictBool
     """Whether the gradients of several ranks are reduced together."""
-    allgather_partitions: StrictBool
-    """Whether updated weights are collected by all-gather in place of broadcasts."""
     allgather_bucket_size: Count
     """Elements collected at a time."""
     allgather_sequential: StrictBool
@@ -161,9 +158,9 @@ class ZeroOptimization(TypedDict, total=False):
     """Whether gradients are reduced during the backward pass."""
     round_robin_gradients: StrictBool
     """Whether gradients are assigned to the ranks in turn."""
-    offload_optimizer: OffloadOptimizer | None
+    offload_optimizer: Offload | None
     """Master weights and moments in the host's memory."""
-    offload_param: OffloadParam | None
+    offload_param: Offload | None
     """Weights in the host's memory, at stage 3."""
     sub_group_size: Count
     """Elements updated at a time, at stage 3."""
@@ -187,14 +184,6 @@ class ZeroOptimization(TypedDict, total=False):
     """Weights that are used again within this many elements are kept, at stage 3."""
     stage3_max_reuse_distance: CountOrZero
     """Weights that are used again within this many elements are kept, at stage 3."""
-    module_granularity_threshold: CountOrZero
-    """Modules with fewer elements are fetched whole, at stage 3."""
-    stage3_module_granularity_threshold: CountOrZero
-    """Modules with fewer elements are fetched whole, at stage 3."""
-    gather_16bit_weights_on_model_save: StrictBool
-    """Setting of DeepSpeed's own checkpoints; no effect here."""
-    stage3_gather_16bit_weights_on_model_save: StrictBool
-    """Setting of DeepSpeed's own checkpoints; no effect here."""
     use_all_reduce_for_fetch_params: StrictBool
     """Whether weights are fetched by all-reduce, at stage 3."""
     stage3_use_all_reduce_for_fetch_params: StrictBool
@@ -256,19 +245,6 @@ class CommsLogger(TypedDict, total=False):
     """Whether the caller's name is printed."""
 
 
-class Monitor(TypedDict, total=False):
-    """A log of DeepSpeed's own numbers."""
-
-    __pydantic_config__ = _FORBID
-
-    enabled: StrictBool
-    """Whether the log is written."""
-    output_path: str
-    """Folder to write to."""
-    job_name: str
-    """Name of the run."""
-
-
 class DeepSpeedSection(TypedDict, total=False):
     """Accepted part of DeepSpeed's JSON."""
 
@@ -284,10 +260,6 @@ class DeepSpeedSection(TypedDict, total=False):
     """Whether gradients are divided before they are summed."""
     gradient_predivide_factor: Positive
     """Divisor of gradients before they are summed."""
-    zero_allow_untested_optimizer: StrictBool
-    """Whether DeepSpeed accepts optimizers other than its own."""
-    disable_allgather: StrictBool
-    """Whether weights are collected by broadcasts."""
     disable_python_gc: StrictBool
     """Whether Python's garbage collection is off while DeepSpeed sets up."""
     wall_clock_breakdown: StrictBool
@@ -302,10 +274,6 @@ class DeepSpeedSection(TypedDict, total=False):
     """DeepSpeed's profile of one step."""
     comms_logger: CommsLogger
     """DeepSpeed's log of communication."""
-    tensorboard: Monitor
-    """DeepSpeed's numbers for TensorBoard."""
-    csv_monitor: Monitor
-    """DeepSpeed's numbers as CSV."""
 
 
 CheckedSection = Annotated[DeepSpeedSection, BeforeValidator(_refuse)]

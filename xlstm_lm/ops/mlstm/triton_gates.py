@@ -170,7 +170,7 @@ def gate_gradients_kernel(
         t = super_chunk * steps + (blocks - block) * BLOCK - 1 - back
         inside = t < end
         k_dk = tl.zeros([BLOCK], tl.float32)
-        for part in tl.static_range(PARTS):
+        for part in range(PARTS):  # not unrolled: with 64 parts, their loads would fill all registers
             k_dk += tl.load(k_dk_ptr + (part * tl.cast(pairs, tl.int64) + pair) * T + t, inside, 0.0)
         difference = tl.load(q_dq_ptr + pair * T + t, inside, 0.0) - k_dk
         if HAS_RESETS:

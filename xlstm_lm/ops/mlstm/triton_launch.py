@@ -105,6 +105,8 @@ def launches(K: int, V: int, dtype: torch.dtype, architecture: str) -> Launches:
     def walk(rows: int, width: int) -> Launch:
         rows = padded(rows)
         columns = min(padded(width), most, max(16, numbers // rows))
+        if row == "sm_90" and width % columns and columns > most // 2:
+            columns //= 2  # the masks of a ragged width and as many columns spill
         warps = max(columns // 16, 8 * rows * columns // numbers)
         return Launch(min(rows, part), columns, min(max(warps, least_warps), most_warps), stages)
 

@@ -80,7 +80,8 @@ def launch_for(B: int, H: int, D: int, device: torch.device) -> Launch:
     tile = next((tile for tile in tiles if H * -(-B // tile) <= processors(device)), tiles[-1])
     room = padded(D) * tile * (2 if target == "sm_80" else 1)  # of one step, relative to what there is
     stages = 3 if room <= 1024 else 2 if room <= 2048 else 1
-    many = D > 64 or (target == "sm_100" and padded(D) * tile > 512)  # four warps would spill
+    unaligned = target == "sm_80" and D % 2 == 1
+    many = D > 64 or ((target == "sm_100" or unaligned) and padded(D) * tile > 512)  # four warps would spill
     return Launch(tile, 8 if many else 4, stages, "ieee" if amd else "tf32x3")
 
 

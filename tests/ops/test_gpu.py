@@ -123,7 +123,7 @@ def test_every_product_has_an_architecture_and_plausible_figures():
 )
 def test_a_products_peak_is_found_by_the_drivers_name(monkeypatch, name, peak):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
-    assert peak_flops(DEVICE) == peak
+    assert peak_flops(DEVICE, "bf16") == peak
 
 
 def test_memory_tells_products_of_one_name_apart():

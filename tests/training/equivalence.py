@@ -70,7 +70,7 @@ def engine_step(world: World, engine: TrainingEngine, batch: tuple[torch.Tensor,
     parts = [tensor[world.rank * own :][:own].split(MICRO_ROWS) for tensor in (tokens_BT, targets_BT)]
     micro_batches = [(tokens, targets, None) for tokens, targets in zip(*parts, strict=True)]
     rate = OPTIMIZER.learning_rate * learning_rate_ratio(SCHEDULE, step, STEPS)
-    result = engine.train_step(micro_batches, world.size / count, rate)
+    result = engine.train_step(micro_batches, world.size / count, rate, by_layer=True)
     return result, float(world.sum_(result.loss_sum.clone()) / count)
 
 
@@ -101,6 +101,11 @@ class PlainLoop:
         self.optimizer.zero_grad()
         loss = self.model.loss(self.model(tokens_BT), targets_BT, reduction="mean")
         loss.backward()
+        squares: dict[str, float] = {}
+        for name, parameter in self.model.named_parameters():
+            layer = f"layers/{name.split('.')[0]}/gradient_norm"
+            squares[layer] = squares.get(layer, 0.0) + parameter.grad.square().sum().item()
+        self.layer_gradient_norms = {layer: square**0.5 for layer, square in squares.items()}
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), OPTIMIZER.gradient_clip)
         self.optimizer.step()
         return loss.item(), norm.item()
@@ -138,6 +143,9 @@ def compare(
         norms.append(plain_norm)
         found = plain.difference(engine)
         found |= {"loss": abs(loss - plain_loss), "norm": abs(float(result.gradient_norm) - plain_norm)}
+        layers = result.layer_gradient_norms
+        assert layers.keys() == plain.layer_gradient_norms.keys()
+        found["layers"] = max(abs(float(layers[name]) - norm) for name, norm in plain.layer_gradient_norms.items())
         worst = {key: max(value, worst.get(key, 0.0)) for key, value in found.items()}
         assert result.applied and engine.optimizer_steps == step + 1
     assert max(norms) > OPTIMIZER.gradient_clip  # clipping took place
@@ -145,8 +153,8 @@ def compare(
     held_out = engine.evaluate((tokens_BT, targets_BT, None)) / (targets_BT >= 0).sum()
     expected = plain.model.loss(plain.model(tokens_BT), targets_BT, reduction="mean")
     worst["held-out loss"] = abs(held_out - expected).item()
-    gates, expected_gates = engine.gate_statistics((tokens_BT, None, None)), plain.model.gate_statistics(tokens_BT)
-    worst["gate statistics"] = abs(gates["mean"] - expected_gates["mean"]).item()
+    gates, expected_gates = engine.statistics((tokens_BT, None, None)), plain.model.gate_statistics(tokens_BT)
+    worst["gate statistics"] = abs(gates["gates/mean"] - expected_gates["mean"]).item()
     norm = torch.nn.utils.get_total_norm([parameter.detach() for parameter in plain.model.parameters()])
     worst["parameter norm"] = abs(engine.parameter_norm() - norm).item()
     engine.close()

@@ -15,7 +15,7 @@ from typing import Any
 from xlstm_lm.training.loop import train
 from xlstm_lm.training.run_config import RunConfig, load_run_config
 
-TIMINGS = {"tokens_per_second", "memory_bytes", "elapsed_seconds", "mfu"}
+TIMINGS = {"tokens_per_second", "memory_bytes", "elapsed_seconds", "mfu", "slowest_rank", "slowest_host"}
 COUNTED_FOLDERS = ("/xlstm_lm/training/", "/xlstm_lm/data/", "/xlstm_lm/parallel/")
 
 
@@ -61,7 +61,10 @@ def configure(folder: Path, **overrides: Any) -> RunConfig:
 def records(run_dir: Path) -> list[dict[str, Any]]:
     """metrics.jsonl without what depends on the clock."""
     lines = (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [{key: value for key, value in json.loads(line).items() if key not in TIMINGS} for line in lines]
+    return [
+        {key: value for key, value in json.loads(line).items() if key not in TIMINGS and not key.startswith("ranks/")}
+        for line in lines
+    ]
 
 
 def train_counting_calls(run: RunConfig, kill_at: int = 0) -> int:

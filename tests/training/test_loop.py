@@ -243,10 +243,10 @@ def poisoned_steps(monkeypatch, poisoned: range) -> None:
     train_step = TrainingEngine.train_step
     steps = 0
 
-    def poison(engine, micro_batches, scale, learning_rate):
+    def poison(engine, micro_batches, scale, learning_rate, **others):
         nonlocal steps
         steps += 1
-        return train_step(engine, micro_batches, math.nan if steps in poisoned else scale, learning_rate)
+        return train_step(engine, micro_batches, math.nan if steps in poisoned else scale, learning_rate, **others)
 
     monkeypatch.setattr(TrainingEngine, "train_step", poison)
 

@@ -83,7 +83,7 @@ def test_progress_has_the_numbers_and_the_time_left(capsys):
 
 
 def test_a_cpu_has_no_known_peak():
-    assert peak_flops(torch.device("cpu")) is None
+    assert peak_flops(torch.device("cpu"), "bf16") is None
 
 
 RECORDS = [

@@ -22,6 +22,7 @@ from xlstm_lm.base.run_layout import (
     METRICS,
     MODEL_RECIPE,
     ORIGIN,
+    PROFILE,
     SAMPLES,
     SUPERSEDED,
     TOKENIZER,
@@ -71,6 +72,7 @@ class RunFolder:
         self.model_recipe_path = self.path / MODEL_RECIPE
         self.tokenizer_path = self.path / TOKENIZER
         self.origin_path = self.path / ORIGIN
+        self.profile_path = self.path / PROFILE
         self._environment_path = self.path / ENVIRONMENT
         self._wandb_id_path = self.path / WANDB_ID
 

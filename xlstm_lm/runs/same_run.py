@@ -28,6 +28,7 @@ FREE_TO_CHANGE = (
     "training.precision",
     "training.activation_checkpointing",
     "safeguards.",
+    "profile.",
     "wandb.",
     "deepspeed.",
     "data.num_workers",

@@ -34,7 +34,8 @@ class TrainingConfig:
     validate_every: CountOrZero = 1000
     """Steps between two validations; 0 validates after the last step only."""
     gate_statistics_every: CountOrZero = 100
-    """Steps between two measurements of the gates (an extra forward pass of one micro batch each); 0 for none."""
+    """Steps between two measurements of gates and of norms by layer (an extra forward pass of one micro batch, and a
+    sum of the gradients by layer); 0 for none."""
     micro_batch_size: Size | None = None
     """Rows of one forward and backward pass on one device; null for all rows of the device at once."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import deepspeed
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from xlstm_lm.parallel.process_group import World
 from xlstm_lm.training.build import place_weights
 from xlstm_lm.training.deepspeed_config import Precision, deepspeed_json, refusals_explained
+from xlstm_lm.training.layer_statistics import activation_norms_observed, gradient_norms
 from xlstm_lm.training.optimizer import OptimizerConfig, build_optimizer, state_shapes
 
 # DeepSpeed calls functions under names that newer versions of torch deprecate.
@@ -41,12 +42,21 @@ class TrainingModule(nn.Module):
     def forward(self, tokens_BT: Tensor, targets_BT: Tensor | None, resets_BT: Tensor) -> Tensor | dict[str, Tensor]:
         """Sum of the target tokens' losses in nats, in training mode with the z-loss.
 
-        Without targets, the model's gate statistics.
+        Without targets, statistics of gates, if the model has any, and of blocks.
         """
         if targets_BT is None:
-            return self.model.gate_statistics(tokens_BT, resets_BT)
+            return self._statistics(tokens_BT, resets_BT)
         z_loss = self.z_loss if self.training else 0.0
         return self.model.loss(self.model(tokens_BT, resets_BT), targets_BT, reduction="sum", z_loss=z_loss)
+
+    def _statistics(self, tokens_BT: Tensor, resets_BT: Tensor) -> dict[str, Tensor]:
+        gates: dict[str, Tensor] = {}
+        with activation_norms_observed(self.model) as layers:
+            if hasattr(self.model, "gate_statistics"):
+                gates = self.model.gate_statistics(tokens_BT, resets_BT)
+            if not gates:
+                self.model(tokens_BT, resets_BT)
+        return {**{f"gates/{name}": value for name, value in gates.items()}, **layers}
 
 
 @dataclass(frozen=True)
@@ -59,6 +69,8 @@ class StepResult:
     """Sum of the losses of this rank's target tokens, in nats."""
     gradient_norm: Tensor | float
     """Norm of the whole gradient before clipping."""
+    layer_gradient_norms: dict[str, Tensor] = field(default_factory=dict)
+    """Norms of the gradient by layer, as in `layer_statistics.gradient_norms`; empty unless asked for."""
 
 
 class TrainingEngine:
@@ -120,7 +132,13 @@ class TrainingEngine:
             self._engine, *_ = deepspeed.initialize(model=module, optimizer=self._optimizer, config=config)
         self._create_optimizer_state()
 
-    def train_step(self, micro_batches: list[MicroBatch], scale: Tensor | float, learning_rate: float) -> StepResult:
+    def train_step(
+        self,
+        micro_batches: list[MicroBatch],
+        scale: Tensor | float,
+        learning_rate: float,
+        by_layer: bool = False,
+    ) -> StepResult:
         """Run forward, backward, reduction and update. Collective.
 
         The gradient is that of sum(loss sum * scale) / world size over all ranks' micro batches. If a loss or gradient
@@ -132,6 +150,7 @@ class TrainingEngine:
             micro_batches: This rank's rows of the step, accumulation_steps of them.
             scale: Factor of the losses; world size / target tokens of the global batch gives the mean token loss.
             learning_rate: Rate of the schedule; each parameter group multiplies it by its lr_scale.
+            by_layer: Whether the norms of the gradient by layer are computed as well.
         """
         assert len(micro_batches) == self._accumulation_steps
         self._engine.train()
@@ -148,12 +167,13 @@ class TrainingEngine:
             self._engine.backward(loss * finite_scale.to(loss.dtype), scale_wrt_gas=False)
             if index < len(micro_batches) - 1:
                 self._engine.step()
+        layers = gradient_norms(self._parameters, self.stage, self.world) if by_layer else {}
         if self.stage == 0:
-            return self._update_stage_0(loss_sum)
+            return self._update_stage_0(loss_sum, layers)
         self._engine.step()
-        return StepResult(self._engine.was_step_applied(), loss_sum, self._engine.get_global_grad_norm())
+        return StepResult(self._engine.was_step_applied(), loss_sum, self._engine.get_global_grad_norm(), layers)
 
-    def _update_stage_0(self, loss_sum: Tensor) -> StepResult:
+    def _update_stage_0(self, loss_sum: Tensor, layers: dict[str, Tensor]) -> StepResult:
         gradients = [parameter.grad for parameter in self._parameters.values() if parameter.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
         applied = bool(torch.isfinite(norm))
@@ -163,7 +183,7 @@ class TrainingEngine:
         elif self._clip:
             torch.nn.utils.clip_grads_with_norm_(self._parameters.values(), self._clip, norm)
         self._engine.step()
-        return StepResult(applied, loss_sum, norm)
+        return StepResult(applied, loss_sum, norm, layers)
 
     @torch.no_grad()
     def evaluate(self, micro_batch: MicroBatch) -> Tensor:
@@ -172,10 +192,11 @@ class TrainingEngine:
         return self._engine(*micro_batch)
 
     @torch.no_grad()
-    def gate_statistics(self, micro_batch: MicroBatch) -> dict[str, Tensor]:
-        """Gate statistics on one micro batch; empty if the model has none. Under ZeRO-3, every rank must call it."""
-        if not hasattr(self._engine.module.model, "gate_statistics"):
-            return {}
+    def statistics(self, micro_batch: MicroBatch) -> dict[str, Tensor]:
+        """Statistics of gates and blocks on one micro batch: gates/NAME and layers/BLOCK/activation_norm.
+
+        Under ZeRO-3, every rank must call it.
+        """
         self._engine.eval()
         tokens_BT, _, resets_BT = micro_batch
         return self._engine(tokens_BT, None, resets_BT)

@@ -26,13 +26,16 @@ from xlstm_lm.training.config import split_batch
 from xlstm_lm.training.deepspeed_config import choose_precision, zero_stage
 from xlstm_lm.training.engine import MicroBatch, TrainingEngine
 from xlstm_lm.training.kernel_check import check_kernels
-from xlstm_lm.training.memory import check_memory, memory_errors_explained
+from xlstm_lm.training.memory import check_memory
+from xlstm_lm.training.out_of_memory import memory_errors_explained
+from xlstm_lm.training.profile import StepProfiler, record_memory, write_memory_snapshot
 from xlstm_lm.training.report import Report
 from xlstm_lm.training.run_config import RunConfig
 from xlstm_lm.training.safeguards import NOT_FINITE, SkipCounter
 from xlstm_lm.training.schedule import learning_rate_ratio
 from xlstm_lm.training.start import Start
 from xlstm_lm.training.stop_request import StopRequest
+from xlstm_lm.training.stragglers import StepTimes
 from xlstm_lm.training.validation import count_targets, evaluate, split_rows
 
 logger = logging.getLogger("xlstm_lm")
@@ -55,6 +58,7 @@ def train(run: RunConfig, data: TrainingData | None = None) -> Path:
         SystemExit: with code 0, after SIGTERM, SIGUSR1, Ctrl-C or training.max_hours, once the run is saved.
     """
     run.schedule.check_steps(run.training.steps)
+    run.profile.check_steps(run.training.steps)
     world = join_world()
     # Decaying states and moments pass through denormal numbers, which slow a CPU down a hundred times.
     torch.set_flush_denormal(True)
@@ -63,7 +67,13 @@ def train(run: RunConfig, data: TrainingData | None = None) -> Path:
     run.optimizer.check_layout(zero_stage(run.deepspeed, precision), run.deepspeed.get("zero_optimization", {}))
     check_memory(run, world, precision, micro_rows)
     stop_request = StopRequest(run.training.max_hours)
-    with contextlib.ExitStack() as resources, memory_errors_explained(run), lost_processes_explained(world):
+    record_memory(run.profile, world.device)
+
+    def snapshot() -> Path | None:
+        return write_memory_snapshot(run.profile, RunFolder(run.training.folder).profile_path, world)
+
+    explained = memory_errors_explained(run, world, precision, micro_rows, snapshot)
+    with contextlib.ExitStack() as resources, explained, lost_processes_explained(world):
         trainer = Trainer(run, world, stop_request, resources, data)
         with stop_request:  # before, nothing can be saved: Ctrl-C and SIGTERM end the run at once
             stopped = trainer.run_steps()
@@ -146,6 +156,9 @@ class Trainer:
         )
         resources.callback(self.engine.close)
 
+        self.times = StepTimes(world)
+        resources.callback(self.times.close)
+
         self.start.restore_engine(self.engine)
         state = self.start.state
         self.step = state["step"]
@@ -155,12 +168,15 @@ class Trainer:
             config=self.start.config,
             wandb=run.wandb,
             world=world,
+            precision=precision,
             steps=run.training.steps,
             flops_per_token=training_flops_per_token(run.model, run.data.context_length),
             state=state,
             split=self.start.metrics,
         )
         resources.callback(self.report.close)
+        self.profiler = StepProfiler(run.profile, RunFolder(self.run_dir).profile_path, world, self.report.progress.say)
+        resources.callback(lambda: self.profiler.close(self.step))
         if world.is_first:
             record_session(self.run_dir, world, self.step, kernels)
         if self.start.message:
@@ -174,12 +190,18 @@ class Trainer:
         self.report.clock.restart_window()
         while self.step < training.steps:
             self.stop_request.step_begins()
-            batch = self.stream.next_batch()
+            self.profiler.before(self.step + 1)
+            with self.times.waiting_for_data():
+                batch = self.stream.next_batch()
             counts = self.count(batch)
             learning_rate = optimizer.learning_rate * learning_rate_ratio(self.run.schedule, self.step, training.steps)
             micro_batches = split_rows(batch, self.micro_rows, self.world.device)
             # This scale makes the gradient that of the mean loss over the target tokens of all ranks.
-            result = self.engine.train_step(micro_batches, self.world.size / counts[0].clamp(min=1), learning_rate)
+            scale = self.world.size / counts[0].clamp(min=1)
+            every = training.gate_statistics_every
+            statistics_due = bool(every) and (self.step + 1) % every == 0
+            with self.times.step():
+                result = self.engine.train_step(micro_batches, scale, learning_rate, by_layer=statistics_due)
             self.step += 1
             self.report.count(counts[0])
             skipped = self.skips.observe(
@@ -192,10 +214,10 @@ class Trainer:
                 self.report.event(self.step, "skipped", skipped, documents=self.document_ids(batch))
 
             last = self.step == training.steps
-            gates_due = training.gate_statistics_every and self.step % training.gate_statistics_every == 0
-            if self.step % training.log_every == 0 or last or gates_due or not result.applied:
-                measured = self.measure(micro_batches[0], gates_due)
-                self.report.train_step(self.step, result, counts, learning_rate, measured)
+            if self.step % training.log_every == 0 or last or statistics_due or not result.applied:
+                measured = self.measure(micro_batches[0], statistics_due) | result.layer_gradient_norms
+                self.report.train_step(self.step, result, counts, learning_rate, measured, self.times.gather)
+            self.profiler.after(self.step)
             # The engine has waited for the device in this step already: reading the flag costs nothing.
             stop = bool(counts[2]) and not last
             with self.report.clock.paused():
@@ -207,13 +229,10 @@ class Trainer:
                 return True
         return False
 
-    def measure(self, micro_batch: MicroBatch, gates_due: bool) -> dict[str, torch.Tensor]:
+    def measure(self, micro_batch: MicroBatch, statistics_due: bool) -> dict[str, torch.Tensor]:
         """Scalar metrics of a logged step, by name, that need a computation of their own. Collective."""
-        gates = self.engine.gate_statistics(micro_batch) if gates_due else {}
-        return {
-            "parameter_norm": self.engine.parameter_norm(),
-            **{f"gates/{name}": value for name, value in gates.items()},
-        }
+        statistics = self.engine.statistics(micro_batch) if statistics_due else {}
+        return {"parameter_norm": self.engine.parameter_norm(), **statistics}
 
     def count(self, batch: Batch) -> torch.Tensor:
         """Count target tokens, their bytes, and ranks that must stop, over all ranks: int64 (3,), on the device.

@@ -1,16 +1,12 @@
-"""A lower bound on the memory of a run, checked before anything is built, and messages for failed allocations."""
+"""A lower bound on the memory of a run, checked before anything is built."""
 
 from __future__ import annotations
 
-import contextlib
 import os
-from collections.abc import Iterator
 
 import torch
 
-from xlstm_lm.base.durable_files import RunError
-from xlstm_lm.base.errors import first_line
-from xlstm_lm.base.machine import is_out_of_memory, memory_bytes
+from xlstm_lm.base.machine import memory_bytes
 from xlstm_lm.models import build_model
 from xlstm_lm.models.accounting import count_parameters
 from xlstm_lm.parallel.process_group import World
@@ -94,28 +90,14 @@ def _refuse_beyond(memory: int, needed: dict[str, int], run: RunConfig, paramete
     total = sum(needed.values())
     if total <= memory:
         return
-    parts = ", ".join(f"{name} {_gib(value)}" for name, value in needed.items() if value > total / 100)
+    parts = ", ".join(f"{name} {gib(value)}" for name, value in needed.items() if value > total / 100)
     raise ValueError(
         f"The model has {parameters:,} parameters; with data.context_length {run.data.context_length:,} and "
-        f"data.global_batch_size {run.data.global_batch_size:,} a run needs at least {_gib(total)} GiB ({parts}), but "
-        f"{where} {_gib(memory)} GiB: {REMEDIES}."
+        f"data.global_batch_size {run.data.global_batch_size:,} a run needs at least {gib(total)} GiB ({parts}), but "
+        f"{where} {gib(memory)} GiB: {REMEDIES}."
     )
 
 
-def _gib(count: int) -> str:
+def gib(count: int) -> str:
+    """A number of bytes in GiB."""
     return f"{count / 2**30:,.1f}"
-
-
-@contextlib.contextmanager
-def memory_errors_explained(run: RunConfig) -> Iterator[None]:
-    """Turn an allocation error into a RunError that names the settings to change."""
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        rows = run.training.micro_batch_size or "null (all rows at once)"
-        raise RunError(
-            f"Out of memory with training.micro_batch_size {rows} and data.context_length {run.data.context_length}: "
-            f"{REMEDIES}. Checkpoints saved so far are intact. ({first_line(error)})"
-        ) from error

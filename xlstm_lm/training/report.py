@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ import torch
 from xlstm_lm.parallel.process_group import World
 from xlstm_lm.runs.folder import MetricsSplit, RunFolder
 from xlstm_lm.runs.metrics import MetricsFile
+from xlstm_lm.training.deepspeed_config import Precision
 from xlstm_lm.training.engine import StepResult
-from xlstm_lm.training.telemetry import Clock, Progress, peak_flops, peak_memory_bytes
+from xlstm_lm.training.telemetry import Clock, Progress, peak_flops
 from xlstm_lm.training.wandb_run import WandbConfig, WandbRun
 
 
@@ -27,6 +29,7 @@ class Report:
         config: dict[str, Any],
         wandb: WandbConfig,
         world: World,
+        precision: Precision,
         steps: int,
         flops_per_token: float,
         state: dict[str, Any],
@@ -39,6 +42,7 @@ class Report:
             config: The whole configuration, as nested mappings, for wandb.
             wandb: Section wandb of the recipe.
             world: All processes of the run.
+            precision: Type of weights and activations, for the peak that mfu is a share of.
             steps: Steps of the whole run.
             flops_per_token: Operations of a training step for each token.
             state: Counters to continue from, as in a checkpoint: step, tokens, elapsed_seconds.
@@ -48,7 +52,7 @@ class Report:
         self.world = world
         self.clock = Clock(state["elapsed_seconds"])
         self._flops_per_token = flops_per_token
-        self._peak_flops = peak_flops(world.device)
+        self._peak_flops = peak_flops(world.device, precision)
         self._tokens = torch.tensor(state["tokens"], dtype=torch.int64, device=world.device)
         self._tokens_at_window = state["tokens"]
         self._resources = contextlib.ExitStack()
@@ -83,6 +87,7 @@ class Report:
         counts: torch.Tensor,
         learning_rate: float,
         measured: dict[str, torch.Tensor],
+        ranks: Callable[[], dict[str, Any]],
     ) -> None:
         """Report a step. Collective; waits for the device.
 
@@ -92,8 +97,10 @@ class Report:
             counts: Target tokens of the step and their bytes over all ranks; further entries are ignored.
             learning_rate: Rate of the step.
             measured: Further metrics by name, as scalars.
+            ranks: Gathers metrics of all ranks, memory_bytes among them, on rank 0. Collective.
         """
         nats = float(self.world.sum_(result.loss_sum.double()))
+        of_ranks = ranks()
         if not self.world.is_first:
             return
         step_tokens, step_bytes = counts.tolist()[:2]
@@ -115,7 +122,7 @@ class Report:
         if self._peak_flops:
             record["mfu"] = tokens_per_second * self._flops_per_token / (self._peak_flops * self.world.size)
         record |= {
-            "memory_bytes": peak_memory_bytes(self.world.device),
+            **of_ranks,
             "elapsed_seconds": self.clock.elapsed,
             **{name: float(value) for name, value in measured.items()},
         }

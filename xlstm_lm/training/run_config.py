@@ -33,6 +33,7 @@ from xlstm_lm.runs.same_run import run_of_recipe
 from xlstm_lm.training.config import TrainingConfig
 from xlstm_lm.training.deepspeed_section import CheckedSection
 from xlstm_lm.training.optimizer import OPTIMIZERS, AdamWConfig
+from xlstm_lm.training.profile import ProfileConfig
 from xlstm_lm.training.safeguards import SafeguardsConfig
 from xlstm_lm.training.schedule import ScheduleConfig
 from xlstm_lm.training.wandb_run import WandbConfig
@@ -76,6 +77,8 @@ class RunConfig:
     """Learning rate over the steps."""
     safeguards: SafeguardsConfig = field(default_factory=SafeguardsConfig)
     """Steps whose loss or gradient is not finite."""
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
+    """Traces of steps, and a record of memory."""
     wandb: WandbConfig = field(default_factory=WandbConfig)
     """Weights & Biases."""
     deepspeed: CheckedSection = field(default_factory=dict)

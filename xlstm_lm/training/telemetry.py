@@ -13,12 +13,19 @@ from tqdm import tqdm
 
 from xlstm_lm.base import console
 from xlstm_lm.ops.gpu import gpu_of
+from xlstm_lm.training.deepspeed_config import Precision
 
 
-def peak_flops(device: torch.device) -> float | None:
-    """Peak bf16 operations of the device in a second; None for unknown devices."""
+def peak_flops(device: torch.device, precision: Precision) -> float | None:
+    """Peak operations of the device in a second in the type of a run's products; None for unknown devices.
+
+    An fp32 run multiplies in TF32 only where torch is set to.
+    """
     gpu = gpu_of(device)
-    return gpu.bf16_flops if gpu else None
+    if gpu is None or precision == "bf16":
+        return gpu.bf16_flops if gpu else None
+    uses_tf32 = torch.get_float32_matmul_precision() != "highest"
+    return gpu.tf32_flops if uses_tf32 and gpu.tf32_flops else gpu.fp32_flops
 
 
 def peak_memory_bytes(device: torch.device) -> int:

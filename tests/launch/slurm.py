@@ -97,7 +97,8 @@ class Slurm:
 
     def start_now(self, job: str) -> None:
         """Start a requeued job at once. Slurm makes it wait until old credentials have expired, or two minutes."""
-        self.run("scontrol", "update", f"jobid={job}", "starttime=now")
+        with contextlib.suppress(AssertionError):  # it has just started by itself
+            self.run("scontrol", "update", f"jobid={job}", "starttime=now")
 
 
 @contextlib.contextmanager

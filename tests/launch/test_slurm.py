@@ -48,7 +48,7 @@ def submit(
     cluster: Slurm, folder: Path, run: Path, *options: object, processes: int = 2, recipe: Path | None = None
 ) -> str:
     """Submit train.sbatch for the recipe in `folder` or another, and return the job's number."""
-    settings = variables(folder) | {"PROCESSES_PER_NODE": str(processes), "SAVE_SECONDS": "40"}
+    settings = variables(folder, XLSTM_LM=REPOSITORY, SAVE_SECONDS=40) | {"PROCESSES_PER_NODE": str(processes)}
     output = f"--output={run}.out"
     words = ["sbatch", "--parsable", output, *options, LAUNCH / "slurm" / "train.sbatch", run]
     return cluster.run(*words, "--config", recipe or folder / "recipe.yaml", env=settings, cwd=REPOSITORY)

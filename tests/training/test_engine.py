@@ -78,6 +78,39 @@ def test_two_processes_equal_a_plain_loop(tmp_path):
             assert difference < TOLERANCE, (case, name)
 
 
+MATRIX = [
+    *(f"{stage}-fp32" for stage in range(4)),
+    *(f"{stage}-bf16" for stage in (1, 2, 3)),
+    "3-fp32-checkpointing",
+    "3-bf16-checkpointing",
+]
+ROUNDING = {
+    # Float32 sums in another order; weights in units of the learning rate.
+    "fp32": {"loss": 2e-6, "norm": 5e-6, "weights": 1e-3},
+    # Activations and gradients of a micro batch in bf16, with 8 bits; three steps move a weight by up to three rates.
+    "bf16": {"loss": 2e-3, "norm": 1e-2, "weights": 0.5},
+}
+"""Largest differences of a hybrid's three steps from a plain loop in float32."""
+
+
+def check_matrix(ranks: int, cells: list[str]) -> None:
+    found = json.loads(run_ranks(ranks, "matrix", *cells).splitlines()[-1])
+    assert list(found) == cells
+    for cell, differences in found.items():
+        for name, difference in differences.items():
+            assert difference < ROUNDING[cell.split("-")[1]][name], (cell, name)
+
+
+def test_a_hybrid_of_recurrent_blocks_equals_a_plain_loop_on_two_ranks():
+    check_matrix(2, ["2-bf16", "3-fp32-checkpointing"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_the_whole_matrix_equals_a_plain_loop(ranks):
+    check_matrix(ranks, MATRIX)
+
+
 def test_gradients_of_a_bf16_run_are_summed_in_float32_unless_the_recipe_says_otherwise():
     found = json.loads(run_ranks(2, "reducing").splitlines()[-1])
     for stage in (1, 2, 3):

@@ -1,4 +1,4 @@
-"""The command line: `xlstm-lm train | status | generate | export | import | tokenizer | doctor`.
+"""The command line: `xlstm-lm train | status | generate | export | import | tokenizer | checkpoint | doctor`.
 
 Each command imports its modules when it is called, which keeps `--help` quick.
 """
@@ -20,8 +20,8 @@ from xlstm_lm.base.fields import Count, CountOrZero, NonNegative, PositiveRatio,
 from xlstm_lm.base.import_path import keep_current_folder_out
 from xlstm_lm.base.program import program, told_once
 
-COMMANDS = ("train", "status", "generate", "export", "import", "tokenizer", "doctor")
-SLOW_COMMANDS = ("train", "generate", "export", "import", "doctor")
+COMMANDS = ("train", "status", "generate", "export", "import", "tokenizer", "checkpoint", "doctor")
+SLOW_COMMANDS = ("train", "generate", "export", "import", "checkpoint", "doctor")
 SAMPLE_PROMPT = "def "  # beginning of the sample at the end of a run
 SAMPLE_TOKENS = 400
 
@@ -193,6 +193,14 @@ def _make_parser(with_fields: bool) -> _Parser:
         help="Vocabulary, end of document included.",
     )
     tokenizer.add_argument("--out", required=True, metavar="FOLDER", help="A new folder, as transformers reads it.")
+
+    checkpoint = command("checkpoint", _checkpoint, "List, verify or merge the checkpoints of a run.")
+    checkpoint.add_argument("run_dir", metavar="RUN", help="Folder of the run.")
+    checkpoint.add_argument("--verify", action="store_true", help="Compare the checksums of all files.")
+    checkpoint.add_argument(
+        "--merge", type=argument(CountOrZero), metavar="STEP", help="Write the weights of this step to one file, --out."
+    )
+    checkpoint.add_argument("--out", metavar="FILE", help="With --merge: a new safetensors file.")
 
     doctor = command("doctor", _doctor, "Versions, devices, kernels, and whether each computes what it should.")
     doctor.add_argument(
@@ -374,6 +382,29 @@ def _tokenizer(options: argparse.Namespace) -> None:
     out = train_bpe(options.files, vocab_size=options.vocab_size, out=options.out)
     console.end_stage()
     print(f"Wrote {out}. Use it:  --data.tokenizer.kind huggingface --data.tokenizer.name {shlex.quote(str(out))}")
+
+
+def _checkpoint(options: argparse.Namespace) -> None:
+    from xlstm_lm.base.paths import user_path
+    from xlstm_lm.runs.checkpoint_list import list_checkpoints, merge, table
+
+    run_dir = user_path(options.run_dir)
+    if (options.merge is None) != (options.out is None):
+        raise ValueError("--merge STEP and --out FILE belong together: give both, or neither.")
+    console.stage("reading checkpoints")
+    if options.merge is not None:
+        out = merge(run_dir, options.merge, user_path(options.out))
+        console.end_stage()
+        print(f"Wrote the weights of step {options.merge} to {shlex.quote(str(out))}.")
+        return
+    listed = list_checkpoints(run_dir, options.verify)
+    console.end_stage()
+    print(table(listed, options.verify))
+    damaged = [each.step for each in listed if each.damage]
+    if damaged:
+        raise ValueError(
+            f"{len(damaged)} of {len(listed)} checkpoints are damaged: of step {', '.join(map(str, damaged))}."
+        )
 
 
 def _doctor(options: argparse.Namespace) -> None:

@@ -146,5 +146,5 @@ def test_back_to_transformers_without_the_change_of_a_bit(tmp_path, dtype):
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name].float(), after[name]) for name in before)
     hub.import_run(tmp_path / "ours", tmp_path / "again")
-    for file in ("model.yaml", "checkpoints/step_00000000/model.safetensors"):
+    for file in ("model.yaml", "checkpoints/step_00000000/model_rank0000.safetensors"):
         assert (tmp_path / "run" / file).read_bytes() == (tmp_path / "again" / file).read_bytes()

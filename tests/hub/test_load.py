@@ -16,7 +16,8 @@ from xlstm_lm.base.announce import announce_once
 from xlstm_lm.data import TokenizerConfig, build_tokenizer
 from xlstm_lm.models import MambaConfig, XLSTMConfig, build_model
 from xlstm_lm.parallel.process_group import World
-from xlstm_lm.runs.checkpoint import write_checkpoint
+from xlstm_lm.runs.checkpoint_layout import Share
+from xlstm_lm.runs.checkpoint_writer import Snapshot, write_checkpoint
 
 transformers.utils.is_xlstm_available = lambda: False  # else transformers would run the xlstm package's kernels
 
@@ -164,17 +165,15 @@ def test_a_model_trained_with_kernels_that_are_not_here_is_computed_by_those_tha
     announce_once.cache_clear()
     torch.manual_seed(0)
     parameters = dict(build_model(config).named_parameters())
-    write_checkpoint(
-        tmp_path,
-        world=World(rank=0, size=1, local_rank=0, device=torch.device("cpu")),
+    snapshot = Snapshot(
         state={"step": 0, "imported_from": "", "tokenizer_fingerprint": ""},
-        sizes={name: parameter.numel() for name, parameter in parameters.items()},
-        weights=iter(parameters.items()),
-        moments=None,
+        shapes={"model": {name: tuple(parameter.shape) for name, parameter in parameters.items()}},
+        shares={"model": [Share(name, 0, parameter.detach().flatten()) for name, parameter in parameters.items()]},
         config_yaml=yaml.safe_dump({"model": dataclasses.asdict(config) | pinned}),
         save_tokenizer=build_tokenizer(TokenizerConfig()).save,
         keep=1,
     )
+    write_checkpoint(tmp_path, World(rank=0, size=1, local_rank=0, device=torch.device("cpu")), snapshot)
     trained = hub.load(tmp_path)
     tokens_BT = torch.randint(257, (2, 9))
     with torch.no_grad():

@@ -54,7 +54,7 @@ def build(world: World, stage: int, precision: str, tied: bool = False) -> dict[
     assert torch.equal(torch.rand(3), drawn_next)  # whatever draws next, such as dropout, draws as before
     parameters = dict(expected.named_parameters())
     rounded = torch.bfloat16 if precision == "bf16" else torch.float32
-    weights = dict(engine.weights())
+    weights = dict(engine.state.weights())
     assert weights.keys() == parameters.keys()
     wrong = [
         name for name, value in weights.items() if not torch.equal(value, parameters[name].detach().to(rounded).float())

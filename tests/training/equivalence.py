@@ -113,7 +113,7 @@ class PlainLoop:
     def difference(self, engine: TrainingEngine) -> dict[str, float]:
         """Largest absolute difference in weights and moments."""
         parameters = dict(self.model.named_parameters())
-        weights, moments = dict(engine.weights()), dict(engine.moments())
+        weights, moments = dict(engine.state.weights()), dict(engine.state.moments())
         assert weights.keys() == parameters.keys()
         found = {"weights": max((weights[n] - p).abs().max().item() for n, p in parameters.items())}
         for name, moment in moments.items():

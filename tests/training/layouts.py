@@ -4,39 +4,41 @@ from __future__ import annotations
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from tests.training.equivalence import batches, build_engine, engine_step
 from xlstm_lm.parallel.process_group import World, join_world
-from xlstm_lm.runs.checkpoint import Checkpoint, newest_checkpoint, write_checkpoint
+from xlstm_lm.runs.checkpoint import newest_checkpoint, read_checkpoint
+from xlstm_lm.runs.checkpoint_format1 import Checkpoint
+from xlstm_lm.runs.checkpoint_writer import Snapshot, write_checkpoint
 from xlstm_lm.training.engine import TrainingEngine
 
 SAVED_STEP = 2
 
 
 def save(world: World, engine: TrainingEngine, run_dir: Path, step: int = SAVED_STEP, keep: int = 3) -> Path:
-    return write_checkpoint(
-        run_dir,
-        world=world,
+    return write_checkpoint(run_dir, world, snapshot(engine, step, keep))
+
+
+def snapshot(engine: TrainingEngine, step: int = SAVED_STEP, keep: int = 3) -> Snapshot:
+    return Snapshot(
         state={"step": step, "optimizer_steps": engine.optimizer_steps},
-        sizes={name: shape.numel() for name, shape in engine.shapes.items()},
-        weights=engine.weights(),
-        moment_sizes={name: shape.numel() for name, shape in engine.moment_shapes.items()},
-        moments=engine.moments(),
+        shapes=engine.state.stored_shapes,
+        shares=engine.state.shares(),
         config_yaml="{}\n",
         save_tokenizer=lambda folder: folder.mkdir(exist_ok=True),
         keep=keep,
     )
 
 
-def load(engine: TrainingEngine, folder: Path) -> None:
-    checkpoint = Checkpoint(folder)
-    engine.load(
-        checkpoint.weights(list(engine.shapes)),
-        checkpoint.moments(list(engine.moment_shapes)),
-        checkpoint.state["optimizer_steps"],
+def load(engine: TrainingEngine, folder: Path) -> Checkpoint:
+    checkpoint = read_checkpoint(folder)
+    engine.state.load(
+        partial(checkpoint.part, "model"), partial(checkpoint.part, "optimizer"), checkpoint.state["optimizer_steps"]
     )
+    return checkpoint
 
 
 def losses(world: World, engine: TrainingEngine, first: int, last: int) -> list[float]:

@@ -12,20 +12,14 @@ import safetensors.torch
 import torch
 
 from tests.training.equivalence import build_engine
-from tests.training.layouts import continued_run, save, whole_run
+from tests.training.layouts import continued_run, load, losses, save, whole_run
 from tests.training.processes import run_ranks
-from xlstm_lm.base import tensor_files
 from xlstm_lm.base.durable_files import RunError
 from xlstm_lm.base.run_layout import checkpoint_folders
 from xlstm_lm.parallel.process_group import join_world
-from xlstm_lm.runs import checkpoint as checkpoint_module
-from xlstm_lm.runs.checkpoint import (
-    Checkpoint,
-    damage,
-    find_checkpoint,
-    newest_checkpoint,
-    remove_leftovers,
-)
+from xlstm_lm.runs import checkpoint_writer
+from xlstm_lm.runs.checkpoint import damage, find_checkpoint, newest_checkpoint, read_checkpoint
+from xlstm_lm.runs.checkpoint_writer import remove_leftovers
 from xlstm_lm.runs.random_state import random_state_bytes, restore_random_state
 
 
@@ -58,8 +52,8 @@ def any_layout(tmp_path_factory):
 def test_two_processes_continue_each_others_and_one_process_runs(any_layout):
     _, report = any_layout
     assert len(report) == 2 + 4 + 4 * 4
-    for case, losses in report.items():
-        assert losses == pytest.approx(report["single whole 0"], abs=1e-5), case
+    for case, found in report.items():
+        assert found == pytest.approx(report["single whole 0"], abs=1e-5), case
     for stage in range(4):
         assert report[f"pair{stage} at {stage}"] == report[f"pair whole {stage}"]
 
@@ -68,32 +62,31 @@ def test_two_processes_continue_each_others_and_one_process_runs(any_layout):
 def test_one_process_continues_what_two_began(stage, any_layout):
     folder, report = any_layout
     for source in range(4):
-        losses = continued_run(join_world(), stage, folder / f"pair{source}")
-        assert losses == pytest.approx(report["single whole 0"], abs=1e-5), source
+        found = continued_run(join_world(), stage, folder / f"pair{source}")
+        assert found == pytest.approx(report["single whole 0"], abs=1e-5), source
 
 
 def test_files_are_plain_safetensors_by_parameter_name(engine, tmp_path):
     folder = save(join_world(), engine, tmp_path)
-    weights = safetensors.torch.load_file(folder / "model.safetensors")
-    assert {name: tuple(value.shape) for name, value in weights.items()} == {
-        name: tuple(shape) for name, shape in engine.shapes.items()
-    }
-    for name, value in engine.weights():
-        assert torch.equal(weights[name], value)
-    assert set(safetensors.torch.load_file(folder / "optimizer.safetensors")) == set(engine.moment_shapes)
+    weights = safetensors.torch.load_file(folder / "model_rank0000.safetensors")
+    for name, value in engine.state.weights():
+        assert torch.equal(weights[name], value.flatten())
+    assert set(safetensors.torch.load_file(folder / "optimizer_rank0000.safetensors")) == set(engine.moment_shapes)
     assert (tmp_path / "checkpoints" / "latest").read_text() == "step_00000002\n"
+    read = read_checkpoint(folder)
+    assert all(torch.equal(read.all_weights()[name], value) for name, value in engine.state.weights())
 
 
-def test_large_models_are_split_over_files_with_an_index(engine, tmp_path, monkeypatch):
-    monkeypatch.setattr(tensor_files.TensorWriter.__init__, "__defaults__", (400,))
-    folder = save(join_world(), engine, tmp_path)
-    index = json.loads((folder / "model.safetensors.index.json").read_text())
-    shards = sorted(path.name for path in folder.glob("model-*.safetensors"))
-    assert len(shards) > 2 and shards[0] == f"model-00001-of-{len(shards):05}.safetensors"
-    assert set(index["weight_map"]) == set(engine.shapes) and set(index["weight_map"].values()) == set(shards)
-    assert not damage(folder)
-    read = dict(Checkpoint(folder).weights(list(engine.shapes)))
-    assert all(torch.equal(read[name], value) for name, value in engine.weights())
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_a_running_engine_goes_back_to_a_checkpoint(stage, tmp_path):
+    world = join_world()
+    _, built = build_engine(world, stage)
+    losses(world, built, 0, 1)
+    folder = save(world, built, tmp_path)
+    expected = losses(world, built, 1, 3)
+    load(built, folder)
+    assert losses(world, built, 1, 3) == expected
+    built.close()
 
 
 def test_the_newest_are_kept_and_leftovers_removed(engine, tmp_path):
@@ -111,7 +104,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(harm, engine,
     world = join_world()
     good = save(world, engine, tmp_path, step=1)
     bad = save(world, engine, tmp_path, step=2)
-    harmed = bad / ("manifest.json" if "manifest" in harm else "optimizer.safetensors")
+    harmed = bad / ("manifest.json" if "manifest" in harm else "optimizer_rank0000.safetensors")
     content = bytearray(harmed.read_bytes())
     if harm == "flipped bit":
         content[-3] ^= 4
@@ -140,29 +133,27 @@ def test_what_is_no_checkpoint_is_refused(engine, tmp_path):
     folder = save(join_world(), engine, tmp_path)
     assert find_checkpoint(folder) == find_checkpoint(tmp_path) == folder
     with pytest.raises(ValueError, match=r"belongs to another model: 1 tensors .*new\.weight"):
-        Checkpoint(folder).weights([*engine.shapes, "new.weight"])
+        read_checkpoint(folder).weights([*engine.shapes, "new.weight"])
 
 
 @pytest.mark.parametrize(
-    "file", ["model.safetensors", "optimizer.safetensors", "state.json", "manifest.json", "latest"]
+    "file", ["model_rank0000.safetensors", "optimizer_rank0000.safetensors", "state.json", "manifest.json", "latest"]
 )
 def test_a_full_disk_leaves_the_checkpoint_before(file, engine, tmp_path, monkeypatch):
     world = join_world()
     good = save(world, engine, tmp_path, step=1)
-    write = checkpoint_module.write_durably
 
-    def full(path, content):
-        if path.name == file:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        return write(path, content)
+    def full(write):
+        def writing(path, content):
+            if path.name == file:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return write(path, content)
 
-    def full_pointer(path, content):
-        if path.name == file:
-            raise OSError(errno.ENOSPC, "No space left on device")
+        return writing
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint_module, "write_durably", full)
-        patch.setattr(checkpoint_module, "replace_durably", full_pointer)
+        for name in ("write_durably", "replace_durably", "write_shares"):
+            patch.setattr(checkpoint_writer, name, full(getattr(checkpoint_writer, name)))
         with pytest.raises(RunError, match=r"step_00000002: the disk is full; .* MiB are free"):
             save(world, engine, tmp_path, step=2)
     assert not list((tmp_path / "checkpoints").glob(".tmp-*"))

@@ -45,9 +45,9 @@ def test_weights_that_are_not_finite_are_found(stage, precision):
     assert engine.weights_are_finite()
     engine_step(world, engine, batches()[0], 0)
     assert engine.weights_are_finite()
-    weights = {name: value.clone() for name, value in engine.weights()}
+    weights = {name: value.clone() for name, value in engine.state.weights()}
     weights["up.bias"][-1] = torch.inf
-    engine.load(iter(weights.items()), iter(()), 1)
+    engine.state.load(lambda name, start, stop: weights[name].flatten()[start:stop], None, 1)
     assert not engine.weights_are_finite()
     engine.close()
 
@@ -136,10 +136,10 @@ def test_bf16_keeps_float32_weights_and_moments(stage):
     losses = {}
     for precision in ("fp32", "bf16"):
         model, engine = build_engine(world, stage, precision=precision)
-        before = {name: value.clone() for name, value in engine.weights()}
+        before = {name: value.clone() for name, value in engine.state.weights()}
         assert engine.stage == (1 if precision == "bf16" and stage == 0 else stage)
         losses[precision] = [engine_step(world, engine, batch, 1)[1] for batch in batches()]
-        weights = dict(engine.weights())
+        weights = dict(engine.state.weights())
         assert any((value != value.bfloat16()).any() for value in weights.values())
         assert all((weights[name] != before[name]).any() for name in weights)
         if precision == "bf16":
@@ -166,9 +166,9 @@ def test_weights_before_the_first_step_are_the_models(stage):
     _, engine = build_engine(join_world(), stage)
     torch.manual_seed(0)
     expected = dict(TinyModel().named_parameters())
-    for name, value in engine.weights():
+    for name, value in engine.state.weights():
         assert torch.equal(value, expected[name])
-    assert all(not value.any() for _, value in engine.moments())
+    assert all(not value.any() for _, value in engine.state.moments())
     assert engine.optimizer_steps == 0
     engine.close()
 

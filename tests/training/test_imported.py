@@ -47,7 +47,7 @@ def test_the_first_step_begins_with_the_weights(folder, imported, stage):
     run = start(folder, imported, deepspeed={"zero_optimization": {"stage": stage}})
     with StopRequest() as stop_request, contextlib.ExitStack() as resources:
         trainer = Trainer(run, join_world(), stop_request, resources)
-        weights, moments = dict(trainer.engine.weights()), dict(trainer.engine.moments())
+        weights, moments = dict(trainer.engine.state.weights()), dict(trainer.engine.state.moments())
         assert trainer.engine.optimizer_steps == 0 and trainer.step == 0
     expected = dict(load(folder / "old").model.named_parameters())
     assert weights.keys() == expected.keys()

@@ -34,6 +34,8 @@ MODEL_RECIPE = "model.yaml"
 ORIGIN = "imported.json"
 STATE = "state.json"
 """In a checkpoint: step, counters and the state of the data."""
+RANDOM_STATE = "random_rank{:04}.pt"
+"""In a checkpoint: states of the random number generators of a rank."""
 MANIFEST = "manifest.json"
 """In a checkpoint: sizes and checksums of its files, written last."""
 
@@ -50,6 +52,11 @@ _STEP_FOLDER = re.compile(r"step_(\d{8,})")
 def checkpoint_folder(run_dir: Path, step: int) -> Path:
     """Path of a run's checkpoint of a step, whether it is there or not."""
     return run_dir / CHECKPOINTS / f"step_{step:08}"
+
+
+def is_kept(step: int, keep_at: list[int], keep_every: int) -> bool:
+    """Whether a run with these settings, training.keep_at and training.keep_every, keeps the checkpoint for ever."""
+    return step in keep_at or (keep_every > 0 and step % keep_every == 0)
 
 
 def tokenizer_folder(folder: Path) -> Path:

@@ -24,7 +24,8 @@ from xlstm_lm.data.tokenizer import CONFIG_FILE
 from xlstm_lm.hub.load import TrainedModel, check_vocabulary, load
 from xlstm_lm.hub.origin import write_origin
 from xlstm_lm.parallel.process_group import World
-from xlstm_lm.runs.checkpoint import write_checkpoint
+from xlstm_lm.runs.checkpoint_layout import equal_shares
+from xlstm_lm.runs.checkpoint_writer import Snapshot, write_checkpoint
 from xlstm_lm.runs.folder import RunFolder
 
 
@@ -68,21 +69,22 @@ def _write(folder: Path, out: Path, trained: TrainedModel, tokenizer: Tokenizer,
     """Everything, to `folder`, which will be renamed to `out`."""
     parameters = dict(trained.model.named_parameters())
     recipe: dict[str, Any] = {"model": dataclasses.asdict(trained.model.config)}
-    write_checkpoint(
-        folder,
-        world=World(rank=0, size=1, local_rank=0, device=torch.device("cpu")),
+    world = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
+    shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
+    total = sum(parameter.numel() for parameter in parameters.values())
+    snapshot = Snapshot(
         state={
             "step": 0,
             "imported_from": str(source.resolve() if source.exists() else source),
             "tokenizer_fingerprint": tokenizer.fingerprint(),
         },
-        sizes={name: parameter.numel() for name, parameter in parameters.items()},
-        weights=iter(parameters.items()),
-        moments=None,
+        shapes={"model": shapes},
+        shares={"model": equal_shares(parameters.items(), total, rank=0, ranks=1)},
         config_yaml=to_yaml(recipe),
         save_tokenizer=tokenizer.save,
         keep=1,
     )
+    write_checkpoint(folder, world, snapshot)
     write_origin(folder, source, trained.folder)
     run = RunFolder(folder)
     tokenizer.save(run.tokenizer_path)

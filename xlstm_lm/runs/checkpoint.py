@@ -2,12 +2,13 @@
 
 checkpoints/latest                     name of the newest
 checkpoints/step_00000100/
-    model.safetensors                  float32 weights
-    optimizer.safetensors              optimizer state, NAME.KEY, such as NAME.exp_avg of AdamW
+    model_rank0000.safetensors         a rank's pieces of the float32 weights, flattened, by parameter name
+    optimizer_rank0000.safetensors     and of the optimizer state, NAME.KEY, such as NAME.exp_avg of AdamW
     state.json                         step, tokens, data state of every lane, counters
     random_rank0000.pt                 states of all random number generators, one file a process
     config.yaml, tokenizer/            configuration and tokenizer, for use of the model
-    manifest.json                      size and CRC-32 of all the files above, written last
+    manifest.json                      size and CRC-32 of all the files above, and of each tensor the shape and the
+                                       pieces [file, first element, length] that hold it; written last
 
 `xlstm-lm import` writes a checkpoint of step 0 that holds only weights, tokenizer and the model's section of
 config.yaml. A run that starts there has optimizer state, data and counters of its own.
@@ -15,113 +16,21 @@ config.yaml. A run that starts there has optimizer state, data and counters of i
 
 from __future__ import annotations
 
-import json
 import logging
-import shutil
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
-from xlstm_lm.base.durable_files import (
-    RunError,
-    crc32_of,
-    disk_errors_explained,
-    replace_durably,
-    sync_folder,
-    write_durably,
-)
+from xlstm_lm.base.durable_files import crc32_of
 from xlstm_lm.base.read_files import read_json
-from xlstm_lm.base.run_layout import (
-    CHECKPOINTS,
-    CONFIG,
-    LATEST,
-    MANIFEST,
-    STATE,
-    TOKENIZER,
-    checkpoint_folder,
-    checkpoint_folders,
-    step_in_name,
-)
-from xlstm_lm.base.tensor_files import TensorWriter, read_tensors, tensor_files
-from xlstm_lm.parallel.process_group import World
-from xlstm_lm.runs.folder import RunFolder
-from xlstm_lm.runs.random_state import random_state_bytes
+from xlstm_lm.base.run_layout import CHECKPOINTS, CONFIG, MANIFEST, STATE, checkpoint_folders, step_in_name
+from xlstm_lm.runs.checkpoint_format1 import Checkpoint
+from xlstm_lm.runs.checkpoint_format2 import ShardedCheckpoint, read_tensor_entries
 
 logger = logging.getLogger("xlstm_lm")
 
-FORMAT = 1
-"""Version that is written. The reader of an older version stays in `READERS`."""
-RANDOM_STATE = "random_rank{:04}.pt"
-LEFTOVER = ".tmp-"
 WRITTEN_ALWAYS = (STATE, CONFIG)
-TAKE_AWAY = "Restore {folder} from a copy, or move it away to continue from the checkpoint before it."
 
-
-class Checkpoint:
-    """An intact checkpoint on disk, in format 1, as `read_checkpoint` opens it.
-
-    Readers of other formats derive from this class and return today's names, tensors and state.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        """Read state.json.
-
-        Raises:
-            ValueError: state.json is damaged.
-        """
-        self.folder = folder
-        self.state = read_json(folder / STATE, {"step": int}, TAKE_AWAY.format(folder=folder))
-
-    @property
-    def is_imported(self) -> bool:
-        """Whether the checkpoint holds the weights of an imported model and nothing of a run."""
-        return "imported_from" in self.state
-
-    @property
-    def optimizer(self) -> str:
-        """Kind of the optimizer whose state the checkpoint holds: AdamW in older checkpoints, which do not name it."""
-        return self.state.get("optimizer", "adamw")
-
-    def config(self) -> dict[str, Any]:
-        """Read the sections of config.yaml: all of a run's, or only `model` of an imported model."""
-        return RunFolder(self.folder).config()
-
-    def all_weights(self) -> dict[str, Tensor]:
-        """Map every float32 weight by name. Weights are read from their files when they are used."""
-        files = tensor_files(self.folder)
-        return dict(read_tensors(files, files))
-
-    def weights(self, names: list[str]) -> Iterator[tuple[str, Tensor]]:
-        """Yield name and float32 weight of each named parameter, in order.
-
-        Raises:
-            ValueError: the checkpoint holds other parameters.
-        """
-        return self._read("model", names)
-
-    def moments(self, names: list[str]) -> Iterator[tuple[str, Tensor]]:
-        """Yield name and value of each named tensor of optimizer state, in order; raises as `weights` does."""
-        return self._read("optimizer", names)
-
-    def random_state(self, rank: int) -> bytes | None:
-        """Read the random states of a rank; None if the run had fewer ranks."""
-        path = self.folder / RANDOM_STATE.format(rank)
-        return path.read_bytes() if path.is_file() else None
-
-    def _read(self, stem: str, names: list[str]) -> Iterator[tuple[str, Tensor]]:
-        files = tensor_files(self.folder, stem)
-        different = sorted(set(names) ^ set(files))
-        if different:
-            raise ValueError(
-                f"{self.folder} belongs to another model: {len(different)} tensors are in one of the two only, such as "
-                f"{different[0]}."
-            )
-        return read_tensors(files, names)
-
-
-READERS: dict[int, type[Checkpoint]] = {1: Checkpoint}
+READERS: dict[int, type[Checkpoint]] = {1: Checkpoint, 2: ShardedCheckpoint}
 """Reader of each format."""
 
 
@@ -151,8 +60,13 @@ def _format_of(folder: Path) -> int:
     return form
 
 
-def damage(folder: Path) -> str:
-    """Describe the damage of a checkpoint, naming the file; empty if it is intact."""
+def damage(folder: Path, checksums: bool = True) -> str:
+    """Describe the damage of a checkpoint, naming the file; empty if it is intact.
+
+    Args:
+        folder: Folder of the checkpoint.
+        checksums: Whether contents are compared too, which reads all files; otherwise only sizes are.
+    """
     manifest_path = folder / MANIFEST
     if not manifest_path.is_file():
         return f"{folder} is not a checkpoint: it has no manifest.json."
@@ -162,6 +76,11 @@ def damage(folder: Path) -> str:
     except ValueError as error:
         return str(error).strip()
     files = manifest["files"]
+    if manifest["format"] > 1:
+        try:
+            read_tensor_entries(folder)
+        except ValueError as error:
+            return str(error).strip()
     unnamed = [name for name in WRITTEN_ALWAYS if name not in files]
     if unnamed:
         return f"{manifest_path} is damaged: it does not name {unnamed[0]}."
@@ -173,7 +92,7 @@ def damage(folder: Path) -> str:
             return f"{path} is missing from its checkpoint."
         if path.stat().st_size != recorded["size"]:
             return f"{path} is damaged: it has {path.stat().st_size} bytes instead of {recorded['size']}."
-        if crc32_of(path) != recorded["crc32"]:
+        if checksums and crc32_of(path) != recorded["crc32"]:
             return f"{path} is damaged: its checksum differs from the one in manifest.json."
     try:
         step = read_json(folder / STATE, {"step": int}, "")["step"]
@@ -238,130 +157,3 @@ def find_checkpoint(path: Path) -> Path:
     if problem:
         raise ValueError(f"{problem} Give a folder checkpoints/step_* of a run, or the run's folder.")
     return path
-
-
-def remove_leftovers(run_dir: Path) -> None:
-    """Delete the unfinished files of a killed writer."""
-    parent = run_dir / CHECKPOINTS
-    for path in parent.glob(f"{LEFTOVER}*"):
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-
-def write_checkpoint(
-    run_dir: Path,
-    *,
-    world: World,
-    state: dict[str, Any],
-    sizes: dict[str, int],
-    weights: Iterator[tuple[str, Tensor]],
-    moment_sizes: dict[str, int] | None = None,
-    moments: Iterator[tuple[str, Tensor]] | None = None,
-    config_yaml: str,
-    save_tokenizer: Callable[[Path], None],
-    keep: int,
-) -> Path:
-    """Save the run at `state["step"]`, then delete all but the newest `keep` checkpoints up to it. Collective.
-
-    Only rank 0 writes.
-
-    Args:
-        run_dir: Folder of the run.
-        world: All processes of the run.
-        state: Content of state.json.
-        sizes: Number of elements of each weight, in the order of `weights`.
-        weights: Name and value of each weight.
-        moment_sizes: Number of elements of each tensor of optimizer state, in the order of `moments`.
-        moments: Name and value of each tensor of optimizer state; None for an imported model.
-        config_yaml: Content of config.yaml.
-        save_tokenizer: Writes the tokenizer's files to a folder.
-        keep: Number of newest checkpoints that are kept, this one included.
-
-    Returns:
-        The checkpoint's folder.
-
-    Raises:
-        RunError: rank 0 could not write; raised on every rank, and the unfinished folder has been removed.
-    """
-    random_states = world.gather(random_state_bytes()) if moments is not None else []
-    writer = _Writer(run_dir, state["step"], config_yaml, save_tokenizer) if world.is_first else None
-    message = writer.attempt(writer.begin) if writer else None
-    parts = [("model", sizes, weights)]
-    if moments is not None:
-        assert moment_sizes is not None
-        parts.append(("optimizer", moment_sizes, moments))
-    for stem, stem_sizes, tensors in parts:
-        if writer and not message:
-            message = writer.attempt(writer.open, stem, stem_sizes)
-        for name, tensor in tensors:  # collective: continues even if writing has failed
-            if writer and not message:
-                message = writer.attempt(writer.tensors.add, name, tensor)
-    if writer and not message:
-        message = writer.attempt(writer.finish, state, random_states, keep)
-    message = world.from_first(message)
-    if message:
-        raise RunError(message)
-    return checkpoint_folder(run_dir, state["step"])
-
-
-class _Writer:
-    """Writer of one checkpoint, on rank 0."""
-
-    def __init__(self, run_dir: Path, step: int, config_yaml: str, save_tokenizer: Callable[[Path], None]) -> None:
-        self.target = checkpoint_folder(run_dir, step)
-        self.parent = self.target.parent
-        self.folder = self.parent / f"{LEFTOVER}{self.target.name}"
-        self.step, self.config_yaml, self.save_tokenizer = step, config_yaml, save_tokenizer
-        self.files: dict[str, dict[str, int]] = {}
-        self.tensors: TensorWriter
-
-    def attempt(self, action: Callable[..., None], *arguments: Any) -> str | None:
-        """Call the action. If the disk fails, remove the unfinished folder and return the message for the user."""
-        try:
-            with disk_errors_explained(self.target):
-                action(*arguments)
-        except RunError as stopped:
-            shutil.rmtree(self.folder, ignore_errors=True)
-            return str(stopped)
-        return None
-
-    def begin(self) -> None:
-        self.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(self.folder, ignore_errors=True)
-        self.folder.mkdir()
-
-    def open(self, stem: str, sizes: dict[str, int]) -> None:
-        self.tensors = TensorWriter(stem, sizes, self.write)
-
-    def write(self, name: str, content: bytes) -> None:
-        size, crc32 = write_durably(self.folder / name, content)
-        self.files[name] = {"size": size, "crc32": crc32}
-
-    def finish(self, state: dict[str, Any], random_states: list[bytes], keep: int) -> None:
-        for rank, content in enumerate(random_states):
-            self.write(RANDOM_STATE.format(rank), content)
-        self.write(STATE, json.dumps(state).encode())
-        self.write(CONFIG, self.config_yaml.encode())
-        tokenizer = self.folder / TOKENIZER
-        self.save_tokenizer(tokenizer)
-        for path in sorted(tokenizer.rglob("*")):
-            if path.is_file():
-                self.write(path.relative_to(self.folder).as_posix(), path.read_bytes())
-        sync_folder(tokenizer)
-        manifest = {"format": FORMAT, "step": self.step, "files": self.files}
-        write_durably(self.folder / MANIFEST, json.dumps(manifest, indent=1).encode())
-        sync_folder(self.folder)
-        if self.target.exists():  # damaged, or of a run that was continued from an older step
-            replaced = self.parent / f"{LEFTOVER}replaced-{self.target.name}"
-            self.target.rename(replaced)
-            self.folder.rename(self.target)
-            shutil.rmtree(replaced)
-        else:
-            self.folder.rename(self.target)
-        sync_folder(self.parent)
-        replace_durably(self.parent / LATEST, f"{self.target.name}\n".encode())
-        older = [folder for step, folder in checkpoint_folders(self.parent.parent).items() if step <= self.step]
-        for folder in older[keep:]:
-            # Renamed first: a half-deleted one is never taken for a damaged checkpoint.
-            doomed = self.parent / f"{LEFTOVER}old-{folder.name}"
-            folder.rename(doomed)
-            shutil.rmtree(doomed)

@@ -8,13 +8,16 @@ from typing import Any
 
 from xlstm_lm.base.errors import first_line
 from xlstm_lm.base.read_files import NUMBER, Fields, read_json
+from xlstm_lm.base.run_layout import RANDOM_STATE
 from xlstm_lm.base.run_layout import STATE as STATE_FILE
-from xlstm_lm.base.tensor_files import tensor_files, tensor_forms
-from xlstm_lm.runs.checkpoint import RANDOM_STATE, Checkpoint, misnamed
+from xlstm_lm.runs.checkpoint import misnamed
+from xlstm_lm.runs.checkpoint_format1 import Checkpoint
 from xlstm_lm.runs.random_state import random_state_bytes, restore_random_state
 from xlstm_lm.runs.same_run import differing_fields
 
 FLOAT32 = "F32"
+LABELS = {"model": "weights", "optimizer": "optimizer state"}
+"""Names of the stems in messages."""
 IMPORTED_STATE: Fields = {"step": int, "imported_from": str, "tokenizer_fingerprint": str}
 STATE: Fields = {
     "step": int,
@@ -90,12 +93,12 @@ def _other_optimizer(checkpoint: Checkpoint, wanted: Wanted) -> list[str]:
 
 
 def _other_tensors(checkpoint: Checkpoint, stem: str, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
-    forms = tensor_forms(tensor_files(checkpoint.folder, stem))
+    forms = checkpoint.forms(stem)
     wanted = {name: (FLOAT32, tuple(shape)) for name, shape in shapes.items()}
     different = [name for name in [*wanted, *sorted(forms.keys() - wanted)] if forms.get(name) != wanted.get(name)]
     lines = [f"{name}: {_form(forms.get(name))} there, {_form(wanted.get(name))} now" for name in different[:SHOWN]]
     more = [f"{len(different) - SHOWN} more tensors"] if len(different) > SHOWN else []
-    return [f"{stem}.safetensors: {line}" for line in lines + more]
+    return [f"{LABELS[stem]}: {line}" for line in lines + more]
 
 
 def _form(form: tuple[str, tuple[int, ...]] | None) -> str:

@@ -21,6 +21,8 @@ FREE_TO_CHANGE = (
     "training.log_every",
     "training.checkpoint_every",
     "training.keep_checkpoints",
+    "training.keep_at",
+    "training.keep_every",
     "training.max_hours",
     "training.validate_every",
     "training.gate_statistics_every",

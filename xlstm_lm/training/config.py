@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from xlstm_lm.base.fields import Count, CountOrZero, NonNegative, Positive, Seed, Size, check_fields
 from xlstm_lm.base.paths import user_path
+from xlstm_lm.base.run_layout import is_kept
 
 
 @dataclass(kw_only=True)
@@ -29,6 +30,10 @@ class TrainingConfig:
     """Steps between two checkpoints; the last step is always saved."""
     keep_checkpoints: Count = 3
     """Number of newest checkpoints that are kept."""
+    keep_at: list[Count] = field(default_factory=list)
+    """Steps whose checkpoints are written and kept for ever, to branch from."""
+    keep_every: CountOrZero = 0
+    """Steps between two checkpoints that are written and kept for ever; 0 for none but those of keep_at."""
     max_hours: Positive | None = None
     """Hours of one session, its last save included: the run then stops as preempted; null for no limit."""
     validate_every: CountOrZero = 1000
@@ -49,6 +54,10 @@ class TrainingConfig:
         check_fields(self, "training.")
         if not self.run_dir.strip(" "):
             raise ValueError("training.run_dir is empty; give the folder that the run writes to.")
+
+    def keeps(self, step: int) -> bool:
+        """Whether the checkpoint of a step is written and kept for ever."""
+        return is_kept(step, self.keep_at, self.keep_every)
 
     @property
     def folder(self) -> Path:

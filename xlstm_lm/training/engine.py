@@ -3,25 +3,17 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import deepspeed
 import torch
-from deepspeed.utils import (
-    safe_get_full_fp32_param,
-    safe_get_full_optimizer_state,
-    safe_set_full_fp32_param,
-    safe_set_full_optimizer_state,
-    safe_set_local_fp32_param,
-    safe_set_local_optimizer_state,
-)
 from torch import Tensor, nn
 
 from xlstm_lm.parallel.process_group import World
 from xlstm_lm.training.build import place_weights
 from xlstm_lm.training.deepspeed_config import Precision, deepspeed_json, refusals_explained
+from xlstm_lm.training.engine_state import EngineState
 from xlstm_lm.training.layer_statistics import activation_norms_observed, gradient_norms
 from xlstm_lm.training.optimizer import OptimizerConfig, build_optimizer, state_shapes
 
@@ -106,7 +98,7 @@ class TrainingEngine:
         self.shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
         no_decay = model.no_decay_parameter_names()
         self.moment_shapes = state_shapes(optimizer_config, self.shapes, no_decay)
-        """Shape of each tensor that `moments` yields, by name, in order."""
+        """Shape of each tensor of optimizer state, by name, PARAMETER.KEY."""
         self._clip = optimizer_config.gradient_clip
         self._accumulation_steps = accumulation_steps
         config = deepspeed_json(
@@ -130,7 +122,16 @@ class TrainingEngine:
         self._optimizer = build_optimizer(optimizer_config, model.named_parameters(), no_decay)
         with refusals_explained():
             self._engine, *_ = deepspeed.initialize(model=module, optimizer=self._optimizer, config=config)
-        self._create_optimizer_state()
+        self.state = EngineState(
+            self._parameters,
+            self.shapes,
+            self.moment_shapes,
+            self._optimizer,
+            self._engine.optimizer,
+            stage=self.stage,
+            world=world,
+        )
+        """Weights and optimizer state by name."""
 
     def train_step(
         self,
@@ -201,52 +202,15 @@ class TrainingEngine:
         tokens_BT, _, resets_BT = micro_batch
         return self._engine(tokens_BT, None, resets_BT)
 
-    # Weights and optimizer state. Reading is collective: every rank must read the same names in the same order.
-
-    def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield name and float32 master weight of every parameter, on the device."""
-        for name, parameter in self._parameters.items():
-            value = parameter if self.stage == 0 else safe_get_full_fp32_param(parameter)
-            yield name, value.detach().float().view(self.shapes[name])
-
-    def moments(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield name, PARAMETER.KEY, and float32 value of each tensor of optimizer state, which starts at zero."""
-        for name, shape in self.moment_shapes.items():
-            parameter_name, _, key = name.rpartition(".")
-            parameter = self._parameters[parameter_name]
-            if self.stage == 0:
-                value = self._optimizer.state[parameter][key]
-            else:
-                value = safe_get_full_optimizer_state(parameter, key)
-            yield name, value.detach().float().view(shape)
-
-    def load(self, weights: Iterator[tuple[str, Tensor]], moments: Iterator[tuple[str, Tensor]], step: int) -> None:
-        """Replace weights and optimizer state by full float32 tensors, the same on every rank. Collective.
-
-        Args:
-            weights: Name and value of parameters, as `weights` yields them.
-            moments: Name and value of optimizer state, as `moments` yields it; without any, the state stays.
-            step: Updates that the optimizer has made.
-        """
-        for name, value in weights:
-            self._write(self._parameters[name], value)
-        for name, value in moments:
-            name, _, key = name.rpartition(".")
-            self._write(self._parameters[name], value, key)
-        if self.stage in (1, 2):
-            self._engine.optimizer.update_lp_params()
-        for state in self._optimizer.state.values():
-            state["step"].fill_(step)
-
     def weights_are_finite(self) -> bool:
         """Whether every weight is finite. Collective: each rank checks the weights, or parts of weights, it holds."""
-        own = [self._own_part(parameter) for parameter in self._parameters.values()]
+        own = [self.state.own_weight(name) for name in self.shapes]
         broken = torch.stack([(~torch.isfinite(each).all()).to(self.world.device, torch.int64) for each in own]).sum()
         return not int(self.world.sum_(broken))
 
     def parameter_norm(self) -> Tensor:
         """Euclidean norm of all weights together, a float32 scalar on the device. Collective."""
-        own = [self._own_part(parameter) for parameter in self._parameters.values()]
+        own = [self.state.own_weight(name) for name in self.shapes]
         square = torch.stack([torch.linalg.vector_norm(each, dtype=torch.float32) for each in own]).square().sum()
         return (self.world.sum_(square) if self.stage == 3 else square).sqrt()
 
@@ -262,65 +226,10 @@ class TrainingEngine:
         held = {"weights": weights, "master weights": masters, "optimizer state": state}
         return {name: sum(each.nbytes for each in tensors) for name, tensors in held.items()}
 
-    def _own_part(self, parameter: nn.Parameter) -> Tensor:
-        """Values of a parameter on this rank; under ZeRO-3 its share without padding."""
-        if self.stage < 3:
-            return parameter.detach()
-        share = parameter.ds_tensor.ds_numel
-        own = min(max(parameter.ds_numel - share * self.world.rank, 0), share)
-        return parameter.ds_tensor.detach().flatten()[:own]
-
     @property
     def optimizer_steps(self) -> int:
         """Updates that the optimizer has made: the run's steps without the skipped ones."""
         return max((int(state["step"]) for state in self._optimizer.state.values()), default=0)
-
-    @torch.no_grad()
-    def _write(self, parameter: nn.Parameter, value: Tensor, moment: str | None = None) -> None:
-        value = value.to(self.world.device)
-        if self.stage == 0:
-            (self._optimizer.state[parameter][moment] if moment else parameter).copy_(value)
-        elif self.stage < 3:
-            if moment:
-                safe_set_full_optimizer_state(parameter, value, moment)
-            else:
-                safe_set_full_fp32_param(parameter, value)
-        else:
-            if not moment:
-                with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
-                    parameter.copy_(value)
-            # Shares have the same size on all ranks; the last one is padded.
-            share = parameter.ds_tensor.ds_numel
-            filled = torch.zeros(share * self.world.size, device=value.device)
-            filled[: value.numel()] = value.flatten()
-            own = filled[share * self.world.rank :][:share]
-            if moment:
-                safe_set_local_optimizer_state(parameter, own, moment)
-            else:
-                safe_set_local_fp32_param(parameter, own)
-
-    def _create_optimizer_state(self) -> None:
-        """Create the state that the optimizer would create in its first step.
-
-        By default, ZeRO 1 and 2 link the state to the parameters after the first group's first step, when that of the
-        second group does not exist yet: it could never be read by name (DeepSpeed 0.19.8).
-        """
-        zero_optimizer, groups = self._engine.optimizer, self._optimizer.param_groups
-        if self.stage == 3:
-            partitions = [
-                (partition, groups[zero_optimizer.sub_group_to_group_id[index]])
-                for index, partition in enumerate(zero_optimizer.fp32_partitioned_groups_flat)
-            ]
-        else:  # at stages 1 and 2 each group holds this rank's flat float32 partition
-            partitions = [(partition, group) for group in groups for partition in group["params"]]
-        for partition, group in partitions:
-            if not self._optimizer.state[partition]:
-                self._optimizer.state[partition] = {
-                    "step": torch.zeros((), device=partition.device),
-                    **{key: torch.zeros_like(partition) for key in group["state_keys"]},
-                }
-        if self.stage in (1, 2):
-            zero_optimizer._lazy_init_hp_params_optimizer_state()
 
     def close(self) -> None:
         """Free DeepSpeed's buffers and hooks."""

@@ -6,7 +6,6 @@ import contextlib
 import logging
 import shlex
 import sys
-import time
 from pathlib import Path
 
 import torch
@@ -17,7 +16,7 @@ from xlstm_lm.data import Batch, DocumentData, TrainingData
 from xlstm_lm.models.accounting import training_flops_per_token
 from xlstm_lm.parallel.launcher import program_command
 from xlstm_lm.parallel.process_group import World, join_world, lost_processes_explained
-from xlstm_lm.runs.checkpoint import write_checkpoint
+from xlstm_lm.runs.checkpoint_writer import CheckpointWriter, Snapshot
 from xlstm_lm.runs.folder import RunFolder
 from xlstm_lm.runs.picture import draw_learning_curve
 from xlstm_lm.runs.session import record_session
@@ -158,7 +157,9 @@ class Trainer:
 
         self.times = StepTimes(world)
         resources.callback(self.times.close)
-
+        lease = self.start.lease
+        self.writer = CheckpointWriter(world, lease.place if lease else lambda: self.run_dir, self.note_saved)
+        resources.callback(self.writer.close)
         self.start.restore_engine(self.engine)
         state = self.start.state
         self.step = state["step"]
@@ -218,15 +219,18 @@ class Trainer:
                 measured = self.measure(micro_batches[0], statistics_due) | result.layer_gradient_norms
                 self.report.train_step(self.step, result, counts, learning_rate, measured, self.times.gather)
             self.profiler.after(self.step)
-            # The engine has waited for the device in this step already: reading the flag costs nothing.
+            # The engine has waited for the device in this step already: reading the flags costs nothing.
             stop = bool(counts[2]) and not last
+            self.writer.advance(int(counts[3]))
             with self.report.clock.paused():
                 if last or (training.validate_every and self.step % training.validate_every == 0):
                     self.validate()
-                if last or stop or self.step % training.checkpoint_every == 0:
+                if last or stop or self.step % training.checkpoint_every == 0 or training.keeps(self.step):
                     self.save()
             if stop:
+                self.writer.wait()
                 return True
+        self.writer.wait()
         return False
 
     def measure(self, micro_batch: MicroBatch, statistics_due: bool) -> dict[str, torch.Tensor]:
@@ -235,14 +239,17 @@ class Trainer:
         return {"parameter_norm": self.engine.parameter_norm(), **statistics}
 
     def count(self, batch: Batch) -> torch.Tensor:
-        """Count target tokens, their bytes, and ranks that must stop, over all ranks: int64 (3,), on the device.
+        """Count target tokens, their bytes, ranks that must stop, and ranks whose checkpoint is written.
+
+        Counts are over all ranks: int64 (4,), on the device.
 
         Rank 0 must stop as well when the run's folder has been moved or removed, which `save` then reports.
         """
         lease = self.start.lease
         folder_is_gone = lease is not None and not lease.is_in_place
-        asked_to_stop = torch.tensor([int(bool(self.stop_request.reason) or folder_is_gone)])
-        counts = torch.cat((count_targets(batch, self.bytes_per_token), asked_to_stop))
+        asked_to_stop = bool(self.stop_request.reason) or folder_is_gone
+        flags = torch.tensor([int(asked_to_stop), int(self.writer.is_ready)])
+        counts = torch.cat((count_targets(batch, self.bytes_per_token), flags))
         return self.world.sum_(counts.to(self.world.device, non_blocking=True))
 
     def document_ids(self, batch: Batch) -> list[str]:
@@ -272,13 +279,20 @@ class Trainer:
         reason, by_hand = next(((reason, by_hand) for reason, by_hand in requests if reason), ("", False))
         self.start.attempt.end("stopped" if by_hand else "preempted", reason)
 
+    def note_saved(self, step: int, seconds: float) -> None:
+        """Record that the checkpoint of a step is published, as many seconds after its save began."""
+        self.stop_request.saved(seconds)
+        if self.world.is_first:
+            self.start.attempt.saved(step)
+
     def save(self) -> None:
-        """Write a checkpoint of this step; older ones are kept if its weights are not finite. Collective.
+        """Begin to write a checkpoint of this step; older ones are kept if its weights are not finite. Collective.
+
+        The weights may change as soon as this returns. `self.writer.wait` waits until the checkpoint is published.
 
         Raises:
             RunError: the disk is full, or the run's folder was removed or moved. If moved, the step is saved there.
         """
-        began = time.monotonic()
         run_dir = self.world.on_first(lambda: self.start.lease.place())
         keep = self.run.training.keep_checkpoints
         if not self.engine.weights_are_finite():
@@ -300,22 +314,19 @@ class Trainer:
             "optimizer": self.run.optimizer.kind,
         }
         self.report.sync()
-        write_checkpoint(
-            run_dir,
-            world=self.world,
-            state=state,
-            sizes={name: shape.numel() for name, shape in self.engine.shapes.items()},
-            weights=self.engine.weights(),
-            moment_sizes={name: shape.numel() for name, shape in self.engine.moment_shapes.items()},
-            moments=self.engine.moments(),
-            config_yaml=self.start.config_yaml,
-            save_tokenizer=self.tokenizer.save,
-            keep=keep,
+        self.writer.save(
+            Snapshot(
+                state=state,
+                shapes=self.engine.state.stored_shapes,
+                shares=self.engine.state.shares(),
+                config_yaml=self.start.config_yaml,
+                save_tokenizer=self.tokenizer.save,
+                keep=keep,
+                keep_at=self.run.training.keeps,
+            )
         )
-        self.stop_request.saved(time.monotonic() - began)
-        if self.world.is_first:
-            self.start.attempt.saved(self.step)
         if run_dir != self.run_dir:
+            self.writer.wait()
             raise RunError(
                 f"The run's folder {self.run_dir} was moved to {run_dir} while the run was at work. Step {self.step} "
                 f"is saved there; continue with --config {shlex.quote(str(RunFolder(run_dir).config_path))}"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,9 @@ from xlstm_lm.data import Tokenizer
 from xlstm_lm.data.training_data import Stream
 from xlstm_lm.parallel.process_group import World
 from xlstm_lm.runs.attempt import Attempt
-from xlstm_lm.runs.checkpoint import Checkpoint, find_checkpoint, newest_checkpoint, read_checkpoint, remove_leftovers
+from xlstm_lm.runs.checkpoint import find_checkpoint, newest_checkpoint, read_checkpoint
+from xlstm_lm.runs.checkpoint_format1 import Checkpoint
+from xlstm_lm.runs.checkpoint_writer import remove_leftovers
 from xlstm_lm.runs.fit import Wanted, check_fit
 from xlstm_lm.runs.folder import MetricsSplit, RunFolder
 from xlstm_lm.runs.random_state import restore_random_state
@@ -157,22 +158,26 @@ class Start:
         if not checkpoint:
             return
         console.stage(f"reading {checkpoint.folder}")
-        broken: list[str] = []
-
-        def watched(tensors: Iterator[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
-            for name, tensor in tensors:
-                if not torch.isfinite(tensor).all():
-                    broken.append(name)
-                yield name, tensor
-
-        weights, moments, steps = watched(checkpoint.weights(list(engine.shapes))), iter(()), 0
+        broken: dict[str, None] = {}
+        state = engine.state
+        checkpoint.check_names("model", list(state.shapes))
         if not checkpoint.is_imported:
-            moments = watched(checkpoint.moments(list(engine.moment_shapes)))
-            steps = checkpoint.state["optimizer_steps"]
-        engine.load(weights, moments, steps)
+            checkpoint.check_names("optimizer", list(state.moment_shapes))
+
+        def read(stem: str, name: str, start: int, stop: int) -> torch.Tensor:
+            values_N = checkpoint.part(stem, name, start, stop)
+            if not torch.isfinite(values_N).all():
+                broken[name] = None
+            return values_N
+
+        moments = None if checkpoint.is_imported else partial(read, "optimizer")
+        steps = 0 if checkpoint.is_imported else checkpoint.state["optimizer_steps"]
+        state.load(partial(read, "model"), moments, steps)
+        broken_anywhere = self.world.gather(list(broken))
+        broken = dict.fromkeys(name for of_rank in broken_anywhere for name in of_rank)
         if broken and self.world.is_first:
             logger.warning(
-                "%s holds numbers that are not finite, in %s. %s", checkpoint.folder, listed(broken), NOT_FINITE
+                "%s holds numbers that are not finite, in %s. %s", checkpoint.folder, listed(list(broken)), NOT_FINITE
             )
         if not checkpoint.is_imported:
             self._restore_random_state(checkpoint)

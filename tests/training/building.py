@@ -59,8 +59,8 @@ def build(world: World, stage: int, precision: str, tied: bool = False) -> dict[
     wrong = [
         name for name, value in weights.items() if not torch.equal(value, parameters[name].detach().to(rounded).float())
     ]
-    engine.load(((name, value.float() + 1) for name, value in parameters.items()), iter(()), 5)
-    restored = dict(engine.weights())
+    engine.state.load(lambda name, start, stop: parameters[name].float().flatten()[start:stop] + 1, None, 5)
+    restored = dict(engine.state.weights())
     assert all(torch.equal(restored[name], value.float() + 1) for name, value in parameters.items())
     engine.close()
     return {"wrong": wrong, "peak": live.peak, "kept": kept}

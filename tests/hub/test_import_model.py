@@ -22,6 +22,7 @@ from xlstm_lm import cli, hub
 from xlstm_lm.base import durable_files
 from xlstm_lm.base.durable_files import RunError
 from xlstm_lm.base.tensor_files import read_tensors, tensor_files
+from xlstm_lm.runs.checkpoint import looks_like_a_checkpoint, read_checkpoint
 from xlstm_lm.data import TokenizerConfig, build_tokenizer, load_tokenizer, train_bpe
 from xlstm_lm.models import XLSTMConfig, build_model
 from xlstm_lm.training.run_config import load_run_config
@@ -54,6 +55,8 @@ def save(folder: Path, tokenizer: Path | None = None, shard_bytes: int = 2**30, 
 
 
 def stored(folder: Path) -> dict[str, torch.Tensor]:
+    if looks_like_a_checkpoint(folder):
+        return read_checkpoint(folder).all_weights()
     files = tensor_files(folder)
     return dict(read_tensors(files, files))
 

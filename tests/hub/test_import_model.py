@@ -22,9 +22,9 @@ from xlstm_lm import cli, hub
 from xlstm_lm.base import durable_files
 from xlstm_lm.base.durable_files import RunError
 from xlstm_lm.base.tensor_files import read_tensors, tensor_files
-from xlstm_lm.runs.checkpoint import looks_like_a_checkpoint, read_checkpoint
 from xlstm_lm.data import TokenizerConfig, build_tokenizer, load_tokenizer, train_bpe
 from xlstm_lm.models import XLSTMConfig, build_model
+from xlstm_lm.runs.checkpoint import looks_like_a_checkpoint, read_checkpoint
 from xlstm_lm.training.run_config import load_run_config
 
 PATTERN = ["mlstm", "slstm", "mlstm_paper"]

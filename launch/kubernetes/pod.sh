@@ -21,19 +21,26 @@ export NNODES=${NNODES:-${PET_NNODES:-1}}
 export NODE_RANK=${NODE_RANK:-${PET_NODE_RANK:-${JOB_COMPLETION_INDEX:-0}}}
 [ -z "${PET_MASTER_ADDR:-}" ] || export RENDEZVOUS=${RENDEZVOUS:-$PET_MASTER_ADDR:${PET_MASTER_PORT:-29500}}
 
-# Kubernetes signals only this process, the container's first.
+# Kubernetes signals only this process, the container's first, and the kernel drops signals that a first process does not
+# trap. So the traps come before the start.
+torchrun=
+# shellcheck disable=SC2317 # called by the traps
+stop() {
+  [ -n "$torchrun" ] || exit 75
+  kill -s "$1" "$torchrun" 2> /dev/null || true
+}
+trap 'stop TERM' TERM
+trap 'stop USR1' USR1
 "$(dirname "$0")/../torchrun.sh" "$@" &
 torchrun=$!
-trap 'kill -TERM "$torchrun" 2> /dev/null || true' TERM
-trap 'kill -USR1 "$torchrun" 2> /dev/null || true' USR1
+# A trap ends `wait` early, while torchrun still works; the last `wait` returns the code of torchrun itself.
+while kill -0 "$torchrun" 2> /dev/null; do wait "$torchrun" || true; done
 code=0
-while :; do
-  code=0
-  wait "$torchrun" || code=$?
-  kill -0 "$torchrun" 2> /dev/null || break
-done
+wait "$torchrun" || code=$?
 [ "$code" != 2 ] || exit 1 # torchrun.sh has refused its arguments
 
+# The code below stands for the state of the run, also where a signal reaches every process of the pod now.
+trap '' TERM USR1
 again=0
 "$python" -m xlstm_lm status "$1" --requeue || again=$?
 case $again in

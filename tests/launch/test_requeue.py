@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
 from datetime import UTC, datetime
 from pathlib import Path
@@ -149,18 +150,53 @@ def test_the_shell_passes_the_warning_of_the_time_limit_on_and_waits_for_the_sav
 def test_a_terminated_job_is_saved_but_left_to_slurm(tmp_path):
     job, done = signalled(tmp_path, "TERM")
     assert job.calls.read_text().splitlines() == ["srun got TERM", "srun saved"], done
-    assert "a requeue after a preemption, none after scancel" in done.stdout
+    assert "a requeue after a preemption or a lost node, none after scancel" in done.stdout
+
+
+def python_terminated_with_its_caller(folder: Path) -> Path:
+    """A Python that gets SIGTERM at its start, as does its caller, like every process of a job on a lost node."""
+    return stand_in(folder / "bin", "python", f'kill -TERM "$PPID" $$; sleep 0.2; exec {sys.executable} "$@"')
+
+
+def test_a_job_terminated_while_its_state_is_read_is_left_to_slurm(tmp_path):
+    job = Job(tmp_path, "exit 9")
+    write_status(job.run, *PROGRESS)
+    job.variables["PYTHON"] = python_terminated_with_its_caller(tmp_path)
+    done = job.submit()
+    assert not job.requeued and done.returncode == 9, done
+    assert "a requeue after a preemption or a lost node" in done.stdout and "cannot be read" not in done.stderr
+
+
+def test_a_requeue_is_not_cut_short_by_sigterm(tmp_path):
+    job = Job(tmp_path, "exit 9")
+    write_status(job.run, *PROGRESS)
+    requeue = f'kill -TERM "$PPID" $$; sleep 0.2; echo "scontrol $*" >> {job.calls}'
+    stand_in(tmp_path / "bin", "scontrol", f"case $2 in {NAMES} *) {requeue} ;; esac")
+    assert job.submit().returncode == 0 and job.requeued
+
+
+def pod_with(folder: Path, torchrun: str) -> Path:
+    """A copy of pod.sh beside a stand-in for torchrun.sh."""
+    (folder / "kubernetes").mkdir()
+    pod = folder / "kubernetes" / "pod.sh"
+    pod.write_text((LAUNCH / "kubernetes" / "pod.sh").read_text())
+    stand_in(folder, "torchrun.sh", torchrun)
+    return pod
 
 
 @each_case
 def test_pods_end_with_the_code_that_the_manifests_read(tmp_path, attempts, code, again):
     run = tmp_path / "run"
     write_status(run, *attempts)
-    (tmp_path / "kubernetes").mkdir()
-    pod = tmp_path / "kubernetes" / "pod.sh"
-    pod.write_text((LAUNCH / "kubernetes" / "pod.sh").read_text())
-    stand_in(tmp_path, "torchrun.sh", f'echo "$NNODES $NODE_RANK $RENDEZVOUS $*"; exit {code}')
+    pod = pod_with(tmp_path, f'echo "$NNODES $NODE_RANK $RENDEZVOUS $*"; exit {code}')
     kubeflow = {"PET_NNODES": 8, "PET_NODE_RANK": 3, "PET_MASTER_ADDR": "first", "PET_MASTER_PORT": 1234}
     done = run_script(pod, run, "--config", "recipe.yaml", **kubeflow, OTHERS_WAIT_SECONDS=0)
     assert done.stdout.splitlines()[0] == f"8 3 first:1234 {run} --config recipe.yaml"
     assert done.returncode == (75 if again else 1 if code else 0), done
+
+
+def test_a_pod_terminated_while_its_state_is_read_ends_with_the_code_of_that_state(tmp_path):
+    pod, run = pod_with(tmp_path, "exit 9"), tmp_path / "run"
+    write_status(run, *PROGRESS)
+    python = python_terminated_with_its_caller(tmp_path)
+    assert run_script(pod, run, "--config", "recipe.yaml", PYTHON=python).returncode == 75

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from xlstm_lm.base.durable_files import RunError
+from xlstm_lm.base.errors import LOST_CONNECTION
 from xlstm_lm.base.run_layout import STATUS
 from xlstm_lm.parallel.process_group import LostProcessError
 from xlstm_lm.runs import attempt as module
@@ -111,7 +112,7 @@ def test_a_finished_run_stays_finished_after_a_mistake(tmp_path):
     assert status(tmp_path).state == "finished"
 
 
-LOST = LostProcessError(f"{LostProcessError.OPENING} of the 2 processes")
+LOST = LostProcessError(f"{LOST_CONNECTION} of the 2 processes")
 
 
 @pytest.mark.parametrize("cause_is_first", [True, False])

@@ -66,7 +66,7 @@ class Holder:
             host=socket.gethostname(),
             process_table=_process_table(),
             pid=os.getpid(),
-            started=_start_of(os.getpid()),
+            started=start_of_process(os.getpid()),
             since=datetime.datetime.now().astimezone().isoformat(sep=" ", timespec="seconds"),
             command=shlex.join(sys.argv),
         )
@@ -90,7 +90,7 @@ class Holder:
             return True
         except PermissionError:
             pass  # another user's
-        started = _start_of(self.pid)
+        started = start_of_process(self.pid)
         return started != self.started if started else None
 
 
@@ -320,8 +320,8 @@ def _process_table() -> str:
         return uuid.uuid4().hex  # equal to none: processes are told by their signs of life alone
 
 
-def _start_of(pid: int) -> str:
-    """When a process started, in a unit of the system's; "0" for one that has ended; empty if it cannot be read."""
+def start_of_process(pid: int) -> str:
+    """Return when a process started, in a unit of the system; "0" for one that has ended; empty if it is unknown."""
     try:
         # Behind the program's name, which may hold blanks and parentheses, begin state and numbers.
         fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()

@@ -14,6 +14,10 @@ SUPERSEDED = "superseded.jsonl"
 """Lines that left metrics.jsonl because the run went on from an earlier step."""
 STATUS = "status.json"
 """State of the run for launch scripts: running, finished, stopped, preempted or failed."""
+HEARTBEATS = "heartbeats"
+"""A folder with the last signs of life of all ranks, a file a node, while the run is at work."""
+HANG = "hang"
+"""A folder with the Python stacks of ranks whose job was ended because it hung."""
 SAMPLES = "samples.jsonl"
 ENVIRONMENT = "environment.json"
 CURVE = "learning_curve.png"
@@ -41,7 +45,7 @@ MANIFEST = "manifest.json"
 
 RUN_NAMES = (
     *(CONFIG, METRICS, SUPERSEDED, SAMPLES, ENVIRONMENT, CURVE, LIBRARY_LOG, LOGS, CHECKPOINTS, WANDB, WANDB_ID),
-    *(MODEL_RECIPE, TOKENIZER, ORIGIN, LEASE_FILE, STATUS, PROFILE),
+    *(MODEL_RECIPE, TOKENIZER, ORIGIN, LEASE_FILE, STATUS, PROFILE, HEARTBEATS, HANG),
 )
 """Names in a run's folder that the run writes itself."""
 RUN_SECTIONS = {"model", "data", "training", "optimizer", "schedule", "safeguards", "wandb", "deepspeed"}

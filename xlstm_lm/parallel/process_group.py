@@ -17,6 +17,7 @@ import torch
 import torch.distributed
 
 from xlstm_lm.base.durable_files import RunError
+from xlstm_lm.base.errors import LOST_CONNECTION
 from xlstm_lm.base.program import told_once
 
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -67,6 +68,14 @@ class World(Axis):
         values = [None] * self.size if self.is_first else None
         torch.distributed.gather_object(value, values, dst=0)
         return values or []
+
+    def all_gather(self, value: Any) -> list[Any]:
+        """The picklable `value` of every rank, in rank order, on every rank."""
+        if self.size == 1:
+            return [value]
+        values = [None] * self.size
+        torch.distributed.all_gather_object(values, value)
+        return values
 
     def from_first(self, value: Any) -> Any:
         """Rank 0's picklable `value`, on every rank."""
@@ -136,9 +145,6 @@ def join_world() -> World:
 class LostProcessError(RunError):
     """Another process of the run has gone: the reason is with that process."""
 
-    OPENING = "lost the connection to another"
-    """Begin of the message."""
-
 
 @contextlib.contextmanager
 def lost_processes_explained(world: World) -> Iterator[None]:
@@ -152,7 +158,7 @@ def lost_processes_explained(world: World) -> Iterator[None]:
         if world.size == 1 or isinstance(error, RunError) or not _is_of_a_collective(error):
             raise
         raise LostProcessError(
-            f"{LostProcessError.OPENING} of the {world.size} processes: it has ended, was killed (of memory, "
+            f"{LOST_CONNECTION} of the {world.size} processes: it has ended, was killed (of memory, "
             "say), or its machine cannot be reached. If it had a message, that stands above. Checkpoints finished "
             "before are intact: give the same command again to continue from the newest.\n"
             f"(rank {world.rank}: {_first_sentence(error)})"

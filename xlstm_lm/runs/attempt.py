@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import Any
 
 from xlstm_lm.base.durable_files import RunError
-from xlstm_lm.base.errors import first_line
+from xlstm_lm.base.errors import LOST_CONNECTION, first_line
 from xlstm_lm.parallel.process_group import LostProcessError
 from xlstm_lm.runs.status import RunStatus, read_status, write_status
 
@@ -114,7 +114,7 @@ class Attempt:
         if status.attempt > self.number or (not self._is_first and status.attempt != self.number):
             return False
         is_own_failure = status.attempt == self.number and status.state == "failed"
-        return not is_own_failure or (state == "failed" and status.reason.startswith(LostProcessError.OPENING))
+        return not is_own_failure or (state == "failed" and status.reason.startswith(LOST_CONNECTION))
 
     def _attempts(self, status: RunStatus | None, state: str, reason: str) -> list[dict[str, Any]]:
         """The record of all attempts with the present state of this one."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import datetime
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from xlstm_lm.base.durable_files import replace_durably
+from xlstm_lm.base.errors import LOST_CONNECTION
 from xlstm_lm.base.read_files import Fields, read_json
 from xlstm_lm.base.run_layout import STATUS
 
@@ -66,6 +68,33 @@ def read_status(run_dir: Path) -> RunStatus | None:
 def write_status(run_dir: Path, status: RunStatus) -> None:
     """Replace status.json of a run."""
     replace_durably(run_dir / STATUS, json.dumps(asdict(status), indent=1).encode())
+
+
+def record_failure(run_dir: Path, attempt: int, reason: str) -> None:
+    """Record from outside that an attempt failed, unless it has ended in another way or has a better reason.
+
+    Args:
+        run_dir: Folder of the run.
+        attempt: Number of the attempt.
+        reason: One sentence.
+
+    Raises:
+        ValueError: status.json is damaged.
+        RunError: it cannot be written.
+    """
+    status = read_status(run_dir)
+    if status is None or status.attempt != attempt:
+        return
+    is_second_hand = status.state == "failed" and status.reason.startswith(LOST_CONNECTION)
+    if status.state != "running" and not is_second_hand:
+        return
+    attempts = [
+        each | {"state": "failed", "reason": reason} if each.get("attempt") == attempt else each
+        for each in status.attempts
+    ]
+    updated = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    failed = replace(status, state="failed", reason=reason, updated=updated, attempts=attempts, requeue=True)
+    write_status(run_dir, failed)
 
 
 def should_requeue(status: RunStatus | None) -> tuple[bool, str]:

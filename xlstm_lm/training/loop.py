@@ -24,6 +24,7 @@ from xlstm_lm.training.build import unbuilt_model
 from xlstm_lm.training.config import split_batch
 from xlstm_lm.training.deepspeed_config import choose_precision, zero_stage
 from xlstm_lm.training.engine import MicroBatch, TrainingEngine
+from xlstm_lm.training.heart import Heart
 from xlstm_lm.training.kernel_check import check_kernels
 from xlstm_lm.training.memory import check_memory
 from xlstm_lm.training.out_of_memory import memory_errors_explained
@@ -125,6 +126,8 @@ class Trainer:
             run.data.global_batch_size, world.data.size, run.training.micro_batch_size
         )
         self.start.open_folder()
+        attempt = self.start.attempt.number
+        self.heart = resources.enter_context(Heart(self.run_dir, attempt, world, run.safeguards.phase_seconds))
         console.keep_library_output(RunFolder(self.run_dir).library_log_path)
 
         rows = self.micro_rows * micro_batches
@@ -190,6 +193,7 @@ class Trainer:
             self.report.progress.say(f"The run has its {training.steps} steps; raise training.steps to go on.")
         self.report.clock.restart_window()
         while self.step < training.steps:
+            self.heart.step(self.step)
             self.stop_request.step_begins()
             self.profiler.before(self.step + 1)
             with self.times.waiting_for_data():
@@ -224,14 +228,16 @@ class Trainer:
             self.writer.advance(int(counts[3]))
             with self.report.clock.paused():
                 if last or (training.validate_every and self.step % training.validate_every == 0):
-                    self.validate()
+                    with self.heart.phase("validation"):
+                        self.validate()
                 if last or stop or self.step % training.checkpoint_every == 0 or training.keeps(self.step):
-                    self.save()
+                    with self.heart.phase("save"):
+                        self.save()
             if stop:
-                self.writer.wait()
-                return True
-        self.writer.wait()
-        return False
+                break
+        with self.heart.phase("save"):
+            self.writer.wait()
+        return self.step < training.steps
 
     def measure(self, micro_batch: MicroBatch, statistics_due: bool) -> dict[str, torch.Tensor]:
         """Scalar metrics of a logged step, by name, that need a computation of their own. Collective."""

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from xlstm_lm.base.durable_files import RunError
-from xlstm_lm.base.fields import CountOrZero, check_fields
+from xlstm_lm.base.fields import CountOrZero, Positive, check_fields
 from xlstm_lm.base.program import told_once
 
 logger = logging.getLogger("xlstm_lm")
@@ -20,10 +20,31 @@ NOT_FINITE = (
 
 @dataclass(kw_only=True)
 class SafeguardsConfig:
-    """Steps whose loss or gradient is not finite."""
+    """Steps whose loss or gradient is not finite, and jobs that hang."""
 
     max_skipped_steps: CountOrZero = 10
     """Steps in a row that may be skipped for a loss or gradient that is not finite; one more stops the run."""
+    hang_start_minutes: Positive | None = 120.0
+    """Time for the start and the first step, which compiles; a job that needs longer is ended; null for no limit."""
+    hang_step_minutes: Positive | None = 30.0
+    """The same for a later step, with its wait for data."""
+    hang_validation_minutes: Positive | None = 120.0
+    """The same for a validation."""
+    hang_save_minutes: Positive | None = 120.0
+    """The same for the part of a save for which training waits."""
+
+    @property
+    def phase_seconds(self) -> dict[str, float | None]:
+        """Seconds that each phase of a rank may last; None for no limit."""
+        start = self.hang_start_minutes
+        minutes = {
+            "start": start,
+            "compile": start,
+            "step": self.hang_step_minutes,
+            "validation": self.hang_validation_minutes,
+            "save": self.hang_save_minutes,
+        }
+        return {phase: None if limit is None else 60 * limit for phase, limit in minutes.items()}
 
     def __post_init__(self) -> None:
         check_fields(self, "safeguards.")

@@ -62,7 +62,13 @@ def build_engine(
     return model, engine
 
 
-def engine_step(world: World, engine: TrainingEngine, batch: tuple[torch.Tensor, torch.Tensor], step: int):
+def engine_step(
+    world: World,
+    engine: TrainingEngine,
+    batch: tuple[torch.Tensor, torch.Tensor],
+    step: int,
+    by_layer: bool = True,
+):
     """The step, and the loss of the whole batch."""
     tokens_BT, targets_BT = batch
     count = (targets_BT >= 0).sum()
@@ -70,7 +76,7 @@ def engine_step(world: World, engine: TrainingEngine, batch: tuple[torch.Tensor,
     parts = [tensor[world.rank * own :][:own].split(MICRO_ROWS) for tensor in (tokens_BT, targets_BT)]
     micro_batches = [(tokens, targets, None) for tokens, targets in zip(*parts, strict=True)]
     rate = OPTIMIZER.learning_rate * learning_rate_ratio(SCHEDULE, step, STEPS)
-    result = engine.train_step(micro_batches, world.size / count, rate, by_layer=True)
+    result = engine.train_step(micro_batches, world.size / count, rate, by_layer)
     return result, float(world.sum_(result.loss_sum.clone()) / count)
 
 

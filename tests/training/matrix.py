@@ -88,7 +88,7 @@ def cell(world: World, stage: int, precision: str, checkpointing: bool) -> dict[
         found["loss"] = max(found["loss"], abs(loss - plain_loss) / plain_loss)
         found["norm"] = max(found["norm"], abs(float(result.gradient_norm) - plain_norm) / plain_norm)
     assert max(norms) > OPTIMIZER.gradient_clip  # clipping took place
-    ours = dict(engine.weights())
+    ours = dict(engine.state.weights())
     largest = max(float((ours[name] - weight).abs().max()) for name, weight in weights.items())
     found["weights"] = largest / OPTIMIZER.learning_rate
     engine.close()

@@ -19,6 +19,14 @@ def numbers_in(name: str) -> list[tuple[float, ...]]:
     return [tuple(map(float, line.split())) for line in lines]
 
 
+NORM_TOLERANCE = {"gated_delta": 1e-3}
+"""Relative, of gradient norms, where rounding moves them further.
+
+Half of the last digit of the first weights moves gradient norms of Gated DeltaNet by up to 2.3e-4, at steps 11 and 13,
+and losses by at most 2e-6. An AMD EPYC with AVX2 differs by 1.8e-4 at step 13, and by less than 1e-5 but for step 11.
+"""
+
+
 @pytest.fixture
 def folder(tmp_path):
     """A folder with the text, the run and the export."""
@@ -33,7 +41,10 @@ def folder(tmp_path):
 def test_losses_and_gradient_norms_stay_as_they_were(name, tmp_path):
     shutil.copy(HERE / "lines.txt", tmp_path)
     numbers = train_in(tmp_path, settings(MODELS[name], tmp_path / "run"))
-    assert numbers == [pytest.approx(row, rel=TOLERANCE) for row in numbers_in(name)]
+    expected = numbers_in(name)
+    assert [row[:2] for row in numbers] == [pytest.approx(row[:2], rel=TOLERANCE) for row in expected]
+    norms, expected_norms = ([norm for *_, norm in rows] for rows in (numbers, expected))
+    assert norms == pytest.approx(expected_norms, rel=NORM_TOLERANCE.get(name, TOLERANCE))
 
 
 def test_a_checkpoint_of_format_1_continues(folder):

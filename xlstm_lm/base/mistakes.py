@@ -46,7 +46,7 @@ def nearest(name: str, known: Iterable[str], otherwise: str = "See 'xlstm-lm tra
     name = name.lower()
     section, _, last = name.rpartition(".")
     siblings = {each.rpartition(".")[2]: each for each in known if each.rpartition(".")[0] == section}
-    everywhere = {each.rpartition(".")[2]: each for each in known}
+    everywhere = {each.rpartition(".")[2]: each for each in reversed(known)}  # the first section of several
     whole = {} if siblings else {each: each for each in known}  # names in one section are alike by that alone
     here = ELSEWHERE.get(last, last)
     wanted_in = ((here, siblings, 1.0), (here, everywhere, 1.0), (last, siblings, 0.6), (last, everywhere, 0.75))

@@ -43,6 +43,7 @@ def test_a_parameter_that_the_model_never_writes_is_named():
         place_weights(model, WHOLE, torch.device("cpu"))
 
 
+@pytest.mark.slow
 def test_two_ranks_build_the_same_model_with_one_parameter_beside_their_share():
     report = json.loads(run_ranks(2, "building").splitlines()[-1])
     whole, largest = report.pop("bytes"), report.pop("largest")

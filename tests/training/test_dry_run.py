@@ -16,6 +16,7 @@ from xlstm_lm.training.dry_run import dry_run
 from xlstm_lm.training.run_config import load_run_config
 
 
+@pytest.mark.slow
 def test_a_step_of_256_processes_at_every_stage(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     found = json.loads(run_alone("dry_runs").splitlines()[-1])

@@ -102,7 +102,7 @@ def check_matrix(ranks: int, cells: list[str]) -> None:
 
 
 def test_a_hybrid_of_recurrent_blocks_equals_a_plain_loop_on_two_ranks():
-    check_matrix(2, ["2-bf16", "3-fp32-checkpointing"])
+    check_matrix(2, ["3-bf16-checkpointing"])
 
 
 @pytest.mark.slow
@@ -111,6 +111,7 @@ def test_the_whole_matrix_equals_a_plain_loop(ranks):
     check_matrix(ranks, MATRIX)
 
 
+@pytest.mark.slow
 def test_gradients_of_a_bf16_run_are_summed_in_float32_unless_the_recipe_says_otherwise():
     found = json.loads(run_ranks(2, "reducing").splitlines()[-1])
     for stage in (1, 2, 3):

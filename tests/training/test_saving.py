@@ -57,6 +57,7 @@ def small_disk(tmp_path):
         subprocess.run(["umount", str(place)], check=True)
 
 
+@pytest.mark.slow
 def test_two_ranks_write_and_read_their_shares_and_survive_a_full_disk(tmp_path, small_disk):
     report = json.loads(run_ranks(2, "saving", "read", tmp_path, *[small_disk] * bool(small_disk)).splitlines()[-1])
     message = report.pop("full disk", None)
@@ -107,6 +108,16 @@ def test_the_weights_may_change_while_a_save_is_on_its_way_and_the_next_one_wait
     )
     for name, value in before.items():
         assert torch.equal(first[name], value) and torch.equal(second[name], value + 1.0)
+
+
+def test_a_prepared_writer_allocates_no_host_memory_in_its_first_save(engine, tmp_path):
+    writer = CheckpointWriter(join_world(), lambda: tmp_path)
+    writer.prepare(engine.state.shares())
+    before = {stem: buffer.data_ptr() for stem, buffer in writer._buffers._buffers.items()}
+    writer.save(snapshot(engine, step=1))
+    writer.wait()
+    assert before.keys() == {"model", "optimizer"}
+    assert before == {stem: buffer.data_ptr() for stem, buffer in writer._buffers._buffers.items()}
 
 
 def test_a_holder_that_has_lost_its_lease_publishes_nothing(engine, tmp_path):

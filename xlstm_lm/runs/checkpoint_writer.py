@@ -99,6 +99,11 @@ class CheckpointWriter:
         """Whether this rank's thread has no work left in the current phase of the save on its way."""
         return self._pending is None or not self._pending.is_working
 
+    def prepare(self, shares: Mapping[str, Iterable[Share]]) -> None:
+        """Allocate the host buffers of this rank's shares, by stem, to block the first save no longer than later ones."""
+        for stem, own in shares.items():
+            self._buffers.copy(stem, own)  # a page of memory is allocated when it is first written
+
     def save(self, snapshot: Snapshot) -> None:
         """Copy this rank's share to the host and begin to write it. Waits for the save before. Collective.
 

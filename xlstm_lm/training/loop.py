@@ -164,6 +164,7 @@ class Trainer:
         self.writer = CheckpointWriter(world, lease.place if lease else lambda: self.run_dir, self.note_saved)
         resources.callback(self.writer.close)
         self.start.restore_engine(self.engine)
+        self.writer.prepare(self.engine.state.shares())
         state = self.start.state
         self.step = state["step"]
         self.skips = SkipCounter(run.safeguards, state["skipped_steps"], state["skipped_in_a_row"])

@@ -100,7 +100,7 @@ class CheckpointWriter:
         return self._pending is None or not self._pending.is_working
 
     def prepare(self, shares: Mapping[str, Iterable[Share]]) -> None:
-        """Allocate the host buffers of this rank's shares, by stem, to block the first save no longer than later ones."""
+        """Allocate the host buffers of shares, by stem: the first save then blocks no longer than later ones."""
         for stem, own in shares.items():
             self._buffers.copy(stem, own)  # a page of memory is allocated when it is first written
 

@@ -1,6 +1,6 @@
 """The time for which an asynchronous save stops training, against the time until the checkpoint is published.
 
-`python -m eval.bench.save_stall --out FILE`, or the same under torchrun for several processes. Saves go through the
+`python -m eval.save_stall --out FILE`, or the same under torchrun for several processes. Saves go through the
 real engine and writer to a folder in the current directory that is removed at the end; each is published before the
 next one begins.
 """
@@ -73,9 +73,9 @@ def time_saves(world: World, engine: TrainingEngine, run_dir: Path, saves: int, 
     ]
 
 
-@program("eval.bench.save_stall")
+@program("eval.save_stall")
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m eval.bench.save_stall", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m eval.save_stall", description=__doc__)
     add = parser.add_argument
     add("--model", type=parse_model, default=MODEL, help=f"As in eval.throughput. Default: {MODEL}.")
     add("--stage", type=int, choices=range(4), default=1, help="ZeRO stage. Default: 1.")

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from tests.ops.mlstm_cases import FAST, assert_halves_equal_the_whole, gradients, make_inputs, make_resets, run
 from xlstm_lm.base.announce import announce_once
 from xlstm_lm.ops import operation
+from xlstm_lm.ops.backend import make_call
 from xlstm_lm.ops.mlstm import MLSTM, mlstm
 from xlstm_lm.ops.mlstm.recurrence import Options
 
@@ -144,7 +145,7 @@ def test_a_gpu_takes_the_kernels_that_prove_right(
     asked = []
     verdict = lambda operation, name, call: asked.append((name, call.has_resets)) or (None if right else "it is wrong")
     monkeypatch.setattr(operation, "verdict", verdict)
-    several = operation.make_call(torch.device("cuda", 0), torch.float32, {"K": 8, "V": 24}, MLSTM.options)
+    several = make_call(torch.device("cuda", 0), torch.float32, {"K": 8, "V": 24}, MLSTM.options)
     one = several._replace(one_step=True, needs_gradient=False)
     sigmoid = several._replace(options=Options(input_gate="sigmoid"))
     no_resets = several._replace(has_resets=False)

@@ -217,12 +217,15 @@ class Monitor:
         alive = [rank for rank in self.watched.ranks if _lives(rank.pid, rank.started)]
         with contextlib.suppress(OSError, RunError, ValueError):
             record_failure(self.run_dir, self.watched.attempt, reason)
-        for rank in alive:
-            for number in (signal.SIGUSR2, signal.SIGCONT):  # a stopped process writes once it goes on
+        # A stopped process writes its stacks once it goes on. Before that the others must have written theirs, because
+        # it frees them from their wait.
+        stopped = [rank for rank in alive if _state_of(rank.pid) == "T"]
+        for number, ranks in ((signal.SIGUSR2, alive), (signal.SIGCONT, stopped)):
+            for rank in ranks:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(rank.pid, number)
-        if alive:
-            time.sleep(STACK_SECONDS)
+            if ranks:
+                time.sleep(STACK_SECONDS)
         self._keep_stacks(alive, reason)
         for rank in alive:
             if _lives(rank.pid, rank.started):

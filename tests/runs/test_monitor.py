@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from xlstm_lm.base.lease import start_of_process
+from xlstm_lm.base.processes import start_of_process
 from xlstm_lm.runs import monitor as module
 from xlstm_lm.runs.heartbeats import BeatFile, Heartbeat, read_beat, read_heartbeats, silent_nodes, write_heartbeats
 from xlstm_lm.runs.monitor import Monitor, Watched, WatchedRank

@@ -33,6 +33,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from xlstm_lm.base.durable_files import RunError, disk_errors_explained
+from xlstm_lm.base.processes import has_ended, start_of_process
 
 logger = logging.getLogger("xlstm_lm")
 
@@ -84,14 +85,7 @@ class Holder:
         """Whether the process has ended; None where that cannot be looked up from here."""
         if self.process_table != _process_table():
             return None
-        try:
-            os.kill(self.pid, 0)
-        except ProcessLookupError:
-            return True
-        except PermissionError:
-            pass  # another user's
-        started = start_of_process(self.pid)
-        return started != self.started if started else None
+        return has_ended(self.pid, self.started)
 
 
 class FolderLease:
@@ -245,8 +239,7 @@ def _falls_silent(path: Path, descriptor: int, holder: Holder | None) -> bool | 
 
     None where the lease is given back or changes hands meanwhile.
     """
-    with tempfile.TemporaryFile(dir=path.parent) as probe:  # the file system's time, which is not this machine's
-        age = os.fstat(probe.fileno()).st_mtime - os.fstat(descriptor).st_mtime
+    age = file_system_time(path.parent) - os.fstat(descriptor).st_mtime
     left = STALE_SECONDS - max(age, 0.0)
     if left > 0:
         logger.warning(
@@ -260,6 +253,16 @@ def _falls_silent(path: Path, descriptor: int, holder: Holder | None) -> bool | 
         if _touched(path) != touched:
             return False
     return True
+
+
+def file_system_time(folder: Path) -> float:
+    """Return the time of a folder's file system, which may differ from this machine's, in seconds since 1970.
+
+    Raises:
+        OSError: nothing can be written there.
+    """
+    with tempfile.TemporaryFile(dir=folder) as probe:
+        return os.fstat(probe.fileno()).st_mtime
 
 
 def _touched(path: Path) -> int | None:
@@ -318,13 +321,3 @@ def _process_table() -> str:
         return f"{boot} {Path('/proc/self/ns/pid').readlink()}"
     except OSError:
         return uuid.uuid4().hex  # equal to none: processes are told by their signs of life alone
-
-
-def start_of_process(pid: int) -> str:
-    """Return when a process started, in a unit of the system; "0" for one that has ended; empty if it is unknown."""
-    try:
-        # Behind the program's name, which may hold blanks and parentheses, begin state and numbers.
-        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
-    except OSError:
-        return ""
-    return "0" if fields[0] in "ZX" else fields[19]

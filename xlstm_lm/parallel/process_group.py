@@ -21,7 +21,7 @@ from xlstm_lm.base.errors import LOST_CONNECTION
 from xlstm_lm.base.program import told_once
 
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-TIMEOUT = timedelta(minutes=30)  # rank 0 alone writes a large checkpoint while the others wait
+TIMEOUT = timedelta(minutes=30)  # torch's own; DeepSpeed's, 10 minutes, is short for kernels that are compiled
 
 
 @dataclass(frozen=True, kw_only=True)

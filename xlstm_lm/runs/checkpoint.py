@@ -20,9 +20,9 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from xlstm_lm.base.durable_files import crc32_of
 from xlstm_lm.base.read_files import read_json
 from xlstm_lm.base.run_layout import CHECKPOINTS, CONFIG, MANIFEST, STATE, checkpoint_folders, step_in_name
+from xlstm_lm.runs.checkpoint_files import file_damage
 from xlstm_lm.runs.checkpoint_format1 import Checkpoint
 from xlstm_lm.runs.checkpoint_format2 import ShardedCheckpoint, read_tensor_entries
 
@@ -84,16 +84,9 @@ def damage(folder: Path, checksums: bool = True) -> str:
     unnamed = [name for name in WRITTEN_ALWAYS if name not in files]
     if unnamed:
         return f"{manifest_path} is damaged: it does not name {unnamed[0]}."
-    for name, recorded in files.items():
-        path = folder / name
-        if not isinstance(recorded, dict) or not {"size", "crc32"} <= recorded.keys():
-            return f"{manifest_path} is damaged: it gives no size and checksum of {name}."
-        if not path.is_file():
-            return f"{path} is missing from its checkpoint."
-        if path.stat().st_size != recorded["size"]:
-            return f"{path} is damaged: it has {path.stat().st_size} bytes instead of {recorded['size']}."
-        if checksums and crc32_of(path) != recorded["crc32"]:
-            return f"{path} is damaged: its checksum differs from the one in manifest.json."
+    problem = file_damage(folder, files, checksums)
+    if problem:
+        return problem
     try:
         step = read_json(folder / STATE, {"step": int}, "")["step"]
     except ValueError as error:

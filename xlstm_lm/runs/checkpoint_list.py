@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import safetensors.torch
 
-from xlstm_lm.base.durable_files import disk_errors_explained
+from xlstm_lm.base.durable_files import disk_errors_explained, replace_durably
 from xlstm_lm.base.read_files import read_json
 from xlstm_lm.base.run_layout import MANIFEST, is_kept
 from xlstm_lm.runs.checkpoint import damage, read_checkpoint
@@ -98,16 +97,8 @@ def merge(run_dir: Path, step: int, out: Path) -> Path:
         raise ValueError(f"{problem} Choose another step.")
     if out.exists():
         raise ValueError(f"{out} exists; give --out the name of a new file.")
-    temporary = out.with_name(f".tmp-{out.name}")
     weights = {name: weight.contiguous() for name, weight in read_checkpoint(found[step]).all_weights().items()}
     with disk_errors_explained(out):
-        try:
-            out.parent.mkdir(parents=True, exist_ok=True)
-            with temporary.open("wb") as file:
-                file.write(safetensors.torch.save(weights, {"format": "pt"}))
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.rename(out)
-        finally:
-            temporary.unlink(missing_ok=True)
+        out.parent.mkdir(parents=True, exist_ok=True)
+    replace_durably(out, safetensors.torch.save(weights, {"format": "pt"}))
     return out

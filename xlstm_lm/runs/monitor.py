@@ -26,7 +26,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from xlstm_lm.base.durable_files import RunError
-from xlstm_lm.base.lease import start_of_process
+from xlstm_lm.base.durations import duration
+from xlstm_lm.base.processes import STOPPED, has_ended, state_of_process
 from xlstm_lm.base.run_layout import HANG
 from xlstm_lm.runs.heartbeats import (
     ENDED,
@@ -188,8 +189,8 @@ class Monitor:
     def _missing(self, hanging: WatchedRank, beats: dict[int, Beat]) -> Finding:
         """Name the rank for which the others wait, as far as can be told."""
         phase, step, beat = beats[hanging.rank]
-        how = f"the run hangs: {phase} after step {step:,} has lasted {_duration(self._clock() - beat)}"
-        stopped = [rank for rank in self.watched.ranks if _state_of(rank.pid) == "T"]
+        how = f"the run hangs: {phase} after step {step:,} has lasted {duration(self._clock() - beat)}"
+        stopped = [rank for rank in self.watched.ranks if state_of_process(rank.pid) == STOPPED]
         if stopped:
             names = ", ".join(f"rank {rank.rank} (process {rank.pid})" for rank in stopped)
             return Finding(f"{how}; a signal has stopped {names} on {self.watched.host}.")
@@ -219,7 +220,7 @@ class Monitor:
             record_failure(self.run_dir, self.watched.attempt, reason)
         # A stopped process writes its stacks once it goes on. Before that the others must have written theirs, because
         # it frees them from their wait.
-        stopped = [rank for rank in alive if _state_of(rank.pid) == "T"]
+        stopped = [rank for rank in alive if state_of_process(rank.pid) == STOPPED]
         for number, ranks in ((signal.SIGUSR2, alive), (signal.SIGCONT, stopped)):
             for rank in ranks:
                 with contextlib.suppress(ProcessLookupError):
@@ -270,24 +271,7 @@ def watch(watched: Watched) -> None:
 
 
 def _lives(pid: int, started: str) -> bool:
-    if started:
-        return start_of_process(pid) == started
-    try:  # a system without /proc
-        os.kill(pid, 0)
-    except OSError:
-        return False
-    return True
-
-
-def _state_of(pid: int) -> str:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[0]
-    except OSError:
-        return ""
-
-
-def _duration(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} minutes"
+    return not has_ended(pid, started)
 
 
 if __name__ == "__main__":

@@ -5,15 +5,16 @@ from __future__ import annotations
 import datetime
 import os
 import shutil
-import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from xlstm_lm.base.lease import LEASE_FILE, STALE_SECONDS, Holder
+from xlstm_lm.base.durations import duration
+from xlstm_lm.base.lease import LEASE_FILE, STALE_SECONDS, Holder, file_system_time
 from xlstm_lm.base.read_files import read_json
 from xlstm_lm.base.run_layout import MANIFEST, holds_run
+from xlstm_lm.runs.checkpoint_files import file_damage
 from xlstm_lm.runs.folder import RunFolder
 from xlstm_lm.runs.status import RunStatus, read_status
 from xlstm_lm.runs.text_curve import ASCII_BLOCKS, BLOCKS, draw_text_curve
@@ -153,7 +154,7 @@ def _state_of(seen: Overview) -> tuple[str, str]:
             "No process beats, and it has no readable status.json." if seen.step else "It has made no step yet.",
         )
     if status.state == "running" and not beats:
-        silent = f"has not beaten for {_duration(lease.age)}" if lease and lease.age > STALE_SECONDS else "has ended"
+        silent = f"has not beaten for {duration(lease.age)}" if lease and lease.age > STALE_SECONDS else "has ended"
         return "dead", f"It is marked as running, but its process {silent} without saying how it went."
     return status.state, status.reason
 
@@ -174,8 +175,7 @@ def _lease_in(run_dir: Path, now: float) -> LeaseSeen | None:
 def _now_in(folder: Path) -> float:
     """Time of the folder's file system; this machine's, which may differ, where nothing can be written."""
     try:
-        with tempfile.TemporaryFile(dir=folder) as probe:
-            return os.fstat(probe.fileno()).st_mtime
+        return file_system_time(folder)
     except OSError:
         return time.time()
 
@@ -186,22 +186,11 @@ def _newest_checkpoint(folder: RunFolder, now: float) -> CheckpointSeen | None:
         problem, age = "", 0.0
         try:
             age = now - (manifest if manifest.exists() else path).stat().st_mtime
-            problem = _wrong_sizes(path)
+            problem = file_damage(path, read_json(manifest, {"files": dict}, "")["files"], checksums=False)
         except (OSError, ValueError) as error:
             problem = str(error).strip()
         return CheckpointSeen(path, step, max(age, 0.0), problem)
     return None
-
-
-def _wrong_sizes(checkpoint: Path) -> str:
-    """Describe a file of a checkpoint that is missing or has another size than its manifest says; empty without any."""
-    for name, recorded in read_json(checkpoint / MANIFEST, {"files": dict}, "")["files"].items():
-        path = checkpoint / name
-        if not path.is_file():
-            return f"{path} is missing from its checkpoint."
-        if isinstance(recorded, dict) and path.stat().st_size != recorded.get("size"):
-            return f"{path} is damaged: it has {path.stat().st_size} bytes instead of {recorded.get('size')}."
-    return ""
 
 
 def _tried(problems: list[str], read: Any) -> Any:
@@ -220,7 +209,7 @@ def one_line(seen: Overview) -> str:
     if train and train[-1].get("loss") is not None:
         parts.append(f"loss {train[-1]['loss']:.4f}")
     if seen.state == "running" and seen.seconds_left is not None:
-        parts.append(f"{_duration(seen.seconds_left)} left")
+        parts.append(f"{duration(seen.seconds_left)} left")
     if seen.problems:
         parts.append(f"{len(seen.problems)} problem{'s' * (len(seen.problems) > 1)}")
     return ", ".join(parts)
@@ -243,7 +232,7 @@ def page(seen: Overview, *, width: int | None = None, unicode: bool = True) -> s
     lines += _progress_lines(seen) + _beat_lines(seen)
     if seen.checkpoint:
         intact = "damaged" if seen.checkpoint.problem else "all files there, with their sizes"
-        saved = f"step {seen.checkpoint.step:,}, {_duration(seen.checkpoint.age)} ago"
+        saved = f"step {seen.checkpoint.step:,}, {duration(seen.checkpoint.age)} ago"
         lines.append(f"  checkpoint  {saved}, {intact}")
     else:
         lines.append("  checkpoint  none yet")
@@ -276,7 +265,7 @@ def _progress_lines(seen: Overview) -> list[str]:
         if seen.seconds_left:
             until = datetime.datetime.now().astimezone() + datetime.timedelta(seconds=seen.seconds_left)
             ends = f", at {until:%Y-%m-%d %H:%M}" if seen.state == "running" else " of training, once it runs again"
-            lines.append(f"  time left   {_duration(seen.seconds_left)}{ends}")
+            lines.append(f"  time left   {duration(seen.seconds_left)}{ends}")
     else:
         lines.append("  loss        no step logged yet")
     return lines
@@ -294,17 +283,5 @@ def _beat_lines(seen: Overview) -> list[str]:
         lines.append("  process     none holds the folder")
     else:
         who = f"process {seen.lease.holder.pid} on {seen.lease.holder.host}" if seen.lease.holder else "unknown process"
-        lines.append(f"  process     {who}, {'' if seen.lease.beats else 'dead, '}beat {_duration(seen.lease.age)} ago")
+        lines.append(f"  process     {who}, {'' if seen.lease.beats else 'dead, '}beat {duration(seen.lease.age)} ago")
     return lines
-
-
-def _duration(seconds: float) -> str:
-    """A duration in the two largest units that it has."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60} s"
-    if whole < 86400:
-        return f"{whole // 3600} h {whole // 60 % 60} min"
-    return f"{whole // 86400} d {whole // 3600 % 24} h"

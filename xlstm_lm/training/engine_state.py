@@ -109,11 +109,10 @@ class EngineState:
             step: Updates that the optimizer has made.
         """
         for name in self.shapes:
-            self._load(name, None, weights, name)
+            self._load(self._parameters[name], None, weights, name)
         for name in self.moment_shapes if moments else ():
-            parameter_name, _, key = name.rpartition(".")
             assert moments is not None
-            self._load(parameter_name, key, moments, name)
+            self._load(*self._moment(name), moments, name)
         if self.stage in (1, 2):
             self._zero_optimizer.update_lp_params()
         elif self.stage == 3:  # as after a step: whole weights are gathered again from the shares
@@ -124,8 +123,7 @@ class EngineState:
         for state in self._optimizer.state.values():
             state["step"].fill_(step)
 
-    def _load(self, parameter_name: str, key: str | None, read: Read, name: str) -> None:
-        parameter = self._parameters[parameter_name]
+    def _load(self, parameter: nn.Parameter, key: str | None, read: Read, name: str) -> None:
         if self.stage == 3:
             share, start, length = self._own_range(parameter)
             own = torch.zeros(share)  # shares have the same size on all ranks; the last ones are padded

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from xlstm_lm.base.import_path import child_environment
-from xlstm_lm.base.lease import start_of_process
+from xlstm_lm.base.processes import start_of_process
 from xlstm_lm.parallel.process_group import World
 from xlstm_lm.runs.heartbeats import BeatFile
 from xlstm_lm.runs.monitor import Watched, WatchedRank

@@ -19,3 +19,11 @@ def fresh_choices():
     forget()
     yield
     forget()
+
+
+@pytest.fixture(autouse=True)
+def exact_denormals():
+    """Let each test begin with denormal numbers as IEEE has them: training in this process flushes them to zero."""
+    torch = sys.modules.get("torch")
+    if torch is not None:
+        torch.set_flush_denormal(False)

@@ -231,7 +231,6 @@ def test_a_nan_is_seen_from_its_step_on_and_in_its_row_and_head_only(backend):
 
 
 def test_compiled_leaves_the_treatment_of_denormals_as_it_was():
-    torch.set_flush_denormal(False)  # as a training run of an earlier test may have left it
     tiny = torch.tensor([1e-40])
     slstm(*(tensor.detach() for tensor in inputs(1, 3, 1, 4, dtype=torch.float32)), backend="compiled")
     assert (tiny * 1.0).item() > 0

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from xlstm_lm.base.recipe import parse_yaml, read_recipe
-from xlstm_lm.cli import _make_parser
+from xlstm_lm.cli import make_parser
 from xlstm_lm.models.presets import preset, preset_names
 from xlstm_lm.runs.same_run import differing_fields
 from xlstm_lm.training.deepspeed_section import Offload, ZeroOptimization
@@ -371,7 +371,7 @@ def test_a_flag_that_holds_text_takes_it_as_it_is(name, text):
 def flag(name: str, *texts: str):
     """Value that the command line makes of a flag."""
     given = [part for text in texts for part in (f"--{name}", text)]
-    options = vars(_make_parser(True).parse_args(["train", "--config", "x.yaml", *given]))
+    options = vars(make_parser("train").parse_args(["train", "--config", "x.yaml", *given]))
     return options[name]
 
 
@@ -380,7 +380,7 @@ def test_null_is_null_where_a_flag_may_be():
 
 
 def test_a_flag_by_its_former_name():
-    options = _make_parser(True).parse_args(["train", "--config", "x.yaml", "--schedule.warmup_steps", "5"])
+    options = make_parser("train").parse_args(["train", "--config", "x.yaml", "--schedule.warmup_steps", "5"])
     assert vars(options)["schedule.warmup"] == 5
 
 
@@ -413,7 +413,7 @@ def test_a_flag_that_cannot_be_read_is_named(name, texts, message, capsys):
 )
 def test_a_flag_that_is_none_is_answered_by_the_one_meant(given, message, capsys):
     with pytest.raises(SystemExit):
-        _make_parser(True).parse_args(["train", "--config", "x.yaml", *given])
+        make_parser("train").parse_args(["train", "--config", "x.yaml", *given])
     assert message in capsys.readouterr().err
 
 

@@ -16,10 +16,10 @@ import pytest
 
 from tests.training.processes import run_alone, run_ranks
 from tests.training.runs import configure, records, write_text
-from xlstm_lm import cli
 from xlstm_lm.base.durable_files import RunError
 from xlstm_lm.base.lease import FolderLease
 from xlstm_lm.base.run_layout import checkpoint_folders
+from xlstm_lm.cli.conclusion import conclude
 from xlstm_lm.data import TrainingStream, build_tokenizer
 from xlstm_lm.runs.status import read_status
 from xlstm_lm.training import loop
@@ -289,7 +289,7 @@ def test_a_run_that_diverges_says_so_keeps_its_checkpoints_and_is_pointed_out_la
     assert "Step 2: Weights are not finite" in caplog.text or "Step 1: Weights are not finite" in caplog.text
     assert len(checkpoint_folders(run_dir)) > 1  # of which an older one may be of use
     with pytest.raises(RunError, match=r"The run has diverged by step 5\. .*not finite.*step_00000005"):
-        cli._conclude(run_dir, [], {})
+        conclude(run_dir, [], {})
     assert "Final validation: not finite" in capsys.readouterr().out
     caplog.clear()
     with pytest.raises(RunError, match=r"Step \d+: .* Weights are not finite"):

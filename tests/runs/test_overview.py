@@ -13,6 +13,7 @@ import pytest
 
 from xlstm_lm import cli
 from xlstm_lm.base.lease import LEASE_FILE, STALE_SECONDS, FolderLease
+from xlstm_lm.runs.heartbeats import Heartbeat, write_heartbeats
 from xlstm_lm.runs.overview import look_at, one_line, page
 from xlstm_lm.runs.status import RunStatus, should_requeue, write_status
 from xlstm_lm.runs.text_curve import ASCII_BLOCKS, BLOCKS, can_write, draw_text_curve
@@ -53,6 +54,9 @@ def test_a_page_shows_where_a_running_run_stands(tmp_path):
             file.write(json.dumps({"split": "event", "step": step, "event": "x", "message": f"E{step}."}) + "\n")
     write_status(run, status_of("running"))
     with FolderLease.take(run):
+        assert "ranks       none has beaten yet" in page(look_at(run))
+        beat = Heartbeat(rank=0, host="node7", pid=5, step=57, phase="step", time=time.time())
+        write_heartbeats(run, "node7_0", [beat])
         text = page(look_at(run), width=60)
         line = one_line(look_at(run))
     for part in (
@@ -64,6 +68,7 @@ def test_a_page_shows_where_a_running_run_stands(tmp_path):
         "1,234 tokens/s, MFU 40.0%, slowest rank on node7",
         "time left   1 min 40 s",
         f"process {os.getpid()}",
+        "beat        rank 0 on node7, process 5: step after step 57, beat 0 s ago",
         "step 50, 0 s ago, all files there",
         "E57.",
     ):
@@ -119,10 +124,12 @@ def test_folders_that_are_fresh_finished_moved_or_of_no_run_are_named(tmp_path):
         ("checkpoints/step_00000050/model.safetensors", "1234", "it has 4 bytes instead of 5"),
         ("checkpoints/step_00000050/manifest.json", "", "manifest.json is damaged"),
         (LEASE_FILE, "", "unknown process"),
+        ("heartbeats/node7_0.json", "{", "node7_0.json is damaged"),
     ],
 )
 def test_a_damaged_file_is_named_and_the_rest_is_shown(tmp_path, name, content, message):
     run = make_run(tmp_path / "run")
+    (run / name).parent.mkdir(exist_ok=True)
     (run / name).write_text(content)
     text = page(look_at(run))
     assert message in text and "checkpoint  step 50" in text

@@ -21,6 +21,7 @@ from xlstm_lm.base.lease import FolderLease
 from xlstm_lm.base.run_layout import checkpoint_folders
 from xlstm_lm.cli.conclusion import conclude
 from xlstm_lm.data import TrainingStream, build_tokenizer
+from xlstm_lm.runs.heartbeats import Heartbeat, write_heartbeats
 from xlstm_lm.runs.status import read_status
 from xlstm_lm.training import loop
 from xlstm_lm.training.engine import TrainingEngine
@@ -87,6 +88,7 @@ def test_a_run_goes_on_where_a_checkpoint_stands(folder, reference, capsys):
         (run_dir / "checkpoints" / f"step_{step:08}").rmdir()
     with (run_dir / "metrics.jsonl").open("a") as file:
         file.write('{"split": "train", "st')
+    write_heartbeats(run_dir, "lost_0", [Heartbeat(rank=1, host="lost", pid=1, step=3, phase="step", time=0.0)])
     before = (run_dir / "metrics.jsonl").read_text().splitlines()
     train(configure(folder))
     comparable(folder, reference)
@@ -95,7 +97,7 @@ def test_a_run_goes_on_where_a_checkpoint_stands(folder, reference, capsys):
     assert f"{len(superseded)} lines of metrics.jsonl come after step 6" in capsys.readouterr().err
     train(configure(folder))  # nothing left to do
     comparable(folder, reference)
-    assert not (run_dir / "lease.json").exists()
+    assert not (run_dir / "lease.json").exists() and not (run_dir / "heartbeats").exists()
     sessions = json.loads((run_dir / "environment.json").read_text())["sessions"]
     assert [session["from_step"] for session in sessions] == [0, 6, 10]
 

@@ -10,17 +10,27 @@ from __future__ import annotations
 import json
 import mmap
 import os
+import shutil
 import struct
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from xlstm_lm.base.read_files import read_json
+from xlstm_lm.base.read_files import NUMBER, read_json
 from xlstm_lm.base.run_layout import HEARTBEATS
 
 PHASES = ("start", "compile", "step", "validation", "save", "failed", "done")
 """Phases of a rank. compile is the first step; failed and done are the end."""
 ENDED = ("failed", "done")
+SUMMARY_SECONDS = 10.0
+"""Time between two summaries of a node."""
+SILENT_SECONDS = 6 * SUMMARY_SECONDS
+"""Age from which a node's summary counts as silent."""
+_FIELDS: dict[str, type | tuple[type, ...]] = {
+    **dict.fromkeys(("rank", "pid", "step"), int),
+    **dict.fromkeys(("host", "phase"), str),
+    "time": NUMBER,
+}
 Beat = tuple[str, int, float]
 """Phase, step and monotonic time in seconds."""
 _RECORD = struct.Struct("<qqd")  # phase, step, monotonic time in seconds, which all processes of a node share
@@ -39,6 +49,19 @@ class Heartbeat:
     """One of PHASES."""
     time: float
     """Seconds since 1970 at the beat, by the clock of its node."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Summary:
+    """The beats of one node's ranks, as its monitor wrote them."""
+
+    node: str
+    """Name of the node, that of the file without its ending."""
+    modified: float
+    """Seconds since 1970 at the writing, by the clock of the file system."""
+    written: float
+    """Seconds since 1970 at the writing, by the clock of the node."""
+    beats: list[Heartbeat]
 
 
 class BeatFile:
@@ -75,7 +98,7 @@ def write_heartbeats(run_dir: Path, node: str, beats: list[Heartbeat]) -> None:
     folder = run_dir / HEARTBEATS
     folder.mkdir(exist_ok=True)
     temporary = folder / f".tmp-{node}"
-    temporary.write_text(json.dumps({"ranks": [asdict(beat) for beat in beats]}))
+    temporary.write_text(json.dumps({"written": time.time(), "ranks": [asdict(beat) for beat in beats]}))
     temporary.replace(folder / _name(node))
 
 
@@ -89,22 +112,60 @@ def remove_heartbeats(run_dir: Path, node: str) -> None:
         pass
 
 
+def remove_all_heartbeats(run_dir: Path) -> None:
+    """Remove the summaries of an earlier attempt, which nodes that were lost have left behind."""
+    shutil.rmtree(run_dir / HEARTBEATS, ignore_errors=True)
+
+
+def read_summary(path: Path) -> Summary:
+    """Read the summary of a node.
+
+    Raises:
+        FileNotFoundError: the node has just ended.
+        ValueError: the file is damaged; names it.
+    """
+    remedy = "Delete it: a run at work writes it again."
+    with path.open("rb") as file:  # opened, because NFS keeps times of files that are not
+        modified = os.fstat(file.fileno()).st_mtime
+    content = read_json(path, {"written": NUMBER, "ranks": list}, remedy)
+    beats = []
+    for each in content["ranks"]:
+        if not isinstance(each, dict) or not all(isinstance(each.get(key), type_) for key, type_ in _FIELDS.items()):
+            raise ValueError(f"{path} is damaged: a rank lacks a field, or has one of the wrong type. {remedy}")
+        beats.append(Heartbeat(**{key: each[key] for key in _FIELDS}))
+        if beats[-1].phase not in PHASES:
+            raise ValueError(f"{path} is damaged: a rank has the phase {beats[-1].phase!r}. {remedy}")
+    return Summary(node=path.stem, modified=modified, written=content["written"], beats=beats)
+
+
+def read_summaries(run_dir: Path) -> tuple[list[Summary], list[str]]:
+    """Read the summaries of all nodes of a run at work, by file name.
+
+    Returns:
+        The sound summaries, and a sentence for each damaged file.
+    """
+    found, problems = [], []
+    for path in sorted((run_dir / HEARTBEATS).glob("*.json")):
+        try:
+            found.append(read_summary(path))
+        except FileNotFoundError:
+            continue
+        except (OSError, ValueError) as problem:
+            if path.exists():
+                problems.append(str(problem))
+    return found, problems
+
+
 def read_heartbeats(run_dir: Path) -> list[Heartbeat]:
     """Last beats of all ranks of a run that is at work, by rank; empty for one that is not.
 
     Raises:
         ValueError: a file is damaged; names it.
     """
-    found = []
-    for path in sorted((run_dir / HEARTBEATS).glob("*.json")):
-        remedy = "Delete it: a run at work writes it again."
-        try:
-            found += [Heartbeat(**each) for each in read_json(path, {"ranks": list}, remedy)["ranks"]]
-        except TypeError:
-            raise ValueError(f"{path} is damaged: a rank lacks a field. {remedy}") from None
-        except FileNotFoundError:  # its node has just ended
-            continue
-    return sorted(found, key=lambda beat: beat.rank)
+    summaries, problems = read_summaries(run_dir)
+    if problems:
+        raise ValueError(problems[0])
+    return sorted((beat for each in summaries for beat in each.beats), key=lambda beat: beat.rank)
 
 
 def silent_nodes(run_dir: Path, seconds: float) -> list[str]:

@@ -32,6 +32,8 @@ from xlstm_lm.base.run_layout import HANG
 from xlstm_lm.runs.heartbeats import (
     ENDED,
     PHASES,
+    SILENT_SECONDS,
+    SUMMARY_SECONDS,
     Beat,
     Heartbeat,
     read_beat,
@@ -44,10 +46,6 @@ from xlstm_lm.runs.status import read_status, record_failure
 
 POLL_SECONDS = 0.5
 GRACE_SECONDS = 20.0
-SUMMARY_SECONDS = 10.0
-"""Time between two summaries for other machines."""
-SILENT_SECONDS = 6 * SUMMARY_SECONDS
-"""Age from which a node's summary counts as silent."""
 UNSURE_SECONDS = 5.0
 """Time that a node with a vague reason leaves to the others."""
 NAMED = 8

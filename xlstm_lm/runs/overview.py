@@ -16,6 +16,7 @@ from xlstm_lm.base.read_files import read_json
 from xlstm_lm.base.run_layout import MANIFEST, holds_run
 from xlstm_lm.runs.checkpoint_files import file_damage
 from xlstm_lm.runs.folder import RunFolder
+from xlstm_lm.runs.ranks_seen import RanksSeen, look_at_ranks, rank_lines
 from xlstm_lm.runs.status import RunStatus, read_status
 from xlstm_lm.runs.text_curve import ASCII_BLOCKS, BLOCKS, draw_text_curve
 
@@ -67,6 +68,8 @@ class Overview:
     """Steps of the whole run; None if that is not known."""
     lease: LeaseSeen | None
     checkpoint: CheckpointSeen | None
+    ranks: RanksSeen
+    """Heartbeats of the ranks; empty for a run that is not at work."""
     records: list[dict[str, Any]]
     """Sound lines of metrics.jsonl."""
     problems: list[str] = field(default_factory=list)
@@ -120,6 +123,8 @@ def look_at(run_dir: Path) -> Overview:
     problems += damaged
     now = _now_in(run_dir)
     lease = _lease_in(run_dir, now)
+    ranks, damaged = look_at_ranks(run_dir, now)
+    problems += damaged
     checkpoint = _newest_checkpoint(folder, now)
     if checkpoint and checkpoint.problem:
         problems.append(checkpoint.problem)
@@ -131,6 +136,7 @@ def look_at(run_dir: Path) -> Overview:
         steps=status.steps if status else steps,
         lease=lease,
         checkpoint=checkpoint,
+        ranks=ranks,
         records=records,
         problems=problems,
     )
@@ -210,6 +216,8 @@ def one_line(seen: Overview) -> str:
         parts.append(f"loss {train[-1]['loss']:.4f}")
     if seen.state == "running" and seen.seconds_left is not None:
         parts.append(f"{duration(seen.seconds_left)} left")
+    if seen.ranks.outliers:
+        parts.append(str(seen.ranks.outliers[0]))
     if seen.problems:
         parts.append(f"{len(seen.problems)} problem{'s' * (len(seen.problems) > 1)}")
     return ", ".join(parts)
@@ -225,11 +233,12 @@ def page(seen: Overview, *, width: int | None = None, unicode: bool = True) -> s
     """
     width = width or shutil.get_terminal_size((80, 24)).columns
     share = f" of {seen.steps:,} ({seen.step / seen.steps:.0%})" if seen.steps else ""
-    lines = [f"{seen.folder.path}", f"  state       {seen.state}: {seen.reason}"]
+    lines = [f"{seen.folder.path}", f"  state       {': '.join(filter(None, [seen.state, seen.reason]))}"]
     if seen.status:
         lines.append(f"  attempt     {seen.status.attempt}, status of {seen.status.updated}")
     lines.append(f"  step        {seen.step:,}{share}")
     lines += _progress_lines(seen) + _beat_lines(seen)
+    lines += rank_lines(seen.ranks) or ["  ranks       none has beaten yet"] * (seen.state == "running")
     if seen.checkpoint:
         intact = "damaged" if seen.checkpoint.problem else "all files there, with their sizes"
         saved = f"step {seen.checkpoint.step:,}, {duration(seen.checkpoint.age)} ago"

@@ -25,6 +25,7 @@ from xlstm_lm.runs.checkpoint_format1 import Checkpoint
 from xlstm_lm.runs.checkpoint_writer import remove_leftovers
 from xlstm_lm.runs.fit import Wanted, check_fit
 from xlstm_lm.runs.folder import MetricsSplit, RunFolder
+from xlstm_lm.runs.heartbeats import remove_all_heartbeats
 from xlstm_lm.runs.random_state import restore_random_state
 from xlstm_lm.runs.same_run import FREE_WHEN_BRANCHING, check_same_run, open_run_folder
 from xlstm_lm.training.engine import TrainingEngine
@@ -60,6 +61,7 @@ class Start:
         check_run_folder(self.run_dir)
         self.lease = FolderLease.take(self.run_dir)
         resources.callback(self.lease.release)
+        remove_all_heartbeats(self.run_dir)
         self.attempt = Attempt(self.lease.place, self.run.training.steps)
         return self.attempt.number
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,8 @@ from eval.tasks.registry import build_task
 from eval.tasks.task import Example, Task
 from xlstm_lm.data import IGNORED_TARGET, Batch, DataConfig
 from xlstm_lm.data.fingerprint import fingerprint_differences
+from xlstm_lm.data.opened import Commit
+from xlstm_lm.data.training_data import OnFirst
 
 TRAINING, VALIDATION, TEST = range(3)  # parts that never share a random stream
 BLOCK = 64  # sequences from one random stream: making one takes longer than drawing a sequence
@@ -137,6 +139,13 @@ class TaskData:
             )
         self.config = config
         self.tokenizer = Symbols(self.task)
+
+    def share(
+        self, on_first: OnFirst, fingerprint: Mapping[str, Any] | None, commits: Sequence[Commit]
+    ) -> list[Commit]:
+        """Nothing is to be opened."""
+        del on_first, fingerprint, commits
+        return []
 
     def stream(self, lanes: range, seed: int) -> TaskStream:
         """The training stream of these lanes (see `xlstm_lm.data.TrainingData`)."""

@@ -18,7 +18,7 @@ import pytest
 from tests.data.conftest import make_documents
 from tests.data.loopback_hub import COMMIT, LoopbackHub
 from xlstm_lm.data import SourceConfig, open_source
-from xlstm_lm.data.sources.hub import Patience
+from xlstm_lm.data.sources.patience import Patience
 
 # HF_ENDPOINT is read when huggingface_hub is imported, hence a process of its own: each input line is an expression,
 # each output line its value.
@@ -244,8 +244,9 @@ def test_a_long_failure_while_reading_loses_nothing(ask, hub):
 
 def test_pauses_grow_and_end(monkeypatch):
     pauses = []
-    monkeypatch.setattr("xlstm_lm.data.sources.hub.time.sleep", pauses.append)
-    monkeypatch.setattr("xlstm_lm.data.sources.hub.time.monotonic", lambda: 1000.0 + sum(pauses))
+    monkeypatch.setattr("xlstm_lm.data.sources.patience.random.random", lambda: 0.0)
+    monkeypatch.setattr("xlstm_lm.data.sources.patience.time.sleep", pauses.append)
+    monkeypatch.setattr("xlstm_lm.data.sources.patience.time.monotonic", lambda: 1000.0 + sum(pauses))
     config = SourceConfig(kind="hub", dataset="org/texts", retry_seconds=200)
     answers = iter([ConnectionError("down"), TimeoutError(), ConnectionResetError(), "answer"])
 

@@ -26,6 +26,8 @@ LOGS = "logs"
 """A folder with the output of each rank and attempt, which the launch scripts make before the run begins."""
 PROFILE = "profile"
 """A folder with traces, tables of operations and memory snapshots."""
+HUB_COMMITS = "hub_commits.json"
+"""Commits of the data sets on the hub that the run reads."""
 WANDB_ID = "wandb.json"
 WANDB = "wandb"
 """The folder that Weights & Biases writes to."""
@@ -45,7 +47,7 @@ MANIFEST = "manifest.json"
 
 RUN_NAMES = (
     *(CONFIG, METRICS, SUPERSEDED, SAMPLES, ENVIRONMENT, CURVE, LIBRARY_LOG, LOGS, CHECKPOINTS, WANDB, WANDB_ID),
-    *(MODEL_RECIPE, TOKENIZER, ORIGIN, LEASE_FILE, STATUS, PROFILE, HEARTBEATS, HANG),
+    *(MODEL_RECIPE, TOKENIZER, ORIGIN, LEASE_FILE, STATUS, PROFILE, HEARTBEATS, HANG, HUB_COMMITS),
 )
 """Names in a run's folder that the run writes itself."""
 RUN_SECTIONS = {"model", "data", "training", "optimizer", "schedule", "safeguards", "wandb", "deepspeed"}

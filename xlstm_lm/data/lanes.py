@@ -20,8 +20,8 @@ from xlstm_lm.data.packing import Document, Row, pack
 from xlstm_lm.data.sources import KINDS, START, Piece, Position, Record, Source
 from xlstm_lm.data.tokenizer import Tokenizer
 
-UNKNOWN = {"turn": 0, "checksum": None, "read": None}
-"""Fields that the state of a lane lacks in checkpoints of order 1, which does not need them to go on."""
+UNKNOWN = {"turn": 0, "checksum": None, "offset": None, "read": None}
+"""Fields that the state of a lane lacks in older checkpoints, which a lane does not need to go on."""
 
 
 def hashed_order(count: int, *key: object) -> list[int]:

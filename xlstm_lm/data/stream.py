@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
 from typing import Any
 
 from xlstm_lm.base.announce import announce_once
@@ -13,8 +12,9 @@ from xlstm_lm.data.batch import Batch, stack_rows
 from xlstm_lm.data.config import DataConfig
 from xlstm_lm.data.fingerprint import changed_files, fingerprint_differences, source_differences
 from xlstm_lm.data.lanes import DealtSource, Lane
+from xlstm_lm.data.opened import Opened, commits_of, open_sources
 from xlstm_lm.data.packing import Row
-from xlstm_lm.data.sources import ORDER, Piece, Source, open_source
+from xlstm_lm.data.sources import Piece
 from xlstm_lm.data.tokenizer import Tokenizer
 from xlstm_lm.data.worker import Worker, produce
 
@@ -26,7 +26,9 @@ class TrainingStream:
     of them in `fingerprint()`; not on how many ranks share the lanes or how many workers read them.
     """
 
-    def __init__(self, config: DataConfig, tokenizer: Tokenizer, *, lanes: range, seed: int) -> None:
+    def __init__(
+        self, config: DataConfig, tokenizer: Tokenizer, *, lanes: range, seed: int, opened: Opened | None = None
+    ) -> None:
         """Open the sources, the validation ones too: mistakes show before any work is done.
 
         Args:
@@ -34,6 +36,7 @@ class TrainingStream:
             tokenizer: from `build_tokenizer` or `load_tokenizer`.
             lanes: the lanes this rank owns, of `config.global_batch_size`.
             seed: of the shuffle.
+            opened: the sources of `config`, as another process opened them; None opens them here.
 
         Raises:
             ValueError: files that are missing or empty; a data set that is not there.
@@ -43,16 +46,17 @@ class TrainingStream:
         self._config = config
         self._tokenizer = tokenizer
         self._seed = seed
-        self._open([open_source(source) for source in config.sources], lanes)
-        self._validation = [open_source(source) for source in config.validation]
+        self._open(opened or open_sources(config), lanes)
         if 0 in lanes:
             for source in self._dealt:
                 source.announce_sharing()
         self._producers: list[tuple[list[int], Any]] = []
 
-    def _open(self, sources: list[Source], lanes: Iterable[int], order: int = ORDER) -> None:
-        self._order = order
-        self._dealt = [DealtSource(source, self._config, self._seed, index) for index, source in enumerate(sources)]
+    def _open(self, opened: Opened, lanes: Iterable[int]) -> None:
+        self._opened = opened
+        self._dealt = [
+            DealtSource(source, self._config, self._seed, index) for index, source in enumerate(opened.sources)
+        ]
         self._lanes = {lane: Lane(self._dealt, self._config, self._tokenizer, lane, self._seed) for lane in lanes}
         self._states = {lane: self._lanes[lane].initial_state() for lane in self._lanes}
 
@@ -111,15 +115,16 @@ class TrainingStream:
 
     def _adopt(self, fingerprint: Mapping[str, Any]) -> None:
         """Deal out the documents as the stream with this fingerprint did, whatever has changed since."""
-        order, before = fingerprint.get("order", 1), fingerprint.get("sources", [])
-        configs = list(self._config.sources)
-        for index, (config, there) in enumerate(zip(configs, before)):
-            # Without a revision of its own, a run stays with the commit it began with.
-            if config.kind == "hub" and config.revision is None and config.dataset == there.get("dataset"):
-                configs[index] = replace(config, revision=there["revision"])
-        if order != self._order or configs != [dealt.source.config for dealt in self._dealt]:
-            self._open([open_source(config, order) for config in configs], list(self._lanes), order)
-        for dealt, there in zip(self._dealt, before):
+        # Without a revision in the recipe, a run stays with the commit it began with.
+        began, opened = commits_of(fingerprint), self._opened
+        moved = any(
+            began.get((each.dataset, None), each.commit) != each.commit
+            for each in opened.commits
+            if each.revision is None
+        )
+        if moved or fingerprint.get("order", 1) != opened.order:
+            self._open(open_sources(self._config, fingerprint, opened.commits), list(self._lanes))
+        for dealt, there in zip(self._dealt, fingerprint.get("sources", ())):
             if len(there.get("sizes", ())) == dealt.source.num_shards:
                 dealt.set_shard_sizes(there["sizes"])
 
@@ -128,7 +133,7 @@ class TrainingStream:
         `xlstm_lm.data.fingerprint`. The first call reads into all local files."""
         config = self._config
         values = {
-            "order": self._order,
+            "order": self._opened.order,
             "context_length": config.context_length,
             "global_batch_size": config.global_batch_size,
             "seed": self._seed,
@@ -136,7 +141,7 @@ class TrainingStream:
             "shuffle_documents": config.shuffle_documents,
             "tokenizer": self._tokenizer.fingerprint(),
             "sources": [each.source.identity() | {"weight": each.source.config.weight} for each in self._dealt],
-            "validation": [source.identity() for source in self._validation],
+            "validation": [source.identity() for source in self._opened.validation],
         }
         return json.loads(json.dumps(values))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -10,9 +10,13 @@ import torch
 
 from xlstm_lm.data.batch import Batch
 from xlstm_lm.data.config import DataConfig
+from xlstm_lm.data.opened import Commit, Opened, open_sources
 from xlstm_lm.data.stream import TrainingStream
 from xlstm_lm.data.tokenizer import build_tokenizer
 from xlstm_lm.data.validation import validation_batches
+
+OnFirst = Callable[[Callable[[], Any]], Any]
+"""Runs an action on rank 0 and returns its result on every rank; an error there is raised on every rank."""
 
 
 class Vocabulary(Protocol):
@@ -48,6 +52,20 @@ class TrainingData(Protocol):
     tokenizer: Vocabulary
     """Meaning of the token ids."""
 
+    def share(
+        self, on_first: OnFirst, fingerprint: Mapping[str, Any] | None, commits: Sequence[Commit]
+    ) -> list[Commit]:
+        """Open what is to be read once, on rank 0, for all ranks. Collective; a single process need not call it.
+
+        Args:
+            on_first: `World.on_first`, which gives all ranks the result of rank 0.
+            fingerprint: That of the stream to continue; None for a new run.
+            commits: Commits of the hub at which the run has read before.
+
+        Returns:
+            the commits at which it reads now, to be kept with the run.
+        """
+
     def stream(self, lanes: range, seed: int) -> Stream:
         """The rows of the lanes of one rank."""
 
@@ -71,13 +89,24 @@ class DocumentData:
             )
         self.config = config
         self.tokenizer = build_tokenizer(config.tokenizer)
+        self._opened: Opened | None = None
+
+    def share(
+        self, on_first: OnFirst, fingerprint: Mapping[str, Any] | None, commits: Sequence[Commit]
+    ) -> list[Commit]:
+        """Open the sources on rank 0 for all ranks, as in `TrainingData`. Raises the errors of `open_sources`."""
+        self._opened = on_first(lambda: open_sources(self.config, fingerprint, commits))
+        return self._opened.commits
 
     def stream(self, lanes: range, seed: int) -> TrainingStream:
         """The rows of the lanes of one rank. Raises the errors of `TrainingStream`."""
-        return TrainingStream(self.config, self.tokenizer, lanes=lanes, seed=seed)
+        return TrainingStream(self.config, self.tokenizer, lanes=lanes, seed=seed, opened=self._opened)
 
     def validation_batches(self, *, rows: int, rank: int, world_size: int) -> Iterator[Batch] | None:
         """Batches of held-out rows, as in `TrainingData`. Raises the errors of `xlstm_lm.data.validation_batches`."""
         if not self.config.validation:
             return None
-        return validation_batches(self.config, self.tokenizer, rows=rows, rank=rank, world_size=world_size)
+        sources = self._opened.validation if self._opened else None
+        return validation_batches(
+            self.config, self.tokenizer, rows=rows, rank=rank, world_size=world_size, sources=sources
+        )

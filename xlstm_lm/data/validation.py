@@ -15,19 +15,27 @@ from xlstm_lm.data.tokenizer import Tokenizer
 
 
 def validation_batches(
-    config: DataConfig, tokenizer: Tokenizer, *, rows: int, rank: int, world_size: int
+    config: DataConfig,
+    tokenizer: Tokenizer,
+    *,
+    rows: int,
+    rank: int,
+    world_size: int,
+    sources: list[Source] | None = None,
 ) -> Iterator[Batch]:
     """Batches of `rows` packed rows of the validation sources, in order.
 
     All ranks' batches together hold each target once; batch after batch, rank after rank they are consecutive rows.
-    What is missing to a full batch on every rank is filled up with rows whose targets are all -100.
+    What is missing to a full batch on every rank is filled up with rows whose targets are all -100. `sources` are the
+    opened validation sources; None opens them.
 
     Raises:
         ValueError: at the call, files that are missing or empty; while reading, a bad document or no document at all.
         ConnectionError: the hub does not answer.
     """
     assert rows >= 1 and 0 <= rank < world_size
-    sources = [open_source(source) for source in config.validation]
+    if sources is None:
+        sources = [open_source(source) for source in config.validation]
     return _batches(sources, config, tokenizer, rows, rank, world_size)
 
 

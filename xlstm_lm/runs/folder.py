@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import json
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from xlstm_lm.base.run_layout import (
     CONFIG,
     CURVE,
     ENVIRONMENT,
+    HUB_COMMITS,
     LIBRARY_LOG,
     METRICS,
     MODEL_RECIPE,
@@ -75,6 +77,7 @@ class RunFolder:
         self.profile_path = self.path / PROFILE
         self._environment_path = self.path / ENVIRONMENT
         self._wandb_id_path = self.path / WANDB_ID
+        self._hub_commits_path = self.path / HUB_COMMITS
 
     @classmethod
     def of_checkpoint(cls, folder: Path) -> RunFolder | None:
@@ -93,6 +96,19 @@ class RunFolder:
     def write_config(self, config_yaml: str) -> None:
         """Write config.yaml."""
         replace_durably(self.config_path, config_yaml.encode())
+
+    def hub_commits(self) -> list[list[Any]]:
+        """Read data set, revision in the recipe and commit of each source on the hub; empty for a run without any."""
+        if not self._hub_commits_path.exists():
+            return []
+        remedy = "Delete it to read the newest commits; a run with a checkpoint then still continues with its own."
+        return read_json(self._hub_commits_path, {"commits": list}, remedy)["commits"]
+
+    def write_hub_commits(self, commits: Sequence[Sequence[Any]]) -> None:
+        """Write data set, revision in the recipe and commit of each source on the hub; no file without any."""
+        if commits:
+            value = {"commits": [list(each) for each in commits]}
+            replace_durably(self._hub_commits_path, json.dumps(value, indent=2).encode())
 
     def metrics(self) -> list[dict[str, Any]]:
         """Read the records of metrics.jsonl, first to last; empty without that file."""

@@ -131,6 +131,7 @@ class Trainer:
         console.keep_library_output(RunFolder(self.run_dir).library_log_path)
 
         rows = self.micro_rows * micro_batches
+        self.start.share_data(self.data)
         lanes = range(world.data.rank * rows, (world.data.rank + 1) * rows)
         self.stream = self.data.stream(lanes, run.training.seed)
         resources.callback(self.stream.close)

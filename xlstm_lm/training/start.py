@@ -16,8 +16,10 @@ from xlstm_lm.base.finite import listed
 from xlstm_lm.base.lease import FolderLease
 from xlstm_lm.base.outputs import check_run_folder
 from xlstm_lm.base.paths import user_path
+from xlstm_lm.base.run_layout import has_trained
 from xlstm_lm.data import Tokenizer
-from xlstm_lm.data.training_data import Stream
+from xlstm_lm.data.opened import Commit
+from xlstm_lm.data.training_data import Stream, TrainingData
 from xlstm_lm.parallel.process_group import World
 from xlstm_lm.runs.attempt import Attempt
 from xlstm_lm.runs.checkpoint import find_checkpoint, newest_checkpoint, read_checkpoint
@@ -120,6 +122,20 @@ class Start:
         if self.checkpoint.is_imported:
             return f"Starting from weights imported from {self.checkpoint.state['imported_from']}"
         return f"Continuing after step {self.state['step']}, from {self.checkpoint.folder}"
+
+    def share_data(self, data: TrainingData) -> None:
+        """Open the data on rank 0 for all ranks, at the commits of the hub that the run began with. Collective.
+
+        Raises:
+            ValueError: files that are missing or empty; a data set that is not there.
+            ConnectionError: the hub does not answer.
+        """
+        folder = RunFolder(self.run_dir)
+        known = self.world.on_first(lambda: folder.hub_commits() if has_trained(self.run_dir) else [])
+        trained = self.checkpoint is not None and not self.checkpoint.is_imported
+        saved = self.checkpoint.state["data_fingerprint"] if trained else None
+        commits = data.share(self.world.on_first, saved, [Commit(*each) for each in known])
+        self.world.on_first(lambda: folder.write_hub_commits(commits))
 
     def restore_data(self, stream: Stream, tokenizer: Tokenizer) -> None:
         """Set the data stream to the checkpoint's position; a run from an imported model starts at the beginning.

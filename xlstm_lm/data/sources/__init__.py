@@ -1,7 +1,7 @@
 """Where documents come from: local files, the Python standard library, or a data set on the Hugging Face hub.
 
-Every source is read through `datasets` in streaming mode and shows the same face: a number of shards (files), and
-`read`, which gives the records of a list of shards from any position on.
+Every source has the same interface: a number of shards (files), and `read`, which gives the records of a list of shards
+from any position on.
 """
 
 from pkgutil import resolve_name

@@ -20,6 +20,7 @@ READ_ERRORS = (OSError, EOFError, zlib.error, lzma.LZMAError, pyarrow.ArrowExcep
 """Errors raised while a damaged or missing file is read."""
 
 HEAD_BYTES = 1024
+BUFFER_BYTES = 2**17
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 NO_TEXT = {
     b"PK\x03\x04": "a zip archive: unpack it",
@@ -43,35 +44,48 @@ HASHED_BYTES = 512 * 2**20
 SAMPLE_BYTES = 64 * 2**10
 
 
-def _open_zstandard(path: str) -> IO[bytes]:
-    return io.BufferedReader(pyarrow.input_stream(path, compression="zstd"))
+Opener = Callable[[], IO[bytes]]
+"""Opens a file that is not on this machine, to read its bytes as they are stored; it can peek."""
 
 
-COMPRESSIONS: dict[bytes, Callable[[str], Any]] = {
-    rb"\x1f\x8b": gzip.open,
-    rb"BZh[1-9](1AY&SY|\x17rE8P\x90)": bz2.open,
-    rb"\xfd7zXZ\x00": lzma.open,
+def _open_zstandard(file: IO[bytes]) -> Any:
+    return pyarrow.input_stream(file, compression="zstd")
+
+
+COMPRESSIONS: dict[bytes, Callable[[IO[bytes]], Any]] = {
+    rb"\x1f\x8b": lambda file: gzip.GzipFile(fileobj=file),
+    rb"BZh[1-9](1AY&SY|\x17rE8P\x90)": bz2.BZ2File,
+    rb"\xfd7zXZ\x00": lzma.LZMAFile,
     rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18": _open_zstandard,  # the second: a frame that readers skip
 }
 """First bytes of compressed files, and their readers."""
 
 
-def open_file(path: str | Path) -> IO[bytes]:
-    """Open a local file to read its bytes, decompressed if its content is compressed."""
-    plain = Path(path).open("rb")  # noqa: SIM115
+class _Decompressed(io.BufferedReader):
+    """A reader of decompressed bytes that closes the compressed file with itself."""
+
+    def __init__(self, decompressor: Any, compressed: IO[bytes]) -> None:
+        super().__init__(decompressor, buffer_size=BUFFER_BYTES)
+        self._compressed = compressed
+
+    def close(self) -> None:
+        super().close()
+        self._compressed.close()
+
+
+def open_file(file: str | Path | Opener) -> IO[bytes]:
+    """Open a file, on this machine or by its opener, to read its bytes, decompressed if its content is compressed."""
+    plain: Any = file() if callable(file) else Path(file).open("rb")
     try:
         magic = plain.peek(10)[:10]
-        opener = next((opener for pattern, opener in COMPRESSIONS.items() if re.match(pattern, magic)), None)
+        decompressor = next((opener for pattern, opener in COMPRESSIONS.items() if re.match(pattern, magic)), None)
+        return plain if decompressor is None else _Decompressed(decompressor(plain), plain)
     except BaseException:
         plain.close()
         raise
-    if opener is None:
-        return plain
-    plain.close()
-    return opener(str(path))
 
 
-def open_text(path: str | Path) -> IO[bytes]:
+def open_text(path: str | Path | Opener) -> IO[bytes]:
     """`open_file` for files that must hold UTF-8 text.
 
     Raises:

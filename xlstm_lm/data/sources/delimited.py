@@ -28,7 +28,7 @@ def read_csv(shards: list[Shard], text_field: str, order: int, strict: bool) -> 
         number, checksum = 0, 0
         csv.field_size_limit(sys.maxsize)  # the library's own limit is 128 KiB; a document may be longer
         try:
-            with io.TextIOWrapper(open_text(shard.path), encoding="utf-8-sig", newline="") as file:
+            with io.TextIOWrapper(open_text(shard.file), encoding="utf-8-sig", newline="") as file:
                 rows = csv.reader(file, strict=True)
                 names = next(rows, [])
                 for row in rows:

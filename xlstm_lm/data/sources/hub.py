@@ -1,26 +1,33 @@
-"""Data sets on the Hugging Face hub, opened by `datasets`.
+"""Data sets on the Hugging Face hub, whose files and columns `datasets` finds.
 
-What goes wrong on the way to the hub is retried with growing pauses; what no waiting can repair is said at once.
+One process opens the data set; others get the opened source, and only fetch the files that they read. Parquet and JSON
+lines are fetched by ranges of bytes. Files of other kinds are read through `datasets`, which every process opens.
 """
 
 from __future__ import annotations
 
+import io
 import json
-import logging
 import os
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
-from xlstm_lm.data.sources.config import SourceConfig
-from xlstm_lm.data.sources.contents import READ_ERRORS
+import pyarrow
+
+from xlstm_lm.data.sources.config import KINDS, SourceConfig
+from xlstm_lm.data.sources.contents import HEAD_BYTES, READ_ERRORS, open_text
+from xlstm_lm.data.sources.hub_file import HubFile, UnreachableError
+from xlstm_lm.data.sources.patience import NOT_THERE, Patience, may_pass, status_of
 from xlstm_lm.data.sources.readers import ALL, Shard, Turns, text_of
 from xlstm_lm.data.sources.record import ORDER, START, Piece, Position, Record
 
-FIRST_PAUSE_SECONDS = 1.0
-LONGEST_PAUSE_SECONDS = 60.0
-NOT_THERE = (FileNotFoundError, PermissionError, IsADirectoryError)
-logger = logging.getLogger("xlstm_lm")
+READ_BY_RANGES = {"Json": "jsonl", "Parquet": "parquet"}
+"""Kinds of `KINDS` whose readers read the files that a builder of `datasets` has found, by the builder's name."""
+ARCHIVES = {".zip", ".tar", ".tgz", ".7z", ".rar"}
 
 
 class HubSource:
@@ -38,7 +45,10 @@ class HubSource:
         self.announced_skipping = False
         _refuse_offline(config)
         self._files: list[str] = []
-        self._revision = Patience(config).call(self._newest_revision)
+        self._kind: str | None = None
+        """The kind of `KINDS` that reads the files by ranges; None where `datasets` reads them."""
+        self.commit: str = Patience(config).call(self._newest_commit)
+        """Commit of the data set that is read."""
         self._dataset = Patience(config).call(self._open)
         self.num_shards: int = self._dataset.num_shards
         self.shard_sizes = [1] * self.num_shards
@@ -48,12 +58,16 @@ class HubSource:
                 f"{config.description} has no column {config.text_field!r}: set text_field to one of "
                 f"{', '.join(features)}"
             )
+        if len(self._files) != self.num_shards or any(ARCHIVES & set(Path(file).suffixes) for file in self._files):
+            self._kind = None
+        if self._kind == "jsonl" and not self._begins_with_an_object():
+            self._kind = None  # an array, which only `datasets` can read
 
     def __getstate__(self) -> dict[str, Any]:
-        # A worker process opens the data set itself: connections do not travel.
+        # Connections do not travel; another process opens the data set itself where it has to.
         return {**self.__dict__, "_dataset": None}
 
-    def _newest_revision(self) -> str | None:
+    def _newest_commit(self) -> str | None:
         """The current commit of the wanted revision, which all processes then read."""
         from huggingface_hub import HfApi
 
@@ -67,7 +81,7 @@ class HubSource:
             f"hf://datasets/{self.config.dataset}",  # never a local folder of that name
             self.config.config_name,
             data_files=self.config.data_files or None,
-            revision=self._revision,
+            revision=self.commit,
         )
         features = builder.info.features
         if hasattr(builder.config, "columns") and (features is None or self.config.text_field in features):
@@ -82,21 +96,75 @@ class HubSource:
             opened = builder.as_streaming_dataset(split=self.config.split)
         builder.config.on_bad_files = "error"
         self._files = [str(file) for file in (builder.config.data_files or {}).get(self.config.split, ())]
+        by_ranges = getattr(builder.config, "field", None) is None
+        self._kind = READ_BY_RANGES.get(type(builder).__name__) if by_ranges else None
         return opened
 
+    def _begins_with_an_object(self) -> bool:
+        """Whether the first file that can be read begins with a JSON object that ends on its first line."""
+        for file in self._files:
+            with suppress(*READ_ERRORS), open_text(partial(self._file, file)) as opened:
+                line = opened.readline(HEAD_BYTES).strip()
+                if not line or (len(line) < HEAD_BYTES - 1 and not line.endswith(b"}")):
+                    return False
+                return line.startswith(b"{")
+        return False
+
+    def _file(self, location: str) -> Any:
+        """A file of the data set, by the name hf://datasets/ID@COMMIT/PATH that `datasets` gives it."""
+        from huggingface_hub import hf_hub_url
+
+        assert self.config.dataset is not None
+        path = location.partition(f"@{self.commit}/")[2]
+        url = hf_hub_url(self.config.dataset, path, repo_type="dataset", revision=self.commit)
+        if self._kind == "parquet":
+            return pyarrow.PythonFile(HubFile(url, self.config, ahead=False), mode="r")
+        return io.BufferedReader(HubFile(url, self.config, ahead=True), buffer_size=HEAD_BYTES * 64)
+
     def read(self, pieces: list[Piece], first: Position = START) -> Iterator[Record]:
+        shards = [
+            self._shard(index, pieces[index], first if index == first.piece else Position(index))
+            for index in range(first.piece, len(pieces))
+        ]
+        return self._read_through_datasets(shards) if self._kind is None else self._read_by_ranges(shards)
+
+    def _shard(self, index: int, piece: Piece, first: Position) -> Shard:
+        name = self.name_of(piece.shard)
+        if self._kind is None:
+            return Shard(index, name, name, piece, first)
+        location = self._files[piece.shard]
+        # A commit does not change: no checksum is needed to tell. Blank lines never counted.
+        return Shard(
+            index,
+            name,
+            name,
+            piece,
+            first._replace(checksum=None),
+            opener=partial(self._file, location),
+            origin=f"{location}: ",
+            is_fixed=True,
+        )
+
+    def _read_by_ranges(self, shards: list[Shard]) -> Iterator[Record]:
+        assert self._kind is not None
+        reader = resolve_name(KINDS[self._kind].reader)
+        try:
+            for _, fields in reader(shards, self.config.text_field, self.order, self.config.on_bad_document == "error"):
+                yield Record(**fields)
+        except UnreachableError as error:
+            raise error.reason from None
+
+    def _read_through_datasets(self, shards: list[Shard]) -> Iterator[Record]:
         if self._dataset is None:
             self._dataset = Patience(self.config).call(self._open)
-        for index in range(first.piece, len(pieces)):
-            piece = pieces[index]
-            name = self.name_of(piece.shard)
-            begin = first if index == first.piece else Position(index)
-            turns = Turns(Shard(index, name, name, piece, begin), self.order, self.config.on_bad_document == "error")
+        for shard in shards:
+            begin = shard.first
+            turns = Turns(shard, self.order, self.config.on_bad_document == "error")
             if begin.document == ALL:
                 continue
             count = begin.document
             try:
-                for document, row in self._read_shard(piece.shard, begin.document):
+                for document, row in self._read_rows(shard.piece.shard, begin.document):
                     count = document + 1
                     text, problem = text_of(row, self.config.text_field)
                     if record := turns.record(document, text, problem, "document", begin.checksum):
@@ -105,7 +173,7 @@ class HubSource:
                 if record := turns.broken_off(count, error, "document"):
                     yield record
 
-    def _read_shard(self, shard: int, document: int) -> Iterator[tuple[int, dict[str, Any]]]:
+    def _read_rows(self, shard: int, document: int) -> Iterator[tuple[int, dict[str, Any]]]:
         """Rows of a shard from number `document` on; after an interruption it is opened again where it broke off."""
         opened = self._dataset.shard(num_shards=self.num_shards, index=shard)
         patience = Patience(self.config)
@@ -129,7 +197,7 @@ class HubSource:
     def identity(self) -> dict[str, Any]:
         identity = {"kind": self.config.kind, "files": self.num_shards, "text_field": self.config.text_field}
         names = ("dataset", "config_name", "data_files", "split")
-        return identity | {name: getattr(self.config, name) for name in names} | {"revision": self._revision}
+        return identity | {name: getattr(self.config, name) for name in names} | {"revision": self.commit}
 
 
 def _refuse_offline(config: SourceConfig) -> None:
@@ -154,66 +222,8 @@ class DamagedFileError(Exception):
     """A file of a data set arrived and cannot be read from some place on."""
 
 
-class Patience:
-    """Waits out a hub that does not answer, for as long as the source allows."""
-
-    def __init__(self, config: SourceConfig) -> None:
-        self._config = config
-        self._pause = FIRST_PAUSE_SECONDS
-        self._began: float | None = None
-
-    def call(self, action: Callable[[], Any]) -> Any:
-        """The result of `action`, tried again while it fails for reasons that may pass."""
-        while True:
-            try:
-                return action()
-            except Exception as error:
-                self.wait(error)
-
-    def wait(self, error: Exception) -> None:
-        """Pause before the next try, or raise if `error` will not pass or the time is over.
-
-        Raises:
-            ValueError: the data set, split or file is not there, or cannot be read.
-            ConnectionError: no answer for `retry_seconds`.
-        """
-        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"
-        if not _may_pass(error):
-            raise ValueError(
-                f"{self._config.description} cannot be read ({reason}); check dataset, config_name, split, revision "
-                "and data_files, and that your account may read it"
-            ) from error
-        now = time.monotonic()
-        self._began = self._began or now
-        if now - self._began + self._pause > self._config.retry_seconds:
-            raise ConnectionError(
-                f"{self._config.description} has not answered for {self._config.retry_seconds:.0f} s ({reason}); "
-                "the same command goes on from the last checkpoint once it does. "
-                "retry_seconds of the source says how long to wait"
-            ) from error
-        logger.warning("%s does not answer (%s); next try in %.0f s", self._config.description, reason, self._pause)
-        time.sleep(self._pause)
-        self._pause = min(2 * self._pause, LONGEST_PAUSE_SECONDS)
-
-
-def _status(error: Exception) -> int | None:
-    """The HTTP status of an answer that is an error."""
-    return getattr(getattr(error, "response", None), "status_code", None) or getattr(error, "status", None)
-
-
 def _is_damage(error: Exception) -> bool:
     """Whether a file is to blame, not the way to it."""
     from_system = isinstance(error, NOT_THERE) or getattr(error, "errno", None) is not None
     content = isinstance(error, (*READ_ERRORS, UnicodeDecodeError, json.JSONDecodeError))
-    return content and not from_system and _status(error) is None and not _may_pass(error)
-
-
-def _may_pass(error: Exception) -> bool:
-    """Whether waiting can help: no connection, or an answer such as 429 or 503; not a name that is wrong."""
-    status = _status(error)
-    if status is not None:
-        return status == 429 or status >= 500
-    if isinstance(error, NOT_THERE):
-        return False
-    network = type(error).__module__.split(".")[0] in ("httpx", "httpx2", "httpcore", "aiohttp", "requests", "urllib3")
-    return isinstance(error, (ConnectionError, TimeoutError)) or network
+    return content and not from_system and status_of(error) is None and not may_pass(error)

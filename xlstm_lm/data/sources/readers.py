@@ -5,16 +5,16 @@ from __future__ import annotations
 import json
 import zlib
 from collections.abc import Iterator
-from itertools import islice
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import pyarrow
 import pyarrow.parquet
 
-from xlstm_lm.data.sources.contents import BYTE_ORDER_MARK, READ_ERRORS, open_text
+from xlstm_lm.data.sources.contents import BYTE_ORDER_MARK, READ_ERRORS, Opener, open_text
 from xlstm_lm.data.sources.record import Piece, Position, Record
 
 ROWS_AT_ONCE = 512
+PASSED_BYTES = 2**20
 ALL = 2**62
 """Number of the document behind the last one of a file that breaks off: nothing more is to be had of it."""
 ONE_A_LINE = "jq -c . FILE writes an object a line, jq -c '.[]' FILE those of an array"
@@ -32,6 +32,17 @@ class Shard(NamedTuple):
     piece: Piece
     first: Position
     """Position to begin at."""
+    opener: Opener | None = None
+    """Opens the file; None for a file on this machine, at `path`."""
+    origin: str = ""
+    """Address of the file for messages on damage, with a colon, if `path` is no address."""
+    is_fixed: bool = False
+    """Whether the file cannot have changed since a position in it was saved; blank lines then do not count."""
+
+    @property
+    def file(self) -> str | Opener:
+        """The file for `open_file`."""
+        return self.opener or self.path
 
     def changed(self, units: str) -> ValueError:
         """The error of a file that is no longer what the run has read of it; `units` are its lines or rows."""
@@ -45,12 +56,13 @@ def read_whole_files(shards: list[Shard], text_field: None, order: int, strict: 
     """Records of files that are one document each; a part is that part of the characters."""
     del text_field, strict  # there is one text, and every lane meets its part of a bad file
     errors = READ_ERRORS  # at exit, globals are gone before generators are closed
-    for index, path, name, piece, first in shards:
-        if first.document > 0:
+    for shard in shards:
+        index, path, name, piece = shard.index, shard.path, shard.name, shard.piece
+        if shard.first.document > 0:
             continue
         record = Record(index, 0, "", name)
         try:
-            with open_text(path) as file:
+            with open_text(shard.file) as file:
                 content = file.read()
             text = (content if order == 1 else content.removeprefix(BYTE_ORDER_MARK)).decode()
             record = record._replace(checksum=zlib.crc32(content))
@@ -81,24 +93,34 @@ class Turns:
         turn = number if self._order == 1 else self.turn
         return turn % self._shard.piece.parts == self._shard.piece.part
 
-    def record(self, number: int, text: str, problem: str | None, unit: str, checksum: int | None) -> Record | None:
+    def record(
+        self,
+        number: int,
+        text: str,
+        problem: str | None,
+        unit: str,
+        checksum: int | None,
+        offset: int | None = None,
+    ) -> Record | None:
         """The record of line or row `number`, None if it is another lane's. An empty text uses up no turn."""
         mine = self.is_mine(number)
         if problem is None and text:
             self.turn += 1
         if not mine and not (problem and self._strict):
             return None
-        index, path, name, _, _ = self._shard
-        problem = None if problem is None else f"data file {path}, {unit} {number + 1}: {problem}"
-        return Record(index, number, text, f"{name}:{number + 1}", problem, self.turn, checksum)
+        shard = self._shard
+        problem = None if problem is None else f"data file {shard.path}, {unit} {number + 1}: {problem}"
+        name = f"{shard.name}:{number + 1}"
+        return Record(shard.index, number, text, name, problem, self.turn, checksum, offset)
 
     def broken_off(self, number: int, error: Exception, unit: str) -> Record | None:
         """The record of a file that cannot be read from line or row `number` on; None if it is another lane's."""
         if not self._strict and not self.is_mine(number):
             return None
-        index, path, name, _, _ = self._shard
-        problem = f"data file {path} cannot be read" + (f" after {unit} {number}" if number else "") + f" ({error})"
-        return Record(index, ALL - 1, "", name, problem, self.turn, None)
+        shard = self._shard
+        after = f" after {unit} {number}" if number else ""
+        problem = f"data file {shard.path} cannot be read{after} ({shard.origin}{error})"
+        return Record(shard.index, ALL - 1, "", shard.name, problem, self.turn, None)
 
 
 def read_lines(shards: list[Shard], text_field: str | None, order: int, strict: bool) -> Iterator[KeyedRecord]:
@@ -112,25 +134,51 @@ def read_lines(shards: list[Shard], text_field: str | None, order: int, strict: 
         if shard.first.document == ALL:
             continue
         turns = Turns(shard, order, strict)
-        count, checksum = 0, 0
+        count = 0
         try:
-            with open_text(shard.path) as file:
-                for line in islice(file, shard.first.document):
-                    count, checksum = count + 1, zlib.crc32(line, checksum)
-                if shard.first.checksum not in (None, checksum) or count < shard.first.document:
-                    raise shard.changed("lines")
+            with open_text(shard.file) as file:
+                count, offset, checksum = _pass_over(file, shard)
                 for line in file:
-                    number, count, checksum = count, count + 1, zlib.crc32(line, checksum)
+                    offset += len(line)
+                    if shard.is_fixed and not line.strip():
+                        continue
+                    number, count = count, count + 1
+                    if not shard.is_fixed:
+                        checksum = zlib.crc32(line, checksum)
                     if order > 1 and (number == 0 or text_field is not None):  # also where such files were joined
                         line = line.removeprefix(BYTE_ORDER_MARK)
                     if not line.strip() or (order == 1 and not turns.is_mine(number)):
                         continue
                     text, problem = _parse_line(line, text_field)
-                    if record := turns.record(number, text, problem, "line", checksum):
+                    kept = None if shard.is_fixed else checksum
+                    if record := turns.record(number, text, problem, "line", kept, offset):
                         yield record.id, record._asdict()
         except errors as error:
             if record := turns.broken_off(count, error, "line"):
                 yield record.id, record._asdict()
+
+
+def _pass_over(file: IO[bytes], shard: Shard) -> tuple[int, int, int]:
+    """Move a file of lines to the position to begin at; returns the lines, bytes and checksum before it.
+
+    A file that may have changed is read up to there and compared. The lines are counted only where a checkpoint of an
+    older version does not hold the offset.
+    """
+    first = shard.first
+    count, offset, checksum = 0, 0, 0
+    if first.offset is None:
+        while count < first.document and (line := file.readline()):
+            offset, checksum = offset + len(line), zlib.crc32(line, checksum)
+            count += not shard.is_fixed or bool(line.strip())
+    elif shard.is_fixed and file.seekable():
+        return first.document, file.seek(first.offset), 0
+    else:
+        while offset < first.offset and (part := file.read(min(PASSED_BYTES, first.offset - offset))):
+            offset, checksum = offset + len(part), zlib.crc32(part, checksum)
+        count = first.document if offset == first.offset else -1
+    if first.checksum not in (None, checksum) or count < first.document:
+        raise shard.changed("lines")
+    return count, offset, checksum
 
 
 def read_rows(shards: list[Shard], text_field: str, order: int, strict: bool) -> Iterator[KeyedRecord]:
@@ -142,7 +190,7 @@ def read_rows(shards: list[Shard], text_field: str, order: int, strict: bool) ->
         turns = Turns(shard, order, strict)
         number, checksum = shard.first.document, shard.first.checksum
         try:
-            for value in _column(shard.path, text_field, number):
+            for value in _column(shard.file, text_field, number):
                 text, problem = text_of({text_field: value}, text_field)
                 if checksum is not None:
                     checksum = zlib.crc32(repr(value).encode("utf-8", "surrogatepass"), checksum)
@@ -154,9 +202,9 @@ def read_rows(shards: list[Shard], text_field: str, order: int, strict: bool) ->
                 yield record.id, record._asdict()
 
 
-def _column(path: str, name: str, first_row: int) -> Iterator[Any]:
+def _column(path: str | Opener, name: str, first_row: int) -> Iterator[Any]:
     """The values of a column from a row on; bytes where a text is not UTF-8."""
-    with pyarrow.OSFile(path) as opened, pyarrow.parquet.ParquetFile(opened) as file:
+    with path() if callable(path) else pyarrow.OSFile(path) as opened, pyarrow.parquet.ParquetFile(opened) as file:
         groups: list[int] = []
         for group in range(file.num_row_groups):
             rows = file.metadata.row_group(group).num_rows

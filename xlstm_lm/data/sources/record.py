@@ -31,7 +31,11 @@ class Position(NamedTuple):
     turn: int = 0
     """Good documents of the shard before this one."""
     checksum: int | None = 0
-    """CRC-32 of all that the shard holds before this document; None where a checkpoint of order 1 lacks it."""
+    """CRC-32 of all that the shard holds before this document; None where a checkpoint of order 1 lacks it, and on the
+    hub, where a commit's files do not change."""
+    offset: int | None = 0
+    """Bytes of the shard, decompressed, before this document; None in files that are not of lines, and where an older
+    checkpoint lacks it."""
 
 
 START = Position()
@@ -54,11 +58,13 @@ class Record(NamedTuple):
     """Good documents of the shard up to this one, which is counted too."""
     checksum: int | None = None
     """CRC-32 of all that the shard holds up to the end of this document; None if unknown."""
+    offset: int | None = None
+    """Bytes of the shard, decompressed, up to the end of this document; None if unknown."""
 
     @property
     def end(self) -> Position:
         """The position behind it."""
-        return Position(self.piece, self.document + 1, self.turn, self.checksum)
+        return Position(self.piece, self.document + 1, self.turn, self.checksum, self.offset)
 
 
 class Source(Protocol):

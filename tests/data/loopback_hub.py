@@ -1,15 +1,20 @@
-"""A Hugging Face hub on loopback with one data set or model, which can be told to answer 503 for a while."""
+"""A Hugging Face hub on loopback with one data set or model, which can fail in the ways of a real one."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import socket
+import struct
 import threading
 import time
+from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
+SILENCE_SECONDS = 0.5
+"""Time for which an answer of the fault "silent" does not come."""
 
 
 class LoopbackHub:
@@ -22,6 +27,11 @@ class LoopbackHub:
         self.unavailable_until = 0.0
         self.newest = COMMIT
         self.requests: list[str] = []
+        self.bytes_served: Counter[str] = Counter()
+        """Bytes of each file's content that were sent."""
+        self.fault = ""
+        """How the next `faults` requests for files fail: reset, cut, silent, or an HTTP status."""
+        self.faults = 0
         hub = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -58,7 +68,7 @@ class LoopbackHub:
         if path.startswith(download):
             name = path.removeprefix(download).partition("/")[2]
             if name in self.files:
-                self._send_file(request, self.files[name])
+                self._send_file(request, name)
                 return
         elif path in (api, f"{api}/revision/main", f"{api}/revision/{COMMIT}", f"{api}/revision/{self.newest}"):
             commit = COMMIT if path.endswith(COMMIT) else self.newest
@@ -92,16 +102,43 @@ class LoopbackHub:
     def _send_json(self, request: BaseHTTPRequestHandler, value: Any) -> None:
         self._send(request, 200, json.dumps(value).encode(), {"Content-Type": "application/json"})
 
-    def _send_file(self, request: BaseHTTPRequestHandler, content: bytes) -> None:
+    def _fails(self, request: BaseHTTPRequestHandler, content: bytes) -> bool:
+        """Whether this request for a file is to fail; if it is, it has failed."""
+        if not self.faults:
+            return False
+        self.faults -= 1
+        if self.fault.isdigit():
+            self._send(request, int(self.fault), b"busy", {"Retry-After": "1"})
+            return True
+        request.close_connection = True
+        if self.fault == "reset":
+            request.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            request.connection.close()
+        elif self.fault == "silent":
+            time.sleep(SILENCE_SECONDS)
+        else:
+            assert self.fault == "cut"
+            begin, end = _range_of(request, content)
+            request.send_response(206)
+            request.send_header("Content-Range", f"bytes {begin}-{end - 1}/{len(content)}")
+            request.send_header("Content-Length", str(end - begin))
+            request.end_headers()
+            request.wfile.write(content[begin : (begin + end) // 2])
+        return True
+
+    def _send_file(self, request: BaseHTTPRequestHandler, name: str) -> None:
+        content = self.files[name]
+        if self._fails(request, content):
+            return
         headers = {"ETag": f'"{hashlib.sha1(content).hexdigest()}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
-        wanted = request.headers.get("Range")
-        if wanted is None:
+        begin, end = _range_of(request, content)
+        if request.command == "GET":
+            self.bytes_served[name] += end - begin
+        if request.headers.get("Range") is None:
             self._send(request, 200, content, headers)
             return
-        first, _, last = wanted.removeprefix("bytes=").partition("-")
-        begin, end = int(first), min(int(last or len(content)), len(content) - 1)
-        headers["Content-Range"] = f"bytes {begin}-{end}/{len(content)}"
-        self._send(request, 206, content[begin : end + 1], headers)
+        headers["Content-Range"] = f"bytes {begin}-{end - 1}/{len(content)}"
+        self._send(request, 206, content[begin:end], headers)
 
     @staticmethod
     def _send(request: BaseHTTPRequestHandler, status: int, body: bytes, headers: dict[str, str] | None = None) -> None:
@@ -111,3 +148,9 @@ class LoopbackHub:
         request.end_headers()
         if request.command != "HEAD":
             request.wfile.write(body)
+
+
+def _range_of(request: BaseHTTPRequestHandler, content: bytes) -> tuple[int, int]:
+    """Begin and end of the bytes that a request for a file wants."""
+    first, _, last = request.headers.get("Range", "bytes=0-").removeprefix("bytes=").partition("-")
+    return int(first), min(int(last or len(content)), len(content) - 1) + 1

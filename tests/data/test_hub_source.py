@@ -5,66 +5,17 @@ from __future__ import annotations
 import gzip
 import io
 import json
-import os
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from tests.data.asker import Asker, lanes_of
 from tests.data.conftest import make_documents
 from tests.data.loopback_hub import COMMIT, LoopbackHub
 from xlstm_lm.data import SourceConfig, open_source
 from xlstm_lm.data.sources.patience import Patience
-
-# HF_ENDPOINT is read when huggingface_hub is imported, hence a process of its own: each input line is an expression,
-# each output line its value.
-PROGRAM = """
-import json, logging, sys
-logging.basicConfig()
-from xlstm_lm.data import *
-from xlstm_lm.data.sources import Piece
-
-def open_stream(num_workers=0, **fields):
-    global stream
-    source = SourceConfig(kind="hub", dataset="org/texts", **fields)
-    settings = dict(context_length=64, global_batch_size=2, shuffle_documents=8, num_workers=num_workers)
-    config = DataConfig(sources=[source], **settings)
-    stream = TrainingStream(config, build_tokenizer(config.tokenizer), lanes=range(2), seed=0)
-    return stream.fingerprint()
-
-def tokens(count):
-    return [stream.next_batch().tokens_BT.tolist() for _ in range(count)]
-
-for line in sys.stdin:
-    try:
-        value = eval(line)
-    except Exception as error:
-        value = f"{type(error).__name__}: {error}"
-    print(json.dumps(value), flush=True)
-"""
-
-
-class Asker:
-    """A program that reads from the hub."""
-
-    def __init__(self, hub: LoopbackHub, home: Path) -> None:
-        environment = {**os.environ, "HF_ENDPOINT": hub.endpoint, "HF_HOME": str(home)}
-        environment["PYTHONPATH"] = str(Path(__file__).parents[2])
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": (home / "stderr").open("w")}
-        self._process = subprocess.Popen([sys.executable, "-c", PROGRAM], env=environment, text=True, **pipes)
-
-    def __call__(self, expression: str):
-        print(expression, file=self._process.stdin, flush=True)
-        return json.loads(self._process.stdout.readline())
-
-    def close(self) -> None:
-        self._process.stdin.close()
-        self._process.stdout.close()
-        self._process.wait()
 
 
 def damaged(parquet: bytes) -> bytes:
@@ -117,12 +68,6 @@ def test_documents_come_from_the_hub_and_continue_exactly(ask):
     ask(f"stream.load_state_dict({states})")
     assert ask("tokens(35)") == whole[25:]
     ask("stream.close()")
-
-
-def lanes_of(batches: list[list[list[int]]]) -> list[str]:
-    """The text of each lane, with a null character where a document ends."""
-    lanes = [[token % 256 for row in rows for token in row] for rows in zip(*batches)]
-    return [bytes(lane).decode(errors="replace") for lane in lanes]
 
 
 def test_parquet_on_the_hub(ask):

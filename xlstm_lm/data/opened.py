@@ -50,26 +50,26 @@ def open_sources(
         ConnectionError: The hub does not answer.
     """
     order = ORDER if fingerprint is None else fingerprint.get("order", 1)
-    known = {(each.dataset, each.revision): each.commit for each in commits} | commits_of(fingerprint or {})
+    known = {(each.dataset, each.revision): each.commit for each in commits}
+    known |= commits_of(fingerprint or {})
     found: dict[Commit, None] = {}
 
     def opened(source: SourceConfig) -> Source:
         if source.kind != "hub":
             return open_source(source, order)
-        assert source.dataset is not None
-        asked = source.revision
+        dataset, asked = str(source.dataset), source.revision
         # The first source of a data set decides for later ones, whatever is pushed to the hub between them.
-        if commit := known.get((source.dataset, asked)):
+        if commit := known.get((dataset, asked)):
             source = replace(source, revision=commit)
         result: Any = open_source(source, order)
-        known.setdefault((source.dataset, asked), result.commit)
-        found[Commit(source.dataset, asked, result.commit)] = None
+        known.setdefault((dataset, asked), result.commit)
+        found[Commit(dataset, asked, result.commit)] = None
         return result
 
     return Opened(order, [*map(opened, config.sources)], [*map(opened, config.validation)], list(found))
 
 
-def commits_of(fingerprint: Mapping[str, Any]) -> dict[tuple[str, None], str]:
-    """Commits in a fingerprint, by data set, for sources that name no revision."""
+def commits_of(fingerprint: Mapping[str, Any]) -> dict[tuple[str, str | None], str]:
+    """Commits in a fingerprint, by data set and None, for sources that name no revision."""
     sources = [*fingerprint.get("validation", ()), *fingerprint.get("sources", ())]
     return {(each["dataset"], None): each["revision"] for each in sources if each.get("kind") == "hub"}

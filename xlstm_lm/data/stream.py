@@ -117,11 +117,7 @@ class TrainingStream:
         """Deal out the documents as the stream with this fingerprint did, whatever has changed since."""
         # Without a revision in the recipe, a run stays with the commit it began with.
         began, opened = commits_of(fingerprint), self._opened
-        moved = any(
-            began.get((each.dataset, None), each.commit) != each.commit
-            for each in opened.commits
-            if each.revision is None
-        )
+        moved = any(began.get((each.dataset, each.revision), each.commit) != each.commit for each in opened.commits)
         if moved or fingerprint.get("order", 1) != opened.order:
             self._open(open_sources(self._config, fingerprint, opened.commits), list(self._lanes))
         for dealt, there in zip(self._dealt, fingerprint.get("sources", ())):

@@ -75,7 +75,7 @@ class _Decompressed(io.BufferedReader):
 
 def open_file(file: str | Path | Opener) -> IO[bytes]:
     """Open a file, on this machine or by its opener, to read its bytes, decompressed if its content is compressed."""
-    plain: Any = file() if callable(file) else Path(file).open("rb")
+    plain: Any = file() if callable(file) else Path(file).open("rb")  # noqa: SIM115
     try:
         magic = plain.peek(10)[:10]
         decompressor = next((opener for pattern, opener in COMPRESSIONS.items() if re.match(pattern, magic)), None)

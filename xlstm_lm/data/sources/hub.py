@@ -25,8 +25,8 @@ from xlstm_lm.data.sources.patience import NOT_THERE, Patience, may_pass, status
 from xlstm_lm.data.sources.readers import ALL, Shard, Turns, text_of
 from xlstm_lm.data.sources.record import ORDER, START, Piece, Position, Record
 
-READ_BY_RANGES = {"Json": "jsonl", "Parquet": "parquet"}
-"""Kinds of `KINDS` whose readers read the files that a builder of `datasets` has found, by the builder's name."""
+READ_BY_RANGES = {"JsonConfig": "jsonl", "ParquetConfig": "parquet"}
+"""Kinds whose readers read the files that a builder of `datasets` has found, by the class of its configuration."""
 ARCHIVES = {".zip", ".tar", ".tgz", ".7z", ".rar"}
 
 
@@ -97,7 +97,7 @@ class HubSource:
         builder.config.on_bad_files = "error"
         self._files = [str(file) for file in (builder.config.data_files or {}).get(self.config.split, ())]
         by_ranges = getattr(builder.config, "field", None) is None
-        self._kind = READ_BY_RANGES.get(type(builder).__name__) if by_ranges else None
+        self._kind = READ_BY_RANGES.get(type(builder.config).__name__) if by_ranges else None
         return opened
 
     def _begins_with_an_object(self) -> bool:

@@ -23,6 +23,10 @@ from xlstm_lm.models.mixers.mixer import (
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "gelu": F.gelu}
 
 
+FEEDFORWARD = "feed-forward"
+"""Part of a block in the accounting."""
+
+
 class BlockConfig(NamedTuple):
     """A residual block."""
 
@@ -33,10 +37,16 @@ class BlockConfig(NamedTuple):
     feedforward: FeedForwardConfig | None
     """None for a block that is a mixer alone."""
 
-    def flops_per_token(self, context_length: int) -> float:
-        """FLOPs of the forward pass for one token in a row of `context_length` tokens."""
-        feedforward = 6 * self.mixer.embedding_dim * self.feedforward.hidden if self.feedforward else 0
-        return self.mixer.flops_per_token(context_length) + feedforward
+    def flops_by_part(self, context_length: int, chunk_length: int | None = None) -> dict[str, float]:
+        """FLOPs of the forward pass for one token, as in `MixerConfig.flops_by_part`, with the feed-forward's."""
+        return self.mixer.flops_by_part(context_length, chunk_length) | self._feedforward_flops()
+
+    def step_flops_by_part(self, context_length: int) -> dict[str, float]:
+        """FLOPs of one more token after `context_length`, as in `MixerConfig.step_flops_by_part`."""
+        return self.mixer.step_flops_by_part(context_length) | self._feedforward_flops()
+
+    def _feedforward_flops(self) -> dict[str, float]:
+        return {FEEDFORWARD: 6.0 * self.mixer.embedding_dim * self.feedforward.hidden} if self.feedforward else {}
 
 
 class Block(nn.Module):
@@ -159,7 +169,7 @@ class BlockStack:
 
     def flops_per_token(self, context_length: int) -> float:
         """FLOPs of the blocks' forward pass for one token in a row of `context_length` tokens."""
-        return sum(block.flops_per_token(context_length) for block in self.blocks())
+        return sum(sum(block.flops_by_part(context_length).values()) for block in self.blocks())
 
     def state_bytes(self, bytes_per_activation: int, context_length: int) -> int:
         """Bytes of one sequence's state after `context_length` tokens."""

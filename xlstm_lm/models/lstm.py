@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
@@ -19,7 +20,7 @@ from xlstm_lm.base.announce import announce_once
 from xlstm_lm.base.fields import Epsilon, Range, Share, Size, VocabSize, check_fields
 from xlstm_lm.models.language_model import LanguageModel
 from xlstm_lm.models.layers import NumBlocks, SoftCap
-from xlstm_lm.models.mixers.mixer import Mixer, Observer, OperationUse, State
+from xlstm_lm.models.mixers.mixer import PROJECTIONS, Mixer, Observer, OperationUse, State
 from xlstm_lm.ops.document_rnn import KERNELS, document_rnn
 
 GATES = {"lstm": 4, "gru": 3, "rnn": 1}
@@ -80,24 +81,36 @@ class LSTMConfig:
 
     def build_blocks(self) -> Iterator[nn.Module]:
         """Modules of the layers."""
-        widths = [self.embedding_dim] + [self.width] * (self.num_blocks - 1)
-        return (Layer(self, width) for width in widths)
+        return (Layer(self, width) for width in self.input_widths)
 
     def build_final_norm(self) -> nn.Module:
         """Module behind the last layer: nothing."""
         return nn.Identity()
 
     def flops_per_token(self, context_length: int) -> float:
-        """FLOPs of the layers' forward pass for one token: the matrices, and 20 for each unit's gates."""
+        """FLOPs of the layers' forward pass for one token."""
         del context_length
-        inputs = self.embedding_dim + (self.num_blocks - 1) * self.width
-        matrices = GATES[self.cell] * self.width * (inputs + self.num_blocks * self.width)
-        return 2 * matrices + 20 * self.num_blocks * self.width
+        return sum(sum(self.layer_flops_by_part(width).values()) for width in self.input_widths)
+
+    @property
+    def input_widths(self) -> list[int]:
+        """Width of each layer's input, first to last."""
+        return [self.embedding_dim] + [self.width] * (self.num_blocks - 1)
+
+    def layer_flops_by_part(self, input_width: int) -> dict[str, float]:
+        """FLOPs of a layer's forward pass for one token: the inputs' products, and the recurrent ones with 20 for each
+        unit's gates."""
+        gates = GATES[self.cell] * self.width
+        return {PROJECTIONS: 2.0 * gates * input_width, self.cell: 2.0 * gates * self.width + 20.0 * self.width}
 
     def state_bytes(self, bytes_per_activation: int, context_length: int) -> int:
         """Bytes of one sequence's state: outputs and, in an LSTM, cells."""
         del context_length
-        return self.num_blocks * (2 if self.cell == "lstm" else 1) * self.width * bytes_per_activation
+        return self.num_blocks * self.layer_state_bytes(bytes_per_activation)
+
+    def layer_state_bytes(self, bytes_per_activation: int) -> int:
+        """Bytes of one layer's part of the state."""
+        return (2 if self.cell == "lstm" else 1) * self.width * bytes_per_activation
 
     def operations(self, micro_rows: int) -> list[OperationUse]:
         """None: the layers run on torch's own kernels."""
@@ -129,6 +142,7 @@ class Layer(Mixer):
     """
 
     context_key = "documents"
+    parts = MappingProxyType({"input_weight": PROJECTIONS})
 
     def __init__(self, config: LSTMConfig, input_width: int) -> None:
         super().__init__()

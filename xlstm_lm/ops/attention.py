@@ -226,9 +226,13 @@ def run(backend: Backend, sample: Sample) -> Checked:
     return function
 
 
-def cost(*, B: int, T: int, H: int, K: int, G: int | None = None, itemsize: int = 2) -> Cost:
-    """The causal half of both products; q, k, v read and the output written once."""
-    return Cost(2 * B * T * T * H * K, itemsize * 2 * B * T * K * (H + (H if G is None else G)))
+def cost(*, B: int, T: int, H: int, K: int, G: int | None = None, window: int | None = None, itemsize: int = 2) -> Cost:
+    """4 K for each key that a query of a head sees; q, k, v read and the output written once.
+
+    On average a query sees T / 2 of T keys, with a window W - W^2 / 2 T, whatever documents are in the row.
+    """
+    W = min(window or T, T)
+    return Cost(4 * B * H * K * (T * W - W**2 / 2), itemsize * 2 * B * T * K * (H + (H if G is None else G)))
 
 
 def _not_jagged(call: Call) -> str | None:

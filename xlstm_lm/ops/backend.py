@@ -71,6 +71,19 @@ class Cost(NamedTuple):
     """Bytes that must be read or written at least."""
 
 
+COUNTED_CHUNK = 64
+"""Chunk length that FLOPs are counted with where the backend chooses its own."""
+
+
+def linear_attention_flops(chunk: int, heads: int, K: int, V: int) -> int:
+    """FLOPs of chunkwise linear attention for a token.
+
+    Within a chunk of L tokens, a head takes 2 L (K + V) / 2 for the causal half of Q K^T and W V and 4 L for gates and
+    row sums; 4 K V read the state and write it. A chunk of one token is a step of the recurrence.
+    """
+    return heads * (chunk * (K + V) + 4 * K * V + 4 * chunk)
+
+
 class Choice(NamedTuple):
     """The backend for a call, and the faster ones passed over, each with the reason."""
 

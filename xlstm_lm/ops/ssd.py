@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from xlstm_lm.ops.backend import Backend, Call, Cost, Sample
+from xlstm_lm.ops.backend import COUNTED_CHUNK, Backend, Call, Cost, Sample, linear_attention_flops
 from xlstm_lm.ops.compiling import not_compiled
 from xlstm_lm.ops.mlstm import mlstm
 from xlstm_lm.ops.operation import Operation
@@ -195,9 +195,10 @@ def run(backend: Backend, sample: Sample) -> Checked:
     return function
 
 
-def cost(*, B: int, T: int, H: int, P: int, N: int, G: int = 1, itemsize: int = 2) -> Cost:
-    """The state updated and read; x, dt, b, c read and y written once."""
-    return Cost(B * T * H * (4 * N * P + 64 * (N + P)), B * T * (itemsize * (2 * H * P + 2 * G * N) + 4 * H))
+def cost(*, B: int, T: int, H: int, P: int, N: int, G: int = 1, L: int = COUNTED_CHUNK, itemsize: int = 2) -> Cost:
+    """Linear attention with K = N and V = P in chunks of L; x, dt, b, c read and y written once."""
+    flops = linear_attention_flops(min(L, T), H, N, P)
+    return Cost(B * T * flops, B * T * (itemsize * (2 * H * P + 2 * G * N) + 4 * H))
 
 
 SSD = Operation(

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from xlstm_lm.base.fields import Factor, Range, Size
 from xlstm_lm.models.mixers.mixer import (
+    PROJECTIONS,
     FeedForwardConfig,
     Mixer,
     MixerConfig,
@@ -74,23 +75,31 @@ class AttentionConfig(MixerConfig):
     def build(self) -> AttentionMixer:
         return AttentionMixer(self)
 
-    def flops_per_token(self, context_length: int) -> float:
-        """Projections, and 4 K for each key that a query of a head sees.
+    @property
+    def projection_weights(self) -> int:
+        """Queries, keys, values and the output."""
+        return self.embedding_dim * (2 * self.embedding_dim + 2 * self.key_value_heads * self.head_dim)
 
-        On average a query sees T / 2 of T keys, with a window W - W^2 / 2 T, whatever documents are in the row.
-        """
-        projections = self.embedding_dim * (2 * self.embedding_dim + 2 * self.key_value_heads * self.head_dim)
-        window = min(self.window or context_length, context_length)
-        return 2 * projections + 4 * self.embedding_dim * (window - window**2 / (2 * context_length))
+    def step_flops_by_part(self, context_length: int) -> dict[str, float]:
+        """Projections, and 4 K for each key that the one query of a head sees, itself included."""
+        keys = min(self.window or context_length + 1, context_length + 1)
+        return {PROJECTIONS: 2.0 * self.projection_weights, ATTENTION.name: 4.0 * self.embedding_dim * keys}
 
     def state_bytes(self, bytes_per_activation: int, context_length: int) -> int:
         """Keys and values, of the last window - 1 tokens where there is a window."""
         tokens = min(self.window - 1, context_length) if self.window else context_length
         return 2 * self.key_value_heads * self.head_dim * bytes_per_activation * tokens
 
+    def state_traffic(self, bytes_per_activation: int, context_length: int) -> int:
+        """Keys and values, read once, and those of one token, written."""
+        written = 2 * self.key_value_heads * self.head_dim * bytes_per_activation
+        return self.state_bytes(bytes_per_activation, context_length) + written
+
     def operations(self, micro_rows: int) -> list[OperationUse]:
         kinds = ("long", "short") if self.window is None else ("narrow",)
-        return [OperationUse(ATTENTION, {}, rows) for rows in kinds]
+        counted = {"H": self.num_heads, "K": self.head_dim, "G": self.key_value_heads}
+        counted |= {"window": self.window} if self.window else {}
+        return [OperationUse(ATTENTION, {}, rows, counted=counted) for rows in kinds]
 
     def feedforward(self) -> FeedForwardConfig:
         return silu_feedforward(self.feedforward_dim, int(self.embedding_dim * self.feedforward_factor))

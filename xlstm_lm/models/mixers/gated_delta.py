@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from xlstm_lm.base.fields import Epsilon, Factor, Size
 from xlstm_lm.models.layers import CausalConv, Float32Linear, HeadNorm
 from xlstm_lm.models.mixers.mixer import (
-    COUNTED_CHUNK,
     FeedForwardConfig,
     Mixer,
     MixerConfig,
@@ -26,6 +25,7 @@ from xlstm_lm.models.mixers.mixer import (
     silu_feedforward,
     small_std,
 )
+from xlstm_lm.ops.backend import COUNTED_CHUNK
 from xlstm_lm.ops.conv import CONV
 from xlstm_lm.ops.gated_delta import GATED_DELTA, gated_delta
 
@@ -84,17 +84,10 @@ class GatedDeltaConfig(MixerConfig):
     def build(self) -> GatedDeltaMixer:
         return GatedDeltaMixer(self)
 
-    def flops_per_token(self, context_length: int) -> float:
-        """Projections, convolution and the cell.
-
-        Within a chunk of L tokens, a head takes 2 L K for the causal halves of K K^T and Q K^T, L (K + V) for the
-        triangular solve and L V for the scores' product; each of four products with the state takes 2 K V.
-        """
-        L = min(self.chunk_length or COUNTED_CHUNK, context_length)
-        K, V = self.qk_dim // self.num_heads, self.v_dim // self.num_heads
-        cell = self.num_heads * (L * (3 * K + 2 * V) + 6 * K * V + 6 * L)
-        projections = self.embedding_dim * (self.convolved_dim + 2 * self.v_dim + 2 * self.num_heads)
-        return 2 * projections + 2 * self.conv_width * self.convolved_dim + cell
+    @property
+    def projection_weights(self) -> int:
+        """Queries, keys, values, output gate, the cell's two gates and the output."""
+        return self.embedding_dim * (self.convolved_dim + 2 * self.v_dim + 2 * self.num_heads)
 
     def state_bytes(self, bytes_per_activation: int, context_length: int) -> int:
         """A float32 matrix a head, and the convolution's last inputs."""
@@ -103,7 +96,8 @@ class GatedDeltaConfig(MixerConfig):
 
     def operations(self, micro_rows: int) -> list[OperationUse]:
         K, V = self.qk_dim // self.num_heads, self.v_dim // self.num_heads
-        cell = OperationUse(GATED_DELTA, {"K": K, "V": V}, backend=self.delta_backend)
+        counted = {"H": self.num_heads, "L": self.chunk_length or COUNTED_CHUNK}
+        cell = OperationUse(GATED_DELTA, {"K": K, "V": V}, backend=self.delta_backend, counted=counted)
         return [cell, OperationUse(CONV, {"D": self.convolved_dim, "W": self.conv_width})]
 
     def feedforward(self) -> FeedForwardConfig:

@@ -55,17 +55,17 @@ class Mamba1Config(MixerConfig):
     def build(self) -> Mamba1Mixer:
         return Mamba1Mixer(self)
 
-    def flops_per_token(self, context_length: int) -> float:
-        """Projections, convolution, and 9 for each state unit: decay, update and output."""
-        by_inner_unit = 3 * self.embedding_dim + self.conv_width + 2 * self.rank + 2 * self.state_dim
-        return self.inner_dim * (2 * by_inner_unit + 9 * self.state_dim)
+    @property
+    def projection_weights(self) -> int:
+        """Input, two halves, and output; step, B and C; the step sizes' second factor."""
+        return self.inner_dim * (3 * self.embedding_dim + 2 * self.rank + 2 * self.state_dim)
 
     def state_bytes(self, bytes_per_activation: int, context_length: int) -> int:
         """Float32 states and the convolution's last inputs."""
         return self.inner_dim * (4 * self.state_dim + bytes_per_activation * (self.conv_width - 1))
 
     def operations(self, micro_rows: int) -> list[OperationUse]:
-        scan = OperationUse(SCAN, {"N": self.state_dim}, backend=self.scan_backend)
+        scan = OperationUse(SCAN, {"N": self.state_dim}, backend=self.scan_backend, counted={"E": self.inner_dim})
         return [scan, OperationUse(CONV, {"D": self.inner_dim, "W": self.conv_width})]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Annotated, Literal
 
 import torch
@@ -14,14 +15,14 @@ from xlstm_lm.base.fields import Epsilon, Range, Size
 from xlstm_lm.models.layers import CausalConv
 from xlstm_lm.models.mixers.mamba_steps import init_step_bias, negative_decay, positive_steps
 from xlstm_lm.models.mixers.mixer import (
-    COUNTED_CHUNK,
+    NORMS,
     Mixer,
     MixerConfig,
     Observer,
     OperationUse,
     State,
-    linear_attention_flops,
 )
+from xlstm_lm.ops.backend import COUNTED_CHUNK
 from xlstm_lm.ops.conv import CONV
 from xlstm_lm.ops.ssd import SSD, ssd
 
@@ -79,11 +80,10 @@ class Mamba2Config(MixerConfig):
     def build(self) -> Mamba2Mixer:
         return Mamba2Mixer(self)
 
-    def flops_per_token(self, context_length: int) -> float:
-        """Projections, convolution and the cell, which is linear attention with K = states and V = head."""
-        projections = self.embedding_dim * (2 * self.inner_dim + self.convolved_dim + self.num_heads)
-        cell = linear_attention_flops(min(COUNTED_CHUNK, context_length), self.num_heads, self.state_dim, self.head_dim)
-        return 2 * (projections + self.conv_width * self.convolved_dim) + cell
+    @property
+    def projection_weights(self) -> int:
+        """Input with gate, B, C and steps, and the output."""
+        return self.embedding_dim * (2 * self.inner_dim + self.convolved_dim + self.num_heads)
 
     def state_bytes(self, bytes_per_activation: int, context_length: int) -> int:
         """Float32 states and the convolution's last inputs."""
@@ -92,12 +92,15 @@ class Mamba2Config(MixerConfig):
 
     def operations(self, micro_rows: int) -> list[OperationUse]:
         sizes = {"P": self.head_dim, "N": self.state_dim}
-        scan = OperationUse(SSD, sizes, backend=self.scan_backend)
+        counted = {"H": self.num_heads, "G": self.num_groups, "L": COUNTED_CHUNK}
+        scan = OperationUse(SSD, sizes, backend=self.scan_backend, counted=counted)
         return [scan, OperationUse(CONV, {"D": self.convolved_dim, "W": self.conv_width})]
 
 
 class Mamba2Mixer(Mixer):
     """Mamba-2. The state holds the convolution's last inputs and (B, H, N, P)."""
+
+    parts = MappingProxyType({"norm_weight": NORMS})
 
     def __init__(self, config: Mamba2Config) -> None:
         super().__init__()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -18,8 +19,10 @@ State = tuple[Tensor, ...]
 """Everything that a mixer keeps after the last token, each tensor with the batch first."""
 Observer = Callable[[Tensor, Tensor, float | None], None]
 """Receives a cell's input and forget gate pre-activations, soft cap included, and the cap (None for none)."""
-COUNTED_CHUNK = 64
-"""Chunk length that FLOPs are counted with where the backend chooses its own."""
+
+
+PROJECTIONS, NORMS = "projections", "norms"
+"""Parts of a block in the accounting, beside the names of its operations."""
 
 
 class OperationUse(NamedTuple):
@@ -31,10 +34,17 @@ class OperationUse(NamedTuple):
     options: Hashable = ()
     backend: str = "auto"
     """Configured backend, or "auto"."""
+    counted: Mapping[str, int] = MappingProxyType({})
+    """Further sizes, on which its cost depends; L is the chunk length."""
 
     def call(self, device: torch.device, dtype: torch.dtype) -> Call:
         """The call in training: with gradient, over rows of several documents."""
         return make_call(device, dtype, self.sizes, self.options)
+
+    def flops(self, tokens: int, chunk_length: int | None = None) -> float:
+        """FLOPs of the forward pass over one row; `chunk_length` replaces the configured one, None keeps it."""
+        counted = {**self.counted, "L": chunk_length} if chunk_length and "L" in self.counted else self.counted
+        return self.operation.cost(**{**self.sizes, **counted, "B": 1, "T": tokens}).flops
 
 
 class FeedForwardConfig(NamedTuple):
@@ -69,13 +79,39 @@ class MixerConfig:
         """Module with these settings; its weights have no values before `init_weights`."""
         raise NotImplementedError
 
+    @property
+    def projection_weights(self) -> int:
+        """Weights of all projections: each token is multiplied by each of them once."""
+        raise NotImplementedError
+
+    def flops_by_part(self, context_length: int, chunk_length: int | None = None) -> dict[str, float]:
+        """FLOPs of the forward pass for one token in a row of `context_length` tokens: projections, each operation.
+
+        `chunk_length` replaces the configured one; None keeps it.
+        """
+        of_row = {use.operation.name: use.flops(context_length, chunk_length) for use in self.operations(1)}
+        return {PROJECTIONS: 2.0 * self.projection_weights} | {
+            name: flops / context_length for name, flops in of_row.items()
+        }
+
     def flops_per_token(self, context_length: int) -> float:
         """FLOPs of the forward pass for one token in a row of `context_length` tokens."""
-        raise NotImplementedError
+        return sum(self.flops_by_part(context_length).values())
+
+    def step_flops_by_part(self, context_length: int) -> dict[str, float]:
+        """FLOPs of the step that reads one more token after `context_length` tokens; a recurrence does not depend on
+        their number."""
+        del context_length
+        return self.flops_by_part(1)
 
     def state_bytes(self, bytes_per_activation: int, context_length: int) -> int:
         """Bytes of one sequence's state after `context_length` tokens."""
         raise NotImplementedError
+
+    def state_traffic(self, bytes_per_activation: int, context_length: int) -> int:
+        """Bytes of the state that the step after `context_length` tokens reads and writes: once each for a
+        recurrence."""
+        return 2 * self.state_bytes(bytes_per_activation, context_length)
 
     def operations(self, micro_rows: int) -> list[OperationUse]:
         """Operations that a forward pass over `micro_rows` rows calls."""
@@ -93,6 +129,8 @@ class Mixer(nn.Module):
     """Parameters with two dimensions or more that are no matrices: weight decay leaves them alone."""
     has_gates: ClassVar[bool] = False
     """Whether `forward` calls `observe`."""
+    parts: ClassVar[Mapping[str, str]] = MappingProxyType({})
+    """Part of the accounting to which each of the mixer's own parameters belongs, if it is not the cell."""
     context_key: Hashable = None
     """Mixers of a model with equal keys share one context."""
 
@@ -153,12 +191,3 @@ def check_heads(num_heads: int, name: str, width: int) -> None:
             f"num_heads {num_heads} does not divide the {name} = {width}; "
             f"choose a num_heads that does, for example {divisor}."
         )
-
-
-def linear_attention_flops(chunk: int, heads: int, K: int, V: int) -> int:
-    """FLOPs of chunkwise linear attention for a token.
-
-    Within a chunk of L tokens, a head takes 2 L (K + V) / 2 for the causal half of Q K^T and W V and 4 L for gates and
-    row sums; 4 K V read the state and write it.
-    """
-    return heads * (chunk * (K + V) + 4 * K * V + 4 * chunk)

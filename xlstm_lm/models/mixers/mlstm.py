@@ -61,10 +61,10 @@ class MLSTMConfig(MLSTMCellConfig):
     def build(self) -> MLSTMMixer:
         return MLSTMMixer(self)
 
-    def flops_per_token(self, context_length: int) -> float:
-        """Projections and the cell."""
-        projections = self.embedding_dim * (2 * self.qk_dim + 3 * self.v_dim + 2 * self.num_heads)
-        return 2 * projections + self.cell_flops(context_length)
+    @property
+    def projection_weights(self) -> int:
+        """Queries, keys, values, output gate, gates and the output."""
+        return self.embedding_dim * (2 * self.qk_dim + 3 * self.v_dim + 2 * self.num_heads)
 
     def state_bytes(self, bytes_per_activation: int, context_length: int) -> int:
         """The cell's state."""

@@ -12,13 +12,12 @@ from torch import Tensor, nn
 from xlstm_lm.base.fields import Epsilon, Size
 from xlstm_lm.models.layers import NormKind, SoftCap, soft_cap
 from xlstm_lm.models.mixers.mixer import (
-    COUNTED_CHUNK,
     MixerConfig,
     Observer,
     OperationUse,
     State,
-    linear_attention_flops,
 )
+from xlstm_lm.ops.backend import COUNTED_CHUNK
 from xlstm_lm.ops.mlstm import MLSTM, mlstm
 from xlstm_lm.ops.mlstm.recurrence import Options
 
@@ -60,11 +59,6 @@ class MLSTMCellConfig(MixerConfig):
         """Width of the values of all heads."""
         raise NotImplementedError
 
-    def cell_flops(self, context_length: int) -> int:
-        """FLOPs of the cell for a token; the normalizer takes 4 for each query unit."""
-        chunk, heads = min(self.chunk_length or COUNTED_CHUNK, context_length), self.num_heads
-        return linear_attention_flops(chunk, heads, self.qk_dim // heads, self.v_dim // heads) + 4 * self.qk_dim
-
     def cell_state_bytes(self) -> int:
         """Bytes of matrices, normalizers and stabilizers, in float32."""
         return 4 * (self.qk_dim * self.v_dim // self.num_heads + self.qk_dim + self.num_heads)
@@ -73,7 +67,8 @@ class MLSTMCellConfig(MixerConfig):
         """The cell's call."""
         sizes = {"K": self.qk_dim // self.num_heads, "V": self.v_dim // self.num_heads}
         options = Options(self.chunk_length, self.input_gate, eps=self.cell_eps)
-        return OperationUse(MLSTM, sizes, options, self.mlstm_backend)
+        counted = {"H": self.num_heads, "L": self.chunk_length or COUNTED_CHUNK}
+        return OperationUse(MLSTM, sizes, options, self.mlstm_backend, counted)
 
 
 def run_mlstm_cell(

@@ -65,11 +65,11 @@ class PaperMLSTMConfig(MLSTMCellConfig):
     def build(self) -> PaperMLSTMMixer:
         return PaperMLSTMMixer(self)
 
-    def flops_per_token(self, context_length: int) -> float:
-        """Projections, convolution and the cell."""
+    @property
+    def projection_weights(self) -> int:
+        """Up, two halves, and down; block-diagonal queries, keys and values; gates."""
         diagonal, gates = 3 * self.paper_qkv_block_size, 3 * 2 * self.num_heads
-        by_inner_unit = 3 * self.embedding_dim + self.conv_width + diagonal + gates
-        return 2 * self.inner_dim * by_inner_unit + self.cell_flops(context_length)
+        return self.inner_dim * (3 * self.embedding_dim + diagonal + gates)
 
     def state_bytes(self, bytes_per_activation: int, context_length: int) -> int:
         """The cell's state and the convolution's last inputs."""

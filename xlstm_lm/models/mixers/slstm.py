@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Literal
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from xlstm_lm.base.fields import Epsilon, Factor, Size
 from xlstm_lm.models.layers import CausalConv, HeadNorm, NormKind, round_up
 from xlstm_lm.models.mixers.mixer import (
+    PROJECTIONS,
     FeedForwardConfig,
     Mixer,
     MixerConfig,
@@ -63,10 +65,10 @@ class SLSTMConfig(MixerConfig):
     def build(self) -> SLSTMMixer:
         return SLSTMMixer(self)
 
-    def flops_per_token(self, context_length: int) -> float:
-        """Convolution, input and recurrent products (8 D^2 each for a head of D units), 20 D for gates and states."""
-        head = 2 * 8 * self.head_dim**2 + 20 * self.head_dim
-        return 2 * self.conv_width * self.embedding_dim + self.num_heads * head
+    @property
+    def projection_weights(self) -> int:
+        """Inputs of the four gates, by heads."""
+        return 4 * self.num_heads * self.head_dim**2
 
     def state_bytes(self, bytes_per_activation: int, context_length: int) -> int:
         """Four float32 numbers a unit, and the convolution's last inputs."""
@@ -86,6 +88,7 @@ class SLSTMMixer(Mixer):
 
     no_decay = frozenset({"bias"})  # a dimension each for gates, heads and units
     has_gates = True
+    parts = MappingProxyType({"input_weight": PROJECTIONS})
 
     def __init__(self, config: SLSTMConfig) -> None:
         super().__init__()

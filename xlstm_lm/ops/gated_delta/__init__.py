@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from xlstm_lm.ops.backend import Backend, Call, Cost, Sample
+from xlstm_lm.ops.backend import COUNTED_CHUNK, Backend, Call, Cost, Sample
 from xlstm_lm.ops.heads import check_shapes, sizes_of
 from xlstm_lm.ops.operation import Operation
 from xlstm_lm.ops.selfcheck import TOLERANCE, Checked, some_resets
@@ -145,9 +145,14 @@ def run(backend: Backend, sample: Sample) -> Checked:
     return function
 
 
-def cost(*, B: int, T: int, H: int, K: int, V: int, itemsize: int = 2) -> Cost:
-    """Products of chunks of 64 and with the state; q, k, v and gates read and h written once."""
-    flops = B * T * H * (CHUNK_LENGTH * (3 * K + 2 * V) + 6 * K * V)
+def cost(*, B: int, T: int, H: int, K: int, V: int, L: int = COUNTED_CHUNK, itemsize: int = 2) -> Cost:
+    """Products in chunks of L and with the state; q, k, v and gates read and h written once.
+
+    Within a chunk, a head takes 2 L K for the causal halves of K K^T and Q K^T, L (K + V) for the triangular solve,
+    L V for the scores' product and 6 L for gates; three products with the state take 2 K V each.
+    """
+    L = min(L, T)
+    flops = B * T * H * (L * (3 * K + 2 * V) + 6 * K * V + 6 * L)
     return Cost(flops, B * T * H * (itemsize * (2 * K + 2 * V) + 2 * 4))
 
 

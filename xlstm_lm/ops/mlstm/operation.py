@@ -9,7 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xlstm_lm.ops.backend import Backend, Call, Cost, Sample, resolve
+from xlstm_lm.ops.backend import (
+    COUNTED_CHUNK,
+    Backend,
+    Call,
+    Cost,
+    Sample,
+    linear_attention_flops,
+    resolve,
+)
 from xlstm_lm.ops.mlstm.recurrence import DEFAULTS, State
 from xlstm_lm.ops.operation import Operation
 from xlstm_lm.ops.selfcheck import TOLERANCE, Checked, some_resets
@@ -91,9 +99,10 @@ def _token_by_token(
     return torch.cat(h_BTHV, 1), state
 
 
-def cost(*, B: int, T: int, H: int, K: int, V: int, itemsize: int = 2) -> Cost:
-    """C updated and read, and chunks of 64 within; q, k, v, i, f read and h written once."""
-    return Cost(B * T * H * (4 * K * V + 64 * (K + V)), B * T * H * (itemsize * (2 * K + 2 * V) + 2 * 4))
+def cost(*, B: int, T: int, H: int, K: int, V: int, L: int = COUNTED_CHUNK, itemsize: int = 2) -> Cost:
+    """Linear attention in chunks of L, and 4 K for the normalizer; q, k, v, i, f read and h written once."""
+    flops = linear_attention_flops(min(L, T), H, K, V) + 4 * H * K
+    return Cost(B * T * flops, B * T * H * (itemsize * (2 * K + 2 * V) + 2 * 4))
 
 
 def _walks(call: Call) -> str | None:

@@ -5,10 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from torch import nn
 
-from xlstm_lm.models import FAMILIES, LSTMConfig, ModelConfig
-from xlstm_lm.models.block import Block, BlockConfig
+from xlstm_lm.models import FAMILIES, ModelConfig
+from xlstm_lm.models.components import components
 
 
 def model_config(yaml_path_or_config: str | Path | ModelConfig) -> ModelConfig:
@@ -44,28 +43,7 @@ def model_config(yaml_path_or_config: str | Path | ModelConfig) -> ModelConfig:
 def count_parameters(yaml_path_or_config: str | Path | ModelConfig) -> int:
     """Exact number of parameters, a tied head counted once. Allocates no memory for them, and builds each kind of block
     once."""
-    config = model_config(yaml_path_or_config)
-    if isinstance(config, LSTMConfig):
-        return sum(shape.numel() for shape in parameter_shapes(config).values())
-    blocks = config.blocks()
-    with torch.device("meta"):
-        counts = [(block, _count(Block(block))) for block in _distinct(blocks)]
-        around_blocks = _count(config.build_final_norm())
-    heads = 1 if config.tie_embeddings else 2
-    in_blocks = sum(count * blocks.count(block) for block, count in counts)
-    return in_blocks + around_blocks + heads * config.vocab_size * config.embedding_dim
-
-
-def _distinct(blocks: list[BlockConfig]) -> list[BlockConfig]:
-    distinct: list[BlockConfig] = []
-    for block in blocks:
-        if block not in distinct:
-            distinct.append(block)
-    return distinct
-
-
-def _count(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
+    return sum(component.parameters for component in components(model_config(yaml_path_or_config), 1))
 
 
 def parameter_shapes(config: ModelConfig) -> dict[str, torch.Size]:
@@ -79,11 +57,10 @@ def training_flops_per_token(config: ModelConfig, context_length: int) -> float:
     """Floating-point operations of forward and backward for one token of a row of `context_length` tokens.
 
     A product of (m, k) and (k, n) counts 2 m k n, the backward twice the forward. Counted are all projections,
-    convolutions and the logits, and the mixers' own terms (`flops_per_token` of each says which); not embedding
-    look-ups, norms, activations, skips and soft caps.
+    convolutions and the logits, and the mixers' own terms (the cost of each operation says which); not embedding
+    look-ups, norms, activations, skips and soft caps. An approximation such as 6 for each parameter is never used.
     """
-    logits = 2 * config.head_width * config.vocab_size
-    return 3.0 * (config.flops_per_token(context_length) + logits)
+    return 3.0 * sum(component.flops for component in components(config, context_length))
 
 
 def state_bytes(config: ModelConfig, bytes_per_activation: int = 2, context_length: int = 0) -> int:

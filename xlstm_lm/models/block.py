@@ -167,10 +167,6 @@ class BlockStack:
         """Standard deviation of embedding and head at the start."""
         return small_std(self.embedding_dim)
 
-    def flops_per_token(self, context_length: int) -> float:
-        """FLOPs of the blocks' forward pass for one token in a row of `context_length` tokens."""
-        return sum(sum(block.flops_by_part(context_length).values()) for block in self.blocks())
-
     def state_bytes(self, bytes_per_activation: int, context_length: int) -> int:
         """Bytes of one sequence's state after `context_length` tokens."""
         return sum(mixer.state_bytes(bytes_per_activation, context_length) for mixer in self.block_mixers())

@@ -87,11 +87,6 @@ class LSTMConfig:
         """Module behind the last layer: nothing."""
         return nn.Identity()
 
-    def flops_per_token(self, context_length: int) -> float:
-        """FLOPs of the layers' forward pass for one token."""
-        del context_length
-        return sum(sum(self.layer_flops_by_part(width).values()) for width in self.input_widths)
-
     @property
     def input_widths(self) -> list[int]:
         """Width of each layer's input, first to last."""

@@ -94,10 +94,6 @@ class MixerConfig:
             name: flops / context_length for name, flops in of_row.items()
         }
 
-    def flops_per_token(self, context_length: int) -> float:
-        """FLOPs of the forward pass for one token in a row of `context_length` tokens."""
-        return sum(self.flops_by_part(context_length).values())
-
     def step_flops_by_part(self, context_length: int) -> dict[str, float]:
         """FLOPs of the step that reads one more token after `context_length` tokens; a recurrence does not depend on
         their number."""

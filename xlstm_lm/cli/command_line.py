@@ -46,6 +46,9 @@ COMMANDS: Mapping[str, Command] = {
         "xlstm_lm.cli.tokenizer", "Train a byte-level BPE tokenizer on text files.", imports_torch=False
     ),
     "checkpoint": Command("xlstm_lm.cli.checkpoint", "List, verify or merge the checkpoints of a run."),
+    "flops": Command(
+        "xlstm_lm.cli.flops", "Print a model's parameters, FLOPs, state and traffic, part by part, without building it."
+    ),
     "doctor": Command("xlstm_lm.cli.doctor", "Versions, devices, kernels, and whether each computes what it should."),
 }
 

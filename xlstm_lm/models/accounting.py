@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from xlstm_lm.models import FAMILIES, ModelConfig
-from xlstm_lm.models.components import components
+from xlstm_lm.models.components import EMBEDDING, HEAD, Component, components
 
 
 def model_config(yaml_path_or_config: str | Path | ModelConfig) -> ModelConfig:
@@ -61,6 +62,30 @@ def training_flops_per_token(config: ModelConfig, context_length: int) -> float:
     look-ups, norms, activations, skips and soft caps. An approximation such as 6 for each parameter is never used.
     """
     return 3.0 * sum(component.flops for component in components(config, context_length))
+
+
+def totals(parts: Sequence[Component], context: int) -> dict[str, float]:
+    """Sums over the parts of a model.
+
+    Args:
+        parts: The model's `components`.
+        context: Tokens of a row.
+    """
+    forward, step = sum(part.flops for part in parts), sum(part.step_flops for part in parts)
+    outside = {name: sum(part.parameters for part in parts if part.name == name) for name in (EMBEDDING, HEAD)}
+    parameters = sum(part.parameters for part in parts)
+    return {
+        "parameters": parameters,
+        "parameters_without_embedding": parameters - outside[EMBEDDING],
+        "parameters_without_embedding_and_head": parameters - sum(outside.values()),
+        "training_flops_per_token": 3 * forward,
+        "training_flops_per_row": 3 * forward * context,
+        "inference_flops_per_token": forward,
+        "inference_flops_per_row": forward * context,
+        "step_flops": step,
+        "state_bytes": sum(part.state_bytes for part in parts),
+        "step_traffic_bytes": sum(part.weight_bytes + part.state_traffic for part in parts),
+    }
 
 
 def state_bytes(config: ModelConfig, bytes_per_activation: int = 2, context_length: int = 0) -> int:

@@ -65,6 +65,8 @@ def silu_feedforward(hidden: int | None, about: float) -> FeedForwardConfig:
 class MixerConfig:
     """Settings of a mixer. Each mixer adds `kind`, its own fields, and answers to the methods below."""
 
+    kind: str
+    """Kind of mixer."""
     embedding_dim: Size
     """Model width."""
 

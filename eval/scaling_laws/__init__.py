@@ -1,0 +1,1 @@
+"""Scaling laws: ladders of runs, fits of their losses, forecasts, and comparisons at equal loss."""

@@ -1,0 +1,274 @@
+"""All fits of a table of loss points, architecture by architecture, and the file fit.json that holds them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import combinations
+from pathlib import Path
+from typing import Any, Literal
+
+from eval.scaling_laws.bootstrap import (
+    FEW_TRUNKS,
+    LEVEL,
+    Samples,
+    arrays,
+    resample_seeds,
+    resample_trunks,
+    seed_deviation,
+)
+from eval.scaling_laws.compare import FlopsRatio, Side, compare
+from eval.scaling_laws.frontier import Optimum, flops_from_points, optimum
+from eval.scaling_laws.huber import fit_huber
+from eval.scaling_laws.isoflop import Approach2, fit_budgets, group_by_budget
+from eval.scaling_laws.points import LossPoint, Table
+from eval.scaling_laws.predict import Prediction, predict
+from eval.scaling_laws.surface import Fit, Surface
+from eval.scaling_laws.vpnls import fit_vpnls
+from xlstm_lm.base.read_files import read_json
+
+QUANTITIES = {
+    "E": lambda surface: surface.E,
+    "alpha": lambda surface: surface.alpha,
+    "beta": lambda surface: surface.beta,
+    "a": lambda surface: surface.exponent_of_params,
+}
+"""Values of a surface that get an interval; a is the exponent of N* in C."""
+FAR_APART = 0.1
+"""Relative difference of the exponents of both fits from which on the report warns."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitOptions:
+    """Choices of a fit."""
+
+    form: Literal["chinchilla", "gamma", "isoflop"] = "chinchilla"
+    """Surface with gamma 1 or any, or parabolas alone."""
+    objective: Literal["vpnls", "huber"] = "vpnls"
+    """Fit that the frontier, forecasts and comparisons use."""
+    samples: int = 200
+    """Samples for intervals; 0 for none."""
+    hold_out: int = 0
+    """Points of the largest compute of each architecture that are predicted from the others."""
+    seed: int = 0
+    """Seed of all draws."""
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """A measured loss and its prediction from smaller runs."""
+
+    run: str
+    params: float
+    tokens: float
+    flops: float
+    measured: float
+    predicted: Prediction | None
+    """None without samples."""
+    expected: float
+    """Predicted loss."""
+
+
+@dataclass(kw_only=True)
+class ArchitectureFit:
+    """The fits of one architecture."""
+
+    architecture: str
+    points: list[LossPoint]
+    trunks: int
+    fits: dict[str, Fit] = field(default_factory=dict)
+    """By method; empty for isoflop alone."""
+    chosen: str = ""
+    """Method of the fit that is used."""
+    samples: list[Surface] = field(default_factory=list)
+    """Surfaces of trunks drawn again."""
+    widening: float = 1.0
+    """Factor of `Samples`."""
+    by_trunk: dict[str, tuple[float, float]] = field(default_factory=dict)
+    """Intervals by drawing trunks."""
+    by_seed: dict[str, tuple[float, float]] = field(default_factory=dict)
+    """Intervals from the spread of seeds alone; empty where no run was repeated with another seed."""
+    frontier: list[Optimum] = field(default_factory=list)
+    """Best sizes at budgets over the measured range."""
+    isoflop: Approach2 | None = None
+    """Parabolas; None where the points are no grids."""
+    held_out: list[HeldOut] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def fit(self) -> Fit:
+        """The chosen fit."""
+        return self.fits[self.chosen]
+
+    @property
+    def drawn(self) -> Samples:
+        """The samples of the chosen fit."""
+        return Samples(self.samples, self.widening)
+
+
+@dataclass(frozen=True)
+class Fits:
+    """All fits of a table."""
+
+    options: FitOptions
+    architectures: list[ArchitectureFit]
+    comparisons: list[FlopsRatio]
+    notes: list[str]
+    """Notes of the table, and comparisons that were refused."""
+
+    def as_json(self) -> dict[str, Any]:
+        """Convert to plain values for fit.json."""
+        return dataclasses.asdict(self)
+
+
+def fit_table(table: Table, options: FitOptions) -> Fits:
+    """Fit every architecture of a table, and compare each pair.
+
+    Raises:
+        ValueError: the points of an architecture cannot be fitted; names it.
+    """
+    table = with_best_rates(table)
+    found = []
+    for architecture in table.architectures:
+        try:
+            found.append(_fit_architecture(architecture, table.of(architecture), options))
+        except ValueError as error:
+            raise ValueError(f"{architecture}: {error}") from None
+    notes = list(table.notes)
+    comparisons = []
+    if options.form != "isoflop":
+        sides = [Side(each.architecture, each.points, each.fit) for each in found]
+        for one, other in combinations(sides, 2):
+            try:
+                comparisons.append(compare(one, other, None, options.samples, options.seed))
+            except ValueError as error:
+                notes.append(str(error))
+    return Fits(options, found, comparisons, notes)
+
+
+def with_best_rates(table: Table) -> Table:
+    """Keep, of each size trained at several learning rates, the points of the best rate.
+
+    The best rate has the lowest loss at the largest number of tokens that was reached at several rates.
+    """
+    groups: dict[tuple[str, float], list[LossPoint]] = defaultdict(list)
+    for point in table.points:
+        groups[point.architecture, point.params].append(point)
+    kept, notes = [], list(table.notes)
+    for (architecture, params), points in groups.items():
+        rates = {point.learning_rate for point in points}
+        if len(rates) > 1:
+            shared = [
+                tokens
+                for tokens in {point.tokens for point in points}
+                if len({point.learning_rate for point in points if point.tokens == tokens}) > 1
+            ]
+            if not shared:
+                raise ValueError(
+                    f"{architecture} with {params:,.0f} parameters has learning rates {', '.join(map(str, rates))} at "
+                    "no common number of tokens, thus the best is not known: remove the rows of all but one."
+                )
+            at_end = [point for point in points if point.tokens == max(shared)]
+            best = min(at_end, key=lambda point: point.loss).learning_rate
+            notes.append(f"{architecture}, {params:,.0f} parameters: of rates {_listed(rates)} {best:g} is used.")
+            points = [point for point in points if point.learning_rate == best]
+        kept += points
+    return Table(kept, notes)
+
+
+def _listed(rates: set) -> str:
+    return ", ".join(f"{rate:g}" if rate is not None else "unknown" for rate in sorted(rates, key=lambda x: x or 0))
+
+
+def _fit_architecture(name: str, points: list[LossPoint], options: FitOptions) -> ArchitectureFit:
+    found = ArchitectureFit(architecture=name, points=points, trunks=len({point.group for point in points}))
+    grids = [group for group in group_by_budget(points) if len({each.params for each in group}) >= 3]
+    if options.form == "isoflop" or len(grids) >= 2:
+        try:
+            found.isoflop = fit_budgets(points)
+            found.warnings += found.isoflop.warnings
+        except ValueError:
+            if options.form == "isoflop":
+                raise
+    if options.form == "isoflop":
+        return found
+    _fit_surfaces(found, options)
+    flops = [point.flops for point in points]
+    steps = 13
+    budgets = [min(flops) * (max(flops) / min(flops)) ** (step / (steps - 1)) for step in range(steps)]
+    flops_per_token = flops_from_points(points)
+    found.frontier = [optimum(found.fit.surface, flops_per_token, each) for each in budgets]
+    if options.hold_out:
+        found.held_out = _hold_out(points, options)
+    return found
+
+
+def _fit_surfaces(found: ArchitectureFit, options: FitOptions) -> None:
+    """Fit by all methods, with intervals and warnings."""
+    n, d, loss = arrays(found.points)
+    if options.form == "gamma":
+        found.fits = {"huber": fit_huber(n, d, loss, free_gamma=True)}
+        found.chosen = "huber"
+    else:
+        found.fits = {"vpnls": fit_vpnls(n, d, loss), "huber": fit_huber(n, d, loss)}
+        found.chosen = options.objective
+    for method, fit in found.fits.items():
+        found.warnings += [
+            f"{method}: {bound}, its bound: the points do not determine this parameter." for bound in fit.bounds
+        ]
+    if len(found.fits) == 2:
+        one, other = (fit.surface.exponent_of_params for fit in found.fits.values())
+        if abs(one / other - 1) > FAR_APART:
+            found.warnings.append(
+                f"The two fits give N* the exponents {one:.3f} and {other:.3f}: outliers or too little data."
+            )
+    if options.samples:
+        _add_intervals(found, options)
+
+
+def _add_intervals(found: ArchitectureFit, options: FitOptions) -> None:
+    drawn = resample_trunks(found.points, found.fit, options.samples, options.seed)
+    found.samples, found.widening = drawn.surfaces, drawn.widening
+    found.by_trunk = _intervals(drawn, found.fit)
+    if found.trunks < FEW_TRUNKS:
+        found.warnings.append(
+            f"{found.trunks} trunks: intervals by trunk are too narrow below {FEW_TRUNKS}; with 4 about 80 % of those "
+            f"of {LEVEL:.0%} hold the true value."
+        )
+    if deviation := seed_deviation(found.points):
+        by_seed = resample_seeds(found.points, found.fit, deviation[0], options.samples, options.seed)
+        found.by_seed = _intervals(by_seed, found.fit)
+
+
+def _intervals(samples: Samples, fit: Fit) -> dict[str, tuple[float, float]]:
+    return {name: samples.interval(value, value(fit.surface)) for name, value in QUANTITIES.items()}
+
+
+def _hold_out(points: Sequence[LossPoint], options: FitOptions) -> list[HeldOut]:
+    """Predict the points of the largest compute from the others."""
+    ordered = sorted(points, key=lambda point: point.flops)
+    rest, held = ordered[: -options.hold_out], ordered[-options.hold_out :]
+    n, d, loss = arrays(rest)
+    if options.form == "gamma" or options.objective == "huber":
+        fit = fit_huber(n, d, loss, free_gamma=options.form == "gamma")
+    else:
+        fit = fit_vpnls(n, d, loss)
+    samples = resample_trunks(rest, fit, options.samples, options.seed) if options.samples else None
+    found = []
+    for point in held:
+        predicted = predict(fit, samples, rest, point.params, point.tokens) if samples else None
+        expected = float(fit.surface.loss(point.params, point.tokens))
+        found.append(HeldOut(point.run, point.params, point.tokens, point.flops, point.loss, predicted, expected))
+    return found
+
+
+def read_fits(path: Path) -> dict[str, Any]:
+    """Read fit.json for a forecast.
+
+    Raises:
+        ValueError: the file is missing or is not one that `fit` wrote.
+    """
+    remedy = "Write it with python -m eval.scaling_laws fit."
+    return read_json(path, {"architectures": list, "options": dict}, remedy)

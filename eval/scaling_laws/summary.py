@@ -1,0 +1,137 @@
+"""The fits of a table as Markdown: surfaces, exponents with intervals, best sizes, predictions and comparisons."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from eval.scaling_laws.bootstrap import LEVEL
+from eval.scaling_laws.compare import FlopsRatio
+from eval.scaling_laws.fits import QUANTITIES, ArchitectureFit, Fits
+
+SURFACES = ["architecture", "fit", "E", "A", "B", "alpha", "beta", "gamma", "a", "objective", "runner-up", "condition"]
+
+
+def as_markdown(fits: Fits) -> str:
+    """Write all results as Markdown, warnings and notes last."""
+    level = f"{LEVEL:.0%}"
+    parts = []
+    fitted = [each for each in fits.architectures if each.fits]
+    if fitted:
+        parts += ["## Surfaces", _table(SURFACES, [row for each in fitted for row in _surface_rows(each)])]
+        parts.append(
+            "L = E + (A N^-alpha + B D^-beta)^gamma in nats a token; N* grows as C^a for C in proportion to N D."
+        )
+    if rows := [row for each in fitted for row in _interval_rows(each)]:
+        parts += [
+            f"## Intervals of {level}",
+            _table(["architecture", "value", "estimate", "by trunk", "by seed"], rows),
+        ]
+    if rows := [row for each in fits.architectures for row in _budget_rows(each)]:
+        parts += ["## IsoFLOP parabolas", _table(["architecture", "FLOPs", "sizes", "N*", "D*", "lowest loss"], rows)]
+        parts += [_lines(each) for each in fits.architectures if each.isoflop]
+    if fitted:
+        parts += ["## Frontier", _table(["architecture", "FLOPs", "N*", "D*", "D*/N*", "loss"], _frontier_rows(fitted))]
+    if rows := [row for each in fits.architectures for row in _held_rows(each)]:
+        header = ["architecture", "run", "FLOPs", "predicted", f"interval of {level}", "measured", "error"]
+        parts += ["## Held out", _table(header, rows)]
+    if fits.comparisons:
+        parts += ["## FLOPs at equal loss", "\n".join(f"* {_ratio(each)}" for each in fits.comparisons)]
+    warnings = [f"* {each.architecture}: {text}" for each in fits.architectures for text in each.warnings]
+    warnings += [f"* {text}" for text in fits.notes]
+    if warnings:
+        parts += ["## Warnings and notes", "\n".join(warnings)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _surface_rows(found: ArchitectureFit) -> list[list[str]]:
+    rows = []
+    for method, fit in found.fits.items():
+        surface = fit.surface
+        numbers = [surface.E, surface.A, surface.B, surface.alpha, surface.beta, surface.gamma]
+        runner_up = "none" if fit.runner_up is None else f"{fit.runner_up:.6g}"
+        name = f"{method} (used)" if method == found.chosen and len(found.fits) > 1 else method
+        last = [f"{surface.exponent_of_params:.4g}", f"{fit.objective:.6g}", runner_up, f"{fit.condition:.3g}"]
+        rows.append([found.architecture, name, *(f"{number:.5g}" for number in numbers), *last])
+    return rows
+
+
+def _interval_rows(found: ArchitectureFit) -> list[list[str]]:
+    return [
+        [
+            found.architecture,
+            name,
+            f"{value(found.fit.surface):.4g}",
+            interval(found.by_trunk.get(name)),
+            interval(found.by_seed.get(name)),
+        ]
+        for name, value in QUANTITIES.items()
+        if found.by_trunk
+    ]
+
+
+def interval(ends: tuple[float, float] | None) -> str:
+    """An interval in text; "not measured" for None."""
+    return f"{ends[0]:.4g} to {ends[1]:.4g}" if ends else "not measured"
+
+
+def _budget_rows(found: ArchitectureFit) -> list[list[str]]:
+    if found.isoflop is None:
+        return []
+    return [
+        [
+            found.architecture,
+            f"{each.flops:.3g}",
+            str(len(each.points)),
+            f"{each.over_params.minimum:.4g}",
+            f"{each.over_tokens.minimum:.4g}",
+            f"{each.over_params.loss:.4f}",
+        ]
+        for each in found.isoflop.budgets
+    ]
+
+
+def _lines(found: ArchitectureFit) -> str:
+    lines = found.isoflop
+    assert lines is not None
+    return (
+        f"{found.architecture}: N* = {10**lines.n0:.4g} C^{lines.a:.4f}, D* = {10**lines.d0:.4g} C^{lines.b:.4f} by "
+        "parabolas, which are biased where alpha and beta differ."
+    )
+
+
+def _frontier_rows(fitted: Sequence[ArchitectureFit]) -> list[list[str]]:
+    return [
+        [
+            found.architecture,
+            f"{each.flops:.3g}",
+            f"{each.params:.4g}",
+            f"{each.tokens:.4g}",
+            f"{each.tokens / each.params:.3g}",
+            f"{each.loss:.4f}",
+        ]
+        for found in fitted
+        for each in found.frontier[::3]
+    ]
+
+
+def _held_rows(found: ArchitectureFit) -> list[list[str]]:
+    rows = []
+    for each in found.held_out:
+        ends = interval((each.predicted.low, each.predicted.high)) if each.predicted else "not measured"
+        error = f"{each.expected / each.measured - 1:+.2%}"
+        losses = [f"{each.expected:.4f}", ends, f"{each.measured:.4f}", error]
+        rows.append([found.architecture, each.run, f"{each.flops:.3g}", *losses])
+    return rows
+
+
+def _ratio(found: FlopsRatio) -> str:
+    ends = f" ({LEVEL:.0%} interval {interval(found.interval)})" if found.interval else ""
+    return (
+        f"At a loss of {found.loss:.4f}, {found.architecture} needs {found.ratio:.3g} times the FLOPs of "
+        f"{found.over}{ends}."
+    )

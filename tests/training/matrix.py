@@ -1,7 +1,8 @@
 """Steps of a hybrid of four recurrent blocks through DeepSpeed beside a plain loop; a program for torchrun.
 
-Arguments are cells, such as `3-bf16-checkpointing`: ZeRO stage, precision, and recomputed activations or not. Every
-rank computes the plain loop in float32 on the whole batch. Prints the largest differences of each cell as JSON.
+Arguments are cells, such as `3-bf16-checkpointing-2`: ZeRO stage, precision, recomputed activations or `kept` ones, and
+the processes that divide each row, 1 if left out. Every rank computes the plain loop in float32 on the whole batch.
+Prints the largest differences of each cell as JSON.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from xlstm_lm.parallel.process_group import World, join_world
 from xlstm_lm.training.build import unbuilt_model
 from xlstm_lm.training.engine import TrainingEngine
 from xlstm_lm.training.optimizer import AdamWConfig, build_optimizer
+from xlstm_lm.training.sequence_parallel import with_divided_rows
 
 MODEL = HybridConfig(
     vocab_size=23, embedding_dim=32, num_blocks=4, pattern=["mlstm", "slstm", "mlstm_paper", "mamba2"], num_heads=2
@@ -61,17 +63,21 @@ def plain_steps(precision: str) -> tuple[list[float], list[float], dict[str, tor
     return losses, norms, {name: parameter.detach() for name, parameter in model.named_parameters()}
 
 
-def cell(world: World, stage: int, precision: str, checkpointing: bool) -> dict[str, float]:
+def cell(world: World, stage: int, precision: str, checkpointing: bool, sequence: int) -> dict[str, float]:
     """Largest differences: of losses and norms relative to the plain loop's, of weights in units of the rate."""
     micro_rows = 1
+    world = world.with_sequence(sequence)
     torch.manual_seed(0)
     model = unbuilt_model(MODEL)
     model.activation_checkpointing = checkpointing
-    own = ROWS // world.size
+    own = ROWS // world.data.size
+    zero = {"stage": stage, "reduce_bucket_size": 1000, "stage3_param_persistence_threshold": 0}
+    if sequence > 1:
+        zero["overlap_comm"] = False
     engine = TrainingEngine(
-        model,
+        with_divided_rows(model, world),
         OPTIMIZER,
-        {"zero_optimization": {"stage": stage, "reduce_bucket_size": 1000, "stage3_param_persistence_threshold": 0}},
+        {"zero_optimization": zero},
         world=world,
         precision=precision,
         micro_batch_size=micro_rows,
@@ -81,7 +87,8 @@ def cell(world: World, stage: int, precision: str, checkpointing: bool) -> dict[
     found = {"loss": 0.0, "norm": 0.0}
     for batch, plain_loss, plain_norm in zip(batches(), losses, norms, strict=True):
         count = (batch[1] >= 0).sum()
-        parts = [tensor[world.rank * own :][:own].split(micro_rows) for tensor in batch]
+        slices = (tensor.chunk(sequence, dim=1)[world.sequence.rank] for tensor in batch)
+        parts = [tensor[world.data.rank * own :][:own].split(micro_rows) for tensor in slices]
         result = engine.train_step(list(zip(*parts, strict=True)), world.size / count, OPTIMIZER.learning_rate)
         assert result.applied
         loss = float(world.sum_(result.loss_sum.clone()) / count)
@@ -99,7 +106,7 @@ if __name__ == "__main__":
     world = join_world()
     report = {}
     for name in sys.argv[1:]:
-        stage, precision, *rest = name.split("-")
-        report[name] = cell(world, int(stage), precision, bool(rest))
+        stage, precision, activations, sequence = (*name.split("-"), "kept", "1")[:4]
+        report[name] = cell(world, int(stage), precision, activations == "checkpointing", int(sequence))
     if world.is_first:
         print(json.dumps(report))

@@ -18,9 +18,10 @@ def environment() -> dict[str, str]:
 
 
 def run_ranks(count: int, program: str, *arguments: object) -> str:
-    """Run a program of this folder on `count` gloo processes; gives what it printed."""
+    """Run a program of this folder, or a module by its full name, on `count` gloo processes; gives what it printed."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
-    return _run([sys.executable, *launcher, "-m", f"{__package__}.{program}", *map(str, arguments)])
+    module = program if "." in program else f"{__package__}.{program}"
+    return _run([sys.executable, *launcher, "-m", module, *map(str, arguments)])
 
 
 def run_alone(program: str, *arguments: object) -> str:

@@ -112,6 +112,14 @@ def test_the_whole_matrix_equals_a_plain_loop(ranks):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("ranks", "sequence"), [(2, 2), (4, 2), (4, 4)])
+def test_divided_rows_equal_a_plain_loop_at_every_stage(ranks, sequence):
+    """With buckets so small that ZeRO reduces gradients between the exchanges of a backward pass."""
+    kept = [f"{stage}-fp32-kept-{sequence}" for stage in range(4)]
+    check_matrix(ranks, [*kept, f"2-fp32-checkpointing-{sequence}", f"3-bf16-checkpointing-{sequence}"])
+
+
+@pytest.mark.slow
 def test_gradients_of_a_bf16_run_are_summed_in_float32_unless_the_recipe_says_otherwise():
     found = json.loads(run_ranks(2, "reducing").splitlines()[-1])
     for stage in (1, 2, 3):

@@ -20,6 +20,8 @@ PACKAGE = Path(xlstm_lm.__file__).parent
 FIRST = ("xlstm_lm.hub.configuration_xlstm_lm", "xlstm_lm.hub.modeling_xlstm_lm")
 _BACKEND = re.compile(r"\"(xlstm_lm[\w.]+:\w+)\"")
 """A backend that is imported on first use."""
+_FOR_TYPES = re.compile(r"^if TYPE_CHECKING:\n(?:    .*\n)+", re.MULTILINE)
+"""Imports that only a type checker needs."""
 _IMPORT = re.compile(r"^(\s*from )(xlstm_lm[\w.]*)( import )", re.MULTILINE)
 
 
@@ -51,7 +53,7 @@ def bundled_sources() -> dict[str, str]:
             continue
         path = PACKAGE.parent / module.replace(".", "/")
         path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
-        text = path.read_text(encoding="utf-8")
+        text = _FOR_TYPES.sub("", path.read_text(encoding="utf-8"))
         sources[module] = _IMPORT.sub(lambda match: f"{match[1]}.{_flat_name(match[2])}{match[3]}", text)
         waiting += [name for _, name, _ in _IMPORT.findall(text)]
         waiting += [function.partition(":")[0] for function in _BACKEND.findall(text) if function in plain]

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from xlstm_lm.models.block import make_contexts
-from xlstm_lm.models.layers import soft_cap
-from xlstm_lm.models.mixers.mixer import State
+from xlstm_lm.models.layers import CausalConv, soft_cap
+from xlstm_lm.models.mixers.mixer import Mixer, State
 from xlstm_lm.ops.loss import Reduction, linear_cross_entropy
+
+if TYPE_CHECKING:
+    from xlstm_lm.parallel.divided_rows import DividedRows
 
 SATURATED = 0.95
 """Share of its soft cap beyond which a gate counts as being at the cap."""
@@ -32,6 +35,12 @@ class LanguageModel(nn.Module):
         if config.tie_embeddings:
             self.head.weight = self.embedding.weight
         self.activation_checkpointing = False
+
+    def divide_rows(self, divided_rows: DividedRows | None) -> None:
+        """Let `forward` receive, on each of these processes, its slice of every row; None for whole rows again."""
+        for module in self.modules():
+            if isinstance(module, (Mixer, CausalConv)):
+                module.divided_rows = divided_rows
 
     def embed(self, tokens_BT: Tensor) -> Tensor:
         """Input of the first block: (B, T, D)."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,9 @@ from torch import Tensor, nn
 from xlstm_lm.base.fields import Range
 from xlstm_lm.ops.compiling import without_autocast
 from xlstm_lm.ops.conv import causal_conv
+
+if TYPE_CHECKING:
+    from xlstm_lm.parallel.divided_rows import DividedRows
 
 NormKind = Literal["rms", "layer"]
 NumBlocks = Annotated[int, Range(1, 4096)]
@@ -106,6 +109,8 @@ class CausalConv(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(width, kernel_size))
         self.bias = nn.Parameter(torch.empty(width))
+        self.divided_rows: DividedRows | None = None
+        """Processes that divide the rows; None for whole rows."""
 
     def initialize_in_turn(self) -> Iterator[Tensor]:
         """Start as torch.nn.Conv1d does, uniform within one over the root of the taps; yields as a mixer's does."""
@@ -123,6 +128,9 @@ class CausalConv(nn.Module):
         return_state: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """The convolved input and, where `return_state` is set, the last inputs for the next call."""
+        if self.divided_rows is not None:
+            past = self.weight.shape[1] - 1
+            state_BWD = self.divided_rows.convolution_inputs_before(x_BTD, resets_BT, past, state_BWD)
         result = causal_conv(
             x_BTD,
             self.weight,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import dataclasses
 import os
 import re
 import time
@@ -42,6 +43,10 @@ class Axis:
         return tensor
 
 
+WHOLE = Axis(rank=0, size=1)
+"""Axis of a process that divides its work with no other."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class World(Axis):
     """All processes of a run: the axis over which losses, targets and gradients are summed and ZeRO shards."""
@@ -50,16 +55,40 @@ class World(Axis):
     """Rank of this process on its node."""
     device: torch.device
     """Device of this process."""
+    data: Axis = None  # type: ignore[assignment]  # set below
+    """Processes that divide the rows of a batch; by default all."""
+    sequence: Axis = WHOLE
+    """Processes that divide the tokens of each row; by default this one alone."""
+
+    def __post_init__(self) -> None:
+        if self.data is None:
+            object.__setattr__(self, "data", Axis(rank=self.rank, size=self.size, group=self.group))
 
     @property
     def is_first(self) -> bool:
         """Whether this process writes the run's files."""
         return self.rank == 0
 
-    @property
-    def data(self) -> Axis:
-        """Axis over which the rows of a batch are divided: all processes, each of which has whole rows."""
-        return Axis(rank=self.rank, size=self.size, group=self.group)
+    def with_sequence(self, size: int) -> World:
+        """The same processes, of which each `size` neighbors divide the tokens of their rows. Collective.
+
+        Raises:
+            ValueError: the processes are no multiple of `size`.
+        """
+        if size == 1:
+            return self
+        if self.size % size:
+            raise ValueError(
+                f"training.sequence_parallel is {size}, which does not divide the {self.size} processes of the run: "
+                f"start a multiple of {size} processes, or choose a divisor of {self.size}."
+            )
+        shape = (self.size // size, size)
+        mesh = torch.distributed.init_device_mesh(self.device.type, shape, mesh_dim_names=("data", "sequence"))
+        data, sequence = (
+            Axis(rank=mesh.get_local_rank(name), size=mesh[name].size(), group=mesh.get_group(name))
+            for name in ("data", "sequence")
+        )
+        return dataclasses.replace(self, data=data, sequence=sequence)
 
     def gather(self, value: Any) -> list[Any]:
         """The picklable `value` of every rank, in rank order, on rank 0; an empty list on the others."""

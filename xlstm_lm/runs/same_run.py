@@ -29,6 +29,7 @@ FREE_TO_CHANGE = (
     "training.micro_batch_size",
     "training.precision",
     "training.activation_checkpointing",
+    "training.sequence_parallel",
     "safeguards.",
     "profile.",
     "wandb.",

@@ -47,6 +47,8 @@ class TrainingConfig:
     """bf16 with float32 master weights, or fp32; auto means bf16 if the device computes it natively."""
     activation_checkpointing: bool = False
     """Whether each block's activations are recomputed in the backward pass instead of kept."""
+    sequence_parallel: Count = 1
+    """Processes that divide the tokens of each row, for rows too long for one device; 1 for whole rows."""
     z_loss: NonNegative = 0.0
     """Weight of the squared log-normalizer of the logits in each token's training loss; 0 for none."""
 

@@ -12,6 +12,7 @@ from xlstm_lm.models.mixers.mixer import OperationUse
 from xlstm_lm.ops.mlstm.triton_launch import TUNED
 from xlstm_lm.ops.operation import choose, refuse, verdict
 from xlstm_lm.parallel.process_group import World
+from xlstm_lm.training.sequence_parallel import uses_of_divided_rows
 
 
 def check_kernels(config: Any, world: World, dtype: torch.dtype, micro_rows: int) -> dict[str, str]:
@@ -23,6 +24,8 @@ def check_kernels(config: Any, world: World, dtype: torch.dtype, micro_rows: int
     before the others. Collective; leaves the random state as it was.
     """
     uses = config.operations(micro_rows)
+    if world.sequence.size > 1:
+        uses += uses_of_divided_rows(uses)
     if world.size > 1:
         _compile_once_a_node(uses, world, dtype)
     taken: dict[str, dict[str, None]] = {}

@@ -33,6 +33,12 @@ from xlstm_lm.training.report import Report
 from xlstm_lm.training.run_config import RunConfig
 from xlstm_lm.training.safeguards import NOT_FINITE, SkipCounter
 from xlstm_lm.training.schedule import learning_rate_ratio
+from xlstm_lm.training.sequence_parallel import (
+    check_sequence_parallel,
+    deepspeed_section,
+    own_slice,
+    with_divided_rows,
+)
 from xlstm_lm.training.start import Start
 from xlstm_lm.training.stop_request import StopRequest
 from xlstm_lm.training.stragglers import StepTimes
@@ -62,6 +68,8 @@ def train(run: RunConfig, data: TrainingData | None = None) -> Path:
     world = join_world()
     # Decaying states and moments pass through denormal numbers, which slow a CPU down a hundred times.
     torch.set_flush_denormal(True)
+    check_sequence_parallel(run)
+    world = world.with_sequence(run.training.sequence_parallel)
     micro_rows, _ = split_batch(run.data.global_batch_size, world.data.size, run.training.micro_batch_size)
     precision = choose_precision(run.training.precision, world.device)
     run.optimizer.check_layout(zero_stage(run.deepspeed, precision), run.deepspeed.get("zero_optimization", {}))
@@ -148,9 +156,9 @@ class Trainer:
         model = unbuilt_model(run.model)
         model.activation_checkpointing = run.training.activation_checkpointing
         self.engine = TrainingEngine(
-            model,
+            with_divided_rows(model, world),
             run.optimizer,
-            run.deepspeed,
+            deepspeed_section(run),
             world=world,
             precision=precision,
             micro_batch_size=self.micro_rows,
@@ -199,7 +207,7 @@ class Trainer:
             self.stop_request.step_begins()
             self.profiler.before(self.step + 1)
             with self.times.waiting_for_data():
-                batch = self.stream.next_batch()
+                batch = own_slice(self.stream.next_batch(), self.world)
             counts = self.count(batch)
             learning_rate = optimizer.learning_rate * learning_rate_ratio(self.run.schedule, self.step, training.steps)
             micro_batches = split_rows(batch, self.micro_rows, self.world.device)
@@ -271,7 +279,8 @@ class Trainer:
         batches = self.data.validation_batches(rows=self.micro_rows, rank=data.rank, world_size=data.size)
         if batches is None:
             return
-        totals = evaluate(self.engine, batches, world=self.world, bytes_per_token=self.bytes_per_token)
+        slices = (own_slice(batch, self.world) for batch in batches)
+        totals = evaluate(self.engine, slices, world=self.world, bytes_per_token=self.bytes_per_token)
         self.report.validation(self.step, *totals)
 
     def record_end(self, stopped: bool) -> None:

@@ -68,7 +68,7 @@ def needed_bytes(
     """
     zero, stage = run.deepspeed.get("zero_optimization", {}), zero_stage(run.deepspeed, precision)
     width = 2 if precision == "bf16" else 4
-    tokens = micro_batch_size * run.data.context_length
+    tokens = micro_batch_size * run.data.context_length // run.training.sequence_parallel
     activation = tokens * run.model.embedding_dim * width
     processes = world.size
     rows = run.data.global_batch_size // world.data.size * run.data.context_length

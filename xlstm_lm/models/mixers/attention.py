@@ -136,7 +136,10 @@ class AttentionMixer(Mixer):
         position_BT = torch.arange(T, device=device).expand(B, T)
         own_BT = torch.ones(B, T, dtype=torch.bool, device=device)
         before_B = torch.zeros(B, dtype=torch.int64, device=device)
-        if state is not None:
+        if self.divided_rows is not None:
+            assert state is None, "attention carries no state from row to row"
+            seen_BS, before_B = self.divided_rows.documents_before(B, T, resets_BT, device)
+        elif state is not None:
             _, _, seen_BS, before_B = state
         packing = pack(B, T, device, resets_BT, seen_BS, self.config.window)
         if resets_BT is not None:
@@ -175,6 +178,8 @@ class AttentionMixer(Mixer):
         del observe, overwrite_state
         q, k, v = self.qkv(x_BTD).unflatten(-1, (sum(self.heads), -1)).split(self.heads, dim=2)
         q, k = (rotate(x, context.cosine_BT1K, context.sine_BT1K) for x in (q, k))
+        if self.divided_rows is not None:
+            state = self.divided_rows.keys_before(torch.cat((k, v), dim=2)).chunk(2, dim=2)
         if state is not None:
             k, v = torch.cat((state[0], k), dim=1), torch.cat((state[1], v), dim=1)
         out_BTD = self.out(attention(q, k, v, context.packing).flatten(2))

@@ -134,17 +134,26 @@ class GatedDeltaMixer(Mixer):
         heads = (x.unflatten(-1, (self.config.num_heads, -1)) for x in F.silu(convolved_BTE).split(self.widths, -1))
         q_BTHK, k_BTHK, v_BTHV = heads
         beta_BTH, step_BTH = self.gates(x_BTD).chunk(2, dim=-1)
+        q_BTHK, k_BTHK = (F.normalize(each, dim=-1, eps=1e-6) for each in (q_BTHK, k_BTHK))
+        log_decay_BTH = -self.log_decay.to(step_BTH.dtype).exp() * F.softplus(step_BTH)
+        beta_BTH = beta_BTH.sigmoid()
+        before_BHKV = state[1] if state else None
+        chunk_length, backend = self.config.chunk_length, self.config.delta_backend
+        if self.divided_rows is not None:
+            before_BHKV = self.divided_rows.delta_state_before(
+                k_BTHK, v_BTHV, log_decay_BTH, beta_BTH, context, chunk_length, backend, before_BHKV
+            )
         result = gated_delta(
-            F.normalize(q_BTHK, dim=-1, eps=1e-6),
-            F.normalize(k_BTHK, dim=-1, eps=1e-6),
+            q_BTHK,
+            k_BTHK,
             v_BTHV,
-            -self.log_decay.to(step_BTH.dtype).exp() * F.softplus(step_BTH),
-            beta_BTH.sigmoid(),
+            log_decay_BTH,
+            beta_BTH,
             resets=context,
-            initial_state=state[1] if state else None,
+            initial_state=before_BHKV,
             return_state=return_state,
-            chunk_length=self.config.chunk_length,
-            backend=self.config.delta_backend,
+            chunk_length=chunk_length,
+            backend=backend,
         )
         h_BTHV, C_BHKV = result if isinstance(result, tuple) else (result, None)
         y_BTD = self.out(self.head_norm(h_BTHV) * F.silu(self.output_gate(x_BTD)))

@@ -101,16 +101,20 @@ class Mamba1Mixer(Mixer):
         x_BTE, conv_state = self.conv(x_BTE, context, state and state[0], return_state)
         x_BTE = F.silu(x_BTE)
         step_BTR, b_BTN, c_BTN = self.selection(x_BTE).split(self.widths, dim=-1)
+        dt_BTE, a_EN = F.softplus(self.step(step_BTR)), negative_decay(self.log_decay)
+        before_BEN, backend = state[1] if state else None, self.config.scan_backend
+        if self.divided_rows is not None:
+            before_BEN = self.divided_rows.scan_state_before(x_BTE, dt_BTE, a_EN, b_BTN, context, backend, before_BEN)
         y_BTE, cell_state = selective_scan(
             x_BTE,
-            F.softplus(self.step(step_BTR)),
-            negative_decay(self.log_decay),
+            dt_BTE,
+            a_EN,
             b_BTN,
             c_BTN,
             resets=context,
-            initial_state=state[1] if state else None,
+            initial_state=before_BEN,
             return_state=return_state,
-            backend=self.config.scan_backend,
+            backend=backend,
         )
         y_BTE = (y_BTE + self.skip * x_BTE) * F.silu(gate_BTE)
         return self.out(y_BTE), None if cell_state is None else (conv_state, cell_state)

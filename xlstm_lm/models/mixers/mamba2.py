@@ -132,14 +132,18 @@ class Mamba2Mixer(Mixer):
         x_BTE, b_BTF, c_BTF = F.silu(inner_BTF).split(self.inner_widths, dim=-1)
         x_BTHP = x_BTE.unflatten(-1, (config.num_heads, config.head_dim))
         b_BTGN, c_BTGN = (each.unflatten(-1, (config.num_groups, config.state_dim)) for each in (b_BTF, c_BTF))
+        dt_BTH, a_H = positive_steps(step_BTH, self.step_bias), negative_decay(self.log_decay)
+        before_BHNP = state[1] if state else None
+        if self.divided_rows is not None:
+            before_BHNP = self.divided_rows.ssd_state_before(x_BTHP, dt_BTH, a_H, b_BTGN, context, before_BHNP)
         y_BTHP, cell_state = ssd(
             x_BTHP,
-            positive_steps(step_BTH, self.step_bias),
-            negative_decay(self.log_decay),
+            dt_BTH,
+            a_H,
             b_BTGN,
             c_BTGN,
             resets=context,
-            initial_state=state[1] if state else None,
+            initial_state=before_BHNP,
             return_state=return_state,
             backend=config.scan_backend,
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,9 @@ from xlstm_lm.base.fields import Size, check_fields
 from xlstm_lm.models.layers import round_up
 from xlstm_lm.ops.backend import Call, make_call
 from xlstm_lm.ops.operation import Operation
+
+if TYPE_CHECKING:
+    from xlstm_lm.parallel.divided_rows import DividedRows
 
 State = tuple[Tensor, ...]
 """Everything that a mixer keeps after the last token, each tensor with the batch first."""
@@ -129,6 +132,8 @@ class Mixer(nn.Module):
     """Whether `forward` calls `observe`."""
     parts: ClassVar[Mapping[str, str]] = MappingProxyType({})
     """Part of the accounting to which each of the mixer's own parameters belongs, if it is not the cell."""
+    divided_rows: DividedRows | None = None
+    """Processes that divide the rows; None for whole rows."""
     context_key: Hashable = None
     """Mixers of a model with equal keys share one context."""
 

@@ -102,7 +102,15 @@ class MLSTMMixer(Mixer):
     ) -> tuple[Tensor, State | None]:
         *qkv, output_BTV = self.qkvo(x_BTD).split(self.widths, dim=-1)
         h_BTHV, state = run_mlstm_cell(
-            self.config, qkv, self.gates(x_BTD), context, state, return_state, observe, overwrite_state
+            self.config,
+            qkv,
+            self.gates(x_BTD),
+            context,
+            state,
+            return_state,
+            observe,
+            overwrite_state,
+            self.divided_rows,
         )
         return self.out(torch.sigmoid(output_BTV) * self.head_norm(h_BTHV)), state
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,9 @@ from xlstm_lm.models.mixers.mixer import (
 from xlstm_lm.ops.backend import COUNTED_CHUNK
 from xlstm_lm.ops.mlstm import MLSTM, mlstm
 from xlstm_lm.ops.mlstm.recurrence import Options
+
+if TYPE_CHECKING:
+    from xlstm_lm.parallel.divided_rows import DividedRows
 
 # Backends of any machine: a run that names a GPU's kernel is also read where that cannot run.
 MLSTMBackend = Literal["auto", "recurrence", "chunkwise", "compiled", "step", "triton", "triton_step"]
@@ -80,12 +83,17 @@ def run_mlstm_cell(
     return_state: bool,
     observe: Observer | None,
     overwrite_state: bool,
+    divided_rows: DividedRows | None,
 ) -> tuple[Tensor, State | None]:
     """Cap the gates, split the heads and run the cell: h (B, T, H, V) and the state after the last token."""
     input_BTH, forget_BTH = soft_cap(gates_BTG, config.gate_soft_cap).chunk(2, dim=-1)
     if observe is not None:
         observe(input_BTH, forget_BTH, config.gate_soft_cap)
     q_BTHK, k_BTHK, v_BTHV = (tensor.unflatten(-1, (config.num_heads, -1)) for tensor in qkv_BTE)
+    if divided_rows is not None:
+        state = divided_rows.mlstm_state_before(
+            k_BTHK, v_BTHV, input_BTH, forget_BTH, resets_BT, config.input_gate, state
+        )
     result = mlstm(
         q_BTHK,
         k_BTHK,

@@ -115,7 +115,15 @@ class PaperMLSTMMixer(Mixer):
         qkv = self.query(conv_BTE), self.key(conv_BTE), self.value(inner_BTE)
         gates_BTG = self.gates(torch.cat(qkv, dim=-1))
         h_BTHV, cell_state = run_mlstm_cell(
-            self.config, qkv, gates_BTG, context, state and state[1:], return_state, observe, overwrite_state
+            self.config,
+            qkv,
+            gates_BTG,
+            context,
+            state and state[1:],
+            return_state,
+            observe,
+            overwrite_state,
+            self.divided_rows,
         )
         h_BTE = self.head_norm(h_BTHV) + self.skip * conv_BTE
         return self.down(h_BTE * F.silu(output_BTE)), None if cell_state is None else (conv_state, *cell_state)

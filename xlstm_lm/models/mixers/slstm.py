@@ -121,7 +121,8 @@ class SLSTMMixer(Mixer):
             ),
             dim=2,
         )
-        result = slstm(
+        cell = slstm if self.divided_rows is None else self.divided_rows.slstm
+        result = cell(
             wx_BTGHD,
             self.recurrent_weight,
             self.bias,
@@ -133,6 +134,8 @@ class SLSTMMixer(Mixer):
         y_BTHD, cell_state = result if isinstance(result, tuple) else (result, None)
         if observe is not None:
             first_y_BHD = state[1] if state else torch.zeros_like(y_BTHD[:, 0])
+            if self.divided_rows is not None:
+                first_y_BHD = self.divided_rows.convolution_inputs_before(y_BTHD, None, 1, first_y_BHD[:, None])[:, 0]
             previous_BTHD = torch.cat((first_y_BHD.unsqueeze(1), y_BTHD[:, :-1]), dim=1)
             if context is not None:
                 previous_BTHD = previous_BTHD.masked_fill(context[..., None, None], 0)

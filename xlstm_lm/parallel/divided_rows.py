@@ -1,0 +1,246 @@
+"""Rows that several processes share: each has a slice of every row, and needs the state before it.
+
+A mixer with `DividedRows` computes the state before its slice, and then the slice as if an earlier call had left that
+state. So values and gradients are those of whole rows. Gradients flow through the exchanges, whose number and order are
+the same on every process: this is what keeps them from waiting for each other for ever beside ZeRO's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from xlstm_lm.ops.slices import (
+    DELTA_CHAIN,
+    MLSTM_CHAIN,
+    SCAN_CHAIN,
+    Chain,
+    Effect,
+    State,
+    delta_effect,
+    mlstm_effect,
+    scan_effect,
+)
+from xlstm_lm.ops.slstm import slstm
+from xlstm_lm.parallel.exchange import all_gather, all_to_all, receive, send
+from xlstm_lm.parallel.process_group import Axis
+
+MOST_GATHERED = 8
+"""Most processes that gather all states; more of them exchange columns, whose bytes do not grow with the processes."""
+
+
+@dataclass(frozen=True)
+class DividedRows:
+    """Rows whose tokens the processes of an axis divide: slice r of equal ones is with process r."""
+
+    axis: Axis
+    """The processes."""
+    most_gathered: int = MOST_GATHERED
+    """Most processes that gather all states."""
+
+    def convolution_inputs_before(
+        self, x_BTD: Tensor, resets_BT: Tensor | None, past: int, carried: Tensor | None = None
+    ) -> Tensor:
+        """The last `past` inputs before this slice (B, past, D), zero before the start of their document.
+
+        Args:
+            x_BTD: this slice's inputs (B, T, D).
+            resets_BT: (B, T) bool, true where a document starts; None for no resets.
+            past: inputs that the convolution looks back on; at most T.
+            carried: those before the whole row; None for zeros.
+        """
+        assert past <= x_BTD.shape[1], "a slice is shorter than the reach of the convolution"
+        last_BWD = x_BTD[:, x_BTD.shape[1] - past :]
+        if resets_BT is not None:
+            documents_BT = resets_BT.cumsum(1)
+            own_BT = documents_BT == documents_BT[:, -1:]
+            last_BWD = last_BWD.where(own_BT[:, own_BT.shape[1] - past :, None], 0.0)
+        every_SBWD = all_gather(last_BWD, self.axis.group)
+        rank = self.axis.rank
+        before_BWD = every_SBWD[max(rank - 1, 0) : rank].sum(0)  # zeros for the first, still connected
+        return before_BWD if carried is None or rank > 0 else carried + before_BWD
+
+    def mlstm_state_before(
+        self,
+        k_BTHK: Tensor,
+        v_BTHV: Tensor,
+        input_BTH: Tensor,
+        forget_BTH: Tensor,
+        resets_BT: Tensor | None,
+        input_gate: str,
+        carried: State | None = None,
+    ) -> State:
+        """The mLSTM's state (C, n, m) before this slice, from its keys, values and gates before their activation."""
+        dtype = torch.promote_types(k_BTHK.dtype, torch.float32)
+        log_input_BTH = input_BTH.to(dtype) if input_gate == "exp" else F.logsigmoid(input_BTH.to(dtype))
+        effect = mlstm_effect(k_BTHK, v_BTHV, log_input_BTH, F.logsigmoid(forget_BTH.to(dtype)), resets_BT)
+        if carried is not None:
+            C_BHKV, n_BHK, m_BH = carried
+            carried = (torch.cat((C_BHKV, n_BHK[..., None]), dim=-1), m_BH)
+        both_BHKV, m_BH = self._state_before(effect, MLSTM_CHAIN, carried)
+        return both_BHKV[..., :-1], both_BHKV[..., -1], m_BH
+
+    def ssd_state_before(
+        self,
+        x_BTHP: Tensor,
+        dt_BTH: Tensor,
+        a_H: Tensor,
+        b_BTGN: Tensor,
+        resets_BT: Tensor | None,
+        carried: Tensor | None = None,
+    ) -> Tensor:
+        """SSD's state (B, H, N, P) before this slice, from its inputs."""
+        heads_a_group = x_BTHP.shape[2] // b_BTGN.shape[2]
+        effect = mlstm_effect(
+            b_BTGN.repeat_interleave(heads_a_group, dim=2), x_BTHP, dt_BTH.log(), dt_BTH * a_H, resets_BT
+        )
+        state = None if carried is None else (F.pad(carried, (0, 1)), carried.new_zeros(carried.shape[:2]))
+        both_BHNP, m_BH = self._state_before(effect, MLSTM_CHAIN, state)
+        return both_BHNP[..., :-1] * m_BH.exp()[..., None, None]
+
+    def scan_state_before(
+        self,
+        x_BTE: Tensor,
+        dt_BTE: Tensor,
+        a_EN: Tensor,
+        b_BTN: Tensor,
+        resets_BT: Tensor | None,
+        backend: str,
+        carried: Tensor | None = None,
+    ) -> Tensor:
+        """The selective scan's state (B, E, N) before this slice, from its inputs."""
+        effect = scan_effect(x_BTE, dt_BTE, a_EN, b_BTN, resets_BT, backend)
+        return self._state_before(effect, SCAN_CHAIN, None if carried is None else (carried.mT,))[0].mT
+
+    def delta_state_before(
+        self,
+        k_BTHK: Tensor,
+        v_BTHV: Tensor,
+        log_decay_BTH: Tensor,
+        beta_BTH: Tensor,
+        resets_BT: Tensor | None,
+        chunk_length: int | None,
+        backend: str,
+        carried: Tensor | None = None,
+    ) -> Tensor:
+        """The gated delta rule's state (B, H, K, V) before this slice, from its inputs."""
+        effect = delta_effect(k_BTHK, v_BTHV, log_decay_BTH, beta_BTH, resets_BT, chunk_length, backend)
+        return self._state_before(effect, DELTA_CHAIN, None if carried is None else (carried,))[0]
+
+    def slstm(
+        self,
+        wx_BTGHD: Tensor,
+        r_GHDD: Tensor,
+        bias_GHD: Tensor,
+        *,
+        resets: Tensor | None,
+        initial_state: State | None,
+        return_state: bool,
+        backend: str,
+    ) -> Tensor | tuple[Tensor, State]:
+        """The sLSTM over this slice. Arguments and results as of `xlstm_lm.ops.slstm.slstm`.
+
+        The cell is not linear in its state, so a process waits for the one before it. Rows follow each other: while one
+        process computes a row, the one before it computes the next.
+        """
+        # As views, whose gradients are complete only once all rows have sent theirs: ZeRO reduces a parameter's
+        # gradient as soon as it is there, and would wait for a process that waits for this one.
+        r_GHDD, bias_GHD = r_GHDD.view_as(r_GHDD), bias_GHD.view_as(bias_GHD)
+        ys, states = [], []
+        for row in range(wx_BTGHD.shape[0]):
+            wx = wx_BTGHD[row : row + 1]
+            state = None if initial_state is None else tuple(part[row : row + 1] for part in initial_state)
+            if self.axis.rank > 0:
+                dtype = torch.promote_types(wx.dtype, torch.float32)
+                template = torch.stack([wx[:, 0, 0]] * 4).to(dtype)  # y, c, n and m, each (1, H, D)
+                state = receive(template, self.axis.rank - 1, self.axis.group).unbind(0)
+            y, after = slstm(
+                wx,
+                r_GHDD,
+                bias_GHD,
+                resets=None if resets is None else resets[row : row + 1],
+                initial_state=state,
+                return_state=True,
+                backend=backend,
+            )
+            if self.axis.rank < self.axis.size - 1:
+                y = send(y, torch.stack(after), self.axis.rank + 1, self.axis.group)
+            ys.append(y)
+            states.append(after)
+        y_BTHD = torch.cat(ys)
+        return (y_BTHD, tuple(map(torch.cat, zip(*states, strict=True)))) if return_state else y_BTHD
+
+    def keys_before(self, keys_BTHK: Tensor) -> Tensor:
+        """Keys or values (B, S, H, K) of all slices before this one."""
+        every_SBTHK = all_gather(keys_BTHK, self.axis.group)
+        return every_SBTHK[: self.axis.rank].transpose(0, 1).flatten(1, 2)
+
+    def documents_before(self, B: int, T: int, resets_BT: Tensor | None, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Tokens before this slice (B, S) that belong to the document that goes on in it, and their number (B,)."""
+        if resets_BT is None:
+            resets_BT = torch.zeros(B, T, dtype=torch.bool, device=device)
+        every_SBT = all_gather(resets_BT.to(device, torch.uint8), self.axis.group)
+        starts_BS = every_SBT[: self.axis.rank].transpose(0, 1).flatten(1)
+        number_BS = starts_BS.cumsum(1)
+        seen_BS = number_BS == number_BS[:, -1:]
+        return seen_BS, seen_BS.sum(1)
+
+    def _state_before(self, effect: Effect, chain: Chain, carried: State | None) -> State:
+        """The state before this slice from every slice's effect; `carried` is the one before the whole row."""
+        if self.axis.rank > 0:
+            carried = None  # it is in the effect of the first slice
+        elif carried is not None:
+            columns, *shared = chain.follow(carried, effect)
+            effect = Effect(self._with_state(effect.columns, columns), (*shared, *effect.shared[len(shared) :]))
+        if self.axis.size > self.most_gathered:
+            state = self._exchange_columns(effect, chain)
+        else:
+            state = self._gather(effect, chain)
+        if carried is None:
+            return state
+        # Zeros of the exchange keep its place in the backward pass.
+        return tuple(own + each if each.requires_grad else own for own, each in zip(carried, state, strict=True))
+
+    @staticmethod
+    def _with_state(columns: Tensor, state: Tensor) -> Tensor:
+        """Columns of an effect whose upper part is the state after the slice."""
+        return torch.cat((state, columns[..., state.shape[-2] :, :]), dim=-2)
+
+    def _gather(self, effect: Effect, chain: Chain) -> State:
+        """Every process gathers all effects, and follows those before it."""
+        tensors = (effect.columns, *effect.shared)
+        columns_S, *shared_S = _split(all_gather(_join(tensors), self.axis.group), tensors)
+        state = chain.start(columns_S[:0].sum(0))
+        for j in range(self.axis.rank):
+            state = chain.follow(state, Effect(columns_S[j], tuple(each[j] for each in shared_S)))
+        return state
+
+    def _exchange_columns(self, effect: Effect, chain: Chain) -> State:
+        """Every process follows some columns through all slices, and returns to each process the state before it."""
+        columns, shared = effect
+        V = columns.shape[-1]
+        padded = F.pad(columns, (0, -V % self.axis.size))
+        parts_S = padded.unflatten(-1, (self.axis.size, -1)).movedim(-2, 0)
+        columns_S = all_to_all(parts_S, self.axis.group)
+        shared_S = _split(all_gather(_join(shared), self.axis.group), shared) if shared else []
+        state = chain.start(columns_S[:0].sum(0))
+        states = [state]
+        for j in range(self.axis.size - 1):
+            state = chain.follow(state, Effect(columns_S[j], tuple(each[j] for each in shared_S)))
+            states.append(state)
+        before_S = all_to_all(torch.stack([columns for columns, *_ in states]), self.axis.group)
+        own = before_S.movedim(0, -2).flatten(-2)[..., :V]
+        return own, *states[self.axis.rank][1:]
+
+
+def _join(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.cat([each.flatten() for each in tensors])
+
+
+def _split(joined_SX: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    parts = joined_SX.split([each.numel() for each in like], dim=1)
+    return [part.unflatten(1, each.shape) for part, each in zip(parts, like, strict=True)]

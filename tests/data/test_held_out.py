@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import pickle
 
 import pytest
 
-from xlstm_lm.data import DataConfig, SourceConfig, build_tokenizer, validation_batches
+from xlstm_lm.data import DataConfig, DocumentData, SourceConfig, build_tokenizer, validation_batches
 
 
 def config_of(folder, **changes) -> DataConfig:
@@ -58,6 +60,32 @@ def test_the_limit_is_exact_and_for_each_source(folder):
     assert len(inputs) == 200
     assert inputs[:100] == everything[0][:100]
     assert inputs[100] == 256 and resets[100]
+
+
+def test_ranks_share_one_tokenization_of_a_whole_run(folder):
+    config, encoded, results = config_of(folder), [], []
+    data = [DocumentData(config) for _ in range(3)]
+
+    def on_first_of_rank():
+        """A stand-in for `World.on_first`: the first rank to come computes, and all get copies."""
+        numbers = itertools.count()
+
+        def on_first(action):
+            number = next(numbers)
+            if number == len(results):
+                results.append(pickle.dumps(action()))
+            return pickle.loads(results[number])
+
+        return on_first
+
+    for one in data:
+        encode = one.tokenizer.encode_pieces
+        one.tokenizer.encode_pieces = lambda text, encode=encode: encoded.append(text) or encode(text)
+        one.share(on_first_of_rank(), None, [])
+    for _ in range(2):
+        ranks = [list(one.validation_batches(rows=2, rank=rank, world_size=3)) for rank, one in enumerate(data)]
+        assert stream_of(ranks) == stream_of([batches_of(config, 2, rank, 3) for rank in range(3)])
+    assert len(encoded) == len(set(encoded)) == 100
 
 
 def test_no_validation_no_batches(folder):

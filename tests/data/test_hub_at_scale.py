@@ -74,6 +74,14 @@ def test_requests_of_a_start_do_not_grow_with_the_ranks(files, hub, ask):
     assert len(requests[1]) == len(requests[2]) == len(requests[4])
 
 
+def test_two_lanes_of_a_process_fetch_their_file_once(hub, ask):
+    size = len(hub.files["long/0.jsonl"])
+    ask("open_stream(data_files=['long/*.jsonl'])")
+    opened = hub.bytes_served["long/0.jsonl"]
+    ask(f"tokens({size // (3 * 64)})")  # about two thirds of the file for both lanes
+    assert size / 2 < hub.bytes_served["long/0.jsonl"] - opened <= 1.1 * size
+
+
 @pytest.mark.parametrize("files", ["lines", "rows"])
 def test_faults_on_the_way_leave_the_order_as_it_is(files, hub, ask):
     assert ask(f"open_stream(data_files=['{files}/*'])")["sources"][0]["files"] == 4

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,8 @@ from xlstm_lm.data.packing import Document
 from xlstm_lm.data.sources import START, Piece, Position, Record, Source, refuse
 from xlstm_lm.data.tokenizer import Tokenizer
 
+Read = Callable[[list[Piece], Position], Iterator[Record]]
+"""Gives the records of pieces from a position on, as `Source.read` does."""
 LONG_DOCUMENT = 1 << 24  # characters
 
 
@@ -21,6 +23,7 @@ def documents(
     pieces: list[Piece] | None = None,
     first: Position = START,
     bad: list[Record] | None = None,
+    read: Read | None = None,
 ) -> Iterator[Record]:
     """Good documents of a source in order, empty ones included.
 
@@ -30,12 +33,13 @@ def documents(
         pieces: the shares of shards to read; None for all shards.
         first: the position to begin at.
         bad: bad documents are added here as they are skipped; None forgets them.
+        read: reads the records; None for the source's own method.
 
     Raises:
         ValueError: a bad document, unless the source skips them.
     """
     whole = [Piece(shard) for shard in range(source.num_shards)]
-    for record in source.read(whole if pieces is None else pieces, first):
+    for record in (read or source.read)(whole if pieces is None else pieces, first):
         problem = tokenizer.problem(record.text) if tokenizer and record.text else None
         if problem is not None:
             record = record._replace(text="", problem=f"document {record.id}: {problem}")

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import hashlib
 import heapq
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from typing import Any
 
 from xlstm_lm.base.announce import announce_once
 from xlstm_lm.data.config import DataConfig
-from xlstm_lm.data.documents import documents, tokenized
+from xlstm_lm.data.documents import Read, documents, tokenized
 from xlstm_lm.data.packing import Document, Row, pack
+from xlstm_lm.data.shared_shards import SharedShard
 from xlstm_lm.data.sources import KINDS, START, Piece, Position, Record, Source
 from xlstm_lm.data.tokenizer import Tokenizer
 
@@ -34,6 +35,11 @@ def _hash(text: str) -> bytes:
     return hashlib.blake2b(text.encode(), digest_size=8).digest()
 
 
+def _position(state: Mapping[str, Any]) -> Position:
+    """The position at which a lane's next block begins."""
+    return Position(*({**UNKNOWN, **state}[name] for name in Position._fields))
+
+
 class DealtSource:
     """A source whose shards are dealt to lanes, differently in each epoch."""
 
@@ -46,6 +52,10 @@ class DealtSource:
         self._block_documents = config.shuffle_documents if config.shuffle and not whole_files else 1
         self._key = (seed, index)
         self._dealt: dict[int, list[list[Piece]]] = {}
+        self._begins: dict[int, tuple[int, Position]] = {}
+        """Epoch and position at which the lanes of this process begin; empty if they do not share readers."""
+        self._shared: dict[tuple[int, int], SharedShard] = {}
+        """Readers in use, by epoch and shard."""
 
     def announce_sharing(self) -> None:
         """Say so if there are fewer shards than lanes, which costs reading."""
@@ -60,6 +70,33 @@ class DealtSource:
             f"{self.source.config.description}: {self.source.num_shards} files for {self._lanes} lanes "
             f"(global_batch_size): {how}"
         )
+
+    def share_readers(self, states: Mapping[int, dict[str, Any]]) -> None:
+        """Let the lanes of this process, each of which goes on from its state, read shards together."""
+        self._shared.clear()
+        one_a_file = KINDS[self.source.config.kind].one_document_a_file
+        shared = self.source.num_shards < self._lanes and not one_a_file and self.source.order > 1
+        self._begins = {lane: (state["epoch"], _position(state)) for lane, state in states.items()} if shared else {}
+
+    def _reader(self, lane: int, epoch: int) -> Read:
+        """The function by which a lane reads in an epoch: the source's, or one that shares its reader."""
+        if lane not in self._begins:
+            return self.source.read
+        (piece,) = self.deal(epoch)[lane]
+        key = epoch, piece.shard
+        if key not in self._shared:
+            begins = {}
+            for other, (first_epoch, position) in self._begins.items():
+                (share,) = self.deal(epoch)[other]
+                if share.shard == piece.shard and first_epoch <= epoch:
+                    begins[share.part] = position if first_epoch == epoch else START
+            for old in [each for each in self._shared if each[0] < epoch - 1]:
+                del self._shared[old]
+            self._shared[key] = SharedShard(self.source, piece.shard, piece.parts, begins)
+        shared = self._shared[key]
+        if shared.is_alone:
+            return self.source.read
+        return lambda pieces, first: shared.records(piece.part)
 
     def set_shard_sizes(self, sizes: list[int]) -> None:
         """Deal by these sizes from now on, those of the files when the run began."""
@@ -106,9 +143,9 @@ class DealtSource:
         state = {**UNKNOWN, **state}
         while True:
             pieces = self.deal(state["epoch"])[lane]
-            begin = Position(*(state[name] for name in Position._fields))
             bad: list[Record] = []
-            records = documents(self.source, tokenizer, pieces, begin, bad)
+            reader = self._reader(lane, state["epoch"])
+            records = documents(self.source, tokenizer, pieces, _position(state), bad, reader)
             given = state["piece"] > 0 or state["document"] > 0
             while True:
                 block, end = self._read_block(records)
@@ -165,25 +202,31 @@ class DealtSource:
         return marks
 
 
+def share_readers(lanes: list[Lane], states: list[dict[str, Any]]) -> None:
+    """Let lanes that are read in one process, each from its state on, read the shards that they share together."""
+    for index, source in enumerate(lanes[0].sources):
+        source.share_readers({lane.number: state["sources"][index] for lane, state in zip(lanes, states)})
+
+
 class Lane:
     """One lane over a mixture of sources."""
 
     def __init__(self, sources: list[DealtSource], config: DataConfig, tokenizer: Tokenizer, lane: int, seed: int):
-        self._sources = sources
+        self.sources = sources
         self._config = config
         self._tokenizer = tokenizer
-        self._lane = lane
+        self.number = lane
         self._seed = seed
 
     def initial_state(self) -> dict[str, Any]:
         """The state of a lane that has given no row."""
         # A head start of up to a row, different in every lane: or all of them would begin with the same source.
         shares = [
-            int.from_bytes(_hash(f"head start/{self._seed}/{self._lane}/{index}")) / 2**64
-            for index in range(len(self._sources))
+            int.from_bytes(_hash(f"head start/{self._seed}/{self.number}/{index}")) / 2**64
+            for index in range(len(self.sources))
         ]
         return {
-            "sources": [source.initial_state() for source in self._sources],
+            "sources": [source.initial_state() for source in self.sources],
             "tokens": [int(share * self._config.context_length) for share in shares],
             "offset": 0,
         }
@@ -194,9 +237,9 @@ class Lane:
         return pack(self._documents(state), self._config.context_length, end, state["offset"])
 
     def _documents(self, state: dict[str, Any]) -> Iterator[Document]:
-        weights = [source.source.config.weight for source in self._sources]
+        weights = [source.source.config.weight for source in self.sources]
         states, tokens = state["sources"], state["tokens"]
-        streams = [source.documents(self._lane, begin, self._tokenizer) for source, begin in zip(self._sources, states)]
+        streams = [source.documents(self.number, begin, self._tokenizer) for source, begin in zip(self.sources, states)]
         while True:
             chosen = min(range(len(streams)), key=lambda index: tokens[index] / weights[index])
             record, after = next(streams[chosen])

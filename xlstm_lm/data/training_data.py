@@ -11,9 +11,10 @@ import torch
 from xlstm_lm.data.batch import Batch
 from xlstm_lm.data.config import DataConfig
 from xlstm_lm.data.opened import Commit, Opened, open_sources
+from xlstm_lm.data.packing import Row
 from xlstm_lm.data.stream import TrainingStream
 from xlstm_lm.data.tokenizer import build_tokenizer
-from xlstm_lm.data.validation import validation_batches
+from xlstm_lm.data.validation import batches_of_rank, validation_rows
 
 OnFirst = Callable[[Callable[[], Any]], Any]
 """Runs an action on rank 0 and returns its result on every rank; an error there is raised on every rank."""
@@ -90,11 +91,15 @@ class DocumentData:
         self.config = config
         self.tokenizer = build_tokenizer(config.tokenizer)
         self._opened: Opened | None = None
+        self._on_first: OnFirst = lambda action: action()
+        self._held_out: dict[tuple[int, int, int], list[Batch]] = {}
+        """Batches of validation rows by rows, rank and number of ranks."""
 
     def share(
         self, on_first: OnFirst, fingerprint: Mapping[str, Any] | None, commits: Sequence[Commit]
     ) -> list[Commit]:
         """Open the sources on rank 0 for all ranks, as in `TrainingData`. Raises the errors of `open_sources`."""
+        self._on_first = on_first
         self._opened = on_first(lambda: open_sources(self.config, fingerprint, commits))
         return self._opened.commits
 
@@ -103,10 +108,21 @@ class DocumentData:
         return TrainingStream(self.config, self.tokenizer, lanes=lanes, seed=seed, opened=self._opened)
 
     def validation_batches(self, *, rows: int, rank: int, world_size: int) -> Iterator[Batch] | None:
-        """Batches of held-out rows, as in `TrainingData`. Raises the errors of `xlstm_lm.data.validation_batches`."""
+        """Batches of held-out rows, as in `TrainingData`. Raises the errors of `xlstm_lm.data.validation_batches`.
+
+        The first call reads and tokenizes, on rank 0 alone if the data is shared, and is then collective. Every rank
+        keeps its rows.
+        """
         if not self.config.validation:
             return None
-        sources = self._opened.validation if self._opened else None
-        return validation_batches(
-            self.config, self.tokenizer, rows=rows, rank=rank, world_size=world_size, sources=sources
-        )
+        key = (rows, rank, world_size)
+        if key not in self._held_out:
+            packed = self._on_first(self._validation_rows)
+            end = self.tokenizer.end_of_document
+            self._held_out[key] = list(batches_of_rank(packed, end, rows=rows, rank=rank, world_size=world_size))
+        return iter(self._held_out[key])
+
+    def _validation_rows(self) -> list[Row]:
+        if self._opened is None:
+            self._opened = open_sources(self.config)
+        return list(validation_rows(self._opened.validation, self.config, self.tokenizer))

@@ -21,28 +21,31 @@ def validation_batches(
     rows: int,
     rank: int,
     world_size: int,
-    sources: list[Source] | None = None,
 ) -> Iterator[Batch]:
     """Batches of `rows` packed rows of the validation sources, in order.
 
     All ranks' batches together hold each target once; batch after batch, rank after rank they are consecutive rows.
-    What is missing to a full batch on every rank is filled up with rows whose targets are all -100. `sources` are the
-    opened validation sources; None opens them.
+    What is missing to a full batch on every rank is filled up with rows whose targets are all -100.
 
     Raises:
         ValueError: at the call, files that are missing or empty; while reading, a bad document or no document at all.
         ConnectionError: the hub does not answer.
     """
     assert rows >= 1 and 0 <= rank < world_size
-    if sources is None:
-        sources = [open_source(source) for source in config.validation]
-    return _batches(sources, config, tokenizer, rows, rank, world_size)
+    sources = [open_source(source) for source in config.validation]
+    packed = validation_rows(sources, config, tokenizer)
+    return batches_of_rank(packed, tokenizer.end_of_document, rows=rows, rank=rank, world_size=world_size)
 
 
-def _batches(
-    sources: list[Source], config: DataConfig, tokenizer: Tokenizer, rows: int, rank: int, world_size: int
+def validation_rows(sources: list[Source], config: DataConfig, tokenizer: Tokenizer) -> Iterator[Row]:
+    """The packed rows of the opened validation sources, those of all ranks. Raises the errors of reading them."""
+    return pack(_documents(sources, config, tokenizer), config.context_length, tokenizer.end_of_document)
+
+
+def batches_of_rank(
+    packed: Iterable[Row], end_of_document: int, *, rows: int, rank: int, world_size: int
 ) -> Iterator[Batch]:
-    packed = pack(_documents(sources, config, tokenizer), config.context_length, tokenizer.end_of_document)
+    """The batches of one rank, `rows` rows each, out of the packed rows of all ranks, as in `validation_batches`."""
     group: list[Row] = []
     for row in packed:
         group.append(row)
@@ -50,8 +53,8 @@ def _batches(
             yield stack_rows(group[rank * rows : (rank + 1) * rows])
             group = []
     if group:
-        elements = np.full(config.context_length + 1, tokenizer.end_of_document, dtype=np.int32)
-        empty = Row(elements, np.zeros(config.context_length, dtype=bool), 0, [], None)
+        elements = np.full_like(group[0].elements, end_of_document)
+        empty = Row(elements, np.zeros_like(group[0].resets), 0, [], None)
         group += [empty] * (rows * world_size - len(group))
         yield stack_rows(group[rank * rows : (rank + 1) * rows])
 

@@ -21,7 +21,7 @@ from typing import Any, BinaryIO
 
 from xlstm_lm.base.durable_files import RunError
 from xlstm_lm.base.import_path import child_environment
-from xlstm_lm.data.lanes import Lane
+from xlstm_lm.data.lanes import Lane, share_readers
 from xlstm_lm.data.packing import Row
 
 GO_ON = "Checkpoints are intact: give the same command again to continue from the newest."
@@ -30,6 +30,7 @@ START = "from xlstm_lm.data.worker import serve; serve()"
 
 def produce(lanes: list[Lane], states: list[dict[str, Any]]) -> Iterator[list[Row]]:
     """The next row of every lane, again and again."""
+    share_readers(lanes, states)
     streams = [lane.rows(state) for lane, state in zip(lanes, states)]
     while True:
         yield [next(stream) for stream in streams]

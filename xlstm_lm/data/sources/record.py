@@ -71,6 +71,8 @@ class Source(Protocol):
     """A source of documents."""
 
     config: SourceConfig
+    order: int
+    """Order of documents, as in `ORDER`."""
     num_shards: int
     shard_sizes: list[int]
     """Relative sizes by which shards are dealt to lanes."""

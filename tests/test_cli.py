@@ -147,6 +147,10 @@ def test_the_deepspeed_launcher(tmp_path):
         (["trian"], "invalid choice: 'trian'"),
         (["generate", "--model", "nowhere", "--prompt", "x"], "nowhere does not exist. Give a run"),
         (
+            ["train", "--config", DEMO, "--dry-run", "x"],
+            "argument --dry-run: x must be a whole number from 1",
+        ),
+        (
             ["generate", "--model", "nowhere", "--prompt", ""],
             "--prompt is empty; give at least one character to continue",
         ),

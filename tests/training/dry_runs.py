@@ -1,6 +1,7 @@
-"""Dry runs of a tiny model on 256 processes at each ZeRO stage; a program for one process.
+"""Dry runs of a tiny model on 256 processes, one for each argument STAGE:PRECISION or STAGE:PRECISION:SEQUENCE.
 
-Prints the lines of each as JSON.
+A program for one process. With SEQUENCE, that many processes divide rows of 64 tokens.
+Prints the lines of each as JSON, and why a wrong section deepspeed is refused.
 """
 
 from __future__ import annotations
@@ -31,11 +32,12 @@ def fields(**overrides: object) -> dict[str, object]:
 if __name__ == "__main__":
     found = {}
     with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed prints
-        for stage in range(4):
-            section = {"zero_optimization": {"stage": stage, "reduce_bucket_size": 100000}}
-            precision = "fp32" if stage == 0 else "bf16"
-            run = load_run_config([], fields(deepspeed=section, training__precision=precision))
-            found[stage] = dry_run(run, 256)
+        for name in sys.argv[1:]:
+            stage, precision, *sequence = name.split(":")
+            section = {"zero_optimization": {"stage": int(stage), "reduce_bucket_size": 100000}}
+            divided = {"training__sequence_parallel": int(sequence[0]), "data__context_length": 64} if sequence else {}
+            run = load_run_config([], fields(deepspeed=section, training__precision=precision, **divided))
+            found[name] = dry_run(run, 256)
         try:
             section = {"zero_optimization": {"stage": 3, "prefetch_bucket_size": 6, "stage3_prefetch_bucket_size": 5}}
             dry_run(load_run_config([], fields(deepspeed=section)), 256)

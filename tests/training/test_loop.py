@@ -388,6 +388,7 @@ def test_never_resuming_and_starting_from_another_run(folder):
         ({"training__micro_batch_size": 3}, r"micro_batch_size is 3, .* choose one of \[1, 2, 4\]"),
         ({"model__vocab_size": 100}, r"tokenizer has 257 tokens but model.vocab_size is 100"),
         ({"schedule__warmup_steps": 11}, r"warmup \(11\) .* exceed training.steps \(10\)"),
+        ({"profile__steps": "10:11"}, r"profile.steps is 10:11, but the run has 10 steps"),
         ({"deepspeed": {"optimizer": {}}}, r"deepspeed.optimizer is not set there"),
     ],
 )

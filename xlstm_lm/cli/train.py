@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from xlstm_lm.base import console
+from xlstm_lm.base.fields import Count, argument
 from xlstm_lm.base.program import told_once
 from xlstm_lm.cli.conclusion import conclude
 from xlstm_lm.training.run_config import add_field_flags, load_run_config
@@ -18,7 +19,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--dry-run",
-        type=int,
+        type=argument(Count),
         metavar="N",
         help="Run one step as rank 0 of N processes that do not exist, print what it holds and sends, and end.",
     )

@@ -69,6 +69,18 @@ class World(Axis):
         """Whether this process writes the run's files."""
         return self.rank == 0
 
+    def check_sequence(self, size: int) -> None:
+        """Check that neighbors can divide the tokens of their rows among `size` processes.
+
+        Raises:
+            ValueError: the processes are no multiple of `size`.
+        """
+        if self.size % size:
+            raise ValueError(
+                f"training.sequence_parallel is {size}, which does not divide the {self.size} processes of the run: "
+                f"start a multiple of {size} processes, or choose a divisor of {self.size}."
+            )
+
     def with_sequence(self, size: int) -> World:
         """The same processes, of which each `size` neighbors divide the tokens of their rows. Collective.
 
@@ -77,11 +89,7 @@ class World(Axis):
         """
         if size == 1:
             return self
-        if self.size % size:
-            raise ValueError(
-                f"training.sequence_parallel is {size}, which does not divide the {self.size} processes of the run: "
-                f"start a multiple of {size} processes, or choose a divisor of {self.size}."
-            )
+        self.check_sequence(size)
         shape = (self.size // size, size)
         mesh = torch.distributed.init_device_mesh(self.device.type, shape, mesh_dim_names=("data", "sequence"))
         data, sequence = (

@@ -22,10 +22,11 @@ from xlstm_lm.runs.picture import draw_learning_curve
 from xlstm_lm.runs.session import record_session
 from xlstm_lm.training.build import unbuilt_model
 from xlstm_lm.training.config import split_batch
-from xlstm_lm.training.deepspeed_config import choose_precision, zero_stage
+from xlstm_lm.training.deepspeed_config import choose_precision
 from xlstm_lm.training.engine import MicroBatch, TrainingEngine
 from xlstm_lm.training.heart import Heart
 from xlstm_lm.training.kernel_check import check_kernels
+from xlstm_lm.training.layout import check_layout
 from xlstm_lm.training.memory import check_memory
 from xlstm_lm.training.out_of_memory import memory_errors_explained
 from xlstm_lm.training.profile import StepProfiler, record_memory, write_memory_snapshot
@@ -34,7 +35,6 @@ from xlstm_lm.training.run_config import RunConfig
 from xlstm_lm.training.safeguards import NOT_FINITE, SkipCounter
 from xlstm_lm.training.schedule import learning_rate_ratio
 from xlstm_lm.training.sequence_parallel import (
-    check_sequence_parallel,
     deepspeed_section,
     own_slice,
     with_divided_rows,
@@ -63,24 +63,20 @@ def train(run: RunConfig, data: TrainingData | None = None) -> Path:
         RunError: the disk is full, too many steps in a row were not finite, or the run folder has disappeared.
         SystemExit: with code 0, after SIGTERM, SIGUSR1, Ctrl-C or training.max_hours, once the run is saved.
     """
-    run.schedule.check_steps(run.training.steps)
-    run.profile.check_steps(run.training.steps)
     world = join_world()
     # Decaying states and moments pass through denormal numbers, which slow a CPU down a hundred times.
     torch.set_flush_denormal(True)
-    check_sequence_parallel(run)
     world = world.with_sequence(run.training.sequence_parallel)
-    micro_rows, _ = split_batch(run.data.global_batch_size, world.data.size, run.training.micro_batch_size)
     precision = choose_precision(run.training.precision, world.device)
-    run.optimizer.check_layout(zero_stage(run.deepspeed, precision), run.deepspeed.get("zero_optimization", {}))
-    check_memory(run, world, precision, micro_rows)
+    layout = check_layout(run, world, precision)
+    check_memory(run, world, precision, layout.rows)
     stop_request = StopRequest(run.training.max_hours)
     record_memory(run.profile, world.device)
 
     def snapshot() -> Path | None:
         return write_memory_snapshot(run.profile, RunFolder(run.training.folder).profile_path, world)
 
-    explained = memory_errors_explained(run, world, precision, micro_rows, snapshot)
+    explained = memory_errors_explained(run, world, precision, layout.rows, snapshot)
     with contextlib.ExitStack() as resources, explained, lost_processes_explained(world):
         trainer = Trainer(run, world, stop_request, resources, data)
         with stop_request:  # before, nothing can be saved: Ctrl-C and SIGTERM end the run at once

@@ -6,35 +6,110 @@ python -m eval.scaling_laws fit runs.csv --out fit.json
 from __future__ import annotations
 
 import argparse
+import math
+import shlex
+import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+from eval.command import positive
+from eval.scaling_laws.collect import collect, configured_flops
+from eval.scaling_laws.cost import cost_as_markdown
+from eval.scaling_laws.design import Designer, DesignOptions, Span
+from eval.scaling_laws.designed import read_design, write_design
 from eval.scaling_laws.fits import FitOptions, fit_table
-from eval.scaling_laws.points import read_points
+from eval.scaling_laws.points import read_points, write_points
+from eval.scaling_laws.rates import fit_rates
 from eval.scaling_laws.summary import as_markdown
+from eval.scaling_laws.work import Work
 from eval.study.results_file import results_file, write_results
-from xlstm_lm.base.fields import Count, CountOrZero, argument
+from xlstm_lm.base.fields import Count, CountOrZero, NonNegative, Positive, Share, argument
+from xlstm_lm.base.paths import user_path
 from xlstm_lm.base.program import program
 
 COMMAND = "python -m eval.scaling_laws"
+DONE, FAILED, UNFINISHED = 0, 1, 3
+"""Exit codes: all is done; a run failed; runs are left."""
+PASSED_ON = (
+    *("mode", "budgets", "sizes", "tokens", "tokens_per_parameter", "center", "grid", "cooldown", "seeds", "check"),
+    *("lr_sweep", "force"),
+)
+"""Flags of design that are fields of DesignOptions; None leaves the default."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run a subcommand; a user's mistake ends with code 2."""
+    """Run a subcommand and exit; a failed run ends with code 1, a user's mistake with 2, work left with 3."""
     options = _parse(arguments)
     with program(COMMAND):
-        options.act(options)
+        code = options.act(options)
+    sys.exit(code)
 
 
-def _fit(options: argparse.Namespace) -> None:
+def _fit(options: argparse.Namespace) -> int:
     choices = FitOptions(
         form=options.form, objective=options.objective, samples=options.samples, hold_out=options.hold_out
     )
-    fits = fit_table(read_points(options.table), choices)
+    fits = fit_table(read_points(options.table, configured_flops), choices)
     print(as_markdown(fits))
     if options.out:
         write_results(options.out, fits.as_json())
         print(f"Wrote {options.out}")
+    return DONE
+
+
+def _design(options: argparse.Namespace) -> int:
+    rates = {}
+    if options.rates:
+        table = read_points(options.rates)
+        rates = {name: fit_rates(table.of(name)) for name in table.architectures}
+    choices = DesignOptions(
+        architectures=[name for text in options.architecture for name in text.split(",")],
+        recipes=options.config,
+        out=options.out,
+        rates=rates,
+        **{name: getattr(options, name) for name in PASSED_ON if getattr(options, name) is not None},
+    )
+    designer = Designer(choices)
+    design = designer.design()
+    print(cost_as_markdown(design, options.flops_per_second))
+    for name, law in rates.items():
+        for note in law.notes:
+            print(f"{name}: {note}")
+    if not options.dry_run:
+        for path in write_design(design, designer.configs):
+            print(f"Wrote {path}")
+    return DONE
+
+
+def _run(options: argparse.Namespace) -> int:
+    work = Work(read_design(options.design))
+    if options.dry_run:
+        print(work.as_text())
+        return DONE
+    seconds = None if options.max_minutes is None else 60 * options.max_minutes
+    outcomes = work.train(at_once=options.at_once, launch=options.launch, max_seconds=seconds)
+    failed = [name for name, outcome in outcomes.items() if outcome.code and not outcome.asked_to_stop]
+    if failed:
+        print(f"Failed: {', '.join(failed)}.")
+    left = [run.run for run in work.left]
+    if left:
+        shown = ", ".join(left[:12]) + (f" and {len(left) - 12} more" if len(left) > 12 else "")
+        print(f"Left to do: {shown}.\nGo on with:  {COMMAND} run {options.design}")
+    else:
+        print(f"All {len(work.planned)} runs are over.")
+    return FAILED if failed else UNFINISHED if left else DONE
+
+
+def _collect(options: argparse.Namespace) -> int:
+    points, missing = collect(options.sources)
+    for text in missing:
+        print(f"Missing: {text}")
+    if not points:
+        raise ValueError(f"No run of {', '.join(map(str, options.sources))} is over yet: nothing to collect.")
+    write_points(points, options.out)
+    print(f"Wrote {options.out} with {len(points)} points")
+    return UNFINISHED if missing else DONE
 
 
 def _hold_out(text: str) -> int:
@@ -45,9 +120,108 @@ def _hold_out(text: str) -> int:
     return int(argument(Count)(count))
 
 
+def _span(text: str) -> Span:
+    """Numbers in equal ratios from LOW:HIGH:COUNT, such as 150k:1.2m:4."""
+    parts = text.lower().split(":")
+    try:
+        low, high = (float(part[:-1]) * UNITS[part[-1]] if part[-1:] in UNITS else float(part) for part in parts[:2])
+        span = Span(low, high, int(parts[2]))
+    except (ValueError, IndexError):
+        span = None
+    if span is None or len(parts) != 3 or not 0 < span.low <= span.high < math.inf or span.count < 1:
+        raise argparse.ArgumentTypeError(f"{text} must be LOW:HIGH:COUNT, such as 150k:1.2m:4 or 1e16:1e19:4")
+    return span
+
+
+UNITS = {"k": 1e3, "m": 1e6, "b": 1e9, "t": 1e12}
+
+
+def _speed(text: str) -> float:
+    """A positive number of FLOPs a second, such as 4e14."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} must be a number above 0, such as 4e14")
+    return value
+
+
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog=COMMAND, description=__doc__.splitlines()[0], allow_abbrev=False)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_design(commands)
+    _add_run_and_collect(commands)
+    _add_fit(commands)
+    return parser.parse_args(arguments)
+
+
+def _add_design(commands: Any) -> None:
+    design = commands.add_parser("design", help="write the runs of a ladder, a grid or a sweep, and print their cost")
+    design.set_defaults(act=_design)
+    add = design.add_argument
+    add(
+        "--config",
+        nargs="+",
+        type=Path,
+        required=True,
+        metavar="RECIPE",
+        help="data, batch, optimizer; the model is replaced",
+    )
+    add(
+        "--architecture",
+        nargs="+",
+        required=True,
+        metavar="NAME[=PRESET]",
+        help="such as xlstm, or mine=xlstm-cpu-0.7m",
+    )
+    add("--out", type=user_path, required=True, metavar="DIR", help="folder of the design and of its runs")
+    add("--mode", choices=["ladder", "isoflop"], help="default: ladder")
+    add("--budgets", type=_span, metavar="LOW:HIGH:COUNT", help="FLOPs of the grids, or of the ladder's sizes")
+    add("--sizes", type=_span, metavar="LOW:HIGH:COUNT", help="parameters of a ladder's sizes, such as 150k:1.2m:4")
+    add("--tokens", type=_span, metavar="LOW:HIGH:COUNT", help="tokens of each size's branches")
+    add("--tokens-per-parameter", type=_span, metavar="LOW:HIGH:COUNT", help="in place of --tokens; default: 5:40:4")
+    add(
+        "--center",
+        type=argument(Positive),
+        metavar="RATIO",
+        help="tokens a parameter at a budget's center; default: 20",
+    )
+    add(
+        "--grid",
+        type=_span,
+        metavar="LOW:HIGH:COUNT",
+        help="sizes of an IsoFLOP grid over its center; default: 0.5:2:5",
+    )
+    add("--cooldown", type=argument(Share), metavar="SHARE", help="of a run's steps, linear; default: 0.2")
+    add("--seeds", type=positive, metavar="N", help="at the smallest size with the fewest tokens; default: 1")
+    add("--no-check", dest="check", action="store_false", help="train no branch's run straight through for comparison")
+    add(
+        "--lr-sweep", type=argument(Count), metavar="N", help="N learning rates at the two smallest sizes, nothing else"
+    )
+    add("--rates", type=Path, metavar="RUNS.csv", help="collected sweep, whose best rates the sizes follow")
+    add("--force", action="store_true", help="allow sizes over 30 times the largest of the sweep")
+    add("--flops-per-second", type=_speed, metavar="N", help="of one device, to print hours")
+    add("--dry-run", action="store_true", help="print the cost and write nothing")
+
+
+def _add_run_and_collect(commands: Any) -> None:
+    run = commands.add_parser("run", help="train the runs of a design; repeated, it goes on")
+    run.set_defaults(act=_run)
+    add = run.add_argument
+    add("design", type=user_path, metavar="DIR", help="folder of design")
+    add("--at-once", type=positive, default=1, metavar="N", help="runs at a time (default: 1)")
+    add("--max-minutes", type=argument(NonNegative), metavar="M", help="stop and save after so long")
+    add("--launch", type=shlex.split, default=[], metavar="COMMAND", help="such as 'torchrun --nproc-per-node 8 -m'")
+    add("--dry-run", action="store_true", help="list the state of every run")
+    collect_ = commands.add_parser("collect", help="write the loss points of runs to a table")
+    collect_.set_defaults(act=_collect)
+    add = collect_.add_argument
+    add("sources", nargs="+", type=user_path, metavar="SOURCE", help="designs, run folders or tables")
+    add("--out", type=results_file, required=True, metavar="RUNS.csv")
+
+
+def _add_fit(commands: Any) -> None:
     fit = commands.add_parser("fit", help="fit loss surfaces and parabolas to a table of runs")
     fit.set_defaults(act=_fit)
     add = fit.add_argument
@@ -67,7 +241,6 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--samples", type=argument(CountOrZero), default=200, metavar="N", help="for intervals; 0: none (default: 200)")
     add("--hold-out", type=_hold_out, default=0, metavar="largest:N", help="predict the N largest from the others")
     add("--out", type=results_file, metavar="FILE", help="write fit.json, which forecast and report read")
-    return parser.parse_args(arguments)
 
 
 if __name__ == "__main__":

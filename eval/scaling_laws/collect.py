@@ -1,0 +1,114 @@
+"""Collect loss points from the run folders of designs and of single runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from eval.scaling_laws.designed import DESIGN, Design, DesignedRun, read_design
+from eval.scaling_laws.points import LossPoint, check_points, read_points
+from eval.study.engine import PlannedRun, RunState, examine
+from xlstm_lm.data.sources.config import SourceConfig
+from xlstm_lm.models.accounting import totals, training_flops_per_token
+from xlstm_lm.models.components import components
+from xlstm_lm.runs.folder import RunFolder
+from xlstm_lm.training.run_config import RunConfig, load_run_config
+
+CHECK = "check"
+"""Status of a run that repeats a branch straight through; fits leave it out."""
+
+
+def collect(sources: Iterable[Path]) -> tuple[list[LossPoint], list[str]]:
+    """Collect the points of designs, run folders and tables.
+
+    Returns:
+        the points, those of diverged runs with that status, and a sentence for each run without a result yet.
+
+    Raises:
+        ValueError: a source is none of the three, or points contradict each other.
+    """
+    points: list[LossPoint] = []
+    missing: list[str] = []
+    for source in sources:
+        if (source / DESIGN).is_file():
+            design = read_design(source)
+            for run in design.runs:
+                if run.kind != "trunk":
+                    _add(design.run_folder(run.run), design, run, points, missing)
+        elif RunFolder(source).config_path.is_file():
+            _add(source, None, None, points, missing)
+        elif source.is_file():
+            points += read_points(source, configured_flops).points
+        else:
+            raise ValueError(
+                f"{source} is no design, run folder or table: give a folder of design, a run, or a CSV file."
+            )
+    check_points([point for point in points if point.status != CHECK], "What was collected")
+    return points, missing
+
+
+def configured_flops(point: LossPoint) -> float | None:
+    """FLOPs of a point by the configuration in its run folder; None where that is not there."""
+    if not point.source or not RunFolder(point.source).config_path.is_file():
+        return None
+    config = load_run_config([RunFolder(point.source).config_path])
+    return training_flops_per_token(config.model, config.data.context_length) * point.tokens
+
+
+def _add(
+    folder: Path, design: Design | None, run: DesignedRun | None, points: list[LossPoint], missing: list[str]
+) -> None:
+    path = RunFolder(folder).config_path
+    if not path.is_file():
+        missing.append(f"{folder.name} has not begun.")
+        return
+    config = load_run_config([path])
+    state = examine(PlannedRun("", config))
+    if not state.is_over:
+        missing.append(f"{folder.name} is {state.status}: {state.problem}.")
+        return
+    points.append(_point(folder, config, state, run))
+
+
+def _point(folder: Path, config: RunConfig, state: RunState, run: DesignedRun | None) -> LossPoint:
+    context = config.data.context_length
+    counts = totals(components(config.model, context), context)
+    per_token = training_flops_per_token(config.model, context)
+    steps = config.training.steps
+    tokens = steps * config.data.global_batch_size * context
+    last = state.last_validation
+    diverged = state.status == "diverged"
+    status = "diverged" if diverged else CHECK if run and run.kind == "check" else "finished"
+    sessions = RunFolder(folder).environment()
+    return LossPoint(
+        run=folder.name,
+        trunk=run.trunk if run else folder.name,
+        architecture=run.architecture if run else config.model.family,
+        params=int(counts["parameters"]),
+        params_non_embedding=int(counts["parameters_without_embedding_and_head"]),
+        tokens=tokens,
+        flops=per_token * tokens,
+        flops_per_token=per_token,
+        context=context,
+        batch_tokens=config.data.global_batch_size * context,
+        learning_rate=config.optimizer.learning_rate,
+        schedule=config.schedule.kind,
+        cooldown_fraction=config.schedule.lengths(steps)[1] / steps,
+        seed=config.training.seed,
+        loss=float("nan") if diverged else last["loss"],
+        bits_per_byte=last.get("bits_per_byte"),
+        val_tokens=config.data.validation_tokens,
+        data=_data_name(config),
+        status=status,
+        git=str((sessions[-1] if sessions else {}).get("git_commit") or ""),
+        source=str(folder),
+    )
+
+
+def _data_name(config: RunConfig) -> str:
+    """Names of the training data's sources."""
+
+    def name(source: SourceConfig) -> str:
+        return source.dataset or ",".join(Path(path).name for path in source.paths) or source.kind
+
+    return "+".join(name(source) for source in config.data.sources)

@@ -88,11 +88,10 @@ def _compile_beside(call: TritonCall | CudaCall, target: str) -> dict[str, Any]:
     return result
 
 
-def compile_all(
-    operations: list[str], targets: list[str], *, quick: bool = False, case_part: str = "", kernel_part: str = ""
-) -> Iterator[Compiled]:
-    """Compile every kernel of the operations for the targets, each once: those of cases and with names that contain
-    the given parts."""
+def shipped(
+    operations: list[str], targets: list[str], *, quick: bool = False, case_part: str = ""
+) -> Iterator[tuple[str, str, TritonCall | CudaCall]]:
+    """Case, target and call of every kernel, each once, in cases whose names contain `case_part`."""
     for operation in operations:
         done: set[tuple[str, str]] = set()
         for case in CASES[operation]():
@@ -100,25 +99,41 @@ def compile_all(
                 continue
             for target in targets:
                 for call in case.calls(target):
-                    if kernel_part not in call.kernel or (target, call.identity) in done:
-                        continue
-                    done.add((target, call.identity))
-                    result = _compile_beside(call, target)
-                    yield Compiled(case=case.name, kernel=call.kernel, target=target, launch=call.launch, **result)
+                    if (target, call.identity) not in done:
+                        done.add((target, call.identity))
+                        yield case.name, target, call
 
 
-def _record(out: Path, row: Compiled) -> None:
-    """Add a row to the results in a file, in place of an older one of the same kernel, with what compiled it."""
-    older = json.loads(out.read_text())["rows"] if out.exists() else []
+def rows_of(report: Path) -> list[dict[str, Any]]:
+    """Rows of a report; none if there is no such file."""
+    return json.loads(report.read_text(encoding="utf-8"))["rows"] if report.exists() else []
+
+
+def key(row: dict[str, Any]) -> tuple[str, str, str, str]:
+    """The fields of a row that name its kernel."""
+    return row["case"], row["kernel"], row["target"], row["launch"]
+
+
+def _record(report: Path, row: Compiled) -> None:
+    """Add a row to a report, in place of an older one of the same kernel, with the versions that compiled it."""
     here = environment(torch.device("cpu"))
     new = asdict(row) | {
         "commit": here["git_commit"],
         "triton": here["versions"]["triton"],
         "ptxas": assembler(int(row.target.removeprefix("sm_"))) if row.target.startswith("sm_") else None,
     }
-    key = ("case", "kernel", "target", "launch")
-    rows = [each for each in older if any(each[name] != new[name] for name in key)]
-    write_results(out, {"environment": here, "rows": [*rows, new]})
+    rows = [each for each in rows_of(report) if key(each) != key(new)]
+    write_results(report, {"environment": here, "rows": [*rows, new]})
+
+
+def _drop_old_launches(report: Path) -> None:
+    """Remove rows of a report whose kernels are no longer launched in this way."""
+    rows = rows_of(report)
+    targets = sorted({row["target"] for row in rows})
+    launched = {(case, call.kernel, target, call.launch) for case, target, call in shipped(list(CASES), targets)}
+    kept = [row for row in rows if key(row) in launched]
+    if len(kept) < len(rows):
+        write_results(report, {"environment": environment(torch.device("cpu")), "rows": kept})
 
 
 @program("eval.compile_report")
@@ -132,17 +147,27 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--kernel", default="", help="kernels whose name contains this")
     parser.add_argument("--json", action="store_true", help="one JSON object a line instead of a table")
     parser.add_argument(
-        "--out", type=results_file, help="also add the rows to this JSON file, parts of a report add up"
+        "--out",
+        type=results_file,
+        help="also add the rows to this JSON file, where parts of a report add up; "
+        "rows of launches that no longer exist are removed",
     )
+    parser.add_argument("--missing", action="store_true", help="only kernels that have no row in the file of --out")
     options = parser.parse_args(arguments)
+    if options.missing and not options.out:
+        parser.error("--missing compiles kernels that a report lacks: name the report with --out FILE")
     failed = 0
     heading = ("registers", "spilled", "shared", "seconds")
     if not options.json:
         print(f"{'configuration':34}{'kernel':24}{'target':8}" + "".join(f"{each:>10}" for each in heading) + "  ...")
-    rows = compile_all(
-        options.operations, options.targets, quick=options.quick, case_part=options.case, kernel_part=options.kernel
-    )
-    for row in rows:
+    recorded = {key(row) for row in rows_of(options.out)} if options.missing else set()
+    calls = shipped(options.operations, options.targets, quick=options.quick, case_part=options.case)
+    for case, target, call in calls:
+        if options.kernel not in call.kernel or (case, call.kernel, target, call.launch) in recorded:
+            continue
+        row = Compiled(
+            case=case, kernel=call.kernel, target=target, launch=call.launch, **_compile_beside(call, target)
+        )
         failed += not row.passed
         if options.out:
             _record(options.out, row)
@@ -155,6 +180,8 @@ def main(arguments: list[str] | None = None) -> int:
             f"{row.shared_bytes:>10}{row.seconds:>10.1f}  {row.instructions} {row.launch}{mark}",
             flush=True,
         )
+    if options.out and options.out.exists():
+        _drop_old_launches(options.out)
     return int(failed > 0)
 
 

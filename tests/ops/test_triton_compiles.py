@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -16,7 +17,18 @@ if importlib.util.find_spec("triton") is None:
     pytest.skip("Triton is not installed (pip install 'xlstm-lm[gpu]')", allow_module_level=True)
 
 from eval.bench.compile_cases import CASES, preset_mlstm_heads, preset_slstm_heads, preset_ssd_heads
-from eval.compile_report import TARGETS, Compiled
+from eval.compile_report import TARGETS, Compiled, key, rows_of
+
+REPORT = Path(__file__).parents[2] / "eval/results/compile-report.json"
+REMEDY = "python -m eval.compile_report --missing --out eval/results/compile-report.json"
+OTHER_TARGETS = [each for each in TARGETS if each != "sm_90"]
+LAUNCHED = """
+import json, sys
+from eval.bench.compile_cases import CASES
+from eval.compile_report import shipped
+print(json.dumps([[case, call.kernel, to, call.launch] for case, to, call in shipped(list(CASES), sys.argv[1:])]))
+"""
+"""A program that prints the key of each kernel that is launched on the targets of its arguments."""
 
 SAME_KERNELS = """
 import torch
@@ -123,12 +135,27 @@ def test_everything_of_the_mlstm_compiles(target: str) -> None:
 
 def test_the_decode_step_compiles_and_parts_of_a_report_add_up(tmp_path: Path) -> None:
     out = tmp_path / "report.json"
-    for target in ("sm_90", "gfx942", "sm_90"):
-        check(
-            compiled("--quick", "--operations", "mlstm_step", "--targets", target, "--out", str(out)), {"step_kernel"}
-        )
+    step = ("--quick", "--operations", "mlstm_step", "--out", str(out), "--targets")
+    check(compiled(*step, "gfx942"), {"step_kernel"})
+    check(compiled(*step, "sm_90"), {"step_kernel"})
+    report = json.loads(out.read_text())
+    assert [(row["target"], row["ptxas"] is None) for row in report["rows"]] == [("gfx942", True), ("sm_90", False)]
+
+    report["rows"][0]["launch"] = "a launch of the past"
+    out.write_text(json.dumps(report))
+    assert [row["target"] for row in compiled("--missing", *step, "sm_90", "gfx942")] == ["gfx942"]
     rows = json.loads(out.read_text())["rows"]
-    assert [(row["target"], row["ptxas"] is None) for row in rows] == [("gfx942", True), ("sm_90", False)]
+    assert [row["target"] for row in rows] == ["sm_90", "gfx942"] and rows[0] == report["rows"][1]
+
+
+@pytest.mark.parametrize("target", ["sm_90", *(pytest.param(each, marks=pytest.mark.slow) for each in OTHER_TARGETS)])
+def test_the_committed_report_holds_each_kernel_as_it_is_launched(target: str) -> None:
+    rows = [row for row in rows_of(REPORT) if row["target"] == target]
+    launched = json.loads(run_without_interpreter("-c", LAUNCHED, target))
+    assert sorted(map(list, map(key, rows))) == sorted(launched), f"compile what changed: {REMEDY}"
+    fields = {field.name for field in dataclasses.fields(Compiled)}
+    results = [Compiled(**{name: value for name, value in row.items() if name in fields}) for row in rows]
+    assert [each for each in results if not each.passed] == []
 
 
 @pytest.mark.slow

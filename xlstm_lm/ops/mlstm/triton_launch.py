@@ -86,6 +86,8 @@ WIDE = 512
 program, too few for such products: with those architectures' parameters the walks spill 11 to 15 KB a thread."""
 NARROW = 64 * 64
 """The entries of a state, padded, up to which the walks have all warps on sm_90: heads of 28 x 56 spill with four."""
+ALIGNED = 16
+"""K and V are multiples of this number where rows of heads begin at addresses that allow the widest loads."""
 BEYOND_512 = 160 * KIB
 """Shared memory, in bytes, for a larger K or V on NVIDIA: the walks hold 128 bytes a unit, and 7 KiB. On AMD, where
 they prefetch nothing, 8 KiB are enough for any."""
@@ -101,6 +103,9 @@ def launches(K: int, V: int, dtype: torch.dtype, architecture: str) -> Launches:
 
     if row == "sm_90" and padded(K) * padded(V) <= NARROW:
         least_warps = most_warps
+    if row == "sm_100" and (K % ALIGNED or V % ALIGNED):
+        most, stages = min(most, 64), 1  # without wide loads, what is prefetched stays in registers, and spills
+    edge_k = 64 if row == "sm_100" and K % edge else edge  # the masks of a ragged block of 128 rows spill
 
     def walk(rows: int, width: int) -> Launch:
         rows = padded(rows)
@@ -113,7 +118,7 @@ def launches(K: int, V: int, dtype: torch.dtype, architecture: str) -> Launches:
     return Launches(
         L=L,
         precision="ieee" if dtype == torch.float32 else "tf32",
-        states=Launch(min(padded(K), edge), min(padded(V), edge), 8, stages),
+        states=Launch(min(padded(K), edge_k), min(padded(V), edge), 8, stages),
         forward=walk(K, V),
         dq=walk(V, K),
         dk=walk(V, K),

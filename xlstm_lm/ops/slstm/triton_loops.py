@@ -69,10 +69,10 @@ def why_not(device: torch.device, D: int, dtype: torch.dtype) -> str | None:
 
 def rows(B: int, H: int, D: int, dtype: torch.dtype, device: torch.device) -> int:
     """Rows of the batch that a program computes."""
-    return launch_for(B, H, D, device).tile
+    return launch_for(B, H, D, dtype, device).tile
 
 
-def launch_for(B: int, H: int, D: int, device: torch.device) -> Launch:
+def launch_for(B: int, H: int, D: int, dtype: torch.dtype, device: torch.device) -> Launch:
     """The launch parameters on a device."""
     target = ARCHITECTURES[architecture(device)].launches
     amd = target.startswith("gfx")
@@ -80,9 +80,9 @@ def launch_for(B: int, H: int, D: int, device: torch.device) -> Launch:
     tile = next((tile for tile in tiles if H * -(-B // tile) <= processors(device)), tiles[-1])
     room = padded(D) * tile * (2 if target == "sm_80" else 1)  # of one step, relative to what there is
     stages = 3 if room <= 1024 else 2 if room <= 2048 else 1
-    unaligned = target == "sm_80" and D % 2 == 1
-    many = D > 64 or ((target == "sm_100" or unaligned) and padded(D) * tile > 512)  # four warps would spill
-    return Launch(tile, 8 if many else 4, stages, "ieee" if amd else "tf32x3")
+    large = not amd and padded(D) * tile * dtype.itemsize > 1024
+    spills = large and (target == "sm_100" or dtype == torch.float32 or D % 8 != 0)  # with four warps
+    return Launch(tile, 8 if D > 64 or spills else 4, stages, "ieee" if amd else "tf32x3")
 
 
 @triton.jit
@@ -243,7 +243,7 @@ def forward_loop(
 ) -> tuple[Tensor, Tensor, SLSTMState]:
     """See `fused.Loops`."""
     B, T, _, H, D = wx_BTGHD.shape
-    launch = launch_for(B, H, D, wx_BTGHD.device)
+    launch = launch_for(B, H, D, wx_BTGHD.dtype, wx_BTGHD.device)
     y_BTHD = wx_BTGHD.new_empty(B, T, H, D)
     checkpoints_NSBHD = bias_GHD.new_empty(-(-T // CHECKPOINT_STEPS), 3, B, H, D)
     last_SBHD = bias_GHD.new_empty(4, B, H, D)
@@ -283,7 +283,7 @@ def backward_loop(
 ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
     """See `fused.Loops`."""
     B, T, _, H, D = gates_BTGHD.shape
-    launch = launch_for(B, H, D, dy_BTHD.device)
+    launch = launch_for(B, H, D, dy_BTHD.dtype, dy_BTHD.device)
     kept = rebuild(gates_BTGHD, dy_BTHD, checkpoints_NSBHD, resets_BT)
     dgates_BTGHD = torch.empty_like(gates_BTGHD, dtype=dy_BTHD.dtype)
     dfirst_SBHD = gates_BTGHD.new_empty(3, B, H, D)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import runpy
 import sys
 from itertools import islice
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 from tests.data.many_tokenizers import TOKENIZERS, save, texts
 from xlstm_lm.data import (
@@ -80,6 +82,23 @@ def test_ordinary_text_is_cut_unless_a_step_is_unknown(name, built, monkeypatch,
 )
 def test_patterns_know_what_they_may_join(pattern, position, safe):
     assert Pattern(pattern).may_join(*position) != safe
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        *(pre_tokenizers.Digits(individual_digits=each) for each in (True, False)),
+        *(pre_tokenizers.Punctuation(each) for each in ("isolated", "merged_with_previous", "merged_with_next")),
+    ],
+    ids=str,
+)
+def test_steps_that_look_at_single_characters_part_a_text_where_the_library_does(step):
+    text = "ab12cd½e.fg"
+    tokenizer = Tokenizer(models.WordLevel({}, unk_token="?"))
+    tokenizer.pre_tokenizer = step
+    found = cuts.Cuts(json.loads(tokenizer.to_str()), str)
+    begins = {begin for _, (begin, _) in step.pre_tokenize_str(text)} & set(range(2, len(text) - 1))
+    assert {found.after(text, position) for position in range(2, len(text) - 1)} - {len(text)} == begins != set()
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from eval import kernels
 from eval.bench.kernel_cases import MLSTM, SLSTM, Contender, MLSTMStep, gpu_cases
@@ -256,3 +257,13 @@ def test_bytes_and_operations_are_counted_as_stated():
     step = MLSTMStep(device="cpu", dtype=torch.float32, B=1, H=1, K=3, V=5)
     assert step.moved_bytes() == 2 * 4 * (15 + 3 + 1) + 4 * (3 + 3 + 5 + 5)
     assert CEILINGS.share(1e11, 2e10, 4.0) == pytest.approx(0.5)
+
+
+def test_the_input_projection_adds_the_operations_of_its_product():
+    case = SLSTM(device="cpu", dtype=torch.float32, B=2, T=3, H=2, D=4)
+    contender = dict(case.own(case.inputs()))["slstm and its input projection"]
+    x, weight, *rest = contender.inputs
+    with FlopCounterMode(display=False) as counted:
+        torch.nn.functional.linear(x, weight)
+    assert contender.operations == case.operations() + counted.get_total_flops() == case.operations() + 8 * 6 * 8**2
+    assert case.with_projection(x, weight, *rest).shape == (2, 3, 2, 4)

@@ -343,3 +343,14 @@ def test_wrong_flags_end_with_one_message(tmp_path, capsys):
 def test_sequences_longer_than_a_row_are_refused():
     with pytest.raises(ValueError, match="context_length is 16, but sequences of the task have up to 40 tokens"):
         data({"name": "parity"}, context_length=16)
+
+
+@pytest.mark.parametrize(
+    ("flags", "seconds"), [([], None), (["--max-minutes", "1.5"], 90), (["--max-minutes", "0"], 0)]
+)
+def test_minutes_are_seconds_for_the_runs(flags, seconds, tmp_path, monkeypatch):
+    given = []
+    monkeypatch.setattr("eval.tasks.__main__.train_runs", lambda study, at_once, limit: given.append((at_once, limit)))
+    with pytest.raises(SystemExit) as ended:
+        main(["--config", str(STUDIES[0]), "--runs", str(tmp_path / "runs"), *flags])
+    assert given == [(1, seconds)] and ended.value.code == 1, "runs are missing"

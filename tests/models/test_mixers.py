@@ -10,6 +10,7 @@ import torch
 from xlstm_lm.models import HybridConfig, TransformerConfig, build_model
 from xlstm_lm.models.accounting import count_parameters, state_bytes, training_flops_per_token
 from xlstm_lm.models.mixers import MIXERS
+from xlstm_lm.models.mixers.attention import AttentionConfig, AttentionMixer
 from xlstm_lm.ops import attention
 from xlstm_lm.ops.operation import choose, recorded_choices
 
@@ -173,6 +174,27 @@ def test_windowed_attention_is_the_dense_mask(window, earlier, T):
         found = attention.attention(q, k, v, packing, backend=backend)
         torch.testing.assert_close(found, expected)
         torch.testing.assert_close(torch.autograd.grad(found, (q, k, v), upstream), gradients)
+
+
+def test_positions_are_counted_from_the_start_of_each_document():
+    config = AttentionConfig(embedding_dim=8, num_heads=2, rope_theta=1.0, feedforward_factor=2.0, feedforward_dim=None)
+    mixer, x_BTD = AttentionMixer(config), torch.zeros(3, 4, 8)
+    resets_BT = torch.zeros(3, 4, dtype=torch.bool)
+    resets_BT[0, 0] = resets_BT[1, 2] = True
+
+    def positions(resets_BT, state):
+        context = mixer.make_context(x_BTD, resets_BT, state)  # every angle is the position, as rope_theta is 1
+        angle_BT = torch.atan2(context.sine_BT1K, context.cosine_BT1K)[:, :, 0, 0]
+        return angle_BT.round().long().tolist(), context
+
+    started, context = positions(resets_BT, None)
+    assert started == [[0, 1, 2, 3], [0, 1, 0, 1], [0, 1, 2, 3]]
+    assert context.position_B.tolist() == [4, 2, 4]
+    state = (None, None, torch.ones(3, 5, dtype=torch.bool), torch.tensor([3, -1, -2]))
+    continued, context = positions(resets_BT, state)
+    assert continued == [[0, 1, 2, 3], [-1, 0, 0, 1], [-2, -1, 0, 1]]
+    assert context.position_B.tolist() == [4, 2, 2]
+    assert context.seen_BS.int().sum(1).tolist() == [4, 2, 9]
 
 
 def test_a_hybrid_mixes_every_kind():

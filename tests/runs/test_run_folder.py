@@ -1,4 +1,4 @@
-"""Which run a recipe means, and whether a run without checkpoints has lost them."""
+"""Which run a recipe means, whether a run without checkpoints has lost them, and its record of sessions."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from xlstm_lm.parallel.process_group import join_world
+from xlstm_lm.runs.folder import RunFolder
 from xlstm_lm.runs.same_run import open_run_folder, run_of_recipe
+from xlstm_lm.runs.session import record_session
 from xlstm_lm.training.run_config import load_run_config
 
 
@@ -99,3 +102,13 @@ def test_checkpoints_are_missed_where_there_must_have_been_one(tmp_path, steps, 
     (tmp_path / "run" / "learning_curve.png").touch()  # it came to a good end
     with pytest.raises(ValueError, match="checkpoints are gone"):
         open_run_folder(tmp_path / "run", config, dict, "auto")
+
+
+def test_a_damaged_environment_is_kept_beside_the_new_one(tmp_path, caplog):
+    path = tmp_path / "environment.json"
+    for number, content in enumerate(("[]", '{"sessions": [1]}'), start=1):
+        path.write_text(content)
+        record_session(tmp_path, join_world(), 7, {})
+        assert (tmp_path / f"environment.json.damaged-{number}").read_text() == content
+        assert [session["from_step"] for session in RunFolder(tmp_path).environment()] == [7]
+    assert f"{path} is damaged" in caplog.text

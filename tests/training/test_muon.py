@@ -18,7 +18,7 @@ from xlstm_lm.training import memory
 from xlstm_lm.training.loop import train
 from xlstm_lm.training.memory import check_memory, planned_shapes
 from xlstm_lm.training.optimizer.config import build_optimizer, parameter_groups
-from xlstm_lm.training.optimizer.muon import COEFFICIENTS, Muon, MuonConfig, orthogonalized
+from xlstm_lm.training.optimizer.muon import COEFFICIENTS, Muon, MuonConfig, flat_update, matrix_update, orthogonalized
 from xlstm_lm.training.run_config import load_run_config
 
 TOLERANCE = 2e-6
@@ -151,6 +151,26 @@ def test_its_state_is_counted(monkeypatch):
     monkeypatch.setattr(memory, "memory_bytes", lambda device: needed - 1)
     with pytest.raises(ValueError, match="needs at least"):
         check_memory(run, world, "fp32", micro_batch_size=1)
+
+
+def test_only_matrices_that_a_partition_cuts_are_sent(monkeypatch):
+    """Partitions of 12: a matrix that fills one, one that reaches an element into the next, one short of its end."""
+    shapes = [torch.Size(shape) for shape in ((3, 4), (1, 13), (2, 5), (3, 3))]
+    matrices = [torch.randn(shape, generator=torch.Generator().manual_seed(4)) for shape in shapes]
+    whole = torch.cat([*(each.flatten() for each in matrices), torch.zeros(4)])
+    expected = torch.cat([*(matrix_update(each, 5).flatten() for each in matrices), torch.zeros(4)])
+    for rank in range(4):
+        sent = []
+
+        def all_reduce(matrix, sent=sent):
+            sent.append(matrix.numel())
+            matrix.copy_(next(each.flatten() for each in matrices if each.numel() == matrix.numel()))
+
+        monkeypatch.setattr(torch.distributed, "get_rank", lambda rank=rank: rank)
+        monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
+        own = slice(12 * rank, 12 * (rank + 1))
+        torch.testing.assert_close(flat_update(whole[own], shapes, 5), expected[own])
+        assert sent == [13, 9]
 
 
 def test_parameters_without_a_gradient_stay():

@@ -9,10 +9,8 @@ import pytest
 
 from xlstm_lm.base.announce import announce_once
 from xlstm_lm.base.read_files import json_lines, read_json
-from xlstm_lm.parallel.process_group import join_world
 from xlstm_lm.runs.folder import RunFolder
 from xlstm_lm.runs.picture import draw_learning_curve
-from xlstm_lm.runs.session import record_session
 
 DAMAGED = {
     b"": "it is empty",
@@ -111,16 +109,6 @@ def test_a_damaged_configuration_is_named(content, problem, tmp_path):
         RunFolder(tmp_path).config()
     message = str(refused.value)
     assert message.startswith(f"{tmp_path}/config.yaml ") and problem in message and "checkpoints/step_*" in message
-
-
-def test_a_damaged_environment_is_kept_beside_the_new_one(tmp_path, caplog):
-    path = tmp_path / "environment.json"
-    for number, content in enumerate(("[]", '{"sessions": [1]}'), start=1):
-        path.write_text(content)
-        record_session(tmp_path, join_world(), 7, {})
-        assert (tmp_path / f"environment.json.damaged-{number}").read_text() == content
-        assert [session["from_step"] for session in RunFolder(tmp_path).environment()] == [7]
-    assert f"{path} is damaged" in caplog.text
 
 
 def test_the_curve_of_a_run_that_diverged_is_drawn(tmp_path):

@@ -52,7 +52,10 @@ CASES = {
 }
 
 
-SLOW_CASES = {"as on Hopper, several blocks and parts": HOPPER | {"K": 96, "V": 160}}
+SLOW_CASES = {
+    "as on Hopper, several blocks and parts": HOPPER | {"K": 96, "V": 160},
+    "as on Blackwell, unaligned": HOPPER | {"architecture": "sm_100", "K": 72, "V": 24},
+}
 
 
 @pytest.mark.parametrize("name", [*CASES, *(pytest.param(each, marks=pytest.mark.slow) for each in SLOW_CASES)])

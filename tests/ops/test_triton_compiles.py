@@ -17,7 +17,7 @@ if importlib.util.find_spec("triton") is None:
     pytest.skip("Triton is not installed (pip install 'xlstm-lm[gpu]')", allow_module_level=True)
 
 from eval.bench.compile_cases import CASES, preset_mlstm_heads, preset_slstm_heads, preset_ssd_heads
-from eval.compile_report import TARGETS, Compiled, key, rows_of
+from eval.compile_report import TARGETS, Compiled, key, rows_of, summary
 
 REPORT = Path(__file__).parents[2] / "eval/results/compile-report.json"
 REMEDY = "python -m eval.compile_report --missing --out eval/results/compile-report.json"
@@ -82,6 +82,16 @@ def test_every_head_of_every_preset_is_compiled() -> None:
     assert {192, 256, 384, 512} <= preset_slstm_heads()
     for D in preset_slstm_heads():
         assert {f"slstm D{D} bfloat16 B16", f"slstm cluster D{D} bfloat16"} <= names
+
+
+def test_a_summary_counts_kernels_and_spills_by_target() -> None:
+    row = {"target": "sm_80", "registers": 64, "shared_bytes": 2048, "spilled_bytes": 0}
+    more = {"registers": 255, "shared_bytes": 4095, "spilled_bytes": 8}
+    lines = summary([row, row | more, row | {"spilled_bytes": 4}, row | {"target": "gfx942"}]).splitlines()
+    assert lines[2:] == [
+        "| gfx942 | 1 | 64 | 2 KiB (64) | none |",
+        "| sm_80 | 3 | 255 | 3 KiB (163) | 2, by 8 bytes a thread at most |",
+    ]
 
 
 def test_training_compiles_no_kernel_after_its_check() -> None:

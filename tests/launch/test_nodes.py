@@ -18,19 +18,9 @@ from tests.launch.small_run import (
     undisturbed_losses,
     variables,
     wait_until,
-    write_recipe,
 )
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(why_no_nodes()), reason=why_no_nodes())]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    """A folder with the recipe of the runs, and one run that nobody disturbed."""
-    folder = tmp_path_factory.mktemp("nodes")
-    write_recipe(folder)
-    undisturbed_losses(folder)
-    return folder
 
 
 @pytest.fixture

@@ -19,22 +19,12 @@ from tests.launch.small_run import (
     undisturbed_losses,
     variables,
     wait_until,
-    write_recipe,
 )
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(bool(why_no_slurm()), reason=why_no_slurm()),
 ]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    """A folder with the recipe of the runs, and one run that nobody disturbed."""
-    folder = tmp_path_factory.mktemp("slurm")
-    write_recipe(folder)
-    undisturbed_losses(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -148,7 +138,7 @@ def test_a_run_with_a_wrong_recipe_is_not_requeued(cluster, folder):
 
 @pytest.mark.skipif(bool(why_no_nodes()), reason=why_no_nodes())
 def test_slurm_trains_on_two_nodes_and_replaces_a_lost_one(folder, tmp_path):
-    run = folder / "two_nodes"
+    run = folder / "replaced"
     with nodes_on_a_switch(3, tmp_path) as nodes, slurm(tmp_path / "cluster", list(nodes)) as cluster:
         job = submit(cluster, folder, run, "--nodes=2", processes=1)
         wait_for_half(run)

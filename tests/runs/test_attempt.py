@@ -11,7 +11,7 @@ from xlstm_lm.base.run_layout import STATUS
 from xlstm_lm.parallel.process_group import LostProcessError
 from xlstm_lm.runs import attempt as module
 from xlstm_lm.runs.attempt import KILLED, Attempt
-from xlstm_lm.runs.status import RunStatus, read_status, should_requeue
+from xlstm_lm.runs.status import RunStatus, read_status, record_failure, should_requeue
 
 
 @pytest.fixture(autouse=True)
@@ -115,17 +115,36 @@ def test_a_finished_run_stays_finished_after_a_mistake(tmp_path):
 LOST = LostProcessError(f"{LOST_CONNECTION} of the 2 processes")
 
 
+CAUSES = {
+    "an error": (RunError("the data worker died"), LOST, "failed", "the data worker died"),
+    "a warning": (SystemExit(138), LOST, "preempted", "SIGUSR1 ended the run at once."),
+    "a preemption": (SystemExit(143), LOST, "preempted", "SIGTERM ended the run at once."),
+    "an error, and a launcher that ends the rest": (RunError("lost"), SystemExit(143), "failed", "lost"),
+}
+"""Errors of rank 1, which has the cause, and of rank 0, and the state and reason that must be recorded."""
+
+
 @pytest.mark.parametrize("cause_is_first", [True, False])
-def test_the_rank_that_caused_the_end_has_the_word(tmp_path, cause_is_first):
+@pytest.mark.parametrize(("cause", "effect", "state", "reason"), list(CAUSES.values()), ids=list(CAUSES))
+def test_the_rank_that_caused_the_end_has_the_word(tmp_path, cause, effect, state, reason, cause_is_first):
     first = begin(tmp_path)
     first.saved(3)
     other = Attempt(lambda: tmp_path, 10, number=first.number)
-    ends = [(other, RunError("the data worker died")), (first, LOST)]
+    ends = [(other, cause), (first, effect)]
     for attempt, error in ends if cause_is_first else ends[::-1]:
         fail(attempt, error)
     found = status(tmp_path)
-    assert (found.state, found.reason, found.step) == ("failed", "the data worker died", 3)
-    assert found.attempts[0]["to_step"] == 3
+    assert (found.state, found.reason, found.step) == (state, reason, 3)
+    assert found.attempts[0]["to_step"] == 3 and should_requeue(found)[0]
+
+
+def test_a_rank_that_died_is_named_where_the_launcher_has_ended_the_rest(tmp_path):
+    fail(begin(tmp_path), SystemExit(143))
+    record_failure(tmp_path, 1, "rank 1 ended without a message")
+    assert (status(tmp_path).state, status(tmp_path).reason) == ("failed", "rank 1 ended without a message")
+    fail(begin(tmp_path), SystemExit(138))
+    record_failure(tmp_path, 2, "rank 1 ended without a message")
+    assert (status(tmp_path).state, status(tmp_path).attempt) == ("preempted", 2)
 
 
 def test_nothing_is_written_to_a_folder_that_another_attempt_holds(tmp_path, caplog):

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from xlstm_lm.base.processes import start_of_process
 from xlstm_lm.runs import monitor as module
 from xlstm_lm.runs.heartbeats import BeatFile, Heartbeat, read_beat, read_heartbeats, silent_nodes, write_heartbeats
 from xlstm_lm.runs.monitor import Monitor, Watched, WatchedRank
-from xlstm_lm.runs.status import RunStatus, read_status, record_failure, write_status
+from xlstm_lm.runs.status import ENDED_AT_ONCE, RunStatus, read_status, record_failure, write_status
 
 LIMITS = {"start": 100.0, "compile": 100.0, "step": 5.0, "validation": 50.0, "save": None}
 SLEEP = "import time; time.sleep(600)"
@@ -173,6 +174,18 @@ def test_a_failure_here_or_elsewhere_ends_those_that_remain(job):
     assert job.monitor.look() is None
     job.ahead *= 2
     assert job.reason() == "rank 7 on there is missing"
+
+
+@pytest.mark.parametrize("phases", [("compile", "failed"), ("compile", "compile")], ids=["here", "elsewhere"])
+def test_a_rank_that_a_signal_ended_at_once_ends_those_that_remain(job, phases):
+    reason = f"SIGUSR1 {ENDED_AT_ONCE}"
+    write_status(job.run_dir, replace(read_status(job.run_dir), state="preempted", reason=reason))
+    job.beat(*phases)
+    assert job.monitor.look() is None
+    job.ahead = module.GRACE_SECONDS + 1
+    assert job.reason() == reason
+    job.monitor.end_job(reason)
+    assert read_status(job.run_dir).state == "preempted"
 
 
 def test_the_launcher_must_live(tmp_path):

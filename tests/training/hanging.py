@@ -1,4 +1,4 @@
-"""Train on two ranks, of which the second comes to grief in the fifth step; a program for torchrun."""
+"""Train on two ranks, of which the second comes to grief in the fifth step, or is warned in the first; for torchrun."""
 
 from __future__ import annotations
 
@@ -35,20 +35,21 @@ FATES = {
     "worker": kill_data_workers,
     "launcher": lambda: os.kill(os.getppid(), signal.SIGKILL),
     "error": lambda: [][1],
+    "warned": lambda: os.kill(os.getpid(), signal.SIGUSR1),
 }
 
 
 def main(fate: str, folder: str, overrides: str) -> None:
     step = TrainingEngine.train_step
-    steps = 0
+    steps, last_good = 0, 0 if fate == "warned" else LAST_GOOD
 
     def fated(engine, *arguments, **options):
         nonlocal steps
         steps += 1
-        if steps > LAST_GOOD:
+        if steps > last_good:
             if fate == "all":
                 os.kill(os.getpid(), signal.SIGKILL)
-            if engine.world.rank == 1 and steps == LAST_GOOD + 1:
+            if engine.world.rank == 1 and steps == last_good + 1:
                 FATES[fate]()
             if fate == "launcher":
                 time.sleep(6)  # longer in all than the monitor waits for the ranks to end by themselves

@@ -19,14 +19,6 @@ LIMITS = {"safeguards__hang_step_minutes": 0.1, "training__checkpoint_every": 2}
 LAUNCHER = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 
-@pytest.fixture(scope="module")
-def reference(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("reference")
-    write_text(folder)
-    train(configure(folder))
-    return folder
-
-
 def meet(fate: str, folder: Path, **overrides: object) -> str:
     """Train until the job ends by its fate; returns its output. No process of it is left."""
     write_text(folder)
@@ -73,6 +65,15 @@ def test_a_stopped_rank_ends_the_job_with_its_name_and_all_stacks(tmp_path, refe
     assert f"xlstm-lm monitor: {reason}" in output
     stacks = [(tmp_path / "run" / "hang" / f"attempt_0001_rank_000{rank}.txt").read_text() for rank in range(2)]
     assert all("train_step" in each or "fated" in each for each in stacks), stacks
+    goes_on_as_if_nothing_had_happened(tmp_path, reference)
+
+
+@pytest.mark.slow
+def test_a_warning_of_one_rank_in_the_first_step_preempts_the_run(tmp_path, reference):
+    meet("warned", tmp_path)
+    status = read_status(tmp_path / "run")
+    assert (status.state, status.reason) == ("preempted", "SIGUSR1 ended the run at once."), status
+    assert should_requeue(status)[0] and not (tmp_path / "run" / "checkpoints").exists()
     goes_on_as_if_nothing_had_happened(tmp_path, reference)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 import re
 import shutil
 import signal
@@ -15,33 +14,16 @@ from typing import Any
 import pytest
 
 from tests.training.processes import run_alone, run_ranks
-from tests.training.runs import configure, records, write_text
+from tests.training.runs import configure, records
 from xlstm_lm.base.durable_files import RunError
 from xlstm_lm.base.lease import FolderLease
 from xlstm_lm.base.run_layout import checkpoint_folders
 from xlstm_lm.cli.conclusion import conclude
 from xlstm_lm.data import TrainingStream, build_tokenizer
 from xlstm_lm.runs.heartbeats import Heartbeat, write_heartbeats
-from xlstm_lm.runs.status import read_status
-from xlstm_lm.training import loop
 from xlstm_lm.training.engine import TrainingEngine
 from xlstm_lm.training.loop import train
 from xlstm_lm.training.run_config import RunConfig, load_run_config
-
-
-@pytest.fixture(scope="module")
-def reference(tmp_path_factory):
-    """A run that was never disturbed, in this process."""
-    folder = tmp_path_factory.mktemp("reference")
-    write_text(folder)
-    train(configure(folder))
-    return folder
-
-
-@pytest.fixture
-def folder(tmp_path):
-    write_text(tmp_path)
-    return tmp_path
 
 
 def comparable(folder: Path, reference: Path) -> None:
@@ -154,51 +136,6 @@ def test_a_run_whose_checkpoints_are_gone_keeps_its_history(folder):
     with pytest.raises(ValueError, match=r"checkpoints are gone(.|\n)*move \S*metrics.jsonl away"):
         train(configure(folder, training__steps=5))
     assert (folder / "run" / "metrics.jsonl").read_bytes() == before
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
-def test_a_stopped_run_is_saved_and_goes_on(number, folder, reference, monkeypatch, capsys):
-    batches = 0
-    next_batch = TrainingStream.next_batch
-    handler = signal.getsignal(signal.SIGINT)
-
-    def interrupted(stream):
-        nonlocal batches
-        batches += 1
-        if batches == 5:
-            os.kill(os.getpid(), number)
-        return next_batch(stream)
-
-    monkeypatch.setattr(TrainingStream, "next_batch", interrupted)
-    with pytest.raises(SystemExit) as stopped:
-        train(configure(folder))
-    assert stopped.value.code == 0
-    assert list(checkpoint_folders(folder / "run")) == [5, 3]
-    assert f"xlstm-lm train --config {folder}/run/config.yaml" in capsys.readouterr().out
-    assert signal.getsignal(signal.SIGINT) is handler
-    found = read_status(folder / "run")
-    assert (found.state, found.step) == ("stopped" if number == signal.SIGINT else "preempted", 5)
-    assert signal.Signals(number).name in found.reason and found.requeue is (number != signal.SIGINT)
-    train(configure(folder))
-    found = read_status(folder / "run")
-    assert (found.state, found.step, found.attempt) == ("finished", 10, 2)
-    comparable(folder, reference)
-
-
-def test_a_time_limit_stops_the_run_as_preempted(folder, reference):
-    with pytest.raises(SystemExit):
-        train(configure(folder, training__max_hours=1e-6))
-    found = read_status(folder / "run")
-    assert (found.state, found.step, found.requeue) == ("preempted", 1, True) and "max_hours" in found.reason
-    train(configure(folder))
-    comparable(folder, reference)
-
-
-def test_before_the_first_step_ctrl_c_stops_at_once(folder, monkeypatch):
-    monkeypatch.setattr(loop, "unbuilt_model", lambda config: os.kill(os.getpid(), signal.SIGINT))
-    with pytest.raises(KeyboardInterrupt):
-        train(configure(folder))
-    assert not (folder / "run" / "checkpoints").exists()
 
 
 def test_accumulation_gives_the_same_run(folder, reference):

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 
 import pytest
 
+from xlstm_lm.base.program import warning_held_back
 from xlstm_lm.training import stop_request as module
 from xlstm_lm.training.stop_request import StopRequest
 
@@ -24,10 +26,39 @@ def clock(monkeypatch):
     return made
 
 
+@contextlib.contextmanager
+def at_work():
+    """The handler in a run that has made a step."""
+    with StopRequest() as request:
+        request.handle_all()
+        request.note_only()
+        yield request
+
+
+@pytest.mark.parametrize("number", StopRequest.SIGNALS)
+def test_before_a_step_is_made_signals_end_the_run_at_once(number):
+    with StopRequest() as request:
+        request.handle_all()
+        with pytest.raises(KeyboardInterrupt if number == signal.SIGINT else SystemExit) as ended:
+            os.kill(os.getpid(), number)
+        assert number == signal.SIGINT or ended.value.code == 128 + number
+
+
+def test_a_warning_that_comes_early_waits_for_the_handler_and_for_the_monitor():
+    with warning_held_back():
+        os.kill(os.getpid(), signal.SIGUSR1)  # would otherwise end this process
+        with StopRequest() as request:
+            assert request.received == signal.SIGUSR1
+            with pytest.raises(SystemExit) as ended:
+                request.handle_all()
+            assert ended.value.code == 138
+    assert signal.SIGUSR1 not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+
+
 @pytest.mark.parametrize("number", StopRequest.SIGNALS)
 def test_signals_are_requests(number):
     before = signal.getsignal(number)
-    with StopRequest() as request:
+    with at_work() as request:
         assert request.reason == ""
         os.kill(os.getpid(), number)
         assert request.reason == f"{signal.Signals(number).name} was received."

@@ -26,6 +26,23 @@ def told_once(error: BaseException) -> BaseException:
     return error
 
 
+SCHEDULERS_WARNING = signal.SIGUSR1
+"""Signal by which schedulers and launch scripts announce the end of a job's time."""
+
+
+@contextlib.contextmanager
+def warning_held_back() -> Iterator[None]:
+    """Keep the scheduler's warning waiting until someone handles it, where it would otherwise end the process.
+
+    Threads and processes started meanwhile do not receive it either.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {SCHEDULERS_WARNING})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 @contextlib.contextmanager
 def program(name: str) -> Iterator[None]:
     """Run the work of a command line. `name` begins each message.

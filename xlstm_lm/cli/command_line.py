@@ -6,6 +6,7 @@ Only the module of the command that is called is imported, which keeps `xlstm-lm
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import sys
 from collections.abc import Mapping, Sequence
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 from xlstm_lm import __version__
 from xlstm_lm.base import console
 from xlstm_lm.base.import_path import keep_current_folder_out
-from xlstm_lm.base.program import program
+from xlstm_lm.base.program import program, warning_held_back
 from xlstm_lm.cli.parser import Parser
 
 
@@ -28,11 +29,15 @@ class Command:
     """One sentence for `--help`."""
     imports_torch: bool = True
     """Whether it imports PyTorch, which lasts long enough to be shown as a stage."""
+    handles_warning: bool = False
+    """Whether it handles a scheduler's warning once it is at work, until when the warning waits."""
 
 
 COMMANDS: Mapping[str, Command] = {
     "train": Command(
-        "xlstm_lm.cli.train", "Train a model from recipes; the same command continues a run that was stopped."
+        "xlstm_lm.cli.train",
+        "Train a model from recipes; the same command continues a run that was stopped.",
+        handles_warning=True,
     ),
     "status": Command(
         "xlstm_lm.cli.status", "Print where runs stand, from the files of their folders.", imports_torch=False
@@ -64,8 +69,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with program(f"xlstm-lm {name}" if command else "xlstm-lm"):
         if command and command.imports_torch and not {"-h", "--help"} & set(arguments):
             console.stage("importing PyTorch")
-        options = make_parser(name).parse_args(arguments)
-        options.run(options)
+        with warning_held_back() if command and command.handles_warning else contextlib.nullcontext():
+            options = make_parser(name).parse_args(arguments)
+            options.run(options)
 
 
 def make_parser(called: str) -> Parser:

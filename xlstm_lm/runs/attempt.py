@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import logging
+import signal
 import socket
 import time
 from collections.abc import Callable
@@ -12,9 +13,9 @@ from types import TracebackType
 from typing import Any
 
 from xlstm_lm.base.durable_files import RunError
-from xlstm_lm.base.errors import LOST_CONNECTION, first_line
+from xlstm_lm.base.errors import first_line
 from xlstm_lm.parallel.process_group import LostProcessError
-from xlstm_lm.runs.status import RunStatus, read_status, write_status
+from xlstm_lm.runs.status import ENDED_AT_ONCE, RunStatus, certainty, read_status, write_status
 
 logger = logging.getLogger("xlstm_lm")
 
@@ -77,9 +78,10 @@ class Attempt:
                 self._write(*self._end, requeue=self._end[0] == "preempted")
             return
         if isinstance(error, KeyboardInterrupt):
-            self._write("stopped", "Ctrl-C before the first step.")
-        elif isinstance(error, SystemExit):
-            self._write("preempted", "SIGTERM before the first step.", requeue=True)
+            self._write("stopped", f"Ctrl-C {ENDED_AT_ONCE}")
+        elif isinstance(error, SystemExit) and isinstance(error.code, int) and error.code > 128:
+            name = signal.Signals(error.code - 128).name
+            self._write("preempted", f"{name} {ENDED_AT_ONCE}", requeue=True)
         else:
             if isinstance(error, LostProcessError):
                 time.sleep(FIRST_HAND_SECONDS)
@@ -113,8 +115,10 @@ class Attempt:
         """Whether this attempt owns the status, and the reason there is no better one."""
         if status.attempt > self.number or (not self._is_first and status.attempt != self.number):
             return False
-        is_own_failure = status.attempt == self.number and status.state == "failed"
-        return not is_own_failure or (state == "failed" and status.reason.startswith(LOST_CONNECTION))
+        if status.attempt != self.number or status.state == "running":
+            return True
+        # Another rank, or the monitor, has recorded an end.
+        return state != "running" and certainty(reason) > certainty(status.reason)
 
     def _attempts(self, status: RunStatus | None, state: str, reason: str) -> list[dict[str, Any]]:
         """The record of all attempts with the present state of this one."""

@@ -42,7 +42,7 @@ from xlstm_lm.runs.heartbeats import (
     silent_nodes,
     write_heartbeats,
 )
-from xlstm_lm.runs.status import read_status, record_failure
+from xlstm_lm.runs.status import has_ended_early, read_status, record_failure
 
 POLL_SECONDS = 0.5
 GRACE_SECONDS = 20.0
@@ -176,12 +176,12 @@ class Monitor:
         if launcher is not None and not _lives(launcher, self.watched.launcher_started):
             return f"the launcher (process {launcher} on {host}) was killed."
         failed = [rank for rank, beat in beats.items() if beat[0] == "failed"]
-        if failed:
-            return f"rank {failed[0]} on {host} failed; its message is in the output of the run."
         with contextlib.suppress(OSError, ValueError):
             status = read_status(self.run_dir)
-            if status and status.attempt == self.watched.attempt and status.state == "failed":
+            if status and status.attempt == self.watched.attempt and has_ended_early(status):
                 return status.reason
+        if failed:
+            return f"rank {failed[0]} on {host} failed; its message is in the output of the run."
         return ""
 
     def _missing(self, hanging: WatchedRank, beats: dict[int, Beat]) -> Finding:

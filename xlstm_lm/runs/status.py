@@ -21,6 +21,8 @@ _FIELDS: Fields = {
     **dict.fromkeys(("step", "steps", "attempt"), int),
     "attempts": list,
 }
+ENDED_AT_ONCE = "ended the run at once."
+"""End of the reason of a run that a signal ended before it could save; the signal's name stands before it."""
 _REMEDY = "Delete the file: the run writes it again when it starts."
 
 
@@ -70,6 +72,21 @@ def write_status(run_dir: Path, status: RunStatus) -> None:
     replace_durably(run_dir / STATUS, json.dumps(asdict(status), indent=1).encode())
 
 
+def certainty(reason: str) -> int:
+    """Rank of a reason among those that several processes give for the end of one attempt; the highest counts.
+
+    A lost connection (0) may follow from anything. SIGTERM (1) may come from a launcher that has lost a process.
+    """
+    if reason.startswith(LOST_CONNECTION):
+        return 0
+    return 1 if reason == f"SIGTERM {ENDED_AT_ONCE}" else 2
+
+
+def has_ended_early(status: RunStatus) -> bool:
+    """Whether an attempt has ended on some rank without a save on which all ranks agreed."""
+    return status.state == "failed" or status.reason.endswith(ENDED_AT_ONCE)
+
+
 def record_failure(run_dir: Path, attempt: int, reason: str) -> None:
     """Record from outside that an attempt failed, unless it has ended in another way or has a better reason.
 
@@ -85,8 +102,7 @@ def record_failure(run_dir: Path, attempt: int, reason: str) -> None:
     status = read_status(run_dir)
     if status is None or status.attempt != attempt:
         return
-    is_second_hand = status.state == "failed" and status.reason.startswith(LOST_CONNECTION)
-    if status.state != "running" and not is_second_hand:
+    if status.state != "running" and certainty(reason) <= certainty(status.reason):
         return
     attempts = [
         each | {"state": "failed", "reason": reason} if each.get("attempt") == attempt else each

@@ -61,7 +61,8 @@ def train(run: RunConfig, data: TrainingData | None = None) -> Path:
         ValueError: the configuration cannot be trained, the run folder or a checkpoint does not fit it, or another
             process trains in the folder.
         RunError: the disk is full, too many steps in a row were not finite, or the run folder has disappeared.
-        SystemExit: with code 0, after SIGTERM, SIGUSR1, Ctrl-C or training.max_hours, once the run is saved.
+        SystemExit: with code 0, after SIGTERM, SIGUSR1, Ctrl-C or training.max_hours, once the run is saved; with 128
+            plus the signal's number, at once, after SIGTERM or SIGUSR1 before the first step is made.
     """
     world = join_world()
     # Decaying states and moments pass through denormal numbers, which slow a CPU down a hundred times.
@@ -77,10 +78,12 @@ def train(run: RunConfig, data: TrainingData | None = None) -> Path:
         return write_memory_snapshot(run.profile, RunFolder(run.training.folder).profile_path, world)
 
     explained = memory_errors_explained(run, world, precision, layout.rows, snapshot)
-    with contextlib.ExitStack() as resources, explained, lost_processes_explained(world):
-        trainer = Trainer(run, world, stop_request, resources, data)
-        with stop_request:  # before, nothing can be saved: Ctrl-C and SIGTERM end the run at once
+    with stop_request, contextlib.ExitStack() as resources, explained, lost_processes_explained(world):
+        try:
+            trainer = Trainer(run, world, stop_request, resources, data)
             stopped = trainer.run_steps()
+        finally:
+            stop_request.note_only()
         trainer.record_end(stopped)
     if world.is_first:
         folder = RunFolder(trainer.run_dir)
@@ -132,6 +135,7 @@ class Trainer:
         self.start.open_folder()
         attempt = self.start.attempt.number
         self.heart = resources.enter_context(Heart(self.run_dir, attempt, world, run.safeguards.phase_seconds))
+        stop_request.handle_all()
         console.keep_library_output(RunFolder(self.run_dir).library_log_path)
 
         rows = self.micro_rows * micro_batches
@@ -214,6 +218,7 @@ class Trainer:
             with self.times.step():
                 result = self.engine.train_step(micro_batches, scale, learning_rate, by_layer=statistics_due)
             self.step += 1
+            self.stop_request.note_only()
             self.report.count(counts[0])
             skipped = self.skips.observe(
                 result.applied,

@@ -7,6 +7,8 @@ import signal
 import time
 from types import FrameType
 
+from xlstm_lm.base.program import SCHEDULERS_WARNING
+
 logger = logging.getLogger("xlstm_lm")
 
 SAVE_SHARE, SAVE_SECONDS = 0.1, 600.0
@@ -17,8 +19,12 @@ seconds."""
 class StopRequest:
     """Handler of SIGTERM, SIGUSR1 and Ctrl-C, and of the time limit, which end the run once the step is saved.
 
-    A second signal ends it at once, except SIGUSR1. Signals within a second of the first count as the same request,
-    because launchers forward signals that the terminal has already sent to every process.
+    Before the first step of the session is made, there is nothing to save, and a signal ends the run at once: Ctrl-C by
+    KeyboardInterrupt, others by SystemExit with 128 plus the signal's number. Later, a second signal ends it at once,
+    except SIGUSR1. Signals within a second of the first count as the same request, because launchers forward signals
+    that the terminal has already sent to every process.
+
+    As a context manager, it notes SIGUSR1 and leaves the others alone until `handle_all`.
     """
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -34,6 +40,8 @@ class StopRequest:
         self._began = time.monotonic()
         self._max_hours = max_hours
         self._reserve = 0.0 if max_hours is None else min(SAVE_SHARE * 3600 * max_hours, SAVE_SECONDS)
+        self._before: dict[int, object] = {}
+        self._ends_at_once = False
         self._step_began: float | None = None
         self._longest_step = 0.0
         self._saves = self._steps = 0
@@ -58,6 +66,10 @@ class StopRequest:
         self._step_began = now
         self._steps += 1
 
+    def note_only(self) -> None:
+        """Let signals no longer end the run at once: there is a step to save, or the run closes what it has opened."""
+        self._ends_at_once = False
+
     def saved(self, seconds: float) -> None:
         """Reserve one and a half times the duration of the longest save for the last one."""
         self._step_began = None
@@ -71,8 +83,25 @@ class StopRequest:
         return left <= self._reserve + 2 * self._longest_step
 
     def __enter__(self) -> StopRequest:
-        self._before = {number: signal.signal(number, self._note) for number in self.SIGNALS}
+        self._handle(SCHEDULERS_WARNING)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {SCHEDULERS_WARNING})
         return self
+
+    def handle_all(self) -> None:
+        """Handle all signals, which end the run at once until `note_only`, as does one that was noted before.
+
+        Too early before the monitor of the node watches this process: it may be waiting for one that has gone, where
+        Python calls no handler, and a launcher sends SIGTERM to end it.
+        """
+        for number in self.SIGNALS:
+            if number not in self._before:
+                self._handle(number)
+        self._ends_at_once = True
+        if self.received:
+            self._end_at_once()
+
+    def _handle(self, number: int) -> None:
+        self._before[number] = signal.signal(number, self._note)
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
@@ -85,4 +114,14 @@ class StopRequest:
                 signal.raise_signal(number)
             return
         self.received, self._first_at = number, time.monotonic()
-        logger.warning("%s: finishing this step, then saving. Once more to stop at once.", signal.Signals(number).name)
+        name = signal.Signals(number).name
+        if self._ends_at_once:
+            logger.warning("%s: stopping at once, because no step is made yet.", name)
+            self._end_at_once()
+        elif self._steps:
+            logger.warning("%s: finishing this step, then saving. Once more to stop at once.", name)
+        else:
+            logger.warning("%s: stopping as soon as the run's folder is open.", name)
+
+    def _end_at_once(self) -> None:
+        raise KeyboardInterrupt if self.received == signal.SIGINT else SystemExit(128 + self.received)

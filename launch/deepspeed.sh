@@ -12,6 +12,7 @@
 #   SSH_PORT            default: that of ssh
 #   PROCESSES_PER_NODE  default: the slots of the hostfile, or one for each GPU
 #   ATTEMPT             folder of this start's logs below RUN/logs; default: the time in UTC
+#   LOCAL_FOLDER        folder on each node for caches; default: that of xlstm_lm/ops/build_cache.py, in TMPDIR or /tmp
 #
 # What the ranks print is in RUN/logs/ATTEMPT, a file for each, and not on the console.
 #
@@ -20,23 +21,13 @@
 # a scheduler where saving takes longer. To stop a run and save it, signal the processes themselves and not the launcher:
 #   pdsh -R ssh -w NODE1,NODE2 'pkill -USR1 -f "xlstm_lm train.* --training.run_dir RUN"'
 set -euo pipefail
+# shellcheck source-path=SCRIPTDIR source=shared.sh
+source "$(dirname "${BASH_SOURCE[0]}")/shared.sh"
 
-refuse() {
-  echo "deepspeed.sh: $1" >&2
-  exit 2
-}
-
-usage="usage: launch/deepspeed.sh RUN --config RECIPE [--section.field VALUE ...]"
-[ $# -gt 0 ] || refuse "the run's folder is missing. $usage"
+check_arguments "$@"
 run=$1
 shift
-case $run in -*) refuse "the first argument is the run's folder, such as runs/mine, but got the flag $run. $usage" ;; esac
-case " $* " in *" --config "* | *" --config="*) ;; *) refuse "--config RECIPE is missing. $usage" ;; esac
-case " $* " in *" --training.run_dir"*) refuse "--training.run_dir is given twice: the first argument, $run, sets it." ;; esac
-python=$(command -v "${PYTHON:-python3}") || refuse "there is no ${PYTHON:-python3}; set PYTHON to the path of a Python with xlstm-lm."
-find='import importlib.util, sys; sys.exit(not all(map(importlib.util.find_spec, ("deepspeed", "xlstm_lm"))))'
-"$python" -c "$find" 2> /dev/null ||
-  refuse "$python has no deepspeed or no xlstm_lm; activate their environment (source .venv/bin/activate), or set PYTHON."
+find_python deepspeed
 
 nodes=(--hostfile /dev/null)
 if [ -n "${HOSTFILE:-}" ]; then
@@ -48,16 +39,11 @@ if [ -n "${HOSTFILE:-}" ]; then
 fi
 [ -z "${PROCESSES_PER_NODE:-}" ] || nodes+=(--num_gpus "$PROCESSES_PER_NODE")
 
-logs=$run/logs/${ATTEMPT:-$(date -u +%Y%m%dT%H%M%SZ)}
-mkdir -p "$logs"
-# The launcher sets these variables on every node: caches on the node, not on a network file system.
-local_folder=${LOCAL_FOLDER:-${TMPDIR:-/tmp}/xlstm_lm-$(id -u)}
+make_log_folder "$run"
+use_caches_on_the_node
+# The launcher sets the variables of this file on every node.
 export DS_ENV_FILE=$PWD/$logs/environment
 case $logs in /*) DS_ENV_FILE=$logs/environment ;; esac
-export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$local_folder/triton}
-export TORCH_EXTENSIONS_DIR=${TORCH_EXTENSIONS_DIR:-$local_folder/torch_extensions}
-export HF_TOKEN_PATH=${HF_TOKEN_PATH:-${HF_HOME:-$HOME/.cache/huggingface}/token}
-export HF_HOME=${HF_HOME:-$local_folder/huggingface}
 for name in TRITON_CACHE_DIR TORCH_EXTENSIONS_DIR HF_TOKEN_PATH HF_HOME OMP_NUM_THREADS NCCL_SOCKET_IFNAME NCCL_IB_HCA NCCL_DEBUG; do
   [ -z "${!name:-}" ] || echo "$name=${!name}"
 done > "$DS_ENV_FILE"

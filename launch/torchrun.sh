@@ -16,21 +16,12 @@
 #   SAVE_SECONDS        seconds that the processes have for saving after a signal, before SIGKILL; default: 540
 #   LOCAL_FOLDER        folder on this node for caches; default: that of xlstm_lm/ops/build_cache.py, in TMPDIR or /tmp
 set -euo pipefail
+# shellcheck source-path=SCRIPTDIR source=shared.sh
+source "$(dirname "${BASH_SOURCE[0]}")/shared.sh"
 
-refuse() {
-  echo "torchrun.sh: $1" >&2
-  exit 2
-}
-
-usage="usage: launch/torchrun.sh RUN --config RECIPE [--section.field VALUE ...]"
-[ $# -gt 0 ] || refuse "the run's folder is missing. $usage"
+check_arguments "$@"
 run=$1
 shift
-case $run in -*) refuse "the first argument is the run's folder, such as runs/mine, but got the flag $run. $usage" ;; esac
-case " $* " in *" --config "* | *" --config="*) ;; *) refuse "--config RECIPE is missing. $usage" ;; esac
-case " $* " in *" --training.run_dir"*) refuse "--training.run_dir is given twice: the first argument, $run, sets it." ;; esac
-
-python=${PYTHON:-python3}
 nodes=${NNODES:-1}
 node=${NODE_RANK:-0}
 [[ $nodes =~ ^[1-9][0-9]*$ ]] || refuse "NNODES is $nodes; set it to the number of nodes, such as 8."
@@ -39,19 +30,8 @@ if ! [[ $node =~ ^[0-9]+$ ]] || [ "$node" -ge "$nodes" ]; then
 fi
 [ "$nodes" = 1 ] || [ -n "${NODE_RANK:-}" ] || refuse "NODE_RANK is not set; with $nodes nodes, number them from 0 to $((nodes - 1))."
 [ "$nodes" = 1 ] || [ -n "${RENDEZVOUS:-}" ] || refuse "RENDEZVOUS is not set; with $nodes nodes, set it to HOST:PORT of node 0, such as node1:29500."
-find='import importlib.util, sys; sys.exit(not all(map(importlib.util.find_spec, ("torch", "xlstm_lm"))))'
-"$python" -c "$find" 2> /dev/null ||
-  refuse "$python has no torch or no xlstm_lm; activate their environment (source .venv/bin/activate), or set PYTHON to the path of its Python."
-
-# Caches on this node. On a network file system, many processes that compile at once fail or wait for each other.
-umask 077
-local_folder=${LOCAL_FOLDER:-${TMPDIR:-/tmp}/xlstm_lm-$(id -u)}
-mkdir -p "$local_folder"
-export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$local_folder/triton}
-export TORCH_EXTENSIONS_DIR=${TORCH_EXTENSIONS_DIR:-$local_folder/torch_extensions}
-# `hf auth login` keeps its token in HF_HOME, which moves to this node; the token stays where it is.
-export HF_TOKEN_PATH=${HF_TOKEN_PATH:-${HF_HOME:-$HOME/.cache/huggingface}/token}
-export HF_HOME=${HF_HOME:-$local_folder/huggingface}
+find_python torch
+use_caches_on_the_node
 
 # NCCL finds its network by itself on most clusters. Take out the comment where it does not:
 # export NCCL_SOCKET_IFNAME=eth0       # the interface of its first contact, where nodes have several
@@ -59,9 +39,7 @@ export HF_HOME=${HF_HOME:-$local_folder/huggingface}
 # export NCCL_DEBUG=WARN               # INFO prints the rings, the network and its speed at the start
 # export TORCH_NCCL_TRACE_BUFFER_SIZE=2000  # the last collectives of each rank, dumped when one hangs
 
-umask 022
-logs=$run/logs/${ATTEMPT:-$(date -u +%Y%m%dT%H%M%SZ)}/node_$node
-mkdir -p "$logs"
+make_log_folder "$run"
 if [ -z "${PROCESSES_PER_NODE:-}" ]; then
   if nvidia-smi -L > /dev/null 2>&1; then PROCESSES_PER_NODE=gpu; else PROCESSES_PER_NODE=1; fi
 fi
@@ -78,4 +56,4 @@ fi
 # to the scheduler, which reads RUN/status.json. Rank 0 of each node also writes to the console, and all write to files.
 exec "$python" -m torch.distributed.run "${rendezvous[@]}" --nproc-per-node "$PROCESSES_PER_NODE" --max-restarts 0 \
   --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 --shutdown-timeout "${SAVE_SECONDS:-540}" \
-  --log-dir "$logs" --redirects 3 --tee 0:3 -m xlstm_lm train "$@" --training.run_dir "$run"
+  --log-dir "$logs/node_$node" --redirects 3 --tee 0:3 -m xlstm_lm train "$@" --training.run_dir "$run"

@@ -19,6 +19,7 @@ from tests.launch.small_run import (
     variables,
     wait_until,
 )
+from xlstm_lm.runs.monitor import LAUNCHER_SECONDS
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(why_no_nodes()), reason=why_no_nodes())]
 
@@ -54,16 +55,41 @@ def test_torchrun_trains_on_two_nodes_as_on_one(nodes, folder):
     assert status_of(run)["state"] == "finished"
 
 
-def test_a_run_goes_on_with_another_node_when_one_is_lost(nodes, folder):
-    run = folder / "lost"
-    first, second = launch([nodes[0], nodes[1]], folder, run)
+@pytest.mark.parametrize("lost", [0, 1])
+def test_a_run_goes_on_with_another_node_when_one_is_lost(nodes, folder, lost):
+    run = folder / f"lost{lost}"
+    launched = launch([nodes[0], nodes[1]], folder, run)
     wait_until(lambda: len(losses(run)) >= STEPS // 2, "half of the steps")
-    nodes[1].kill()
-    assert ended_with([first, second], 90)[0] != 0
+    nodes[lost].kill()
+    assert 0 not in ended_with(launched, 90)
     assert len(losses(run)) < STEPS
     status = status_of(run)
     assert status["state"] == "failed" and "lost the connection" in status["reason"], status
-    assert ended_with(launch([nodes[0], nodes[2]], folder, run), 180) == [0, 0]
+    # The lease of a lost rank 0 is stale after a minute.
+    assert ended_with(launch([nodes[1 - lost], nodes[2]], folder, run), 240) == [0, 0]
+    assert losses(run) == undisturbed_losses(folder)
+    assert [each["state"] for each in status_of(run)["attempts"]] == ["failed", "finished"]
+
+
+HANG_SECONDS = 6
+SHORT_LIMIT = ("--safeguards.hang_step_minutes", HANG_SECONDS / 60)
+
+
+def test_a_cut_link_ends_the_job_with_all_stacks_and_the_run_goes_on_when_it_is_back(nodes, folder):
+    run = folder / "cut"
+    launched = launch([nodes[0], nodes[1]], folder, run, *SHORT_LIMIT)
+    wait_until(lambda: len(losses(run)) >= STEPS // 2, "half of the steps")
+    nodes.link(1, "down")
+    wait_until(lambda: status_of(run)["state"] == "failed", "the monitors to see it", HANG_SECONDS + 30)
+    assert 0 not in ended_with(launched, LAUNCHER_SECONDS + 30)
+    status = status_of(run)
+    assert "the run hangs: step after step" in status["reason"] and status["requeue"], status
+    assert "rank 1 on node1 cannot reach rank 0 at node0:" in status["reason"], status
+    for rank in range(2):
+        stacks = (run / "hang" / f"attempt_0001_rank_{rank:04}.txt").read_text()
+        assert f"rank {rank} on node{rank}" in stacks and "run_steps" in stacks, stacks
+    nodes.link(1, "up")
+    assert ended_with(launch([nodes[0], nodes[1]], folder, run, *SHORT_LIMIT), 180) == [0, 0]
     assert losses(run) == undisturbed_losses(folder)
     assert [each["state"] for each in status_of(run)["attempts"]] == ["failed", "finished"]
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -47,6 +48,8 @@ class Job:
             ranks=ranks,
             launcher=launcher,
             launcher_started=start_of_process(launcher) if launcher else "",
+            launcher_is_torchrun=launcher is not None,
+            meeting_point="",
         )
         assert Watched.from_json(watched.to_json()) == watched
         self.monitor = Monitor(watched, clock=lambda: time.monotonic() + self.ahead)
@@ -135,6 +138,30 @@ def test_a_silent_node_is_named_where_all_stand_in_the_same_place(job):
     assert "nothing is heard of there_1" in job.reason()
 
 
+def test_ranks_that_cannot_reach_rank_0_are_named(job):
+    elsewhere = Heartbeat(rank=2, host="there", pid=1, step=3, phase="step", time=time.time())
+    write_heartbeats(job.run_dir, "there_1", [elsewhere])
+    job.beat("step", "step")
+    job.ahead = 6
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        address = f"127.0.0.1:{listening.getsockname()[1]}"
+        job.monitor.watched = replace(job.monitor.watched, meeting_point=address)
+        assert "same place" in job.reason()
+    found = job.monitor.look()
+    assert f"rank 0 on here, rank 1 on here cannot reach rank 0 at {address}" in found.reason and found.is_sure
+
+
+def test_summaries_are_frequent_where_limits_are_short(job):
+    job.beat("step", "step")
+    assert job.monitor.look() is None
+    before = read_heartbeats(job.run_dir)[0].time
+    for ahead, is_new in ((LIMITS["step"] / 8, False), (LIMITS["step"] / 3, True)):
+        job.ahead = ahead
+        job.beat("step", "step")
+        assert job.monitor.look() is None
+        assert (read_heartbeats(job.run_dir)[0].time > before) is is_new
+
+
 def test_a_wall_clock_that_is_set_back_changes_nothing(job, monkeypatch):
     job.beat("step", "step")
     monkeypatch.setattr(module.time, "time", lambda: 0.0)
@@ -199,6 +226,26 @@ def test_the_launcher_must_live(tmp_path):
         assert job.monitor.look() is None
         job.ahead = module.GRACE_SECONDS + 1
         assert f"the launcher (process {launcher.pid} on here) was killed" in job.reason()
+    finally:
+        launcher.kill()
+        launcher.wait()
+        job.end()
+
+
+@pytest.mark.parametrize("is_torchrun", [True, False])
+def test_torchrun_must_end_after_a_failure_and_no_other_launcher(tmp_path, monkeypatch, is_torchrun):
+    monkeypatch.setattr(module, "LAUNCHER_SECONDS", 0.2)
+    launcher = subprocess.Popen([sys.executable, "-c", SLEEP])
+    job = Job(tmp_path, launcher.pid)
+    job.monitor.watched = replace(job.monitor.watched, launcher_is_torchrun=is_torchrun)
+    try:
+        job.beat("step", "done")
+        assert not job.monitor.has_failed_rank()
+        job.beat("step", "failed")
+        assert job.monitor.has_failed_rank()
+        job.monitor.end_launcher()
+        time.sleep(0.1)
+        assert (launcher.poll() is not None) is is_torchrun
     finally:
         launcher.kill()
         launcher.wait()

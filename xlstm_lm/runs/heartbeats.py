@@ -23,7 +23,7 @@ PHASES = ("start", "compile", "step", "validation", "save", "failed", "done")
 """Phases of a rank. compile is the first step; failed and done are the end."""
 ENDED = ("failed", "done")
 SUMMARY_SECONDS = 10.0
-"""Time between two summaries of a node."""
+"""Time between two summaries for other machines, or a quarter of the shortest limit of a phase if that is less."""
 SILENT_SECONDS = 6 * SUMMARY_SECONDS
 """Age from which a node's summary counts as silent."""
 _FIELDS: dict[str, type | tuple[type, ...]] = {

@@ -8,6 +8,7 @@ It depends neither on NCCL nor on the ranks' interpreters. Local rank 0 starts i
   ends all.
 * A rank that has gone, a launcher that has gone, or a failure that another node recorded leaves the others
   `GRACE_SECONDS` to end with messages of their own.
+* After a failure, torchrun is killed if it does not end within `LAUNCHER_SECONDS`: it waits for nodes that are cut off.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import os
 import select
 import shutil
 import signal
+import socket
 import sys
 import time
 from collections.abc import Callable
@@ -50,6 +52,10 @@ UNSURE_SECONDS = 5.0
 """Time that a node with a vague reason leaves to the others."""
 NAMED = 8
 """Missing ranks that are named at most."""
+LAUNCHER_SECONDS = 30.0
+"""Time for torchrun to end after a failure. Where the network is cut, it would wait for minutes."""
+REACH_SECONDS = 3.0
+"""Time for a connection to the meeting point; less than `UNSURE_SECONDS`."""
 STACK_SECONDS = 2.0
 """Time for the ranks to write their stacks before they are killed."""
 
@@ -91,6 +97,10 @@ class Watched:
     launcher: int | None
     """Process that started the ranks and must outlive them; None without one."""
     launcher_started: str
+    launcher_is_torchrun: bool
+    """Whether the launcher ends by itself once a rank has failed, as long as it can reach the other nodes."""
+    meeting_point: str
+    """HOST:PORT where rank 0 or its launcher listens as long as the job runs; empty if all ranks are on this node."""
 
     def to_json(self) -> str:
         """Text for the command line."""
@@ -120,13 +130,15 @@ class Monitor:
         self._clock = clock
         self._cause_since: float | None = None
         self._summary_at: float | None = None
+        quarters = [limit / 4 for limit in watched.limits.values() if limit is not None]
+        self._summary_seconds = min([SUMMARY_SECONDS, *quarters])
         self._first_seen = clock()
 
     def look(self) -> Finding | None:
         """Look once. Returns how the watch ends, or None to go on."""
         now = self._clock()
         beats = {rank.rank: self._beat(rank) for rank in self.watched.ranks}
-        if self._summary_at is None or now - self._summary_at >= SUMMARY_SECONDS:
+        if self._summary_at is None or now - self._summary_at >= self._summary_seconds:
             self._summary_at = now
             with contextlib.suppress(OSError):
                 write_heartbeats(self.run_dir, self.watched.node, self.summary())
@@ -198,17 +210,34 @@ class Monitor:
         places = [(each.step, PHASES.index(each.phase)) for each in everyone]
         behind = [each for each, place in zip(everyone, places, strict=True) if place == min(places)]
         if len(behind) < len(everyone):
-            names = ", ".join(f"rank {each.rank} on {each.host}" for each in behind[:NAMED])
-            more = f" and {len(behind) - NAMED} more" if len(behind) > NAMED else ""
             first = behind[0]
-            return Finding(f"{how}; missing, in {first.phase} after step {first.step:,}: {names}{more}.")
+            return Finding(f"{how}; missing, in {first.phase} after step {first.step:,}: {_named(behind)}.")
         silent = silent_nodes(self.run_dir, SILENT_SECONDS)
         if silent:
             return Finding(f"{how}; nothing is heard of {', '.join(silent)}.")
+        if not self._reaches_the_first_rank():
+            return Finding(
+                f"{how}; {_named(self.summary())} cannot reach rank 0 at {self.watched.meeting_point}: the network is "
+                "cut between them."
+            )
         return Finding(
             f"{how}; all ranks stand in the same place, as where the network is cut: see the stacks in {HANG}.",
             is_sure=False,
         )
+
+    def has_failed_rank(self) -> bool:
+        """Whether a rank of this node has ended by an error."""
+        return any(self._beat(rank)[0] == "failed" for rank in self.watched.ranks)
+
+    def _reaches_the_first_rank(self) -> bool:
+        if not self.watched.meeting_point:
+            return True
+        host, _, port = self.watched.meeting_point.rpartition(":")
+        try:
+            socket.create_connection((host, int(port)), timeout=REACH_SECONDS).close()
+        except OSError:
+            return False
+        return True
 
     def end_job(self, reason: str) -> None:
         """Record the failure, keep the stacks of the local ranks, and kill those that live."""
@@ -230,6 +259,19 @@ class Monitor:
             if _lives(rank.pid, rank.started):
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(rank.pid, signal.SIGKILL)
+
+    def end_launcher(self) -> None:
+        """Kill torchrun if it does not end after the failure of a rank of this node."""
+        launcher, started = self.watched.launcher, self.watched.launcher_started
+        if launcher is None or not self.watched.launcher_is_torchrun:
+            return
+        until = self._clock() + LAUNCHER_SECONDS
+        while _lives(launcher, started) and self._clock() < until:
+            time.sleep(POLL_SECONDS)
+        if _lives(launcher, started):
+            print(f"xlstm-lm monitor: torchrun (process {launcher}) does not end: killed.", file=sys.stderr, flush=True)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(launcher, signal.SIGKILL)
 
     def _keep_stacks(self, ranks: list[WatchedRank], reason: str) -> None:
         if not self.run_dir.is_dir():
@@ -265,7 +307,16 @@ def watch(watched: Watched) -> None:
         if not found.is_sure:
             time.sleep(UNSURE_SECONDS)
         monitor.end_job(found.reason)
+    has_failed = bool(found.reason) or monitor.has_failed_rank()
     monitor.close()
+    if has_failed:
+        monitor.end_launcher()
+
+
+def _named(ranks: list[Heartbeat]) -> str:
+    """The first few ranks, each with its host."""
+    names = ", ".join(f"rank {each.rank} on {each.host}" for each in ranks[:NAMED])
+    return f"{names} and {len(ranks) - NAMED} more" if len(ranks) > NAMED else names
 
 
 def _lives(pid: int, started: str) -> bool:

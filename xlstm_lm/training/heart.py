@@ -62,6 +62,8 @@ class Heart:
             ranks=here,
             launcher=launcher,
             launcher_started=start_of_process(launcher) if launcher is not None else "",
+            launcher_is_torchrun="TORCHELASTIC_RUN_ID" in os.environ,
+            meeting_point=f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}" if len(here) < world.size else "",
         )
         self._monitor: subprocess.Popen[bytes] | None = None
         if min(rank.rank for rank in here) == world.rank:
@@ -111,7 +113,9 @@ class Heart:
         if self._monitor:
             assert self._monitor.stdin is not None
             self._monitor.stdin.close()  # wakes it
-            with contextlib.suppress(subprocess.TimeoutExpired):  # other ranks may still be at work
-                self._monitor.wait(CLOSE_SECONDS if len(self._watched.ranks) == 1 else 0.5)
+            # It waits for other ranks that are still at work, and after a failure for the launcher.
+            ends_now = len(self._watched.ranks) == 1 and not (kind and self._watched.launcher_is_torchrun)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._monitor.wait(CLOSE_SECONDS if ends_now else 0.5)
         if len(self._watched.ranks) == 1:
             shutil.rmtree(self._folder, ignore_errors=True)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import threading
 
 import pytest
 
@@ -46,7 +47,8 @@ def test_before_a_step_is_made_signals_end_the_run_at_once(number):
 
 def test_a_warning_that_comes_early_waits_for_the_handler_and_for_the_monitor():
     with warning_held_back():
-        os.kill(os.getpid(), signal.SIGUSR1)  # would otherwise end this process
+        # Would otherwise end this process. Not to the whole process, in which earlier tests have left threads.
+        signal.pthread_kill(threading.get_ident(), signal.SIGUSR1)
         with StopRequest() as request:
             assert request.received == signal.SIGUSR1
             with pytest.raises(SystemExit) as ended:

@@ -34,7 +34,8 @@ SCHEDULERS_WARNING = signal.SIGUSR1
 def warning_held_back() -> Iterator[None]:
     """Keep the scheduler's warning waiting until someone handles it, where it would otherwise end the process.
 
-    Threads and processes started meanwhile do not receive it either.
+    Threads and processes started meanwhile do not receive it either. Not to be entered beside other threads, any of
+    which would receive it.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {SCHEDULERS_WARNING})
     try:

@@ -66,12 +66,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     arguments = [each for each in arguments if not each.startswith("--local_rank=")]
     name = next(iter(arguments), "")
     command = COMMANDS.get(name)
-    with program(f"xlstm-lm {name}" if command else "xlstm-lm"):
+    waiting = warning_held_back() if command and command.handles_warning else contextlib.nullcontext()
+    with waiting, program(f"xlstm-lm {name}" if command else "xlstm-lm"):
         if command and command.imports_torch and not {"-h", "--help"} & set(arguments):
             console.stage("importing PyTorch")
-        with warning_held_back() if command and command.handles_warning else contextlib.nullcontext():
-            options = make_parser(name).parse_args(arguments)
-            options.run(options)
+        options = make_parser(name).parse_args(arguments)
+        options.run(options)
 
 
 def make_parser(called: str) -> Parser:

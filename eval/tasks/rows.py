@@ -51,6 +51,8 @@ class TaskStream:
     def __init__(self, task: Task, config: DataConfig, *, lanes: range, seed: int, part: int = TRAINING) -> None:
         self._task, self._config, self._seed, self._part = task, config, seed, part
         self._given = dict.fromkeys(lanes, 0)
+        self._passed_over: dict[int, set[int]] = {lane: set() for lane in lanes}
+        """Numbers of sequences that each lane leaves out."""
         self._left_over: dict[int, Example] = {}
         self._sequences = {lane: self._draw(lane, 0) for lane in lanes}
 
@@ -62,27 +64,32 @@ class TaskStream:
         shape = len(self._given), self._config.context_length
         tokens_BT, targets_BT = np.full(shape, self._task.padding), np.full(shape, IGNORED_TARGET)
         resets_BT = np.zeros(shape, dtype=bool)
-        names = []
+        names, places = [], []
         for row, lane in enumerate(self._given):
-            first = self._given[lane]
-            self._fill(lane, tokens_BT[row], targets_BT[row], resets_BT[row])
-            names.append([f"{self._task.name} {lane}/{number}" for number in range(first, self._given[lane])])
+            numbers = self._fill(lane, tokens_BT[row], targets_BT[row], resets_BT[row])
+            names.append([f"{self._task.name} {lane}/{number}" for number in numbers])
+            places.append(numbers)
         tensors = (torch.from_numpy(array) for array in (tokens_BT, targets_BT, resets_BT))
-        return Batch(*tensors, document_ids=names)
+        return Batch(*tensors, document_ids=names, document_places=places)
 
-    def _fill(self, lane: int, tokens_T: np.ndarray, targets_T: np.ndarray, resets_T: np.ndarray) -> None:
-        """Fill a row with as many of the lane's next sequences as fit; the rest of it is padding."""
-        begin = 0
+    def _fill(self, lane: int, tokens_T: np.ndarray, targets_T: np.ndarray, resets_T: np.ndarray) -> list[int]:
+        """Fill a row with as many of the lane's next sequences as fit; the rest is padding. Returns their numbers."""
+        begin, numbers = 0, []
         while begin < len(tokens_T):
             resets_T[begin] = True
+            while self._given[lane] in self._passed_over[lane]:
+                next(self._sequences[lane])
+                self._given[lane] += 1
             tokens, targets = self._left_over.pop(lane, None) or next(self._sequences[lane])
             end = begin + len(tokens)
             if end > len(tokens_T):
                 self._left_over[lane] = tokens, targets  # begins the next row
-                return
+                return numbers
             tokens_T[begin:end], targets_T[begin:end] = tokens, targets
             begin = end
+            numbers.append(self._given[lane])
             self._given[lane] += 1
+        return numbers
 
     def _draw(self, lane: int, first: int) -> Iterator[Example]:
         """A lane's sequences from number `first` on."""
@@ -94,12 +101,28 @@ class TaskStream:
                     yield example
 
     def state_dict(self) -> dict[str, Any]:
-        """How many sequences each owned lane has given."""
-        return {str(lane): count for lane, count in self._given.items()}
+        """How many sequences each owned lane has given and, where there are any, those to leave out."""
+        to_pass = {
+            lane: sorted(number for number in self._passed_over[lane] if number >= count)
+            for lane, count in self._given.items()
+        }
+        return {str(lane): [count, *to_pass[lane]] if to_pass[lane] else count for lane, count in self._given.items()}
 
     def load_state_dict(self, states: Mapping[str, Any], fingerprint: Mapping[str, Any] | None = None) -> None:
         """Go on where `states`, of any number of ranks, left off."""
-        self._given = {lane: states[str(lane)] for lane in self._given}
+        for lane in self._given:
+            state = states[str(lane)]
+            self._given[lane], *to_pass = state if isinstance(state, list) else [state]
+            self._passed_over[lane] = set(to_pass)
+        self._go_to_positions()
+
+    def pass_over(self, places: Mapping[str, list[int]]) -> None:
+        """Leave out sequences that come later, by the number of the lane (see `TrainingStream.pass_over`)."""
+        for lane in self._given:
+            self._passed_over[lane].update(places.get(str(lane), []))
+        self._go_to_positions()
+
+    def _go_to_positions(self) -> None:
         self._left_over = {}
         self._sequences = {lane: self._draw(lane, first) for lane, first in self._given.items()}
 

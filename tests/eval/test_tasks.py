@@ -111,6 +111,28 @@ def test_a_lane_gives_the_same_whoever_reads_it_and_wherever_it_is_taken_up(name
     assert other.fingerprint() != later.fingerprint() == whole.fingerprint()
 
 
+def test_sequences_are_passed_over_once_also_after_a_restart():
+    task = data({"name": "parity", "lengths": [3, 20]})
+    stream = task.stream(range(2), seed=7)
+    stream.next_batch()
+    state = stream.state_dict()
+    stream.next_batch()
+    places = stream.next_batch().document_places[1]
+    stream.load_state_dict(state)
+    stream.pass_over({"1": places, "9": [0]})
+    again = task.stream(range(2), seed=7)
+    again.load_state_dict(json.loads(json.dumps(stream.state_dict())))
+    for each in (stream, again):
+        batches = [each.next_batch() for _ in range(4)]
+        given = [[place for batch in batches for place in batch.document_places[lane]] for lane in (0, 1)]
+        assert given[0] == list(range(state["0"], state["0"] + len(given[0])))
+        assert given[1] == [n for n in range(state["1"], state["1"] + 99) if n not in places][: len(given[1])]
+        assert places and given[1][0] < places[0] and each.state_dict()["1"] == given[1][-1] + 1 > places[-1]
+        undisturbed = task.stream(range(2), seed=7)
+        undisturbed.load_state_dict({"0": 0, "1": batches[-1].document_places[1][0]})
+        assert torch.equal(undisturbed.next_batch().tokens_BT[1], batches[-1].tokens_BT[1])
+
+
 def test_rows_hold_whole_sequences_each_with_a_reset_and_lose_none():
     made = data({"name": "cycle_navigation", "lengths": [3, 20]})
     stream = made.stream(range(1), seed=0)

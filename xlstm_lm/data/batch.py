@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,6 +26,8 @@ class Batch:
     """True where a document starts and the model's state is therefore emptied, bool."""
     document_ids: list[list[str]]
     """The documents with a token in each row."""
+    document_places: list[list[Any]] = field(default_factory=list)
+    """Their places in the lanes, for `pass_over` of a stream; None for each in a batch for validation."""
 
 
 def stack_rows(rows: Sequence[Row]) -> Batch:
@@ -38,4 +41,5 @@ def stack_rows(rows: Sequence[Row]) -> Batch:
         targets_BT=targets_BT,
         resets_BT=torch.from_numpy(np.stack([row.resets for row in rows])),
         document_ids=[row.document_ids for row in rows],
+        document_places=[row.places for row in rows],
     )

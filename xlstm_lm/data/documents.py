@@ -51,9 +51,9 @@ def documents(
             bad.append(record)
 
 
-def tokenized(record: Record, tokenizer: Tokenizer, state: dict[str, Any] | None = None) -> Document:
+def tokenized(record: Record, tokenizer: Tokenizer, state: dict[str, Any] | None = None, place: Any = None) -> Document:
     """The document of `record`. Taking its pieces raises ValueError, with its name, where it cannot be encoded."""
-    return Document(_pieces(record, tokenizer), record.id, state)
+    return Document(_pieces(record, tokenizer), record.id, state, place=place)
 
 
 def _pieces(record: Record, tokenizer: Tokenizer) -> Iterator[np.ndarray]:

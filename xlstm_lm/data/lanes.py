@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import heapq
 from collections.abc import Iterable, Iterator, Mapping
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 from xlstm_lm.base.announce import announce_once
@@ -232,20 +232,36 @@ class Lane:
         }
 
     def rows(self, state: dict[str, Any]) -> Iterator[Row]:
-        """Packed rows without end, each with the state after it; `state` says where to begin."""
-        end = self._tokenizer.end_of_document
-        return pack(self._documents(state), self._config.context_length, end, state["offset"])
+        """Packed rows without end, each with the state after it; `state` says where to begin.
+
+        Documents whose places are in the state's list `passed_over` are left out, as if they were not in the data. An
+        entry stays in the list until its document has come by.
+        """
+        documents, offset = self._documents(state), state["offset"]
+        if state.get("passed_over"):
+            first = next(documents)
+            assert first.state is not None
+            # The document of which an earlier row has used a part may be left out itself.
+            offset = offset if first.state.get("passed_over") == state["passed_over"] else 0
+            documents = chain([first], documents)
+        return pack(documents, self._config.context_length, self._tokenizer.end_of_document, offset)
 
     def _documents(self, state: dict[str, Any]) -> Iterator[Document]:
         weights = [source.source.config.weight for source in self.sources]
-        states, tokens = state["sources"], state["tokens"]
+        states, tokens, passed_over = state["sources"], state["tokens"], state.get("passed_over", [])
         streams = [source.documents(self.number, begin, self._tokenizer) for source, begin in zip(self.sources, states)]
         while True:
             chosen = min(range(len(streams)), key=lambda index: tokens[index] / weights[index])
             record, after = next(streams[chosen])
+            place = [chosen, *(after[name] for name in ("epoch", "piece", "document", "index"))]
+            if place in passed_over:
+                passed_over = [each for each in passed_over if each != place]
+                states = [after if index == chosen else one for index, one in enumerate(states)]
+                continue
             # A row that begins in the document has read all of its block.
             begin = [{**one, "read": after["read"]} if index == chosen else one for index, one in enumerate(states)]
-            document = tokenized(record, self._tokenizer, {"sources": begin, "tokens": tokens})
+            now = {"sources": begin, "tokens": tokens} | ({"passed_over": passed_over} if passed_over else {})
+            document = tokenized(record, self._tokenizer, now, place)
             yield document  # until all of its tokens have been taken
             states = [after if index == chosen else one for index, one in enumerate(states)]
             length = document.num_tokens + 1

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 from collections import deque
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,6 +28,8 @@ class Document:
     """State of a lane that begins with this document; None outside of lanes."""
     num_tokens: int = 0
     """Number of ids that its pieces have had so far; of all pieces once `pack` reads the next document."""
+    place: Any = None
+    """JSON value that no other document of its lane has; None outside of lanes."""
 
 
 @dataclass
@@ -44,6 +46,8 @@ class Row:
     """The documents with a token in the row."""
     state: dict[str, Any] | None
     """State of the lane after this row; None outside of lanes."""
+    places: list[Any] = field(default_factory=list)
+    """Places of these documents in their lane."""
 
 
 def pack(documents: Iterable[Document], context_length: int, end_of_document: int, offset: int = 0) -> Iterator[Row]:
@@ -108,13 +112,14 @@ def _take_row(segments: deque[_Segment], context_length: int) -> Row:
     """Cut a row off the front of `segments`. Its last element stays there: it begins the next row."""
     elements = np.empty(context_length + 1, dtype=np.int32)
     resets = np.zeros(context_length, dtype=bool)
-    document_ids = []
+    document_ids, places = [], []
     position = 0
     while True:
         document, begin, available = segments[0]
         if position < context_length:
             if begin == 0 or position == 0:
                 document_ids.append(document.id)
+                places.append(document.place)
             resets[position] = begin == 0
         taken = available[: context_length + 1 - position]
         elements[position : position + len(taken)] = taken
@@ -123,5 +128,5 @@ def _take_row(segments: deque[_Segment], context_length: int) -> Row:
             offset = begin + len(taken) - 1
             segments[0] = _Segment(document, offset, available[len(taken) - 1 :])
             state = None if document.state is None else {**document.state, "offset": offset}
-            return Row(elements, resets, context_length, document_ids, state)
+            return Row(elements, resets, context_length, document_ids, state, places)
         segments.popleft()

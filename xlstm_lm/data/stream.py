@@ -113,6 +113,19 @@ class TrainingStream:
             self._adopt(fingerprint)
         self._states = {lane: copy.deepcopy(states[str(lane)]) for lane in self._lanes}
 
+    def pass_over(self, places: Mapping[str, list[Any]]) -> None:
+        """Leave documents out that come after the batches given so far, as if they were not in the data.
+
+        Args:
+            places: By the number of the lane, the places of documents, as in `Batch.document_places`.
+        """
+        self.close()
+        for lane in self._lanes:
+            before = self._states[lane].get("passed_over", [])
+            new = [place for place in places.get(str(lane), []) if place not in before]
+            if new:
+                self._states[lane] = {**self._states[lane], "passed_over": [*before, *new]}
+
     def _adopt(self, fingerprint: Mapping[str, Any]) -> None:
         """Deal out the documents as the stream with this fingerprint did, whatever has changed since."""
         # Without a revision in the recipe, a run stays with the commit it began with.

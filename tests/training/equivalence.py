@@ -15,7 +15,7 @@ import torch
 
 from tests.training.tiny import VOCABULARY, TinyModel
 from xlstm_lm.parallel.process_group import World, join_world
-from xlstm_lm.training.engine import TrainingEngine
+from xlstm_lm.training.engine import Judge, TrainingEngine
 from xlstm_lm.training.optimizer import AdamWConfig, OptimizerConfig, build_optimizer
 from xlstm_lm.training.schedule import ScheduleConfig, learning_rate_ratio
 
@@ -68,6 +68,7 @@ def engine_step(
     batch: tuple[torch.Tensor, torch.Tensor],
     step: int,
     by_layer: bool = True,
+    judge: Judge | None = None,
 ):
     """The step, and the loss of the whole batch."""
     tokens_BT, targets_BT = batch
@@ -76,7 +77,7 @@ def engine_step(
     parts = [tensor[world.rank * own :][:own].split(MICRO_ROWS) for tensor in (tokens_BT, targets_BT)]
     micro_batches = [(tokens, targets, None) for tokens, targets in zip(*parts, strict=True)]
     rate = OPTIMIZER.learning_rate * learning_rate_ratio(SCHEDULE, step, STEPS)
-    result = engine.train_step(micro_batches, world.size / count, rate, by_layer)
+    result = engine.train_step(micro_batches, world.size / count, rate, by_layer, judge)
     return result, float(world.sum_(result.loss_sum.clone()) / count)
 
 

@@ -24,7 +24,7 @@ def save(world: World, engine: TrainingEngine, run_dir: Path, step: int = SAVED_
 
 def snapshot(engine: TrainingEngine, step: int = SAVED_STEP, keep: int = 3) -> Snapshot:
     return Snapshot(
-        state={"step": step, "optimizer_steps": engine.optimizer_steps},
+        state={"step": step, "optimizer_steps": engine.optimizer_steps, "processes": engine.world.size},
         shapes=engine.state.stored_shapes,
         shares=engine.state.shares(),
         config_yaml="{}\n",

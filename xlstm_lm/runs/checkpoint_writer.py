@@ -298,10 +298,7 @@ class _Save:
         for step, folder in older[self.snapshot.keep :]:
             if self.snapshot.keep_at(step):
                 continue
-            # Renamed first: a half-deleted one is never taken for a damaged checkpoint.
-            doomed = folder.with_name(f"{LEFTOVER}old-{folder.name}")
-            folder.rename(doomed)
-            shutil.rmtree(doomed)
+            _remove(folder)
 
 
 def write_checkpoint(run_dir: Path, world: World, snapshot: Snapshot) -> Path:
@@ -314,6 +311,20 @@ def write_checkpoint(run_dir: Path, world: World, snapshot: Snapshot) -> Path:
     writer.save(snapshot)
     writer.wait()
     return checkpoint_folder(run_dir, snapshot.state["step"])
+
+
+def remove_after(run_dir: Path, step: int) -> None:
+    """Delete the checkpoints of later steps, which the run makes again."""
+    for later, folder in checkpoint_folders(run_dir).items():
+        if later > step:
+            _remove(folder)
+
+
+def _remove(folder: Path) -> None:
+    # Renamed first: a half-deleted one is never taken for a damaged checkpoint.
+    doomed = folder.with_name(f"{LEFTOVER}old-{folder.name}")
+    folder.rename(doomed)
+    shutil.rmtree(doomed)
 
 
 def remove_leftovers(run_dir: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,11 +17,15 @@ from xlstm_lm.training.deepspeed_config import Precision, deepspeed_json, refusa
 from xlstm_lm.training.engine_state import EngineState
 from xlstm_lm.training.layer_statistics import activation_norms_observed, gradient_norms
 from xlstm_lm.training.optimizer import OptimizerConfig, build_optimizer, state_shapes
+from xlstm_lm.training.update_check import UpdateCheck, Veto
 
 # DeepSpeed calls functions under names that newer versions of torch deprecate.
 warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed.c10d_logger")
 
 MicroBatch = tuple[Tensor, Tensor, Tensor]  # tokens_BT, targets_BT, resets_BT
+Judge = Callable[[Tensor], Tensor]
+"""Maps the loss and the gradient norm of a step, float32 (2,) on the device and the same on all ranks, to whether its
+update must not be applied, a scalar of type bool."""
 
 
 class TrainingModule(nn.Module):
@@ -57,6 +62,8 @@ class StepResult:
 
     applied: bool
     """Whether the weights were updated; the same on all ranks."""
+    vetoed: bool
+    """Whether they were not, although loss and gradient were finite."""
     loss_sum: Tensor
     """Sum of the losses of this rank's target tokens, in nats."""
     gradient_norm: Tensor | float
@@ -132,6 +139,7 @@ class TrainingEngine:
             world=world,
         )
         """Weights and optimizer state by name."""
+        self._update_check = UpdateCheck(self._engine.optimizer, self.stage)
 
     def train_step(
         self,
@@ -139,11 +147,13 @@ class TrainingEngine:
         scale: Tensor | float,
         learning_rate: float,
         by_layer: bool = False,
+        judge: Judge | None = None,
     ) -> StepResult:
         """Run forward, backward, reduction and update. Collective.
 
-        The gradient is that of sum(loss sum * scale) / world size over all ranks' micro batches. If a loss or gradient
-        is not finite on any rank, weights, optimizer state and its step count stay unchanged on every rank.
+        The gradient is that of sum(loss sum * scale) / world size over all ranks' micro batches, which is the loss that
+        the judge is given. If a loss or gradient is not finite on any rank, or the judge forbids the update, weights,
+        optimizer state and its step count stay unchanged on every rank.
 
         DeepSpeed reads the gradient norm on the host before the update, the only device synchronization of a step.
 
@@ -152,6 +162,7 @@ class TrainingEngine:
             scale: Factor of the losses; world size / target tokens of the global batch gives the mean token loss.
             learning_rate: Rate of the schedule; each parameter group multiplies it by its lr_scale.
             by_layer: Whether the norms of the gradient by layer are computed as well.
+            judge: Forbids updates; None applies every finite one.
         """
         assert len(micro_batches) == self._accumulation_steps
         self._engine.train()
@@ -169,14 +180,29 @@ class TrainingEngine:
             if index < len(micro_batches) - 1:
                 self._engine.step()
         layers = gradient_norms(self._parameters, self.stage, self.world) if by_layer else {}
+        self._update_check.begin(judge and self._veto(judge, loss_sum * scale / self.world.size))
         if self.stage == 0:
-            return self._update_stage_0(loss_sum, layers)
-        self._engine.step()
-        return StepResult(self._engine.was_step_applied(), loss_sum, self._engine.get_global_grad_norm(), layers)
+            applied, norm = self._update_stage_0()
+        else:
+            self._engine.step()
+            applied, norm = self._engine.was_step_applied(), self._engine.get_global_grad_norm()
+        vetoed_norm = None if applied else self._update_check.vetoed_norm()
+        if vetoed_norm is not None:
+            norm = vetoed_norm
+        return StepResult(applied, vetoed_norm is not None, loss_sum, norm, layers)
 
-    def _update_stage_0(self, loss_sum: Tensor, layers: dict[str, Tensor]) -> StepResult:
+    def _veto(self, judge: Judge, own_loss: Tensor) -> Veto:
+        def veto(norm: Tensor) -> Tensor:
+            # All ranks judge rank 0's norm: their own ones may differ in the last bit.
+            norm = norm.float().to(self.world.device) if self.world.is_first else torch.zeros_like(own_loss)
+            return judge(self.world.sum_(torch.stack((own_loss, norm))))
+
+        return veto
+
+    def _update_stage_0(self) -> tuple[bool, Tensor]:
+        """Update the weights. Returns whether they were updated, and the norm of the gradient, or infinity."""
         gradients = [parameter.grad for parameter in self._parameters.values() if parameter.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
+        norm = self._update_check.judged(torch.nn.utils.get_total_norm(gradients))
         applied = bool(torch.isfinite(norm))
         if not applied:
             for parameter in self._parameters.values():
@@ -184,7 +210,7 @@ class TrainingEngine:
         elif self._clip:
             torch.nn.utils.clip_grads_with_norm_(self._parameters.values(), self._clip, norm)
         self._engine.step()
-        return StepResult(applied, loss_sum, norm, layers)
+        return applied, norm
 
     @torch.no_grad()
     def evaluate(self, micro_batch: MicroBatch) -> Tensor:

@@ -7,6 +7,7 @@ import logging
 import shlex
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -31,6 +32,7 @@ from xlstm_lm.training.memory import check_memory
 from xlstm_lm.training.out_of_memory import memory_errors_explained
 from xlstm_lm.training.profile import StepProfiler, record_memory, write_memory_snapshot
 from xlstm_lm.training.report import Report
+from xlstm_lm.training.rollback import SpikeGuard, return_to_good_checkpoint
 from xlstm_lm.training.run_config import RunConfig
 from xlstm_lm.training.safeguards import NOT_FINITE, SkipCounter
 from xlstm_lm.training.schedule import learning_rate_ratio
@@ -60,7 +62,8 @@ def train(run: RunConfig, data: TrainingData | None = None) -> Path:
     Raises:
         ValueError: the configuration cannot be trained, the run folder or a checkpoint does not fit it, or another
             process trains in the folder.
-        RunError: the disk is full, too many steps in a row were not finite, or the run folder has disappeared.
+        RunError: the disk is full, too many steps in a row were outliers or not finite, or the run folder has
+            disappeared.
         SystemExit: with code 0, after SIGTERM, SIGUSR1, Ctrl-C or training.max_hours, once the run is saved; with 128
             plus the signal's number, at once, after SIGTERM or SIGUSR1 before the first step is made.
     """
@@ -140,8 +143,8 @@ class Trainer:
 
         rows = self.micro_rows * micro_batches
         self.start.share_data(self.data)
-        lanes = range(world.data.rank * rows, (world.data.rank + 1) * rows)
-        self.stream = self.data.stream(lanes, run.training.seed)
+        self.lanes = range(world.data.rank * rows, (world.data.rank + 1) * rows)
+        self.stream = self.data.stream(self.lanes, run.training.seed)
         resources.callback(self.stream.close)
         self.start.restore_data(self.stream, self.tokenizer)
         self.stream.start()  # reads ahead while the model is built
@@ -175,8 +178,7 @@ class Trainer:
         self.start.restore_engine(self.engine)
         self.writer.prepare(self.engine.state.shares())
         state = self.start.state
-        self.step = state["step"]
-        self.skips = SkipCounter(run.safeguards, state["skipped_steps"], state["skipped_in_a_row"])
+        self.continue_counters(state)
         self.report = Report(
             self.run_dir,
             config=self.start.config,
@@ -195,6 +197,12 @@ class Trainer:
             record_session(self.run_dir, world, self.step, kernels)
         if self.start.message:
             self.report.progress.say(self.start.message)
+
+    def continue_counters(self, state: dict[str, Any]) -> None:
+        """Continue the counters of a checkpoint's state."""
+        self.step = state["step"]
+        self.skips = SkipCounter(self.run.safeguards, state["skipped_steps"], state["skipped_in_a_row"])
+        self.guard = SpikeGuard(self.run.safeguards, self.lanes, self.world.device, state.get("spikes", {}))
 
     def run_steps(self) -> bool:
         """Train and save. Returns True if a stop was requested before the last step, False after the last step."""
@@ -216,15 +224,22 @@ class Trainer:
             every = training.gate_statistics_every
             statistics_due = bool(every) and (self.step + 1) % every == 0
             with self.times.step():
-                result = self.engine.train_step(micro_batches, scale, learning_rate, by_layer=statistics_due)
+                result = self.engine.train_step(
+                    micro_batches, scale, learning_rate, by_layer=statistics_due, judge=self.guard.judge
+                )
             self.step += 1
             self.stop_request.note_only()
             self.report.count(counts[0])
+            self.guard.observe(result, batch)
+            if self.guard.must_go_back:
+                self.go_back()
+                continue
             skipped = self.skips.observe(
                 result.applied,
                 self.step,
                 lambda batch=batch: self.document_ids(batch),
                 self.engine.weights_are_finite,
+                self.guard.outlier(result),
             )
             if skipped:
                 self.report.event(self.step, "skipped", skipped, documents=self.document_ids(batch))
@@ -249,6 +264,35 @@ class Trainer:
         with self.heart.phase("save"):
             self.writer.wait()
         return self.step < training.steps
+
+    def go_back(self) -> None:
+        """Return to a good checkpoint from before the outliers in a row, and pass over their documents. Collective.
+
+        The checkpoint is saved again with what it lacks: the documents to pass over, and the count of returns.
+
+        Raises:
+            RunError: the run has gone back too often, or there is no such checkpoint.
+        """
+        outlier, guard = self.step, self.guard
+        documents = guard.document_ids(self.world)
+        guard.check_limit(outlier, documents)
+        with self.heart.phase("start"):
+            self.writer.wait()
+            run_dir = self.world.on_first(lambda: self.start.lease.place())
+            before = outlier - guard.in_a_row + 1
+            state = return_to_good_checkpoint(run_dir, before, self.engine, self.world).state
+            self.continue_counters(state)
+            self.guard.returns = [*guard.returns, outlier]
+            self.stream.load_state_dict(state["data"])
+            self.stream.pass_over(guard.places)
+            self.report.go_back(state)
+        with self.heart.phase("save"), self.report.clock.paused():
+            self.save()
+            self.writer.wait()
+        event = guard.return_event(outlier, self.step, documents)
+        if self.world.is_first:
+            logger.warning(event["message"])
+        self.report.event(**event)
 
     def measure(self, micro_batch: MicroBatch, statistics_due: bool) -> dict[str, torch.Tensor]:
         """Scalar metrics of a logged step, by name, that need a computation of their own. Collective."""
@@ -312,7 +356,8 @@ class Trainer:
             RunError: the disk is full, or the run's folder was removed or moved. If moved, the step is saved there.
         """
         run_dir = self.world.on_first(lambda: self.start.lease.place())
-        keep = self.run.training.keep_checkpoints
+        # A checkpoint amid outliers may be followed by a return to one from before them.
+        keep = sys.maxsize if self.guard.in_a_row else self.run.training.keep_checkpoints
         if not self.engine.weights_are_finite():
             keep = sys.maxsize
             if self.world.is_first:
@@ -330,6 +375,7 @@ class Trainer:
             "processes": self.world.size,
             "zero_stage": self.engine.stage,
             "optimizer": self.run.optimizer.kind,
+            "spikes": self.guard.state(self.world),
         }
         self.report.sync()
         self.writer.save(

@@ -85,7 +85,8 @@ class StepProfiler:
 
     def before(self, step: int) -> None:
         """Start tracing if `step`, which is about to begin, is the first of the range."""
-        if self._config.range is not None and step == self._config.range[0]:
+        is_first = self._config.range is not None and step == self._config.range[0]
+        if is_first and self._profiler is None:  # a run that goes back within the range is being traced
             activities = [torch.profiler.ProfilerActivity.CPU]
             if self._world.device.type == "cuda":
                 activities.append(torch.profiler.ProfilerActivity.CUDA)

@@ -49,7 +49,7 @@ class Report:
             split: On rank 0, the metrics of earlier sessions, split at that step: later ones are set aside. None on
                 other ranks.
         """
-        self.world = world
+        self.world, self._folder = world, RunFolder(run_dir)
         self.clock = Clock(state["elapsed_seconds"])
         self._flops_per_token = flops_per_token
         self._peak_flops = peak_flops(world.device, precision)
@@ -59,14 +59,9 @@ class Report:
         self.progress = Progress(steps, state["step"], enabled=world.is_first)
         self._resources.callback(self.progress.close)
         if split is not None:
-            self._metrics = MetricsFile(RunFolder(run_dir))
+            self._metrics = MetricsFile(self._folder)
             self._resources.callback(self._metrics.close)
-            self._metrics.cut(split)
-            if split.cut:
-                self.progress.say(
-                    f"{len(split.cut)} lines of metrics.jsonl come after step {split.step}, from which this run goes "
-                    f"on: they are kept in {self._metrics.superseded}"
-                )
+            self._cut(split)
             self._wandb = WandbRun(wandb, run_dir, config)
             self._resources.callback(self._wandb.close)
 
@@ -79,6 +74,28 @@ class Report:
         """Count a step with this many target tokens over all ranks."""
         self._tokens += step_tokens
         self.progress.advance()
+
+    def go_back(self, state: dict[str, Any]) -> None:
+        """Continue from an earlier step: its counters hold, and later lines of metrics.jsonl are set aside.
+
+        Args:
+            state: Counters of the checkpoint of that step: step, tokens.
+        """
+        self._tokens.fill_(state["tokens"])
+        self._tokens_at_window = state["tokens"]
+        self.clock.restart_window()
+        self.progress.go_back(state["step"])
+        if self.world.is_first:
+            self._metrics.close()
+            self._cut(self._folder.split(state["step"]))
+
+    def _cut(self, split: MetricsSplit) -> None:
+        self._metrics.cut(split)
+        if split.cut:
+            self.progress.say(
+                f"{len(split.cut)} lines of metrics.jsonl come after step {split.step}, from which this run goes on: "
+                f"they are kept in {self._metrics.superseded}"
+            )
 
     def train_step(
         self,

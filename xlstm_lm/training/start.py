@@ -8,10 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from xlstm_lm.base import console
-from xlstm_lm.base.announce import announce_once
 from xlstm_lm.base.finite import listed
 from xlstm_lm.base.lease import FolderLease
 from xlstm_lm.base.outputs import check_run_folder
@@ -28,10 +25,10 @@ from xlstm_lm.runs.checkpoint_writer import remove_leftovers
 from xlstm_lm.runs.fit import Wanted, check_fit
 from xlstm_lm.runs.folder import MetricsSplit, RunFolder
 from xlstm_lm.runs.heartbeats import remove_all_heartbeats
-from xlstm_lm.runs.random_state import restore_random_state
 from xlstm_lm.runs.same_run import FREE_WHEN_BRANCHING, check_same_run, open_run_folder
 from xlstm_lm.training.engine import TrainingEngine
 from xlstm_lm.training.memory import planned_shapes
+from xlstm_lm.training.restore import continue_random_state, load_engine
 from xlstm_lm.training.run_config import RunConfig, as_dict, as_recipe, with_defaults
 from xlstm_lm.training.safeguards import NOT_FINITE
 
@@ -176,36 +173,10 @@ class Start:
         if not checkpoint:
             return
         console.stage(f"reading {checkpoint.folder}")
-        broken: dict[str, None] = {}
-        state = engine.state
-        checkpoint.check_names("model", list(state.shapes))
-        if not checkpoint.is_imported:
-            checkpoint.check_names("optimizer", list(state.moment_shapes))
-
-        def read(stem: str, name: str, start: int, stop: int) -> torch.Tensor:
-            values_N = checkpoint.part(stem, name, start, stop)
-            if not torch.isfinite(values_N).all():
-                broken[name] = None
-            return values_N
-
-        moments = None if checkpoint.is_imported else partial(read, "optimizer")
-        steps = 0 if checkpoint.is_imported else checkpoint.state["optimizer_steps"]
-        state.load(partial(read, "model"), moments, steps)
-        broken_anywhere = self.world.gather(list(broken))
-        broken = dict.fromkeys(name for of_rank in broken_anywhere for name in of_rank)
+        broken = load_engine(checkpoint, engine, self.world)
         if broken and self.world.is_first:
             logger.warning(
-                "%s holds numbers that are not finite, in %s. %s", checkpoint.folder, listed(list(broken)), NOT_FINITE
+                "%s holds numbers that are not finite, in %s. %s", checkpoint.folder, listed(broken), NOT_FINITE
             )
         if not checkpoint.is_imported:
-            self._restore_random_state(checkpoint)
-
-    def _restore_random_state(self, checkpoint: Checkpoint) -> None:
-        random_state = checkpoint.random_state(self.world.rank)
-        if random_state is None or checkpoint.state["processes"] != self.world.size:
-            announce_once(
-                f"{checkpoint.folder} was written by {checkpoint.state['processes']} processes and goes on with "
-                f"{self.world.size}: the order of the data is the same, random numbers and rounding are not."
-            )
-        if random_state is not None:
-            restore_random_state(random_state)
+            continue_random_state(checkpoint, self.world)

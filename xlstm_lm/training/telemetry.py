@@ -81,6 +81,13 @@ class Progress:
         if self._bar:
             self._bar.update()
 
+    def go_back(self, step: int) -> None:
+        """Continue from an earlier step."""
+        self._first, self._step, self._start = step, step, time.perf_counter()
+        if self._bar:
+            self._bar.n = step
+            self._bar.refresh()
+
     def show(self, loss: float, bits_per_byte: float | None, tokens_per_second: float) -> None:
         """Show the numbers of a logged step."""
         if not self._enabled:

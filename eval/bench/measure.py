@@ -8,7 +8,6 @@ leaves out other processes.
 
 from __future__ import annotations
 
-import datetime
 import functools
 import statistics
 import sys
@@ -22,6 +21,7 @@ import torch
 
 from eval.study.journal import Journal
 from xlstm_lm.base import machine
+from xlstm_lm.base.durations import utc_now
 
 Step = Callable[[], object]
 FLUSHED_BYTES = 2**29
@@ -214,7 +214,7 @@ def environment(device: str) -> dict[str, Any]:
     here = machine.environment(torch.device(device))
     processor = f"{here['device']}, {here['cpu_count']} processors, {here['cpu_capability']}"
     return {
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "date": utc_now(),
         "command": " ".join(["python -m", _module_name(), *sys.argv[1:]]),
         "git_commit": here["git_commit"],
         "python": here["python"],

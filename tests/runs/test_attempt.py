@@ -11,7 +11,7 @@ from xlstm_lm.base.run_layout import STATUS
 from xlstm_lm.parallel.process_group import LostProcessError
 from xlstm_lm.runs import attempt as module
 from xlstm_lm.runs.attempt import KILLED, Attempt
-from xlstm_lm.runs.status import RunStatus, read_status, record_failure, should_requeue
+from xlstm_lm.runs.status import RunStatus, read_status, record_end, should_requeue
 
 
 @pytest.fixture(autouse=True)
@@ -140,11 +140,29 @@ def test_the_rank_that_caused_the_end_has_the_word(tmp_path, cause, effect, stat
 
 def test_a_rank_that_died_is_named_where_the_launcher_has_ended_the_rest(tmp_path):
     fail(begin(tmp_path), SystemExit(143))
-    record_failure(tmp_path, 1, "rank 1 ended without a message")
+    record_end(tmp_path, 1, "failed", "rank 1 ended without a message")
     assert (status(tmp_path).state, status(tmp_path).reason) == ("failed", "rank 1 ended without a message")
     fail(begin(tmp_path), SystemExit(138))
-    record_failure(tmp_path, 2, "rank 1 ended without a message")
+    record_end(tmp_path, 2, "failed", "rank 1 ended without a message")
     assert (status(tmp_path).state, status(tmp_path).attempt) == ("preempted", 2)
+
+
+@pytest.mark.parametrize(("error", "again"), [(ValueError("no such key"), False), (OSError("no space"), True)])
+def test_another_rank_says_whether_a_start_is_worthwhile(tmp_path, error, again):
+    first = begin(tmp_path)
+    fail(Attempt(lambda: tmp_path, 10, number=first.number), error)
+    fail(first, LOST)
+    found = status(tmp_path)
+    assert found.reason == str(error) and should_requeue(found)[0] is again
+
+
+@pytest.mark.parametrize("state", ["finished", "preempted", "stopped"])
+def test_a_rank_that_fails_after_the_end_changes_nothing(tmp_path, state):
+    with begin(tmp_path) as first:
+        first.end(state, "Done.")
+    before = (tmp_path / STATUS).read_bytes()
+    fail(Attempt(lambda: tmp_path, 10, number=first.number), RunError("late"))
+    assert (tmp_path / STATUS).read_bytes() == before
 
 
 def test_nothing_is_written_to_a_folder_that_another_attempt_holds(tmp_path, caplog):

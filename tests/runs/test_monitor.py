@@ -15,7 +15,7 @@ from xlstm_lm.base.processes import start_of_process
 from xlstm_lm.runs import monitor as module
 from xlstm_lm.runs.heartbeats import BeatFile, Heartbeat, read_beat, read_heartbeats, silent_nodes, write_heartbeats
 from xlstm_lm.runs.monitor import Monitor, Watched, WatchedRank
-from xlstm_lm.runs.status import ENDED_AT_ONCE, RunStatus, read_status, record_failure, write_status
+from xlstm_lm.runs.status import ENDED_AT_ONCE, RunStatus, read_status, record_end, write_status
 
 LIMITS = {"start": 100.0, "compile": 100.0, "step": 5.0, "validation": 50.0, "save": None}
 SLEEP = "import time; time.sleep(600)"
@@ -197,7 +197,7 @@ def test_a_failure_here_or_elsewhere_ends_those_that_remain(job):
     assert "rank 1 on here failed" in job.reason()
     job.beat("save", "save")
     assert job.monitor.look() is None
-    record_failure(job.run_dir, 1, "rank 7 on there is missing")
+    record_end(job.run_dir, 1, "failed", "rank 7 on there is missing")
     assert job.monitor.look() is None
     job.ahead *= 2
     assert job.reason() == "rank 7 on there is missing"
@@ -282,10 +282,10 @@ def test_a_run_folder_that_has_gone_is_not_made_again(job):
 
 
 def test_a_reason_from_outside_replaces_no_better_one(job):
-    record_failure(job.run_dir, 2, "of another attempt")
+    record_end(job.run_dir, 2, "failed", "of another attempt")
     assert read_status(job.run_dir).state == "running"
-    record_failure(job.run_dir, 1, "first")
-    record_failure(job.run_dir, 1, "second")
+    record_end(job.run_dir, 1, "failed", "first")
+    record_end(job.run_dir, 1, "failed", "second")
     assert read_status(job.run_dir).reason == "first"
 
 

@@ -1,6 +1,13 @@
-"""Durations for people."""
+"""Durations and times as text."""
 
 from __future__ import annotations
+
+import datetime
+
+
+def utc_now() -> str:
+    """Return the present time in UTC, in ISO format with seconds."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
 def duration(seconds: float) -> str:

@@ -44,7 +44,7 @@ from xlstm_lm.runs.heartbeats import (
     silent_nodes,
     write_heartbeats,
 )
-from xlstm_lm.runs.status import has_ended_early, read_status, record_failure
+from xlstm_lm.runs.status import has_ended_early, read_status, record_end
 
 POLL_SECONDS = 0.5
 GRACE_SECONDS = 20.0
@@ -244,7 +244,7 @@ class Monitor:
         print(f"xlstm-lm monitor: {reason}", file=sys.stderr, flush=True)
         alive = [rank for rank in self.watched.ranks if _lives(rank.pid, rank.started)]
         with contextlib.suppress(OSError, RunError, ValueError):
-            record_failure(self.run_dir, self.watched.attempt, reason)
+            record_end(self.run_dir, self.watched.attempt, "failed", reason)
         # A stopped process writes its stacks once it goes on. Before that the others must have written theirs, because
         # it frees them from their wait.
         stopped = [rank for rank in alive if state_of_process(rank.pid) == STOPPED]

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import datetime
 import sys
 from pathlib import Path
 
+from xlstm_lm.base.durations import utc_now
 from xlstm_lm.base.machine import environment
 from xlstm_lm.parallel.process_group import World
 from xlstm_lm.runs.folder import RunFolder
@@ -22,7 +22,7 @@ def record_session(run_dir: Path, world: World, step: int, kernels: dict[str, st
     """
     RunFolder(run_dir).add_session(
         {
-            "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "started": utc_now(),
             "from_step": step,
             "command": sys.argv,
             **environment(world.device),

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import datetime
 import json
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from xlstm_lm.base.durable_files import replace_durably
+from xlstm_lm.base.durations import utc_now
 from xlstm_lm.base.errors import LOST_CONNECTION
 from xlstm_lm.base.read_files import Fields, read_json
 from xlstm_lm.base.run_layout import STATUS
@@ -87,30 +87,34 @@ def has_ended_early(status: RunStatus) -> bool:
     return status.state == "failed" or status.reason.endswith(ENDED_AT_ONCE)
 
 
-def record_failure(run_dir: Path, attempt: int, reason: str) -> None:
-    """Record from outside that an attempt failed, unless it has ended in another way or has a better reason.
+def may_replace(status: RunStatus, reason: str) -> bool:
+    """Whether the reason for an end of the same attempt may replace its status: the more certain reason stays."""
+    return status.state == "running" or certainty(reason) > certainty(status.reason)
+
+
+def record_end(run_dir: Path, attempt: int, state: str, reason: str, requeue: bool = True) -> None:
+    """Record the end of an attempt from outside rank 0, unless a reason of at least the same certainty is there.
 
     Args:
         run_dir: Folder of the run.
-        attempt: Number of the attempt.
+        attempt: Number of the attempt, which rank 0 must have recorded.
+        state: failed, stopped or preempted.
         reason: One sentence.
+        requeue: Whether another start is worthwhile.
 
     Raises:
         ValueError: status.json is damaged.
         RunError: it cannot be written.
     """
     status = read_status(run_dir)
-    if status is None or status.attempt != attempt:
-        return
-    if status.state != "running" and certainty(reason) <= certainty(status.reason):
+    if status is None or status.attempt != attempt or not may_replace(status, reason):
         return
     attempts = [
-        each | {"state": "failed", "reason": reason} if each.get("attempt") == attempt else each
+        each | {"state": state, "reason": reason} if each.get("attempt") == attempt else each
         for each in status.attempts
     ]
-    updated = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    failed = replace(status, state="failed", reason=reason, updated=updated, attempts=attempts, requeue=True)
-    write_status(run_dir, failed)
+    ended = replace(status, state=state, reason=reason, updated=utc_now(), attempts=attempts, requeue=requeue)
+    write_status(run_dir, ended)
 
 
 def should_requeue(status: RunStatus | None) -> tuple[bool, str]:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from tests.training.runs import configure
 from xlstm_lm.base.program import program
+from xlstm_lm.runs import checkpoint_writer
 from xlstm_lm.training.engine import TrainingEngine
 from xlstm_lm.training.loop import train
 
@@ -28,6 +29,15 @@ def kill_data_workers() -> None:
             continue
 
 
+def die_in_the_next_save() -> None:
+    """Get killed in the background part of the next save, in which this rank writes its share."""
+
+    def deadly(*_: object) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    checkpoint_writer.write_shares = deadly
+
+
 FATES = {
     "stopped": lambda: os.kill(os.getpid(), signal.SIGSTOP),
     "asleep": lambda: time.sleep(600),
@@ -35,6 +45,7 @@ FATES = {
     "worker": kill_data_workers,
     "launcher": lambda: os.kill(os.getppid(), signal.SIGKILL),
     "error": lambda: [][1],
+    "saving": die_in_the_next_save,
     "warned": lambda: os.kill(os.getpid(), signal.SIGUSR1),
 }
 

@@ -87,6 +87,7 @@ def test_a_warning_of_one_rank_in_the_first_step_preempts_the_run(tmp_path, refe
         ("launcher", r"the launcher \(process \d+ on \S+\) was killed"),
         ("worker", r"a data worker was killed by SIGKILL"),
         ("error", r"list index out of range"),
+        ("saving", r"rank 1 \(process \d+\) on \S+ ended without a message: killed by a signal"),
     ],
 )
 def test_nothing_is_lost_and_the_cause_is_named(fate, reason, tmp_path, reference):

@@ -19,11 +19,14 @@ def numbers_in(name: str) -> list[tuple[float, ...]]:
     return [tuple(map(float, line.split())) for line in lines]
 
 
-NORM_TOLERANCE = {"gated_delta": 1e-3}
-"""Relative, of gradient norms, where rounding moves them further.
+NORM_TOLERANCES = {"gated_delta": dict.fromkeys(range(1, STEPS + 1), 1e-4) | {11: 1e-3, 13: 1e-3}}
+"""Relative, of gradient norms by step, where rounding moves them further.
 
-Half of the last digit of the first weights moves gradient norms of Gated DeltaNet by up to 2.3e-4, at steps 11 and 13,
-and losses by at most 2e-6. An AMD EPYC with AVX2 differs by 1.8e-4 at step 13, and by less than 1e-5 but for step 11.
+Each step agrees with float64 to 7e-7 at equal weights. The RMS norm of Gated DeltaNet's heads is ill-conditioned: near
+an output of zero it multiplies a gradient by up to 1 / sqrt(norm_eps) = 1000 and turns it quickly. At steps 11 and 13
+one head of one token comes that near (RMS 1.8e-4 and 7.8e-5, half of all exceed 2e-2), and its gradient is 60 to 100
+times the median. Initial weights that differ by one rounding move the norms of these steps by up to 2.3e-4, those of
+steps 9, 17 and 20 by 2e-5, and losses by 1e-6. Chunks of 16 steps do the same; a second thread changes nothing.
 """
 
 
@@ -43,8 +46,9 @@ def test_losses_and_gradient_norms_stay_as_they_were(name, tmp_path):
     numbers = train_in(tmp_path, settings(MODELS[name], tmp_path / "run"))
     expected = numbers_in(name)
     assert [row[:2] for row in numbers] == [pytest.approx(row[:2], rel=TOLERANCE) for row in expected]
-    norms, expected_norms = ([norm for *_, norm in rows] for rows in (numbers, expected))
-    assert norms == pytest.approx(expected_norms, rel=NORM_TOLERANCE.get(name, TOLERANCE))
+    tolerances = NORM_TOLERANCES.get(name, {})
+    for (*_, norm), (step, _, expected_norm) in zip(numbers, expected, strict=True):
+        assert norm == pytest.approx(expected_norm, rel=tolerances.get(int(step), TOLERANCE)), f"step {step:g}"
 
 
 def test_a_checkpoint_of_format_1_continues(folder):

@@ -79,7 +79,7 @@ def test_a_lane_for_which_too_much_waits_reads_alone(lines_parsed, folder, monke
     config = config_of("one file of lines", folder)
     whole = take(stream_of(config), 60)
     lines_parsed.clear()
-    monkeypatch.setattr(shared_shards, "WAITING_CHARACTERS", 600)
+    monkeypatch.setattr(shared_shards, "WAITING_SIZE", 600)
     assert_equal(take(stream_of(config), 60), whole)
     assert len(lines_parsed) > 2 * len(set(lines_parsed))
 

@@ -50,6 +50,7 @@ COMMANDS: Mapping[str, Command] = {
     "tokenizer": Command(
         "xlstm_lm.cli.tokenizer", "Train a byte-level BPE tokenizer on text files.", imports_torch=False
     ),
+    "tokenize": Command("xlstm_lm.cli.tokenize", "Write the documents of a recipe as token ids, with statistics."),
     "checkpoint": Command("xlstm_lm.cli.checkpoint", "List, verify or merge the checkpoints of a run."),
     "flops": Command(
         "xlstm_lm.cli.flops", "Print a model's parameters, FLOPs, state and traffic, part by part, without building it."

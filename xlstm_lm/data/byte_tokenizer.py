@@ -44,6 +44,9 @@ class ByteTokenizer:
     def encode_array(self, text: str) -> np.ndarray:
         return np.frombuffer(text.encode(), dtype=np.uint8).astype(np.int32)
 
+    def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
+        return [self.encode_array(text) for text in texts]
+
     def encode_pieces(self, text: str) -> Iterator[np.ndarray]:
         for begin in range(0, len(text), PIECE_CHARACTERS):
             yield self.encode_array(text[begin : begin + PIECE_CHARACTERS])

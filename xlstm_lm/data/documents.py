@@ -36,9 +36,13 @@ def documents(
         read: reads the records; None for the source's own method.
 
     Raises:
-        ValueError: a bad document, unless the source skips them.
+        ValueError: a bad document, unless the source skips them; no tokenizer for a source of token ids.
     """
     whole = [Piece(shard) for shard in range(source.num_shards)]
+    if tokenizer is None and source.tokenizer_fingerprint is not None:
+        raise ValueError(
+            f"{source.config.description} holds token ids and no text: name the source of its text instead"
+        )
     for record in (read or source.read)(whole if pieces is None else pieces, first):
         problem = tokenizer.problem(record.text) if tokenizer and record.text else None
         if problem is not None:
@@ -57,6 +61,9 @@ def tokenized(record: Record, tokenizer: Tokenizer, state: dict[str, Any] | None
 
 
 def _pieces(record: Record, tokenizer: Tokenizer) -> Iterator[np.ndarray]:
+    if record.tokens is not None:
+        yield record.tokens
+        return
     if len(record.text) > LONG_DOCUMENT:
         announce_once(f"{record.id} is a document of {len(record.text):,} characters; encoding it piece by piece")
     try:

@@ -121,6 +121,17 @@ class HuggingFaceTokenizer:
                 self._leaves_out = False
             yield ids
 
+    def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
+        """`encode_array` of each text, by as many threads as the library may use. Raises the errors of `encode`."""
+        if self._leaves_out or self._fallback == "error":  # needs a look at each text
+            return [self.encode_array(text) for text in texts]
+        pieces = [list(self._pieces(text)) for text in texts]
+        encodings = iter(
+            self._encoder.encode_batch_fast([each for text in pieces for each in text], add_special_tokens=False)
+        )
+        ids = [[np.asarray(next(encodings).ids, dtype=np.int32) for _ in text] for text in pieces]
+        return [parts[0] if len(parts) == 1 else np.concatenate(parts) for parts in ids]
+
     def missing_bytes(self, text: str) -> int:
         """UTF-8 bytes of `text` missing from its ids; white space is never counted. Raises the errors of `encode`."""
         if self._fallback == "bytes":

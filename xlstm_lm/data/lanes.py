@@ -175,7 +175,7 @@ class DealtSource:
     def _read_block(self, records: Iterator[Record]) -> tuple[list[Record], Position | None]:
         """Read the next block; returns its documents and its end, None at that of the epoch."""
         block: list[Record] = []
-        for record in (record for record in records if record.text):
+        for record in (record for record in records if record.size):
             block.append(record)
             if len(block) == self._block_documents:
                 return block, record.end

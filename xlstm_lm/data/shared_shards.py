@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from xlstm_lm.data.sources import Piece, Position, Record, Source
 from xlstm_lm.data.sources.readers import Shard
 
-WAITING_CHARACTERS = 2**28
-"""Characters of documents of a shard that may wait. Beyond, the lane that is furthest behind reads alone."""
+WAITING_SIZE = 2**28
+"""Characters or ids of documents of a shard that may wait. Beyond, the lane that is furthest behind reads alone."""
 
 
 class SharedShard:
@@ -34,7 +34,7 @@ class SharedShard:
         self.is_alone = len(begins) == 1
         """Whether there is only one lane, which the source itself serves better."""
         self._waiting: dict[int, deque[Record]] = {part: deque() for part in begins}
-        self._characters = 0
+        self._size = 0
         self._records: Iterator[Record] | None = None
 
     def records(self, part: int) -> Iterator[Record]:
@@ -46,7 +46,7 @@ class SharedShard:
                 pass
             if waiting:
                 record = waiting.popleft()
-                self._characters -= len(record.text)
+                self._size -= record.size
                 last = record.end
                 yield record
             elif part in self._waiting:
@@ -64,13 +64,13 @@ class SharedShard:
         if record is None:
             return False
         self._compare(record)
-        is_good = record.problem is None and record.text != ""
+        is_good = record.problem is None and record.size > 0
         turn = record.turn - is_good
         for part in list(self._waiting) if record.problem and self._strict else [turn % self._parts]:
             if part in self._waiting and record.document >= self._begins[part].document:
                 self._waiting[part].append(record._replace(piece=self._begins[part].piece))
-                self._characters += len(record.text)
-        if self._characters > WAITING_CHARACTERS:
+                self._size += record.size
+        if self._size > WAITING_SIZE:
             self._release_the_last()
         return True
 
@@ -88,7 +88,7 @@ class SharedShard:
 
     def _release_the_last(self) -> None:
         """Let the lane for which most text waits read alone from where it is, and forget what waits for it."""
-        sizes = {part: sum(len(record.text) for record in waiting) for part, waiting in self._waiting.items()}
+        sizes = {part: sum(record.size for record in waiting) for part, waiting in self._waiting.items()}
         part = max(sizes, key=sizes.__getitem__)
-        self._characters -= sizes[part]
+        self._size -= sizes[part]
         self._waiting.pop(part).clear()

@@ -14,7 +14,7 @@ from xlstm_lm.data.fingerprint import changed_files, fingerprint_differences, so
 from xlstm_lm.data.lanes import DealtSource, Lane
 from xlstm_lm.data.opened import Opened, commits_of, open_sources
 from xlstm_lm.data.packing import Row
-from xlstm_lm.data.sources import Piece
+from xlstm_lm.data.sources import Piece, Source
 from xlstm_lm.data.tokenizer import Tokenizer
 from xlstm_lm.data.worker import Worker, produce
 
@@ -53,6 +53,8 @@ class TrainingStream:
         self._producers: list[tuple[list[int], Any]] = []
 
     def _open(self, opened: Opened, lanes: Iterable[int]) -> None:
+        for source in (*opened.sources, *opened.validation):
+            _check_tokenizer(source, self._tokenizer)
         self._opened = opened
         self._dealt = [
             DealtSource(source, self._config, self._seed, index) for index, source in enumerate(opened.sources)
@@ -223,6 +225,20 @@ class TrainingStream:
         for _, producer in self._producers:
             producer.close()
         self._producers = []
+
+
+def _check_tokenizer(source: Source, tokenizer: Tokenizer) -> None:
+    """Compare the tokenizer of a run with that of a source of token ids.
+
+    Raises:
+        ValueError: they differ.
+    """
+    if source.tokenizer_fingerprint not in (None, tokenizer.fingerprint()):
+        raise ValueError(
+            f"{source.config.description} was tokenized by another tokenizer than data.tokenizer: set "
+            "data.tokenizer as in data.yaml, which xlstm-lm tokenize wrote beside the folder of the ids, or tokenize "
+            "the documents again"
+        )
 
 
 def _some(names: list[str]) -> str:

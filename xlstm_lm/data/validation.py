@@ -62,7 +62,7 @@ def batches_of_rank(
 def _documents(sources: list[Source], config: DataConfig, tokenizer: Tokenizer) -> Iterator[Document]:
     for source in sources:
         left = config.validation_tokens
-        for record in (record for record in documents(source, tokenizer) if record.text):
+        for record in (record for record in documents(source, tokenizer) if record.size):
             # A document has one target more than it has tokens: its end.
             document = tokenized(record, tokenizer)
             document.pieces = _first(document.pieces, max(left - 1, 1))

@@ -34,6 +34,7 @@ KINDS = {
     "jsonl": Kind(reader=f"{_READERS}:read_lines", has_text_field=True),
     "csv": Kind(reader="xlstm_lm.data.sources.delimited:read_csv", has_text_field=True),
     "parquet": Kind(reader=f"{_READERS}:read_rows", look=f"{_LOCAL}:check_column", has_text_field=True),
+    "tokens": Kind(reader="xlstm_lm.data.sources.tokens:read_tokens", look="xlstm_lm.data.sources.tokens:describe"),
     "hub": Kind(source="xlstm_lm.data.sources.hub:HubSource", takes_paths=False, has_text_field=True),
     "python_stdlib": Kind(reader=f"{_READERS}:read_whole_files", takes_paths=False, one_document_a_file=True),
 }
@@ -45,7 +46,8 @@ class SourceConfig:
     """One source of documents in a mixture."""
 
     kind: Literal[*KINDS] = "text"  # type: ignore[valid-type]  # a type made from the table
-    """One document a file (text), line (text_lines), object (jsonl) or row (csv, parquet); the hub; Python's source."""
+    """One document a file (text), line (text_lines), object (jsonl) or row (csv, parquet); token ids that `xlstm-lm
+    tokenize` wrote; the hub; Python's source."""
     paths: list[str] = field(default_factory=list)
     """Local files or glob patterns (** goes into folders, ~ is the home folder); a name that exists is no pattern. Text
     and JSON lines may be compressed by gzip, bzip2, xz or zstd, whatever the name."""

@@ -9,10 +9,11 @@ import zlib
 from collections.abc import Iterator
 
 from xlstm_lm.data.sources.contents import READ_ERRORS, open_text
-from xlstm_lm.data.sources.readers import ALL, KeyedRecord, Shard, Turns, text_of
+from xlstm_lm.data.sources.readers import ALL, Shard, Turns, text_of
+from xlstm_lm.data.sources.record import Record
 
 
-def read_csv(shards: list[Shard], text_field: str, order: int, strict: bool) -> Iterator[KeyedRecord]:
+def read_csv(shards: list[Shard], text_field: str, order: int, strict: bool) -> Iterator[Record]:
     """Records of CSV files as spreadsheets and pandas write them: commas, double quotes, line breaks within quotes.
 
     A file breaks off where it is not UTF-8 or its quotes do not close: the rows behind cannot be told apart.
@@ -41,7 +42,7 @@ def read_csv(shards: list[Shard], text_field: str, order: int, strict: bool) -> 
                         if len(row) > len(names):
                             text, problem = "", f"{len(row)} fields in a file of {len(names)} columns"
                         if record := turns.record(number, text, problem, "row", checksum):
-                            yield record.id, record._asdict()
+                            yield record
                     number += 1
                 if number < shard.first.document or (
                     number == shard.first.document and shard.first.checksum not in (None, checksum)
@@ -49,4 +50,4 @@ def read_csv(shards: list[Shard], text_field: str, order: int, strict: bool) -> 
                     raise shard.changed("rows")
         except errors as error:
             if record := turns.broken_off(number, error, "row"):
-                yield record.id, record._asdict()
+                yield record

@@ -43,6 +43,7 @@ class HubSource:
         self.config = config
         self.order = order
         self.announced_skipping = False
+        self.tokenizer_fingerprint = None
         _refuse_offline(config)
         self._files: list[str] = []
         self._kind: str | None = None
@@ -149,8 +150,7 @@ class HubSource:
         assert self._kind is not None
         reader = resolve_name(KINDS[self._kind].reader)
         try:
-            for _, fields in reader(shards, self.config.text_field, self.order, self.config.on_bad_document == "error"):
-                yield Record(**fields)
+            yield from reader(shards, self.config.text_field, self.order, self.config.on_bad_document == "error")
         except UnreachableError as error:
             raise error.reason from None
 

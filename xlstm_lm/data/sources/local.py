@@ -39,6 +39,7 @@ class FileSource:
         self.config = config
         self.order = order
         self.announced_skipping = False
+        self.tokenizer_fingerprint: str | None = None
         # Names identify documents wherever the files lie: an installation's own path is no part of them.
         if config.kind == "python_stdlib":
             self.names, self.paths = stdlib_files(config.split)
@@ -51,8 +52,6 @@ class FileSource:
             resolve_name(look)(self)
 
     def read(self, pieces: list[Piece], first: Position = START) -> Iterator[Record]:
-        from datasets.iterable_dataset import ExamplesIterable, IterableDataset
-
         shards = [
             Shard(
                 index,
@@ -64,18 +63,9 @@ class FileSource:
             for index, piece in enumerate(pieces)
             if index >= first.piece
         ]
-        if not shards:
-            return
         kind = KINDS[self.config.kind]
-        arguments: dict[str, Any] = {
-            "shards": shards,
-            "text_field": self.config.text_field if kind.has_text_field else None,
-            "order": self.order,
-            "strict": self.config.on_bad_document == "error",
-        }
-        # IterableDataset.from_generator would leave a lock file in the user's cache for every lane, epoch and restart.
-        for record in IterableDataset(ExamplesIterable(resolve_name(kind.reader), arguments)):
-            yield Record(**record)
+        text_field = self.config.text_field if kind.has_text_field else None
+        yield from resolve_name(kind.reader)(shards, text_field, self.order, self.config.on_bad_document == "error")
 
     def name_of(self, shard: int) -> str:
         return self.paths[shard]

@@ -18,8 +18,6 @@ PASSED_BYTES = 2**20
 ALL = 2**62
 """Number of the document behind the last one of a file that breaks off: nothing more is to be had of it."""
 ONE_A_LINE = "jq -c . FILE writes an object a line, jq -c '.[]' FILE those of an array"
-KeyedRecord = tuple[str, dict[str, Any]]
-"""An example of `datasets`: a key, and the record as its fields."""
 
 
 class Shard(NamedTuple):
@@ -52,7 +50,7 @@ class Shard(NamedTuple):
         )
 
 
-def read_whole_files(shards: list[Shard], text_field: None, order: int, strict: bool) -> Iterator[KeyedRecord]:
+def read_whole_files(shards: list[Shard], text_field: None, order: int, strict: bool) -> Iterator[Record]:
     """Records of files that are one document each; a part is that part of the characters."""
     del text_field, strict  # there is one text, and every lane meets its part of a bad file
     errors = READ_ERRORS  # at exit, globals are gone before generators are closed
@@ -77,7 +75,7 @@ def read_whole_files(shards: list[Shard], text_field: None, order: int, strict: 
             record = record._replace(problem=f"data file {path} is not UTF-8 (byte {error.start}: {error.reason})")
         except errors as error:
             record = record._replace(problem=f"data file {path} cannot be read ({error})")
-        yield record.id, record._asdict()
+        yield record
 
 
 class Turns:
@@ -123,7 +121,7 @@ class Turns:
         return Record(shard.index, ALL - 1, "", shard.name, problem, self.turn, None)
 
 
-def read_lines(shards: list[Shard], text_field: str | None, order: int, strict: bool) -> Iterator[KeyedRecord]:
+def read_lines(shards: list[Shard], text_field: str | None, order: int, strict: bool) -> Iterator[Record]:
     """Records of files with a document a line, plain or (with `text_field`) a JSON object.
 
     Raises:
@@ -152,10 +150,10 @@ def read_lines(shards: list[Shard], text_field: str | None, order: int, strict: 
                     text, problem = _parse_line(line, text_field)
                     kept = None if shard.is_fixed else checksum
                     if record := turns.record(number, text, problem, "line", kept, offset):
-                        yield record.id, record._asdict()
+                        yield record
         except errors as error:
             if record := turns.broken_off(count, error, "line"):
-                yield record.id, record._asdict()
+                yield record
 
 
 def _pass_over(file: IO[bytes], shard: Shard) -> tuple[int, int, int]:
@@ -181,7 +179,7 @@ def _pass_over(file: IO[bytes], shard: Shard) -> tuple[int, int, int]:
     return count, offset, checksum
 
 
-def read_rows(shards: list[Shard], text_field: str, order: int, strict: bool) -> Iterator[KeyedRecord]:
+def read_rows(shards: list[Shard], text_field: str, order: int, strict: bool) -> Iterator[Record]:
     """Records of parquet files; of their columns only `text_field` is read."""
     errors = READ_ERRORS
     for shard in shards:
@@ -195,11 +193,11 @@ def read_rows(shards: list[Shard], text_field: str, order: int, strict: bool) ->
                 if checksum is not None:
                     checksum = zlib.crc32(repr(value).encode("utf-8", "surrogatepass"), checksum)
                 if record := turns.record(number, text, problem, "row", checksum):
-                    yield record.id, record._asdict()
+                    yield record
                 number += 1
         except errors as error:
             if record := turns.broken_off(number, error, "row"):
-                yield record.id, record._asdict()
+                yield record
 
 
 def _column(path: str | Opener, name: str, first_row: int) -> Iterator[Any]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
+
 from xlstm_lm.base.announce import announce_once
 from xlstm_lm.data.sources.config import SourceConfig
 
@@ -60,6 +62,13 @@ class Record(NamedTuple):
     """CRC-32 of all that the shard holds up to the end of this document; None if unknown."""
     offset: int | None = None
     """Bytes of the shard, decompressed, up to the end of this document; None if unknown."""
+    tokens: np.ndarray | None = None
+    """Ids of the document in place of its text, int32; None where it has text."""
+
+    @property
+    def size(self) -> int:
+        """Length of the document, in characters or token ids; 0 where there is none."""
+        return len(self.text) if self.tokens is None else len(self.tokens)
 
     @property
     def end(self) -> Position:
@@ -76,6 +85,8 @@ class Source(Protocol):
     num_shards: int
     shard_sizes: list[int]
     """Relative sizes by which shards are dealt to lanes."""
+    tokenizer_fingerprint: str | None
+    """Fingerprint of the tokenizer that has made the token ids of its documents; None where they are text."""
     announced_skipping: bool
     """Whether the skipping of bad documents was announced."""
 

@@ -1,0 +1,48 @@
+"""`xlstm-lm tokenize`: turn the documents of a recipe into files of token ids."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import time
+
+from xlstm_lm.base import console
+from xlstm_lm.base.fields import Size, argument
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the recipes, the folder and the number of processes."""
+    parser.add_argument(
+        "--config", action="append", required=True, metavar="RECIPE", help="YAML recipe; given again, later ones win."
+    )
+    parser.add_argument("--out", required=True, metavar="FOLDER", help="Folder of the ids; an interrupted one goes on.")
+    parser.add_argument(
+        "--processes",
+        type=argument(Size),
+        metavar="N",
+        help="Processes that tokenize, a file each. Default: the processors that this process may use.",
+    )
+
+
+def run(options: argparse.Namespace) -> None:
+    """Tokenize, and print statistics and the flags that use the ids."""
+    from xlstm_lm.base.paths import user_path
+    from xlstm_lm.data.tokenize_sources import DATA_RECIPE, tokenize
+    from xlstm_lm.training.run_config import load_run_config
+
+    config = load_run_config(options.config).data
+    if config.task is not None:
+        raise ValueError("data.task has made-up rows and no documents: there is nothing to tokenize.")
+    out = user_path(options.out)
+    processes = options.processes or len(os.sched_getaffinity(0))
+    console.stage("tokenizing")
+    begin = time.monotonic()
+    statistics = tokenize(config, out, processes=processes, report=console.say)
+    seconds = time.monotonic() - begin
+    console.end_stage()
+    for name, each in statistics.items():
+        print(f"{out / name}:")
+        print("\n".join(f"  {line}" for line in each.lines()))
+    recipes = " ".join(f"--config {shlex.quote(recipe)}" for recipe in (*options.config, str(out / DATA_RECIPE)))
+    print(f"Took {seconds:,.0f} s on {processes} processes. Train on the ids:  xlstm-lm train {recipes}")

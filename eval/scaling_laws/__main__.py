@@ -13,14 +13,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from eval.command import positive
+import torch
+
+from eval.command import environment, positive
+from eval.scaling_laws.bootstrap import LEVEL
 from eval.scaling_laws.collect import collect, configured_flops
 from eval.scaling_laws.cost import cost_as_markdown
 from eval.scaling_laws.design import Designer, DesignOptions, Span
-from eval.scaling_laws.designed import read_design, write_design
-from eval.scaling_laws.fits import FitOptions, fit_table
-from eval.scaling_laws.points import read_points, write_points
+from eval.scaling_laws.designed import FORECASTS, read_design, write_design
+from eval.scaling_laws.fits import FitOptions, fit_table, read_fits
+from eval.scaling_laws.forecast import complete, register
+from eval.scaling_laws.points import holds_points, read_points, write_points
 from eval.scaling_laws.rates import fit_rates
+from eval.scaling_laws.report import write_report
 from eval.scaling_laws.summary import as_markdown
 from eval.scaling_laws.work import Work
 from eval.study.results_file import results_file, write_results
@@ -31,6 +36,8 @@ from xlstm_lm.base.program import program
 COMMAND = "python -m eval.scaling_laws"
 DONE, FAILED, UNFINISHED = 0, 1, 3
 """Exit codes: all is done; a run failed; runs are left."""
+PACKAGES = ("numpy", "scipy")
+"""Packages whose versions fit.json records."""
 PASSED_ON = (
     *("mode", "budgets", "sizes", "tokens", "tokens_per_parameter", "center", "grid", "cooldown", "seeds", "check"),
     *("lr_sweep", "force"),
@@ -53,7 +60,7 @@ def _fit(options: argparse.Namespace) -> int:
     fits = fit_table(read_points(options.table, configured_flops), choices)
     print(as_markdown(fits))
     if options.out:
-        write_results(options.out, fits.as_json())
+        write_results(options.out, {"environment": environment(torch.device("cpu"), PACKAGES), **fits.as_json()})
         print(f"Wrote {options.out}")
     return DONE
 
@@ -109,7 +116,28 @@ def _collect(options: argparse.Namespace) -> int:
         raise ValueError(f"No run of {', '.join(map(str, options.sources))} is over yet: nothing to collect.")
     write_points(points, options.out)
     print(f"Wrote {options.out} with {len(points)} points")
+    for path in (source / FORECASTS for source in options.sources):
+        for each in complete(path):
+            measured = "not measured yet" if each.measured is None else f"measured {each.measured:.4f}"
+            print(f"{each.run}: forecast {each.predicted:.4f} ({each.low:.4f} to {each.high:.4f}), {measured}")
     return UNFINISHED if missing else DONE
+
+
+def _forecast(options: argparse.Namespace) -> int:
+    found = register(options.fit, options.run, options.architecture, options.out)
+    print(
+        f"{found.run}: {found.predicted:.4f} nats a token, {LEVEL:.0%} interval {found.low:.4f} to {found.high:.4f}, "
+        f"at {found.times_largest:.3g} times the largest fitted FLOPs. Written to {options.out}."
+    )
+    return DONE
+
+
+def _report(options: argparse.Namespace) -> int:
+    fits = read_fits(options.fit)
+    forecasts = complete(options.forecasts) if options.forecasts else []
+    for path in write_report(fits, forecasts, options.out):
+        print(f"Wrote {path}")
+    return DONE
 
 
 def _hold_out(text: str) -> int:
@@ -118,6 +146,14 @@ def _hold_out(text: str) -> int:
     if kind != "largest":
         raise argparse.ArgumentTypeError(f"{text} must be largest:COUNT, such as largest:1")
     return int(argument(Count)(count))
+
+
+def _points_file(text: str) -> Path:
+    """A place for a table of loss points, which may replace another one but no other file."""
+    path = user_path(text)
+    if path.is_dir() or (path.exists() and not holds_points(path)):
+        raise argparse.ArgumentTypeError(f"{path} exists and is no table of collected runs; choose another file")
+    return path
 
 
 def _span(text: str) -> Span:
@@ -153,6 +189,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     _add_design(commands)
     _add_run_and_collect(commands)
     _add_fit(commands)
+    _add_forecast_and_report(commands)
     return parser.parse_args(arguments)
 
 
@@ -218,7 +255,7 @@ def _add_run_and_collect(commands: Any) -> None:
     collect_.set_defaults(act=_collect)
     add = collect_.add_argument
     add("sources", nargs="+", type=user_path, metavar="SOURCE", help="designs, run folders or tables")
-    add("--out", type=results_file, required=True, metavar="RUNS.csv")
+    add("--out", type=_points_file, required=True, metavar="RUNS.csv")
 
 
 def _add_fit(commands: Any) -> None:
@@ -241,6 +278,22 @@ def _add_fit(commands: Any) -> None:
     add("--samples", type=argument(CountOrZero), default=200, metavar="N", help="for intervals; 0: none (default: 200)")
     add("--hold-out", type=_hold_out, default=0, metavar="largest:N", help="predict the N largest from the others")
     add("--out", type=results_file, metavar="FILE", help="write fit.json, which forecast and report read")
+
+
+def _add_forecast_and_report(commands: Any) -> None:
+    forecast = commands.add_parser("forecast", help="register the expected loss of a run before it exists")
+    forecast.set_defaults(act=_forecast)
+    add = forecast.add_argument
+    add("fit", type=Path, metavar="FIT.json")
+    add("--run", type=Path, required=True, metavar="RECIPE", help="the run's recipe; its folder must not exist yet")
+    add("--architecture", metavar="NAME", help="as the fit calls it; needed where it has several")
+    add("--out", type=user_path, required=True, metavar="FORECAST.csv", help="file that the forecast is appended to")
+    report = commands.add_parser("report", help="write a page with the fits, forecasts and pictures")
+    report.set_defaults(act=_report)
+    add = report.add_argument
+    add("fit", type=Path, metavar="FIT.json")
+    add("--forecasts", type=user_path, metavar="FORECAST.csv", help="losses of finished runs are entered")
+    add("--out", type=user_path, required=True, metavar="FOLDER", help="of report.md and its pictures")
 
 
 if __name__ == "__main__":

@@ -6,16 +6,13 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from eval.scaling_laws.designed import DESIGN, Design, DesignedRun, read_design
-from eval.scaling_laws.points import LossPoint, check_points, read_points
+from eval.scaling_laws.points import CHECK, LossPoint, check_points, read_points
 from eval.study.engine import PlannedRun, RunState, examine
 from xlstm_lm.data.sources.config import SourceConfig
 from xlstm_lm.models.accounting import totals, training_flops_per_token
 from xlstm_lm.models.components import components
 from xlstm_lm.runs.folder import RunFolder
 from xlstm_lm.training.run_config import RunConfig, load_run_config
-
-CHECK = "check"
-"""Status of a run that repeats a branch straight through; fits leave it out."""
 
 
 def collect(sources: Iterable[Path]) -> tuple[list[LossPoint], list[str]]:
@@ -38,7 +35,8 @@ def collect(sources: Iterable[Path]) -> tuple[list[LossPoint], list[str]]:
         elif RunFolder(source).config_path.is_file():
             _add(source, None, None, points, missing)
         elif source.is_file():
-            points += read_points(source, configured_flops).points
+            table = read_points(source, configured_flops)
+            points += table.points + table.checks
         else:
             raise ValueError(
                 f"{source} is no design, run folder or table: give a folder of design, a run, or a CSV file."

@@ -52,8 +52,8 @@ class FlopsRatio:
     """The loss of both, in nats a token."""
     ratio: float
     """Below 1 the first needs less."""
-    interval: tuple[float, float] | None
-    """Paired by size and seed; None without samples."""
+    interval: tuple[float, float | None] | None
+    """Paired by size and seed; None without samples. An upper end of None is infinite."""
 
 
 def overlap(one: Sequence[LossPoint], other: Sequence[LossPoint]) -> tuple[float, float]:
@@ -93,7 +93,7 @@ def compare(one: Side, other: Side, loss: float | None = None, samples: int = 0,
     return FlopsRatio(one.architecture, other.architecture, loss, ratio, interval)
 
 
-def _interval(one: Side, other: Side, loss: float, ratio: float, samples: int, seed: int) -> tuple[float, float]:
+def _interval(one: Side, other: Side, loss: float, ratio: float, samples: int, seed: int) -> tuple[float, float | None]:
     """Interval of the ratio, computed on its logarithm: each sample draws the same pairs on both sides."""
     rng = np.random.default_rng(seed)
     columns = [arrays(side.points) for side in (one, other)]
@@ -107,4 +107,4 @@ def _interval(one: Side, other: Side, loss: float, ratio: float, samples: int, s
         if math.isfinite(flops[0]) or math.isfinite(flops[1]):  # else neither surface of the sample reaches the loss
             values.append(np.log(flops[0]) - np.log(flops[1]))
     low, high = widened(np.array(values), float(np.log(ratio)), t_factor(len({*one.pairs, *other.pairs})))
-    return float(np.exp(low)), float(np.exp(high))
+    return math.exp(low), math.exp(high) if math.isfinite(high) else None

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from eval.scaling_laws.forecast import write_forecasts
 from xlstm_lm.base.durable_files import replace_durably
 from xlstm_lm.training.run_config import RunConfig, as_recipe, load_run_config
 
@@ -93,11 +94,14 @@ DESIGN, FORECASTS = "design.csv", "forecast.csv"
 
 
 def write_design(design: Design, configs: dict[str, RunConfig]) -> list[Path]:
-    """Write design.csv, configs/, launch.txt and launch-branches.txt, and return the files without the recipes.
+    """Write design.csv, configs/, launch.txt, launch-branches.txt and an empty forecast.csv.
 
     Args:
         design: the runs.
         configs: configuration of each run by its name.
+
+    Returns:
+        the lists: design.csv and the files for launch scripts.
 
     Raises:
         ValueError: the folder holds a design already.
@@ -114,6 +118,7 @@ def write_design(design: Design, configs: dict[str, RunConfig]) -> list[Path]:
     )
     files = {path: _as_csv(design.runs), design.folder / "launch.txt": first}
     files |= {design.folder / "launch-branches.txt": then} if then else {}
+    write_forecasts([], design.folder / FORECASTS)
     for file, text in sorted(files.items(), key=lambda item: item[0] == path):  # design.csv last: the rest is complete
         replace_durably(file, text.encode())
     return list(files)

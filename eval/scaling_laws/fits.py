@@ -10,6 +10,8 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any, Literal
 
+from pydantic import TypeAdapter, ValidationError
+
 from eval.scaling_laws.bootstrap import (
     FEW_TRUNKS,
     LEVEL,
@@ -122,6 +124,17 @@ class Fits:
         """Convert to plain values for fit.json."""
         return dataclasses.asdict(self)
 
+    def of(self, architecture: str) -> ArchitectureFit:
+        """The fits of an architecture.
+
+        Raises:
+            ValueError: there are none.
+        """
+        found = {each.architecture: each for each in self.architectures}
+        if architecture not in found:
+            raise ValueError(f"The fit has no architecture {architecture}; it has {', '.join(found)}.")
+        return found[architecture]
+
 
 def fit_table(table: Table, options: FitOptions) -> Fits:
     """Fit every architecture of a table, and compare each pair.
@@ -136,7 +149,7 @@ def fit_table(table: Table, options: FitOptions) -> Fits:
             found.append(_fit_architecture(architecture, table.of(architecture), options))
         except ValueError as error:
             raise ValueError(f"{architecture}: {error}") from None
-    notes = list(table.notes)
+    notes = [*table.notes, *_check_notes(table)]
     comparisons = []
     if options.form != "isoflop":
         sides = [Side(each.architecture, each.points, each.fit) for each in found]
@@ -175,7 +188,23 @@ def with_best_rates(table: Table) -> Table:
             notes.append(f"{architecture}, {params:,.0f} parameters: of rates {_listed(rates)} {best:g} is used.")
             points = [point for point in points if point.learning_rate == best]
         kept += points
-    return Table(kept, notes)
+    return Table(kept, notes, table.checks)
+
+
+def _check_notes(table: Table) -> list[str]:
+    """The difference of each straight run to the branch that it repeats."""
+    notes = []
+    for check in table.checks:
+        same = [
+            point
+            for point in table.of(check.architecture)
+            if (point.params, point.tokens, point.seed) == (check.params, check.tokens, check.seed)
+        ]
+        notes += [
+            f"{check.run}, straight through: loss {check.loss:.4f}, {check.loss - point.loss:+.4f} to its branch."
+            for point in same
+        ]
+    return notes
 
 
 def _listed(rates: set) -> str:
@@ -264,11 +293,17 @@ def _hold_out(points: Sequence[LossPoint], options: FitOptions) -> list[HeldOut]
     return found
 
 
-def read_fits(path: Path) -> dict[str, Any]:
-    """Read fit.json for a forecast.
+def read_fits(path: Path) -> Fits:
+    """Read fit.json.
 
     Raises:
-        ValueError: the file is missing or is not one that `fit` wrote.
+        ValueError: the file is missing or damaged.
     """
-    remedy = "Write it with python -m eval.scaling_laws fit."
-    return read_json(path, {"architectures": list, "options": dict}, remedy)
+    remedy = "Write it with python -m eval.scaling_laws fit ... --out FILE."
+    values = read_json(path, {"architectures": list, "options": dict}, remedy)
+    try:
+        return TypeAdapter(Fits).validate_python(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise ValueError(f"{path} is damaged: {where}: {first['msg']}. {remedy}") from None

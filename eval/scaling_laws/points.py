@@ -20,6 +20,8 @@ ALIASES = {"N": "params", "D": "tokens", "C": "flops", "L": "loss", "budget": "f
 REMEDY = "Correct the file, or leave that row out."
 FINISHED = ("", "finished")
 """Statuses of rows that are used. Rows of any other are left out, with a note."""
+CHECK = "check"
+"""Status of a run that repeats a branch straight through."""
 TOLERANCE = 0.01
 """Largest relative difference of flops to those of the run's configuration."""
 
@@ -95,6 +97,8 @@ class Table:
     points: list[LossPoint]
     notes: list[str] = field(default_factory=list)
     """Assumptions made on reading, and rows left out, in sentences."""
+    checks: list[LossPoint] = field(default_factory=list)
+    """Runs that repeat a branch straight through; no fit uses them."""
 
     @property
     def architectures(self) -> list[str]:
@@ -134,9 +138,12 @@ def read_points(path: Path, configured_flops: Callable[[LossPoint], float | None
         reason = getattr(error, "strerror", None) or error
         raise ValueError(f"{path} cannot be read as a table: {reason}. Give a CSV file in UTF-8.") from None
     notes: list[str] = []
-    points, left_out, assumed = [], defaultdict(list), set()
+    points, checks, left_out, assumed = [], [], defaultdict(list), set()
     for line, row in rows:
         status = (row.get("status") or "").strip()
+        if status == CHECK:
+            checks.append(_point(f"{path}, line {line}", row, line, assumed))
+            continue
         if status not in FINISHED:
             left_out[status].append(line)
             continue
@@ -148,7 +155,7 @@ def read_points(path: Path, configured_flops: Callable[[LossPoint], float | None
         raise ValueError(f"{path} has no finished row. Finish its runs and collect again.")
     check_points(points, str(path))
     check_flops(points, configured_flops, str(path))
-    return Table(points, notes)
+    return Table(points, notes, checks)
 
 
 ASSUMPTIONS = {
@@ -281,6 +288,12 @@ def write_points(points: Iterable[LossPoint], path: Path) -> None:
         writer.writerow({name: _text(value) for name, value in dataclasses.asdict(point).items()})
     path.parent.mkdir(parents=True, exist_ok=True)
     replace_durably(path, text.getvalue().encode())
+
+
+def holds_points(path: Path) -> bool:
+    """Whether a file is a table of `write_points`, or empty."""
+    with path.open("rb") as file:
+        return file.readline().rstrip() in (b"", ",".join(COLUMNS).encode())
 
 
 def _text(value: Any) -> str:

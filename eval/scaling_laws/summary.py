@@ -17,23 +17,23 @@ def as_markdown(fits: Fits) -> str:
     parts = []
     fitted = [each for each in fits.architectures if each.fits]
     if fitted:
-        parts += ["## Surfaces", _table(SURFACES, [row for each in fitted for row in _surface_rows(each)])]
+        parts += ["## Surfaces", table(SURFACES, [row for each in fitted for row in _surface_rows(each)])]
         parts.append(
             "L = E + (A N^-alpha + B D^-beta)^gamma in nats a token; N* grows as C^a for C in proportion to N D."
         )
     if rows := [row for each in fitted for row in _interval_rows(each)]:
         parts += [
             f"## Intervals of {level}",
-            _table(["architecture", "value", "estimate", "by trunk", "by seed"], rows),
+            table(["architecture", "value", "estimate", "by trunk", "by seed"], rows),
         ]
     if rows := [row for each in fits.architectures for row in _budget_rows(each)]:
-        parts += ["## IsoFLOP parabolas", _table(["architecture", "FLOPs", "sizes", "N*", "D*", "lowest loss"], rows)]
+        parts += ["## IsoFLOP parabolas", table(["architecture", "FLOPs", "sizes", "N*", "D*", "lowest loss"], rows)]
         parts += [_lines(each) for each in fits.architectures if each.isoflop]
     if fitted:
-        parts += ["## Frontier", _table(["architecture", "FLOPs", "N*", "D*", "D*/N*", "loss"], _frontier_rows(fitted))]
+        parts += ["## Frontier", table(["architecture", "FLOPs", "N*", "D*", "D*/N*", "loss"], _frontier_rows(fitted))]
     if rows := [row for each in fits.architectures for row in _held_rows(each)]:
         header = ["architecture", "run", "FLOPs", "predicted", f"interval of {level}", "measured", "error"]
-        parts += ["## Held out", _table(header, rows)]
+        parts += ["## Held out", table(header, rows)]
     if fits.comparisons:
         parts += ["## FLOPs at equal loss", "\n".join(f"* {_ratio(each)}" for each in fits.comparisons)]
     warnings = [f"* {each.architecture}: {text}" for each in fits.architectures for text in each.warnings]
@@ -43,7 +43,8 @@ def as_markdown(fits: Fits) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
@@ -55,7 +56,12 @@ def _surface_rows(found: ArchitectureFit) -> list[list[str]]:
         numbers = [surface.E, surface.A, surface.B, surface.alpha, surface.beta, surface.gamma]
         runner_up = "none" if fit.runner_up is None else f"{fit.runner_up:.6g}"
         name = f"{method} (used)" if method == found.chosen and len(found.fits) > 1 else method
-        last = [f"{surface.exponent_of_params:.4g}", f"{fit.objective:.6g}", runner_up, f"{fit.condition:.3g}"]
+        last = [
+            f"{surface.exponent_of_params:.4g}",
+            f"{fit.objective:.6g}",
+            runner_up,
+            "infinite" if fit.condition is None else f"{fit.condition:.3g}",
+        ]
         rows.append([found.architecture, name, *(f"{number:.5g}" for number in numbers), *last])
     return rows
 
@@ -74,9 +80,11 @@ def _interval_rows(found: ArchitectureFit) -> list[list[str]]:
     ]
 
 
-def interval(ends: tuple[float, float] | None) -> str:
-    """An interval in text; "not measured" for None."""
-    return f"{ends[0]:.4g} to {ends[1]:.4g}" if ends else "not measured"
+def interval(ends: tuple[float, float | None] | None) -> str:
+    """An interval in text: "not measured" for None, "above" without an upper end."""
+    if ends is None:
+        return "not measured"
+    return f"above {ends[0]:.4g}" if ends[1] is None else f"{ends[0]:.4g} to {ends[1]:.4g}"
 
 
 def _budget_rows(found: ArchitectureFit) -> list[list[str]]:

@@ -78,8 +78,9 @@ class Fit:
     """Minimum that was found: sum of squared residuals of L (vpnls) or of Huber losses of log L (huber)."""
     runner_up: float | None
     """Objective of the next best separate minimum; None where all starts ended in the same one."""
-    condition: float
-    """Condition number of the Gauss-Newton matrix of the search: over two exponents (vpnls) or all parameters."""
+    condition: float | None
+    """Condition number of the Gauss-Newton matrix of the search: over two exponents (vpnls) or all parameters. None
+    where the losses leave a direction free."""
     bounds: list[str]
     """Parameters at their bounds, such as "E = 0"."""
     points: int

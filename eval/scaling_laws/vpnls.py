@@ -7,7 +7,6 @@ Chinchilla Approach 2" (Open-Athena/scaling-law-analysis).
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -102,10 +101,10 @@ def fit_vpnls(
     )
 
 
-def condition_number(jacobian: Floats) -> float:
-    """Condition number of the Gauss-Newton matrix J^T J; infinite where the data leaves a direction free."""
+def condition_number(jacobian: Floats) -> float | None:
+    """Condition number of the Gauss-Newton matrix J^T J; None where the losses leave a direction free."""
     singular = np.linalg.svd(jacobian, compute_uv=False)
-    return float((singular[0] / singular[-1]) ** 2) if singular[-1] > 0 else math.inf
+    return float((singular[0] / singular[-1]) ** 2) if singular[-1] > 1e-30 * singular[0] else None
 
 
 def _lowest_of_grid(problem: _Problem) -> list[Floats]:

@@ -21,8 +21,10 @@ def draw_panels(
     title: str = "",
     share_y: bool = False,
     dpi: int = 150,
+    and_svg: bool = False,
 ) -> bool:
     """Write a PNG with a panel for each title, which `fill` draws on its axes; `legend` has the options of one for all.
+    With `and_svg` the same picture is written as SVG beside it.
 
     Without matplotlib, print a note and return False.
     """
@@ -43,6 +45,8 @@ def draw_panels(
         figure.suptitle(title)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=dpi)
+    if and_svg:
+        figure.savefig(path.with_suffix(".svg"))
     return True
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
 import pytest
 
@@ -123,24 +124,24 @@ def test_an_architecture_that_cannot_be_fitted_is_named():
 def test_the_command_prints_and_writes_all_fits(tmp_path, capsys):
     points = [*ladder(CHINCHILLA, [1e7, 1e8, 1e9, 3e9], [10, 20, 40], architecture="one")]
     write_points(points, tmp_path / "runs.csv")
-    main(
-        [
-            "fit",
-            str(tmp_path / "runs.csv"),
-            "--samples",
-            "3",
-            "--hold-out",
-            "largest:1",
-            "--out",
-            f"{tmp_path}/fit.json",
-        ]
-    )
+    table, out = str(tmp_path / "runs.csv"), str(tmp_path / "fit.json")
+    with pytest.raises(SystemExit, match="0"):
+        main(["fit", table, "--samples", "3", "--hold-out", "largest:1", "--out", out])
     printed = capsys.readouterr().out
     assert "| one | vpnls (used) | 1.69 | 406.4 | 410.7 | 0.34 | 0.28 | 1 | 0.4516 |" in printed
     assert "* one: 4 trunks: intervals by trunk are too narrow below 5" in printed
-    (one,) = read_fits(tmp_path / "fit.json")["architectures"]
-    assert one["fits"]["huber"]["surface"]["alpha"] == pytest.approx(0.34, rel=1e-4)
-    assert len(one["samples"]) == 3 and one["held_out"][0]["measured"] == points[-1].loss
+    fits = read_fits(tmp_path / "fit.json")
+    one = fits.of("one")
+    assert one.fits["huber"].surface.alpha == pytest.approx(0.34, rel=1e-4) and one.points == points
+    assert len(one.samples) == 3 and one.held_out[0].measured == points[-1].loss
+    written_values = json.loads((tmp_path / "fit.json").read_text())
+    assert "scipy" in written_values.pop("environment")
+    assert json.loads(json.dumps(fits.as_json())) == written_values
+    with pytest.raises(ValueError, match="The fit has no architecture two; it has one"):
+        fits.of("two")
+    (tmp_path / "fit.json").write_text('{"architectures": [1], "options": {}, "comparisons": [], "notes": []}')
+    with pytest.raises(ValueError, match=r"fit.json is damaged: architectures.0: .* Write it with"):
+        read_fits(tmp_path / "fit.json")
 
 
 @pytest.mark.parametrize(("flag", "value"), [("--hold-out", "3"), ("--hold-out", "largest:0"), ("--form", "cubic")])

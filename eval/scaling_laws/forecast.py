@@ -1,0 +1,175 @@
+"""Forecasts of losses, registered in a file before their runs exist, with what was measured afterwards."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import datetime
+import hashlib
+import io
+from dataclasses import dataclass
+from pathlib import Path
+
+from eval.scaling_laws.fits import read_fits
+from eval.scaling_laws.predict import predict
+from eval.study.engine import PlannedRun, examine
+from xlstm_lm.base.durable_files import replace_durably
+from xlstm_lm.base.machine import git_commit
+from xlstm_lm.models.accounting import count_parameters, training_flops_per_token
+from xlstm_lm.runs.folder import RunFolder
+from xlstm_lm.training.run_config import load_run_config
+
+
+@dataclass(frozen=True, kw_only=True)
+class Forecast:
+    """A row of forecast.csv."""
+
+    run: str
+    """Folder of the run."""
+    architecture: str
+    params: int
+    tokens: int
+    flops: float
+    """FLOPs of the run's training."""
+    times_largest: float
+    """These FLOPs over the largest that the fit used."""
+    predicted: float
+    """Expected held-out loss in nats a token."""
+    low: float
+    """Lower end of its interval."""
+    high: float
+    method: str
+    """vpnls or huber."""
+    fit: str
+    """Path of fit.json."""
+    fit_sha256: str
+    """Digest of that file."""
+    git: str
+    """Commit of the code."""
+    registered: str
+    """UTC time at which the forecast was written."""
+    measured: float | None = None
+    """Held-out loss of the finished run; None before."""
+    completed: str = ""
+    """UTC time at which the measured loss was entered; empty before."""
+
+    @property
+    def holds(self) -> bool | None:
+        """Whether the measured loss is in the interval; None before."""
+        return None if self.measured is None else self.low <= self.measured <= self.high
+
+
+COLUMNS = tuple(each.name for each in dataclasses.fields(Forecast))
+
+
+def read_forecasts(path: Path) -> list[Forecast]:
+    """Read the forecasts in a file; none where it is missing.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    if not path.is_file():
+        return []
+    readers = {"int": int, "float": float, "str": str, "float | None": lambda text: float(text) if text else None}
+    types = {each.name: readers[str(each.type)] for each in dataclasses.fields(Forecast)}
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            return [Forecast(**{name: types[name](text) for name, text in row.items()}) for row in csv.DictReader(file)]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{path} is damaged: {error}. Restore it from a copy: its forecasts cannot be repeated."
+        ) from None
+
+
+def write_forecasts(forecasts: list[Forecast], path: Path) -> None:
+    """Write forecasts as CSV."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    for each in forecasts:
+        writer.writerow({name: "" if value is None else value for name, value in dataclasses.asdict(each).items()})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    replace_durably(path, text.getvalue().encode())
+
+
+def register(fit_path: Path, recipe: Path, architecture: str | None, out: Path) -> Forecast:
+    """Predict the loss of a run and append it to a file, before the run exists.
+
+    Args:
+        fit_path: fit.json.
+        recipe: of the run.
+        architecture: of the run, as the fit calls it; None where the fit has one alone.
+        out: forecast.csv.
+
+    Raises:
+        ValueError: the run's folder exists, the run is in the file already, or the fit cannot predict.
+    """
+    config = load_run_config([recipe])
+    folder, forecasts = config.training.folder, read_forecasts(out)
+    if folder.exists():
+        raise ValueError(
+            f"{folder} exists: a forecast is registered before its run begins. Forecast a run that has not begun, or "
+            "choose another training.run_dir."
+        )
+    if any(each.run == str(folder) for each in forecasts):
+        raise ValueError(f"{out} has a forecast of {folder} already; a second one would say less. Choose another run.")
+    fits = read_fits(fit_path)
+    names = [each.architecture for each in fits.architectures]
+    if architecture is None and len(names) > 1:
+        raise ValueError(f"{fit_path} has several architectures ({', '.join(names)}): name one with --architecture.")
+    found = fits.of(architecture or names[0])
+    if not found.samples:
+        raise ValueError(f"{fit_path} has no samples, thus no interval: fit again without --samples 0.")
+    data = config.data
+    params, tokens = (
+        count_parameters(config.model),
+        config.training.steps * data.global_batch_size * data.context_length,
+    )
+    flops = training_flops_per_token(config.model, data.context_length) * tokens
+    prediction = predict(found.fit, found.drawn, found.points, params, tokens)
+    forecast = Forecast(
+        run=str(folder),
+        architecture=found.architecture,
+        params=params,
+        tokens=tokens,
+        flops=flops,
+        times_largest=flops / max(point.flops for point in found.points),
+        predicted=prediction.loss,
+        low=prediction.low,
+        high=prediction.high,
+        method=found.chosen,
+        fit=str(fit_path),
+        fit_sha256=hashlib.sha256(fit_path.read_bytes()).hexdigest(),
+        git=git_commit() or "",
+        registered=_now(),
+    )
+    write_forecasts([*forecasts, forecast], out)
+    return forecast
+
+
+def complete(path: Path) -> list[Forecast]:
+    """Enter the losses of runs that are finished into a file of forecasts, and return all of it."""
+    forecasts = [_completed(each) for each in read_forecasts(path)]
+    if forecasts != read_forecasts(path):
+        write_forecasts(forecasts, path)
+    return forecasts
+
+
+def _completed(forecast: Forecast) -> Forecast:
+    config = RunFolder(forecast.run).config_path
+    if forecast.measured is not None or not config.is_file():
+        return forecast
+    run = load_run_config([config])
+    if count_parameters(run.model) != forecast.params or PlannedRun("", run).tokens != forecast.tokens:
+        raise ValueError(
+            f"{forecast.run} is another run than was forecast: {count_parameters(run.model):,} parameters and "
+            f"{PlannedRun('', run).tokens:,} tokens in place of {forecast.params:,} and {forecast.tokens:,}."
+        )
+    state = examine(PlannedRun("", run))
+    if state.status != "finished":
+        return forecast
+    return dataclasses.replace(forecast, measured=state.last_validation["loss"], completed=_now())
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

@@ -1,0 +1,51 @@
+"""The report of fits: a Markdown page with all results, forecasts and pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from eval.scaling_laws.fits import Fits
+from eval.scaling_laws.forecast import Forecast
+from eval.scaling_laws.pictures import draw_all
+from eval.scaling_laws.summary import as_markdown, table
+from xlstm_lm.base.durable_files import replace_durably
+
+CAPTIONS = {
+    "loss": "Every loss point, branches of a trunk joined, and the frontier of the fitted surface.",
+    "isoflop": "Parabolas of the loss at equal compute, with their minima.",
+    "optimum": "Best size and number of tokens; stars are minima of parabolas without a warning.",
+    "residuals": "Residuals of both fits.",
+    "predicted": "Losses predicted before they were measured, or from smaller runs alone, with their intervals.",
+}
+
+
+def write_report(fits: Fits, forecasts: Sequence[Forecast], folder: Path) -> list[Path]:
+    """Write report.md and its pictures, and return the files."""
+    pictures = draw_all(fits, forecasts, folder)
+    parts = ["# Scaling laws", as_markdown(fits).strip()]
+    if forecasts:
+        parts += ["## Forecasts", _forecasts(forecasts)]
+    for path in pictures:
+        svg = path.with_suffix(".svg").name
+        parts.append(f"![{CAPTIONS[path.stem]}]({path.name})\n\n{CAPTIONS[path.stem]} ([SVG]({svg}))")
+    page = folder / "report.md"
+    replace_durably(page, ("\n\n".join(parts) + "\n").encode())
+    return [page, *pictures]
+
+
+def _forecasts(forecasts: Sequence[Forecast]) -> str:
+    header = ["run", "registered", "times the largest fitted FLOPs", "predicted", "interval", "measured", "in interval"]
+    rows = [
+        [
+            Path(each.run).name,
+            each.registered,
+            f"{each.times_largest:.3g}",
+            f"{each.predicted:.4f}",
+            f"{each.low:.4f} to {each.high:.4f}",
+            "not yet" if each.measured is None else f"{each.measured:.4f}",
+            {None: "not yet", True: "yes", False: "no"}[each.holds],
+        ]
+        for each in forecasts
+    ]
+    return table(header, rows)

@@ -1,0 +1,134 @@
+"""Forecasts before their runs, and the report with its pictures."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from eval.scaling_laws.__main__ import main
+from eval.scaling_laws.fits import FitOptions, Fits, fit_table
+from eval.scaling_laws.forecast import complete, read_forecasts, register, write_forecasts
+from eval.scaling_laws.points import Table
+from eval.study.results_file import write_results
+from tests.eval.invented_points import CHINCHILLA, isoflop_grid, ladder
+from tests.eval.small_ladder import write_recipe
+from xlstm_lm.models.accounting import training_flops_per_token
+from xlstm_lm.runs.folder import RunFolder
+from xlstm_lm.training.run_config import as_recipe, load_run_config
+
+
+@pytest.fixture(scope="module")
+def fits() -> Fits:
+    """Fits of a small ladder and of grids."""
+    points = ladder(CHINCHILLA, [1e4, 1e5, 1e6, 1e7, 3e7], [10, 20, 40], noise=(0.002, 0.002), architecture="lstm")
+    points += isoflop_grid(CHINCHILLA, 2, count=5, architecture="other")
+    return fit_table(Table(points), FitOptions(samples=8, hold_out=1))
+
+
+@pytest.fixture
+def fit_path(fits, tmp_path) -> Path:
+    """The file of the fits."""
+    write_results(tmp_path / "fit.json", fits.as_json())
+    return tmp_path / "fit.json"
+
+
+def run_recipe(folder: Path, **training) -> Path:
+    """A recipe of a run of 200 steps."""
+    values = json.loads(write_recipe(folder).read_text())
+    values["model"] = {"family": "lstm", "vocab_size": 257, "embedding_dim": 16, "num_blocks": 1}
+    values["training"] |= {"run_dir": str(folder / "large"), "steps": 200} | training
+    path = folder / "large.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+def test_a_forecast_is_registered_before_its_run(fits, fit_path, tmp_path):
+    recipe, out = run_recipe(tmp_path), tmp_path / "forecast.csv"
+    forecast = register(fit_path, recipe, "lstm", out)
+    assert read_forecasts(out) == [forecast] and forecast.measured is None and forecast.holds is None
+    config = load_run_config([recipe])
+    assert (forecast.tokens, forecast.run) == (12800, str(tmp_path / "large"))
+    assert forecast.flops == training_flops_per_token(config.model, 16) * 12800
+    surface = fits.of("lstm").fit.surface
+    assert forecast.low < forecast.predicted == surface.loss(forecast.params, 12800) < forecast.high
+    with pytest.raises(ValueError, match="has a forecast of .*large already"):
+        register(fit_path, recipe, "lstm", out)
+    with pytest.raises(ValueError, match=r"several architectures \(lstm, other\): name one with --architecture"):
+        register(fit_path, run_recipe(tmp_path, run_dir=str(tmp_path / "b")), None, out)
+
+
+def test_a_run_that_exists_cannot_be_forecast(fit_path, tmp_path):
+    (tmp_path / "large").mkdir()
+    with pytest.raises(ValueError, match="large exists: a forecast is registered before its run begins"):
+        register(fit_path, run_recipe(tmp_path), "lstm", tmp_path / "forecast.csv")
+    assert not (tmp_path / "forecast.csv").exists()
+
+
+def test_a_fit_without_samples_cannot_forecast(fits, tmp_path):
+    bare = dataclasses.replace(fits.of("lstm"), samples=[])
+    write_results(tmp_path / "fit.json", dataclasses.replace(fits, architectures=[bare]).as_json())
+    with pytest.raises(ValueError, match="has no samples, thus no interval"):
+        register(tmp_path / "fit.json", run_recipe(tmp_path), None, tmp_path / "forecast.csv")
+
+
+def finish(folder: Path, recipe: Path, loss: float, step: int = 200) -> None:
+    """Write the folder of a run of a recipe as if it had been trained."""
+    folder.mkdir()
+    RunFolder(folder).write_config(as_recipe(load_run_config([recipe])))
+    record = {"split": "validation", "step": step, "tokens": 64 * step, "loss": loss, "bits_per_byte": None}
+    (folder / "metrics.jsonl").write_text(json.dumps(record) + "\n")
+    (folder / "checkpoints" / f"step_{step:08}").mkdir(parents=True)
+
+
+def test_the_measured_loss_is_entered_when_the_run_is_finished(fit_path, tmp_path):
+    recipe, out = run_recipe(tmp_path), tmp_path / "forecast.csv"
+    forecast = register(fit_path, recipe, "lstm", out)
+    assert complete(out) == [forecast]
+    finish(tmp_path / "large", recipe, forecast.high + 1)
+    (done,) = complete(out)
+    assert done.measured == forecast.high + 1 and done.holds is False and done.completed >= done.registered
+    assert dataclasses.replace(done, measured=None, completed="") == forecast
+    before = out.read_bytes()
+    assert complete(out) == [done] and out.read_bytes() == before
+
+
+def test_another_run_in_the_forecasts_folder_is_refused(fit_path, tmp_path):
+    out = tmp_path / "forecast.csv"
+    register(fit_path, run_recipe(tmp_path), "lstm", out)
+    finish(tmp_path / "large", run_recipe(tmp_path, steps=100), 3.0, step=100)
+    with pytest.raises(ValueError, match=r"is another run than was forecast: .* 6,400 tokens in place of"):
+        complete(out)
+
+
+def test_a_damaged_file_of_forecasts_is_named(tmp_path):
+    write_forecasts([], tmp_path / "forecast.csv")
+    assert read_forecasts(tmp_path / "forecast.csv") == []
+    (tmp_path / "forecast.csv").write_text("run,params\nx,many\n")
+    with pytest.raises(ValueError, match="forecast.csv is damaged: .* Restore it from a copy"):
+        read_forecasts(tmp_path / "forecast.csv")
+
+
+def test_the_commands_forecast_and_report_with_every_picture(fit_path, tmp_path, capsys):
+    out, report = tmp_path / "forecast.csv", tmp_path / "report"
+    recipe = run_recipe(tmp_path)
+    flags = ["forecast", str(fit_path), "--run", str(recipe), "--out", str(out)]
+    with pytest.raises(SystemExit, match="2"):
+        main(flags)
+    with pytest.raises(SystemExit, match="0"):
+        main([*flags, "--architecture", "lstm"])
+    assert "times the largest fitted FLOPs. Written to" in capsys.readouterr().out
+    (forecast,) = read_forecasts(out)
+    finish(tmp_path / "large", recipe, forecast.predicted)
+    with pytest.raises(SystemExit, match="0"):
+        main(["report", str(fit_path), "--forecasts", str(out), "--out", str(report)])
+    names = ["loss", "isoflop", "optimum", "residuals", "predicted"]
+    assert sorted(path.name for path in report.glob("*.png")) == sorted(f"{name}.png" for name in names)
+    assert all((report / f"{name}.svg").read_text().startswith("<?xml") for name in names)
+    page = (report / "report.md").read_text()
+    assert all(f"({name}.png)" in page and f"({name}.svg)" in page for name in names)
+    assert f"| large | {forecast.registered} | {forecast.times_largest:.3g} | {forecast.predicted:.4f} |" in page
+    assert "| yes |" in page and "## Held out" in page

@@ -114,6 +114,24 @@ def memory(world: World) -> dict[str, int]:
     return {"whole": whole.peak, "divided": divided.peak}
 
 
+@torch.no_grad()
+def perplexity(world: World) -> dict[str, float]:
+    """Perplexity of a row of 131,072 tokens with few documents, in float32, whole and divided."""
+    torch.manual_seed(0)
+    pattern = ["mlstm", "slstm", "mlstm_paper", "mamba2"]
+    model = build_model(HybridConfig(vocab_size=61, embedding_dim=32, num_blocks=4, num_heads=2, pattern=pattern))
+    tokens_BT = torch.randint(0, 61, (1, 131_072))
+    rows = (tokens_BT, torch.rand(tokens_BT.shape) < 1e-4, (tokens_BT + tokens_BT.roll(1, 1)) % 61)
+    found = {}
+    for name in ("whole", "divided"):
+        tokens, resets, targets = rows if name == "whole" else own_part(world, rows)
+        model.divide_rows(None if name == "whole" else DividedRows(world.sequence))
+        nats = model.loss(model(tokens, resets), targets).double()
+        nats = nats.clone() if name == "whole" else world.sum_(nats.clone())
+        found[name] = (nats / tokens_BT.numel()).exp().item()
+    return found
+
+
 if __name__ == "__main__":
     command, exchange, sequence, *rest = sys.argv[1:]
     world = join_world().with_sequence(int(sequence))
@@ -125,5 +143,7 @@ if __name__ == "__main__":
             report = exchanges(world, exchange)
         case "memory":
             report = memory(world)
+        case "perplexity":
+            report = perplexity(world)
     if world.is_first:
         print(json.dumps(report))

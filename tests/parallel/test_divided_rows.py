@@ -80,6 +80,12 @@ def test_bytes_of_columns_do_not_grow_with_the_processes():
 
 
 @pytest.mark.slow
+def test_perplexity_of_a_long_row_is_the_same():
+    found = result_of(4, "perplexity", "gather", 4)
+    assert found["divided"] == pytest.approx(found["whole"], rel=1e-6)
+
+
+@pytest.mark.slow
 def test_memory_of_a_process_falls_with_their_number():
     found = result_of(4, "memory", "gather", 4)
     # Weights, their gradients and one state a layer do not fall.

@@ -15,6 +15,7 @@ from xlstm_lm.base.run_layout import checkpoint_folders
 from xlstm_lm.data import train_bpe
 from xlstm_lm.hub import import_run, load
 from xlstm_lm.parallel.process_group import join_world
+from xlstm_lm.training.layout import check_layout
 from xlstm_lm.training.loop import Trainer, train
 from xlstm_lm.training.stop_request import StopRequest
 
@@ -46,7 +47,7 @@ def start(folder, run_dir, **overrides):
 def test_the_first_step_begins_with_the_weights(folder, imported, stage):
     run = start(folder, imported, deepspeed={"zero_optimization": {"stage": stage}})
     with StopRequest() as stop_request, contextlib.ExitStack() as resources:
-        trainer = Trainer(run, join_world(), stop_request, resources)
+        trainer = Trainer(run, join_world(), check_layout(run, join_world(), "fp32"), stop_request, resources)
         weights, moments = dict(trainer.engine.state.weights()), dict(trainer.engine.state.moments())
         assert trainer.engine.optimizer_steps == 0 and trainer.step == 0
     expected = dict(load(folder / "old").model.named_parameters())
@@ -93,7 +94,7 @@ def test_another_run_may_start_from_it(folder, imported, tmp_path):
 def test_before_the_first_step_everything_but_the_model_may_change(folder, imported):
     run = start(folder, imported, training__resume="never")
     with StopRequest() as stop_request, contextlib.ExitStack() as resources:
-        Trainer(run, join_world(), stop_request, resources)
+        Trainer(run, join_world(), check_layout(run, join_world(), "fp32"), stop_request, resources)
     assert yaml.safe_load((imported / "config.yaml").read_text())["optimizer"]["learning_rate"] == 0.01
     train(start(folder, imported, optimizer__learning_rate=0.005, data__context_length=8))
     with pytest.raises(ValueError, match=r"another configuration:\n  optimizer.learning_rate: 0.005 there, 0.01 now"):

@@ -190,6 +190,7 @@ class Layer(Mixer):
         del observe, overwrite_state
         if state is None:
             state = (x_BTD.new_zeros(x_BTD.shape[0], self.config.width),) * (2 if self.config.cell == "lstm" else 1)
+        state = tuple(each.to(x_BTD.dtype) for each in state)
         if self.config.peepholes:
             y_BTH, state = self._with_peepholes(x_BTD, context.resets_BT, state)
         elif context.resets_BT is None:

@@ -42,6 +42,12 @@ class Axis:
             torch.distributed.all_reduce(tensor, group=self.group)
         return tensor
 
+    def from_last(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The last process's `tensor`, which has the same shape and type on all processes of the axis."""
+        tensor = tensor.contiguous().clone()
+        torch.distributed.broadcast(tensor, group=self.group, group_src=self.size - 1)
+        return tensor
+
 
 WHOLE = Axis(rank=0, size=1)
 """Axis of a process that divides its work with no other."""

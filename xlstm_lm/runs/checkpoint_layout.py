@@ -16,8 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-STEMS = ("model", "optimizer")
-"""Float32 weights, by parameter name, and optimizer state, by NAME.KEY."""
+CARRIED = "carried"
+STEMS = ("model", "optimizer", CARRIED)
+"""Float32 weights, by parameter name; optimizer state, by NAME.KEY; states of all lanes, by block_NUMBER.POSITION."""
 FILE = "{}_rank{:04}.safetensors"
 BLOCK = 1 << 24
 """Bytes that are written, and checksummed, at a time."""

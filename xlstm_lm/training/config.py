@@ -49,6 +49,8 @@ class TrainingConfig:
     """Whether each block's activations are recomputed in the backward pass instead of kept."""
     sequence_parallel: Count = 1
     """Processes that divide the tokens of each row, for rows too long for one device; 1 for whole rows."""
+    carry_state: bool = False
+    """Whether a lane's recurrent state goes on from row to row within a document; gradients stop where a row begins."""
     z_loss: NonNegative = 0.0
     """Weight of the squared log-normalizer of the logits in each token's training loss; 0 for none."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +11,7 @@ import deepspeed
 import torch
 from torch import Tensor, nn
 
+from xlstm_lm.models.mixers.mixer import State
 from xlstm_lm.parallel.process_group import World
 from xlstm_lm.training.build import place_weights
 from xlstm_lm.training.deepspeed_config import Precision, deepspeed_json, refusals_explained
@@ -36,15 +37,27 @@ class TrainingModule(nn.Module):
         self.model = model
         self.z_loss = z_loss
 
-    def forward(self, tokens_BT: Tensor, targets_BT: Tensor | None, resets_BT: Tensor) -> Tensor | dict[str, Tensor]:
+    def forward(
+        self,
+        tokens_BT: Tensor,
+        targets_BT: Tensor | None,
+        resets_BT: Tensor,
+        state: list[State] | None = None,
+        return_state: bool = False,
+    ) -> Tensor | dict[str, Tensor] | tuple[Tensor, list[State]]:
         """Sum of the target tokens' losses in nats, in training mode with the z-loss.
 
-        Without targets, statistics of gates, if the model has any, and of blocks.
+        With `return_state` also the model's state after the last token, without gradients. Without targets, statistics
+        of gates, if the model has any, and of blocks.
         """
         if targets_BT is None:
             return self._statistics(tokens_BT, resets_BT)
         z_loss = self.z_loss if self.training else 0.0
-        return self.model.loss(self.model(tokens_BT, resets_BT), targets_BT, reduction="sum", z_loss=z_loss)
+        if not return_state:
+            return self.model.loss(self.model(tokens_BT, resets_BT), targets_BT, reduction="sum", z_loss=z_loss)
+        hidden_BTD, after = self.model(tokens_BT, resets_BT, state=state, return_state=True)
+        loss = self.model.loss(hidden_BTD, targets_BT, reduction="sum", z_loss=z_loss)
+        return loss, [tuple(tensor.detach() for tensor in block) for block in after]
 
     def _statistics(self, tokens_BT: Tensor, resets_BT: Tensor) -> dict[str, Tensor]:
         gates: dict[str, Tensor] = {}
@@ -70,6 +83,8 @@ class StepResult:
     """Norm of the whole gradient before clipping."""
     layer_gradient_norms: dict[str, Tensor] = field(default_factory=dict)
     """Norms of the gradient by layer, as in `layer_statistics.gradient_norms`; empty unless asked for."""
+    states: list[list[State]] = field(default_factory=list)
+    """State of every block after each micro batch; empty unless states are given."""
 
 
 class TrainingEngine:
@@ -148,6 +163,7 @@ class TrainingEngine:
         learning_rate: float,
         by_layer: bool = False,
         judge: Judge | None = None,
+        states: Sequence[list[State] | None] = (),
     ) -> StepResult:
         """Run forward, backward, reduction and update. Collective.
 
@@ -163,14 +179,21 @@ class TrainingEngine:
             learning_rate: Rate of the schedule; each parameter group multiplies it by its lr_scale.
             by_layer: Whether the norms of the gradient by layer are computed as well.
             judge: Forbids updates; None applies every finite one.
+            states: State of every block before each micro batch, None for empty ones; none at all if rows begin with
+                empty states.
         """
         assert len(micro_batches) == self._accumulation_steps
         self._engine.train()
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate * group["lr_scale"]
         loss_sum = torch.zeros((), device=self.world.device)
+        after: list[list[State]] = []
         for index, micro_batch in enumerate(micro_batches):
-            loss = self._engine(*micro_batch)
+            if states:
+                loss, state = self._engine(*micro_batch, state=states[index], return_state=True)
+                after.append(state)
+            else:
+                loss = self._engine(*micro_batch)
             loss_sum = loss_sum + loss.detach().float()
             # An infinite loss can have a finite gradient. A scale of NaN then makes the gradient NaN on every rank.
             finite_scale = torch.where(
@@ -189,7 +212,7 @@ class TrainingEngine:
         vetoed_norm = None if applied else self._update_check.vetoed_norm()
         if vetoed_norm is not None:
             norm = vetoed_norm
-        return StepResult(applied, vetoed_norm is not None, loss_sum, norm, layers)
+        return StepResult(applied, vetoed_norm is not None, loss_sum, norm, layers, after)
 
     def _veto(self, judge: Judge, own_loss: Tensor) -> Veto:
         def veto(norm: Tensor) -> Tensor:

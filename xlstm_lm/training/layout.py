@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from xlstm_lm.parallel.process_group import World
+from xlstm_lm.training.carried_states import check_carry_state
 from xlstm_lm.training.config import split_batch
 from xlstm_lm.training.deepspeed_config import Precision, zero_stage
 from xlstm_lm.training.run_config import RunConfig
@@ -32,12 +33,14 @@ def check_layout(run: RunConfig, world: World, precision: Precision) -> Layout:
         precision: Number format of the products.
 
     Raises:
-        ValueError: Schedule, profile, division of rows, batch, ZeRO stage or optimizer do not fit the run or each
-            other.
+        ValueError: Schedule, profile, division of rows, states to carry, batch, ZeRO stage or optimizer do not fit the
+            run or each other.
     """
     run.schedule.check_steps(run.training.steps)
     run.profile.check_steps(run.training.steps)
     check_sequence_parallel(run)
+    if run.training.carry_state:
+        check_carry_state(run.model)
     rows, micro_batches = split_batch(run.data.global_batch_size, world.data.size, run.training.micro_batch_size)
     stage = zero_stage(run.deepspeed, precision)
     run.optimizer.check_layout(stage, run.deepspeed.get("zero_optimization", {}))

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 
 from xlstm_lm.base import console
-from xlstm_lm.base.durable_files import RunError
 from xlstm_lm.data import Batch, DocumentData, TrainingData
 from xlstm_lm.models.accounting import training_flops_per_token
 from xlstm_lm.parallel.launcher import program_command
@@ -22,12 +21,12 @@ from xlstm_lm.runs.folder import RunFolder
 from xlstm_lm.runs.picture import draw_learning_curve
 from xlstm_lm.runs.session import record_session
 from xlstm_lm.training.build import unbuilt_model
-from xlstm_lm.training.config import split_batch
+from xlstm_lm.training.carried_states import CarriedStates
 from xlstm_lm.training.deepspeed_config import choose_precision
 from xlstm_lm.training.engine import MicroBatch, TrainingEngine
 from xlstm_lm.training.heart import Heart
 from xlstm_lm.training.kernel_check import check_kernels
-from xlstm_lm.training.layout import check_layout
+from xlstm_lm.training.layout import Layout, check_layout
 from xlstm_lm.training.memory import check_memory
 from xlstm_lm.training.out_of_memory import memory_errors_explained
 from xlstm_lm.training.profile import StepProfiler, record_memory, write_memory_snapshot
@@ -44,7 +43,7 @@ from xlstm_lm.training.sequence_parallel import (
 from xlstm_lm.training.start import Start
 from xlstm_lm.training.stop_request import StopRequest
 from xlstm_lm.training.stragglers import StepTimes
-from xlstm_lm.training.validation import count_targets, evaluate, split_rows
+from xlstm_lm.training.validation import count_targets, document_ids, evaluate, split_rows
 
 logger = logging.getLogger("xlstm_lm")
 
@@ -83,7 +82,7 @@ def train(run: RunConfig, data: TrainingData | None = None) -> Path:
     explained = memory_errors_explained(run, world, precision, layout.rows, snapshot)
     with stop_request, contextlib.ExitStack() as resources, explained, lost_processes_explained(world):
         try:
-            trainer = Trainer(run, world, stop_request, resources, data)
+            trainer = Trainer(run, world, layout, stop_request, resources, data)
             stopped = trainer.run_steps()
         finally:
             stop_request.note_only()
@@ -107,6 +106,7 @@ class Trainer:
         self,
         run: RunConfig,
         world: World,
+        layout: Layout,
         stop_request: StopRequest,
         resources: contextlib.ExitStack,
         data: TrainingData | None = None,
@@ -116,11 +116,12 @@ class Trainer:
         Args:
             run: Configuration of the run.
             world: All processes of the run.
+            layout: Division of the run among them.
             stop_request: Signals received so far.
             resources: Stack that closes what is opened here.
             data: Data to train on; None for the documents that `run.data` names.
         """
-        self.run, self.world, self.stop_request = run, world, stop_request
+        self.run, self.world, self.layout, self.stop_request = run, world, layout, stop_request
         self.start = Start(run, world, resources)
         self.run_dir = self.start.run_dir
         console.stage("opening the data")
@@ -132,16 +133,13 @@ class Trainer:
                 f"set model.vocab_size to {self.tokenizer.vocab_size} or more (a multiple of 64 is fastest)."
             )
         self.bytes_per_token = torch.as_tensor(self.tokenizer.bytes_per_token)
-        self.micro_rows, micro_batches = split_batch(
-            run.data.global_batch_size, world.data.size, run.training.micro_batch_size
-        )
         self.start.open_folder()
         attempt = self.start.attempt.number
         self.heart = resources.enter_context(Heart(self.run_dir, attempt, world, run.safeguards.phase_seconds))
         stop_request.handle_all()
         console.keep_library_output(RunFolder(self.run_dir).library_log_path)
 
-        rows = self.micro_rows * micro_batches
+        rows = layout.rows * layout.micro_batches
         self.start.share_data(self.data)
         self.lanes = range(world.data.rank * rows, (world.data.rank + 1) * rows)
         self.stream = self.data.stream(self.lanes, run.training.seed)
@@ -153,7 +151,7 @@ class Trainer:
         precision = choose_precision(run.training.precision, world.device)
         dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         console.stage("checking the kernels")
-        kernels = check_kernels(run.model, world, dtype, self.micro_rows)
+        kernels = check_kernels(run.model, world, dtype, self.layout.rows)
         console.stage("building the model")
         torch.manual_seed(run.training.seed)
         model = unbuilt_model(run.model)
@@ -164,8 +162,8 @@ class Trainer:
             deepspeed_section(run),
             world=world,
             precision=precision,
-            micro_batch_size=self.micro_rows,
-            accumulation_steps=micro_batches,
+            micro_batch_size=self.layout.rows,
+            accumulation_steps=layout.micro_batches,
             z_loss=run.training.z_loss,
         )
         resources.callback(self.engine.close)
@@ -176,6 +174,9 @@ class Trainer:
         self.writer = CheckpointWriter(world, lease.place if lease else lambda: self.run_dir, self.note_saved)
         resources.callback(self.writer.close)
         self.start.restore_engine(self.engine)
+        self.carried = CarriedStates(run.training.carry_state, self.lanes, layout.rows, world)
+        if self.start.checkpoint:
+            self.carried.load(self.start.checkpoint)
         self.writer.prepare(self.engine.state.shares())
         state = self.start.state
         self.continue_counters(state)
@@ -218,15 +219,21 @@ class Trainer:
                 batch = own_slice(self.stream.next_batch(), self.world)
             counts = self.count(batch)
             learning_rate = optimizer.learning_rate * learning_rate_ratio(self.run.schedule, self.step, training.steps)
-            micro_batches = split_rows(batch, self.micro_rows, self.world.device)
+            micro_batches = split_rows(batch, self.layout.rows, self.world.device)
             # This scale makes the gradient that of the mean loss over the target tokens of all ranks.
             scale = self.world.size / counts[0].clamp(min=1)
             every = training.gate_statistics_every
             statistics_due = bool(every) and (self.step + 1) % every == 0
             with self.times.step():
                 result = self.engine.train_step(
-                    micro_batches, scale, learning_rate, by_layer=statistics_due, judge=self.guard.judge
+                    micro_batches,
+                    scale,
+                    learning_rate,
+                    by_layer=statistics_due,
+                    judge=self.guard.judge,
+                    states=self.carried.before(),
                 )
+            self.carried.follow(result.states, result.applied)
             self.step += 1
             self.stop_request.note_only()
             self.report.count(counts[0])
@@ -237,12 +244,12 @@ class Trainer:
             skipped = self.skips.observe(
                 result.applied,
                 self.step,
-                lambda batch=batch: self.document_ids(batch),
+                lambda batch=batch: document_ids(batch, self.world),
                 self.engine.weights_are_finite,
                 self.guard.outlier(result),
             )
             if skipped:
-                self.report.event(self.step, "skipped", skipped, documents=self.document_ids(batch))
+                self.report.event(self.step, "skipped", skipped, documents=document_ids(batch, self.world))
 
             last = self.step == training.steps
             if self.step % training.log_every == 0 or last or statistics_due or not result.applied:
@@ -280,10 +287,12 @@ class Trainer:
             self.writer.wait()
             run_dir = self.world.on_first(lambda: self.start.lease.place())
             before = outlier - guard.in_a_row + 1
-            state = return_to_good_checkpoint(run_dir, before, self.engine, self.world).state
+            checkpoint = return_to_good_checkpoint(run_dir, before, self.engine, self.world)
+            state = checkpoint.state
             self.continue_counters(state)
             self.guard.returns = [*guard.returns, outlier]
             self.stream.load_state_dict(state["data"])
+            self.carried.load(checkpoint)
             self.stream.pass_over(guard.places)
             self.report.go_back(state)
         with self.heart.phase("save"), self.report.clock.paused():
@@ -313,15 +322,10 @@ class Trainer:
         counts = torch.cat((count_targets(batch, self.bytes_per_token), flags))
         return self.world.sum_(counts.to(self.world.device, non_blocking=True))
 
-    def document_ids(self, batch: Batch) -> list[str]:
-        """Ids of the documents in the rows of all ranks, on rank 0. Collective."""
-        ids = self.world.gather([each for row in batch.document_ids for each in row])
-        return list(dict.fromkeys(each for of_rank in ids for each in of_rank))
-
     def validate(self) -> None:
         """Measure and report the loss of the held-out documents, if there are any. Collective."""
         data = self.world.data
-        batches = self.data.validation_batches(rows=self.micro_rows, rank=data.rank, world_size=data.size)
+        batches = self.data.validation_batches(rows=self.layout.rows, rank=data.rank, world_size=data.size)
         if batches is None:
             return
         slices = (own_slice(batch, self.world) for batch in batches)
@@ -381,8 +385,8 @@ class Trainer:
         self.writer.save(
             Snapshot(
                 state=state,
-                shapes=self.engine.state.stored_shapes,
-                shares=self.engine.state.shares(),
+                shapes=self.engine.state.stored_shapes | self.carried.stored_shapes(),
+                shares=self.engine.state.shares() | self.carried.shares(),
                 config_yaml=self.start.config_yaml,
                 save_tokenizer=self.tokenizer.save,
                 keep=keep,
@@ -391,7 +395,4 @@ class Trainer:
         )
         if run_dir != self.run_dir:
             self.writer.wait()
-            raise RunError(
-                f"The run's folder {self.run_dir} was moved to {run_dir} while the run was at work. Step {self.step} "
-                f"is saved there; continue with --config {shlex.quote(str(RunFolder(run_dir).config_path))}"
-            )
+            raise self.start.moved(run_dir, self.step)

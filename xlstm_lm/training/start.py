@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import shlex
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from xlstm_lm.base import console
+from xlstm_lm.base.durable_files import RunError
 from xlstm_lm.base.finite import listed
 from xlstm_lm.base.lease import FolderLease
 from xlstm_lm.base.outputs import check_run_folder
@@ -133,6 +135,13 @@ class Start:
         saved = self.checkpoint.state["data_fingerprint"] if trained else None
         commits = data.share(self.world.on_first, saved, [Commit(*each) for each in known])
         self.world.on_first(lambda: folder.write_hub_commits(commits))
+
+    def moved(self, run_dir: Path, step: int) -> RunError:
+        """The error that ends a run whose folder was moved to `run_dir`, where a step is saved."""
+        return RunError(
+            f"The run's folder {self.run_dir} was moved to {run_dir} while the run was at work. Step {step} is saved "
+            f"there; continue with --config {shlex.quote(str(RunFolder(run_dir).config_path))}"
+        )
 
     def restore_data(self, stream: Stream, tokenizer: Tokenizer) -> None:
         """Set the data stream to the checkpoint's position; a run from an imported model starts at the beginning.

@@ -1,4 +1,4 @@
-"""The loss on held-out documents."""
+"""Batches in parts and in numbers, and the loss on held-out documents."""
 
 from __future__ import annotations
 
@@ -16,6 +16,12 @@ def split_rows(batch: Batch, rows: int, device: torch.device) -> list[MicroBatch
     """Split a batch into parts of `rows` rows, on the device. Resets stay on the host, where attention needs them."""
     tensors = (tensor.to(device, non_blocking=True) for tensor in (batch.tokens_BT, batch.targets_BT))
     return list(zip(*(tensor.split(rows) for tensor in (*tensors, batch.resets_BT)), strict=True))
+
+
+def document_ids(batch: Batch, world: World) -> list[str]:
+    """Ids of the documents in the rows of all ranks, on rank 0. Collective."""
+    ids = world.gather([each for row in batch.document_ids for each in row])
+    return list(dict.fromkeys(each for of_rank in ids for each in of_rank))
 
 
 def count_targets(batch: Batch, bytes_per_token: Tensor) -> Tensor:

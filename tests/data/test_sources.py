@@ -233,7 +233,10 @@ def test_more_lanes_than_documents_are_refused_with_the_remedy(tmp_path, capfd):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"kind": "xml"}, "kind is 'xml'; it must be one of text, text_lines, jsonl, csv, parquet, tokens, hub, python_stdlib"),
+        (
+            {"kind": "xml"},
+            "kind is 'xml'; it must be one of text, text_lines, jsonl, csv, parquet, tokens, hub, python_stdlib",
+        ),
         ({"kind": "text"}, "needs paths"),
         ({"kind": "python_stdlib", "paths": ["x"]}, "takes no paths"),
         ({"kind": "hub"}, "needs dataset"),

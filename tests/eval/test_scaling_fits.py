@@ -13,6 +13,7 @@ import pytest
 from eval.scaling_laws.frontier import flops_from_points, flops_to_reach, optimum
 from eval.scaling_laws.huber import fit_huber
 from eval.scaling_laws.isoflop import fit_budgets, fit_parabola
+from eval.scaling_laws.points import LossPoint
 from eval.scaling_laws.surface import Surface
 from eval.scaling_laws.vpnls import fit_vpnls
 from tests.eval.invented_points import ASYMMETRIC, CHINCHILLA, SYMMETRIC, best_tokens, columns, isoflop_grid
@@ -172,18 +173,23 @@ ISOFLOPS = os.environ.get("XLSTM_LM_ISOFLOPS_CSV")
 
 @pytest.mark.skipif(not ISOFLOPS, reason="XLSTM_LM_ISOFLOPS_CSV names no file")
 @pytest.mark.parametrize(
-    ("source", "expected"),
+    ("experiment", "count", "expected", "squares", "exponent"),
     [
-        ("epochai_chinchilla", (1.9001, 4.4406, 1.0672, 0.3752, 0.4310)),
-        ("llama_3", (1.8611, 2.2155, 0.5023, 0.3618, 0.3731)),
+        ("epochai_chinchilla__massivetext__chinchilla", 85, (1.9001, 4.4406, 1.0672, 0.3752, 0.4310), 0.021666, 0.4586),
+        ("llama_3__exp_loss", 115, (1.8611, 2.2155, 0.5023, 0.3618, 0.3731), 0.0044, 0.5047),
     ],
 )
-def test_the_public_isoflop_points(source, expected):
+def test_the_public_isoflop_points(experiment, count, expected, squares, exponent):
     """The file is isoflops.csv of Open-Athena/scaling-law-analysis; A and B stand for N in millions, D in billions."""
     with Path(ISOFLOPS).open() as file:
-        rows = [row for row in csv.DictReader(file) if source in (row["source"], row["experiment"])]
-    rows = [row for row in rows if row["outlier"].lower() != "true"]
-    rows = [row for row in rows if source != "llama_3" or "exp_loss" in row.values()]
-    n, d, loss = (np.array([float(row[name]) for row in rows]) for name in ("params", "tokens", "loss"))
-    found = fit_vpnls(n / 1e6, d / 1e9, loss).surface
-    assert [getattr(found, name) for name in PARAMETERS] == pytest.approx(expected, rel=1e-3)
+        rows = [row for row in csv.DictReader(file) if row["experiment"] == experiment and row["outlier"] == "False"]
+    assert len(rows) == count
+    n, d, c, loss = np.array([[float(row[name]) for name in ("params", "tokens", "budget", "loss")] for row in rows]).T
+    found = fit_vpnls(n / 1e6, d / 1e9, loss)
+    assert [getattr(found.surface, name) for name in PARAMETERS] == pytest.approx(expected, rel=2e-4)
+    assert found.objective == pytest.approx(squares, rel=0.01)
+    points = [
+        LossPoint(run=str(number), params=row[0], tokens=row[1], flops=row[2], loss=row[3])
+        for number, row in enumerate(zip(n, d, c, loss))
+    ]
+    assert fit_budgets(points).b == pytest.approx(exponent, abs=1e-4)

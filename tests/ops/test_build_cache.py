@@ -68,8 +68,10 @@ def test_triton_caches_on_the_node_unless_told_otherwise(tmp_path: Path) -> None
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_CACHE_DIR"}
     environment["TMPDIR"] = str(tmp_path)
     run = lambda **more: subprocess.run(command, env=environment | more, capture_output=True, text=True, check=True)
-    assert run().stdout.strip() == str(tmp_path / f"xlstm_lm-{os.getuid()}" / "triton")
+    folder = tmp_path / f"xlstm_lm-{os.getuid()}"
     assert run(TRITON_CACHE_DIR="/elsewhere").stdout.strip() == "/elsewhere"
+    assert folder.stat().st_mode & 0o777 == 0o700, "made before a compiler could make it with access for others"
+    assert run().stdout.strip() == str(folder / "triton")
 
 
 SOURCE = 'extern "C" __global__ void nothing() {}'

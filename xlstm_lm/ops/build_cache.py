@@ -43,10 +43,13 @@ def node_local_folder() -> Path | None:
 
 
 def use_node_local_caches() -> None:
-    """Set TRITON_CACHE_DIR to a folder on this node, unless it is set. To be called before Triton compiles."""
-    folder = None if "TRITON_CACHE_DIR" in os.environ else node_local_folder()
+    """Set TRITON_CACHE_DIR to a folder on this node, unless it is set. To be called before anything is compiled.
+
+    The folder is made in any case: a compiler whose cache lies in it would make it with access for others.
+    """
+    folder = node_local_folder()
     if folder is not None:
-        os.environ["TRITON_CACHE_DIR"] = str(folder / "triton")
+        os.environ.setdefault("TRITON_CACHE_DIR", str(folder / "triton"))
 
 
 def cached_binary(key: tuple[str, ...], build: Callable[[], bytes]) -> bytes:

@@ -228,10 +228,12 @@ def test_a_run_that_goes_back_too_often_fails_by_name(tmp_path, monkeypatch):
 def test_a_checkpoint_that_is_damaged_or_not_finite_is_no_target(tmp_path, caplog):
     world = join_world()
     _, engine = build_engine(world, 2)
-    weights = {}
+    weights, random_states = {}, {}
     for step in (1, 2, 3, 4):
         engine_step(world, engine, batches()[step - 1], step)
+        torch.rand(step)
         save(world, engine, tmp_path, step=step, keep=9)
+        random_states[step] = torch.get_rng_state()
         weights[step] = {name: value.clone() for name, value in engine.state.weights()}
     spoiled_weights = dict(weights[4])
     spoiled_weights["up.bias"] = torch.full_like(weights[4]["up.bias"], torch.inf)
@@ -244,6 +246,7 @@ def test_a_checkpoint_that_is_damaged_or_not_finite_is_no_target(tmp_path, caplo
         found = return_to_good_checkpoint(tmp_path, 4, engine, world)
     assert found.state["step"] == 1 and engine.optimizer_steps == 1
     assert differing(dict(engine.state.weights()), weights[1]) == []
+    assert torch.equal(torch.get_rng_state(), random_states[1]) and not torch.equal(random_states[1], random_states[4])
     assert "step_00000003 holds numbers that are not finite, in up.bias" in caplog.text
     assert "step_00000002" in caplog.text
     assert list(checkpoint_folders(tmp_path)) == [1]

@@ -7,11 +7,13 @@ import sys
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.training.equivalence import batches, build_engine, engine_step
 from tests.training.muon_layouts import STACKED
 from xlstm_lm.parallel.process_group import World, join_world
-from xlstm_lm.training.engine import TrainingEngine
+from xlstm_lm.training.engine import Judge, TrainingEngine
+from xlstm_lm.training.spikes import SpikeDetector
 
 VETOED = (1, 2, 4)
 """Steps, from 0, whose update is vetoed."""
@@ -39,8 +41,32 @@ def differing(one: dict[str, Tensor], other: dict[str, Tensor]) -> list[str]:
     return [name for name, value in one.items() if not torch.equal(value, other[name])]
 
 
+class HostReads(TorchDispatchMode):
+    """Counts the values that are read on the host, each of which waits for the device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function is torch.ops.aten._local_scalar_dense.default
+        return function(*args, **(kwargs or {}))
+
+
+def host_reads(world: World, engine: TrainingEngine, judge: Judge | None) -> int:
+    """Values that a step reads on the host."""
+    with HostReads() as reads:
+        result, _ = engine_step(world, engine, batches()[0], 0, by_layer=False, judge=judge)
+        assert result.applied
+    return reads.count
+
+
 def veto(world: World, name: str) -> list[str]:
-    """Names of all values that a veto changes, and of those that differ in the end from a run without the batches."""
+    """Effects that a veto must not have.
+
+    Values that it changes, those that differ in the end from a run without the batches, and whether a step with a
+    detector reads more values on the host than one without.
+    """
     _, engine = build_engine(world, **CELLS[name])
     seen: list[Tensor] = []
     norms, found, before = [], [], held(engine)
@@ -69,6 +95,9 @@ def veto(world: World, name: str) -> list[str]:
             result, _ = engine_step(world, engine, batch, step)
             assert float(result.gradient_norm) == norms[step]
     found += [f"{each}, in the end" for each in differing(before, held(engine))]
+    detector = SpikeDetector(1e6, 8, world.device, [[1.0] * 8] * 2)
+    plain, judged = (host_reads(world, engine, judge) for judge in (None, detector.is_outlier))
+    found += [f"{judged} reads on the host, not {plain}"] if not 0 < judged <= plain else []
     engine.close()
     return found
 

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from tests.data.conftest import write_json_lines
@@ -56,6 +56,7 @@ def texts_of(prefix: str, counts: list[int]) -> list[list[str]]:
     bad=st.tuples(st.integers(0, 3), st.integers(1, 3)),
     stop=st.integers(0, 6),
 )
+@example(context=16, begin=2, bad=(0, 1), stop=2)  # documents of which a part has been used
 def test_what_comes_is_the_stream_without_the_documents(write, context, begin, bad, stop):
     """Against the elements of each lane written out by hand: e D1 e D2 ..., also over a restart on other ranks."""
     texts = texts_of("d", [40, 41, 42])

@@ -11,7 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from xlstm_lm.training.safeguards import SafeguardsConfig
+from xlstm_lm.base.durable_files import RunError
+from xlstm_lm.training.safeguards import SafeguardsConfig, SkipCounter
 from xlstm_lm.training.spikes import SMALLEST_SPREAD, SpikeDetector
 
 CPU = torch.device("cpu")
@@ -88,6 +89,20 @@ def test_only_accepted_steps_enter_the_history_which_a_checkpoint_continues():
     assert shorter.state() == before
     longer = SpikeDetector(5.0, 9, CPU, before)
     assert not longer.is_ready and fed(longer, [(3.0, 0.5)]).is_ready
+
+
+def test_an_outlier_ends_a_row_of_steps_that_are_not_finite():
+    counter = SkipCounter(SafeguardsConfig(max_skipped_steps=1))
+
+    def observe(step: int, outlier: str = "") -> str:
+        return counter.observe(False, step, lambda: ["a.txt:1"], lambda: True, outlier)
+
+    assert observe(1).startswith("Step 1 skipped: its loss or gradient is not finite")
+    assert observe(2, "its loss 9 is high") == "Step 2 skipped: its loss 9 is high. Weights are unchanged."
+    observe(3)
+    assert counter.total == 3
+    with pytest.raises(RunError, match="not finite for 2 steps in a row"):
+        observe(4)
 
 
 @pytest.mark.parametrize("field", ["spike_threshold", "spike_window", "spike_rollback_steps"])

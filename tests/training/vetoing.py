@@ -87,6 +87,8 @@ def veto(world: World, name: str) -> list[str]:
         found += [f"{each}, in step {step}" for each in changed if is_vetoed]
         before = after
     assert len(seen) == len(batches())
+    everywhere = world.all_gather([values_Q.tolist() for values_Q in seen])
+    found += ["ranks judge different numbers"] if any(each != everywhere[0] for each in everywhere) else []
     engine.close()
 
     _, engine = build_engine(world, **CELLS[name])

@@ -62,6 +62,11 @@ class SpikeDetector:
         kept_QW = self._recent_QW[:, -(self.window - 1) :]
         self._recent_QW = torch.cat((kept_QW, self._judged_Q[:, None]), dim=1)
 
+    def outlying(self) -> list[str]:
+        """Quantities of the step judged last that are outliers, by name. Waits for the device."""
+        spreads = self._spreads_above_median().tolist()
+        return [name for name, distance in zip(MEASURED, spreads) if distance > self.threshold]
+
     def report(self) -> str:
         """Describe the step judged last, an outlier, in a clause without subject. Waits for the device."""
         assert self._judged_Q is not None

@@ -4,8 +4,9 @@
     python -m tests.mutants --count 200 --seed 0 --out mutants.jsonl
 
 A seeded sample of the faults that cosmic-ray can put into `xlstm_lm` and `eval` is tried, each in a clone of the
-last commit, against the quick tests of its folder. A fault is caught where they fail or run out of time. Giving the
-command again goes on after the last line of the results.
+last commit, against the quick tests of its folder and those elsewhere that import its file. A fault is caught where a
+test file fails or runs out of time that does neither without the fault. Giving the command again goes on after the last
+line of the results.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
+NO_TESTS = 5
+"""Exit code of pytest where a file has slow tests alone."""
 OPERATORS = frozenset(
     f"core/{name}"
     for name in (
@@ -50,30 +53,33 @@ def faults(path: Path) -> Iterator[tuple[str, str, int]]:
 
 
 def tests_of(file: str) -> list[str]:
-    """Test files of the folder that mirrors a file's own, or those beside the folders. Those that import it come first.
+    """Test files that are to catch the faults of a file, in the order of their trial.
 
-    Most faults are then caught in seconds.
+    They are those of the folder that mirrors its own, or those beside the folders, and all others that import it. Those
+    that import it come first: most faults are then caught by the first.
     """
     package, *parts = Path(file).parts
     folder = ROOT / "tests" / ("eval" if package == "eval" else parts[0])
-    paths = sorted((folder if folder.is_dir() else ROOT / "tests").glob("test_*.py"))
+    mirror = set((folder if folder.is_dir() else ROOT / "tests").glob("test_*.py"))
     module = ".".join(Path(file).with_suffix("").parts).removesuffix(".__init__")
-    paths.sort(key=lambda path: module not in path.read_text(encoding="utf-8"))
-    return [str(path.relative_to(ROOT)) for path in paths]
+    paths = sorted((ROOT / "tests").rglob("test_*.py"))
+    importing = {path for path in paths if f"{module} import " in path.read_text(encoding="utf-8")}
+    order = sorted(mirror | importing, key=lambda path: (path not in importing, path not in mirror, path))
+    return [str(path.relative_to(ROOT)) for path in order]
 
 
-def fails(tree: Path, tests: list[str], seconds: int) -> tuple[bool, list[str]]:
-    """Whether tests fail or run out of their seconds, and the last lines that they print."""
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests]
+def fails(tree: Path, test: str, seconds: int) -> tuple[bool, list[str]]:
+    """Whether a test file fails or runs out of its seconds, and the last lines that it prints."""
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", test]
     try:
         done = subprocess.run(command, cwd=tree, capture_output=True, text=True, timeout=seconds, check=False)
     except subprocess.TimeoutExpired:
         return True, ["out of time"]
-    return done.returncode != 0, done.stdout.strip().splitlines()[-3:]
+    return done.returncode not in (0, NO_TESTS), done.stdout.strip().splitlines()[-3:]
 
 
 def try_fault(tree: Path, fault: tuple[str, str, int], seconds: int) -> dict[str, object]:
-    """Put one fault into the copy, run the tests, and take it out again."""
+    """Put one fault into the copy, run the tests until a file fails, and take it out again."""
     from cosmic_ray.mutating import mutate_code
     from cosmic_ray.plugins import get_operator
 
@@ -84,9 +90,14 @@ def try_fault(tree: Path, fault: tuple[str, str, int], seconds: int) -> dict[str
     assert wrong is not None and wrong != right, fault
     lines = zip(right.splitlines(), wrong.splitlines())
     line, changed = next(((n, new) for n, (old, new) in enumerate(lines, 1) if old != new), (0, ""))
+    caught_in, by = None, [""]
     path.write_text(wrong, encoding="utf-8")
     try:
-        caught, by = fails(tree, tests_of(file), seconds)
+        for test in tests_of(file):
+            failed, by = fails(tree, test, seconds)
+            if failed:
+                caught_in = test
+                break
     finally:
         path.write_text(right, encoding="utf-8")
     return {
@@ -95,7 +106,8 @@ def try_fault(tree: Path, fault: tuple[str, str, int], seconds: int) -> dict[str
         "changed": changed.strip(),
         "operator": operator,
         "occurrence": occurrence,
-        "caught": caught,
+        "caught": caught_in is not None,
+        "caught_in": caught_in,
         "by": by,
     }
 
@@ -108,7 +120,7 @@ def main() -> None:
     parser.add_argument(
         "--part", default="0/1", help="share of the sample to try here, for several processes: 0/2, 1/2"
     )
-    parser.add_argument("--seconds", type=int, default=3600, help="time for the tests of one fault")
+    parser.add_argument("--seconds", type=int, default=3600, help="time for one test file")
     parser.add_argument("--out", type=Path, default=Path("mutants.jsonl"), help="results, a line each; appended to")
     arguments = parser.parse_args()
     files = sorted(path for package in ("xlstm_lm", "eval") for path in (ROOT / package).rglob("*.py"))
@@ -124,13 +136,13 @@ def main() -> None:
         passing: set[str] = set()
         for fault in sample[part::parts]:
             if fault not in seen:
-                tests = tests_of(fault[0])
-                if not passing.issuperset(tests):
-                    failed, last = fails(tree, tests, arguments.seconds)
-                    if failed:
-                        sys.exit(f"{' '.join(tests)} fail without any fault:\n" + "\n".join(last))
-                    passing.update(tests)
                 tried.append(try_fault(tree, fault, arguments.seconds))
+                test = tried[-1]["caught_in"]
+                if test is not None and test not in passing:
+                    failed, last = fails(tree, test, arguments.seconds)
+                    if failed:
+                        sys.exit(f"{test} fails without any fault:\n" + "\n".join(last))
+                    passing.add(test)
                 with arguments.out.open("a", encoding="utf-8") as out:
                     out.write(json.dumps(tried[-1]) + "\n")
     counts = Counter(each["caught"] for each in tried)

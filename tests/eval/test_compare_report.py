@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from eval.compare.config import load_comparison
-from eval.compare.report import select
+from eval.compare.report import pictures, select
 from eval.compare.report.answer import checks, further_findings, verdict
 from eval.compare.report.drawing import Frame, Line, draw_lines
 from eval.compare.report.parts import show_spread
@@ -266,6 +266,31 @@ def test_sizes_without_results_give_no_picture_over_size():
         if model.size == "8m":
             model.runs = []
     assert scale_pictures(results) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "largest", "unit"),
+    [
+        ("time", 3 * 86400, "days"),
+        ("time", 3 * 86400 - 1, "hours"),
+        ("time", 3 * 3600 - 1, "minutes"),
+        ("time", 179, "seconds"),
+        ("time", 1, "seconds"),
+    ],
+)
+def test_an_axis_of_time_has_three_of_its_unit(name, largest, unit):
+    assert pictures._unit(name, largest)[1] == unit
+
+
+def test_speeds_are_drawn_as_tokens_and_percent(monkeypatch):
+    monkeypatch.setattr(pictures, "line_pictures", lambda results, size, name, points, frame: [points])
+    results = full_results()
+    for model in results.models:
+        tokens, percent = (points(model) for points in pictures.training_speed_pictures(results, model.size))
+        rows = select.fastest_training(results, model)
+        assert tokens == {length: row["tokens_per_second"] for length, row in rows.items()}
+        assert percent == {length: 100 * row["flops_share"] for length, row in rows.items() if row.get("flops_share")}
+    assert any(points(model) for model in results.models for points in pictures.training_speed_pictures(results, "8m"))
 
 
 def test_a_loss_that_is_not_finite_is_read_back(tmp_path):

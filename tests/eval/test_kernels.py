@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from eval import kernels
 from eval.bench.kernel_cases import MLSTM, SLSTM, Contender, MLSTMStep, gpu_cases
 from eval.bench.measure import TOGETHER, Ceilings, _cycles, measure, summarize
-from eval.bench.peers import PEERS
+from eval.bench.peers import PEERS, torch_lstm
 from eval.study.journal import Journal, run_in_children, supervise
 from xlstm_lm.ops.mlstm import MLSTM as MLSTM_OPERATION
 from xlstm_lm.ops.mlstm import mlstm
@@ -250,10 +250,15 @@ def test_bytes_and_operations_are_counted_as_stated():
     """By hand, for one token and one head in float32."""
     sizes = {"device": "cpu", "dtype": torch.float32, "B": 1, "T": 1, "H": 1}
     cell = MLSTM(**sizes, K=3, V=5, attention_heads=1, attention_dim=5, backward=False)
-    assert cell.operations() == 4 * 15 + 64 * 8
+    assert cell.operations() == 4 * 15 + 1 * 8 + 4 * 1 + 4 * 3, "a chunk of one token, its gates, the normalizer"
     assert cell.moved_bytes() == 4 * (3 + 3 + 5 + 5) + 8
     cell = MLSTM(**sizes, K=3, V=5, attention_heads=1, attention_dim=5)
     assert cell.moved_bytes() == 4 * (3 + 3 + 5 + 5) + 8 + 4 * (3 + 3 + 5 + 5 + 5) + 8 + 4 * (3 + 3 + 5) + 8
+    cell = SLSTM(**sizes, D=3, backward=False)
+    assert cell.moved_bytes() == 4 * (4 * 3 + 3 + 4 * (9 + 3))
+    assert SLSTM(**sizes, D=3).moved_bytes() == 3 * cell.moved_bytes()
+    lstm = torch_lstm(cell, cell.inputs())
+    assert lstm.operations == 2 * (4 * 3 * 3 + 4 * 3 * 3) and lstm.moved_bytes == 4 * (3 + 3)
     step = MLSTMStep(device="cpu", dtype=torch.float32, B=1, H=1, K=3, V=5)
     assert step.moved_bytes() == 2 * 4 * (15 + 3 + 1) + 4 * (3 + 3 + 5 + 5)
     assert CEILINGS.share(1e11, 2e10, 4.0) == pytest.approx(0.5)

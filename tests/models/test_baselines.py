@@ -174,7 +174,7 @@ def test_mamba_starts_with_the_published_steps(version):
 @pytest.mark.parametrize(
     ("config_class", "fields", "message"),
     [
-        (TransformerConfig, {"embedding_dim": 30, "num_heads": 4}, "num_heads 4"),
+        (TransformerConfig, {"embedding_dim": 30, "num_heads": 4}, "num_heads 4 .* choose a divisor of 15"),
         (TransformerConfig, {"num_heads": 12, "num_key_value_heads": 5}, "num_key_value_heads 5 does not divide"),
         (MambaConfig, {"embedding_dim": 40}, "head_dim 64"),
         (LSTMConfig, {"cell": "gru", "peepholes": True}, "peepholes belong to an LSTM"),

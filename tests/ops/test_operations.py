@@ -33,6 +33,17 @@ COSTS = {
     "attention": {"B": 1, "T": 8, "H": 2, "K": 4},
     "loss": {"B": 1, "T": 8, "D": 4, "V": 32},
 }
+COUNTED = {
+    # Six tokens: sizes, FLOPs, bytes of 16-bit numbers (gates and logits have 4).
+    "mlstm": ({"H": 5, "K": 7, "V": 11, "L": 2}, 6 * 5 * (2 * 18 + 4 * 77 + 4 * 2 + 4 * 7), 30 * (2 * 36 + 8)),
+    "slstm": ({"H": 5, "D": 7}, 30 * (8 * 49 + 140), 30 * 10 * 7 + 10 * (4 * 49 + 28)),
+    "convolution": ({"D": 5, "W": 4}, 240, 2 * (30 + 30 + 20)),
+    "selective scan": ({"E": 5, "N": 7}, 9 * 210, 6 * 2 * 29),
+    "ssd": ({"H": 5, "P": 7, "N": 11, "L": 2}, 6 * 5 * (2 * 18 + 4 * 77 + 4 * 2), 6 * (2 * 92 + 20)),
+    "gated_delta": ({"H": 5, "K": 7, "V": 11, "L": 2}, 30 * (2 * 43 + 6 * 77 + 12), 30 * (2 * 36 + 8)),
+    "attention": ({"H": 5, "K": 7}, 2 * 5 * 28 * 4.5, 2 * 6 * 4 * 35),
+    "loss": ({"D": 5, "V": 7}, 420, 2 * (30 + 35) + 4 * 42),
+}
 
 
 def example(operation, dtype=torch.float32):
@@ -62,6 +73,12 @@ def test_the_cost_doubles_with_the_rows(operation):
     one, two = operation.cost(**sizes), operation.cost(**{**sizes, "B": 2})
     assert one.flops > 0 and two.flops == 2 * one.flops
     assert one.moved_bytes < two.moved_bytes <= 2 * one.moved_bytes
+
+
+@each_operation
+def test_costs_are_those_counted_by_hand(operation):
+    sizes, flops, moved_bytes = COUNTED[operation.name]
+    assert operation.cost(B=2, T=3, **sizes) == (flops, moved_bytes)
 
 
 @each_operation

@@ -28,7 +28,11 @@ def run_of(tmp_path, sequence_parallel: int, **overrides):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ({"sequence_parallel": 3}, "training.sequence_parallel is 3, which does not divide data.context_length 16"),
+        (
+            {"sequence_parallel": 3},
+            "sequence_parallel is 3, which does not divide data.context_length 16: choose a multiple of 3, such as 15,",
+        ),
+        ({"sequence_parallel": 17}, "choose a multiple of 17, such as 17,"),
         ({"sequence_parallel": 8}, "slices of 2 tokens, but a convolution of the model looks back on 3.*at most 5"),
         (
             {"sequence_parallel": 2, "deepspeed": {"zero_optimization": {"stage": 2, "overlap_comm": True}}},

@@ -67,7 +67,7 @@ def archive(kind: str) -> bytes:
     ("content", "found"),
     [
         (archive("zip"), "a zip archive: unpack it"),
-        (archive("tar.gz"), "a tar archive: unpack it"),
+        (archive("tar.gz"), "a tar archive: set kind: tar, or unpack it"),
         (archive("parquet"), "a parquet file: set kind: parquet"),
         ("hello".encode("utf-16"), "UTF-16, not UTF-8: convert it, for example by iconv"),
         ("hello".encode("utf-16-be"), "UTF-16, not UTF-8: convert it, for example by iconv"),

@@ -235,7 +235,7 @@ def test_more_lanes_than_documents_are_refused_with_the_remedy(tmp_path, capfd):
     [
         (
             {"kind": "xml"},
-            "kind is 'xml'; it must be one of text, text_lines, jsonl, csv, parquet, tokens, hub, python_stdlib",
+            "kind is 'xml'; it must be one of text, text_lines, jsonl, csv, parquet, tar, tokens, hub, python_stdlib",
         ),
         ({"kind": "text"}, "needs paths"),
         ({"kind": "python_stdlib", "paths": ["x"]}, "takes no paths"),

@@ -34,6 +34,7 @@ KINDS = {
     "jsonl": Kind(reader=f"{_READERS}:read_lines", has_text_field=True),
     "csv": Kind(reader="xlstm_lm.data.sources.delimited:read_csv", has_text_field=True),
     "parquet": Kind(reader=f"{_READERS}:read_rows", look=f"{_LOCAL}:check_column", has_text_field=True),
+    "tar": Kind(reader="xlstm_lm.data.sources.archives:read_archives", has_text_field=True),
     "tokens": Kind(reader="xlstm_lm.data.sources.tokens:read_tokens", look="xlstm_lm.data.sources.tokens:describe"),
     "hub": Kind(source="xlstm_lm.data.sources.hub:HubSource", takes_paths=False, has_text_field=True),
     "python_stdlib": Kind(reader=f"{_READERS}:read_whole_files", takes_paths=False, one_document_a_file=True),
@@ -46,11 +47,12 @@ class SourceConfig:
     """One source of documents in a mixture."""
 
     kind: Literal[*KINDS] = "text"  # type: ignore[valid-type]  # a type made from the table
-    """One document a file (text), line (text_lines), object (jsonl) or row (csv, parquet); token ids that `xlstm-lm
-    tokenize` wrote; the hub; Python's source."""
+    """One document a file (text), line (text_lines), object (jsonl), row (csv, parquet) or group of files (tar); token
+    ids that `xlstm-lm tokenize` wrote; the hub; Python's source."""
     paths: list[str] = field(default_factory=list)
-    """Local files or glob patterns (** goes into folders, ~ is the home folder); a name that exists is no pattern. Text
-    and JSON lines may be compressed by gzip, bzip2, xz or zstd, whatever the name."""
+    """Files or glob patterns (** goes into folders, ~ is the home folder); a name that exists is no pattern. URLs, such
+    as s3://bucket/*.parquet, are opened by fsspec. Text and JSON lines may be compressed by gzip, bzip2, xz or zstd,
+    whatever the name."""
     dataset: str | None = None
     """Id on the hub, such as HuggingFaceFW/fineweb-edu (kind hub)."""
     config_name: str | None = None
@@ -62,7 +64,10 @@ class SourceConfig:
     split: str = "train"
     """Split of the hub data set; for python_stdlib train, or validation for the files held out of it (1 in 16)."""
     text_field: str = "text"
-    """Field or column that holds the text (kinds jsonl, csv, parquet, hub)."""
+    """Field or column that holds the text (kinds jsonl, csv, parquet, hub); of kind tar the ending of the file with it,
+    such as txt, or an entry of its json."""
+    template: str | None = None
+    """Text of a document out of several fields, such as "{title}: {text}", in place of text_field."""
     weight: Annotated[float, Range(0, 1e15, open_below=True)] = 1.0
     """Share of the training tokens, relative to the other sources' weights."""
     on_bad_document: Literal["error", "skip"] = "error"
@@ -79,6 +84,12 @@ class SourceConfig:
             )
         if not KINDS[self.kind].takes_paths and self.paths:
             raise ValueError(f"a source of kind {self.kind} takes no paths (got {self.paths})")
+        if self.template is not None and (not KINDS[self.kind].has_text_field or self.text_field != "text"):
+            wrong = "text_field" if KINDS[self.kind].has_text_field else "template"
+            raise ValueError(
+                f"template {self.template!r} takes the place of text_field, in sources whose documents have fields: "
+                f"remove {wrong} (kind {self.kind})"
+            )
         if self.kind == "hub" and not self.dataset:
             raise ValueError("a source of kind hub needs dataset: its id, such as HuggingFaceFW/fineweb-edu")
         if self.kind != "hub" and (self.dataset or self.config_name or self.data_files or self.revision):

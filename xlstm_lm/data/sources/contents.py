@@ -16,6 +16,8 @@ from typing import IO, Any, NamedTuple
 
 import pyarrow
 
+from xlstm_lm.data.sources.places import digest_of, is_remote, open_url
+
 READ_ERRORS = (OSError, EOFError, zlib.error, lzma.LZMAError, pyarrow.ArrowException)
 """Errors raised while a damaged or missing file is read."""
 
@@ -75,7 +77,10 @@ class _Decompressed(io.BufferedReader):
 
 def open_file(file: str | Path | Opener) -> IO[bytes]:
     """Open a file, on this machine or by its opener, to read its bytes, decompressed if its content is compressed."""
-    plain: Any = file() if callable(file) else Path(file).open("rb")  # noqa: SIM115
+    if callable(file):
+        plain: Any = file()
+    else:
+        plain = open_url(str(file)) if is_remote(str(file)) else Path(file).open("rb")  # noqa: SIM115
     try:
         magic = plain.peek(10)[:10]
         decompressor = next((opener for pattern, opener in COMPRESSIONS.items() if re.match(pattern, magic)), None)
@@ -83,6 +88,13 @@ def open_file(file: str | Path | Opener) -> IO[bytes]:
     except BaseException:
         plain.close()
         raise
+
+
+def open_parquet(file: str | Opener) -> Any:
+    """Open a file for pyarrow's reader of parquet, which fetches the parts that it needs."""
+    if callable(file):
+        return file()
+    return pyarrow.PythonFile(open_url(file), mode="r") if is_remote(file) else pyarrow.OSFile(file)
 
 
 def open_text(path: str | Path | Opener) -> IO[bytes]:
@@ -96,7 +108,7 @@ def open_text(path: str | Path | Opener) -> IO[bytes]:
         head = file.peek(HEAD_BYTES)[:HEAD_BYTES]  # type: ignore[attr-defined]
         found = next((found for magic, found in NO_TEXT.items() if head.startswith(magic)), None)
         if head[257:262] == b"ustar":
-            found = "a tar archive: unpack it"
+            found = "a tar archive: set kind: tar, or unpack it"
         if len(head) > 3 and not any(head):
             found = "zeros: it was not written to its end"
         elif len(head) > 3 and not (any(head[::2]) and any(head[1::2])):
@@ -128,6 +140,9 @@ def hash_files(paths: Sequence[str]) -> Contents:
     share = max(HASHED_BYTES // max(len(paths), 1), 2 * 4096)
     digests, newest = [], None
     for path in paths:
+        if is_remote(path):
+            digests.append(digest_of(path))
+            continue
         try:
             with Path(path).open("rb") as file:
                 size = file.seek(0, io.SEEK_END)

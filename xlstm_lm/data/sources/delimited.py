@@ -9,11 +9,12 @@ import zlib
 from collections.abc import Iterator
 
 from xlstm_lm.data.sources.contents import READ_ERRORS, open_text
-from xlstm_lm.data.sources.readers import ALL, Shard, Turns, text_of
+from xlstm_lm.data.sources.fields import Fields
+from xlstm_lm.data.sources.readers import ALL, Shard, Turns
 from xlstm_lm.data.sources.record import Record
 
 
-def read_csv(shards: list[Shard], text_field: str, order: int, strict: bool) -> Iterator[Record]:
+def read_csv(shards: list[Shard], fields: Fields, order: int, strict: bool) -> Iterator[Record]:
     """Records of CSV files as spreadsheets and pandas write them: commas, double quotes, line breaks within quotes.
 
     A file breaks off where it is not UTF-8 or its quotes do not close: the rows behind cannot be told apart.
@@ -37,8 +38,7 @@ def read_csv(shards: list[Shard], text_field: str, order: int, strict: bool) -> 
                         raise shard.changed("rows")
                     checksum = zlib.crc32("\0".join(row).encode(), checksum)
                     if number >= shard.first.document and row:
-                        fields = dict(zip(names, row, strict=False))
-                        text, problem = text_of(fields, text_field)
+                        text, problem = fields.text(dict(zip(names, row, strict=False)))
                         if len(row) > len(names):
                             text, problem = "", f"{len(row)} fields in a file of {len(names)} columns"
                         if record := turns.record(number, text, problem, "row", checksum):

@@ -20,9 +20,10 @@ import pyarrow
 
 from xlstm_lm.data.sources.config import KINDS, SourceConfig
 from xlstm_lm.data.sources.contents import HEAD_BYTES, READ_ERRORS, open_text
-from xlstm_lm.data.sources.hub_file import HubFile, UnreachableError
-from xlstm_lm.data.sources.patience import NOT_THERE, Patience, may_pass, status_of
-from xlstm_lm.data.sources.readers import ALL, Shard, Turns, text_of
+from xlstm_lm.data.sources.fields import Fields, text_identity, text_setting
+from xlstm_lm.data.sources.hub_file import HubFile
+from xlstm_lm.data.sources.patience import NOT_THERE, Patience, UnreachableError, may_pass, status_of
+from xlstm_lm.data.sources.readers import ALL, Shard, Turns
 from xlstm_lm.data.sources.record import ORDER, START, Piece, Position, Record
 
 READ_BY_RANGES = {"JsonConfig": "jsonl", "ParquetConfig": "parquet"}
@@ -45,6 +46,7 @@ class HubSource:
         self.announced_skipping = False
         self.tokenizer_fingerprint = None
         _refuse_offline(config)
+        self._fields = Fields.of(config)
         self._files: list[str] = []
         self._kind: str | None = None
         """The kind of `KINDS` that reads the files by ranges; None where `datasets` reads them."""
@@ -54,9 +56,10 @@ class HubSource:
         self.num_shards: int = self._dataset.num_shards
         self.shard_sizes = [1] * self.num_shards
         features = self._dataset.features
-        if features is not None and config.text_field not in features:
+        absent = next((name for name in self._fields.names if features is not None and name not in features), None)
+        if features is not None and absent is not None:
             raise ValueError(
-                f"{config.description} has no column {config.text_field!r}: set text_field to one of "
+                f"{config.description} has no column {absent!r}: set {text_setting(config)} to one of "
                 f"{', '.join(features)}"
             )
         if len(self._files) != self.num_shards or any(ARCHIVES & set(Path(file).suffixes) for file in self._files):
@@ -85,9 +88,11 @@ class HubSource:
             revision=self.commit,
         )
         features = builder.info.features
-        if hasattr(builder.config, "columns") and (features is None or self.config.text_field in features):
+        if hasattr(builder.config, "columns") and (
+            features is None or all(name in features for name in self._fields.names)
+        ):
             # Of parquet only the text is read: whatever else the files hold, and however they differ in it.
-            builder.config.columns = [self.config.text_field]
+            builder.config.columns = list(self._fields.names)
         if hasattr(builder.config, "on_bad_files") and self.config.on_bad_document == "skip":
             builder.config.on_bad_files = "skip"  # while columns are looked up
         opened = builder.as_streaming_dataset(split=self.config.split)
@@ -134,7 +139,7 @@ class HubSource:
         if self._kind is None:
             return Shard(index, name, name, piece, first)
         location = self._files[piece.shard]
-        # A commit does not change: no checksum is needed to tell. Blank lines never counted.
+        # A commit does not change: no checksum is needed to tell. Lines were always counted without blank ones.
         return Shard(
             index,
             name,
@@ -144,13 +149,14 @@ class HubSource:
             opener=partial(self._file, location),
             origin=f"{location}: ",
             is_fixed=True,
+            counts_blank_lines=False,
         )
 
     def _read_by_ranges(self, shards: list[Shard]) -> Iterator[Record]:
         assert self._kind is not None
         reader = resolve_name(KINDS[self._kind].reader)
         try:
-            yield from reader(shards, self.config.text_field, self.order, self.config.on_bad_document == "error")
+            yield from reader(shards, self._fields, self.order, self.config.on_bad_document == "error")
         except UnreachableError as error:
             raise error.reason from None
 
@@ -166,7 +172,7 @@ class HubSource:
             try:
                 for document, row in self._read_rows(shard.piece.shard, begin.document):
                     count = document + 1
-                    text, problem = text_of(row, self.config.text_field)
+                    text, problem = self._fields.text(row)
                     if record := turns.record(document, text, problem, "document", begin.checksum):
                         yield record
             except DamagedFileError as error:
@@ -195,7 +201,7 @@ class HubSource:
         return f"{self.config.dataset}:{self.config.split}:{shard}"
 
     def identity(self) -> dict[str, Any]:
-        identity = {"kind": self.config.kind, "files": self.num_shards, "text_field": self.config.text_field}
+        identity = {"kind": self.config.kind, "files": self.num_shards, **text_identity(self.config)}
         names = ("dataset", "config_name", "data_files", "split")
         return identity | {name: getattr(self.config, name) for name in names} | {"revision": self.commit}
 

@@ -6,7 +6,7 @@ import io
 from typing import Any
 
 from xlstm_lm.data.sources.config import SourceConfig
-from xlstm_lm.data.sources.patience import Patience, status_of
+from xlstm_lm.data.sources.patience import Patience, UnreachableError, status_of
 
 FIRST_BLOCK_BYTES = 2**16
 LARGEST_BLOCK_BYTES = 2**23
@@ -14,15 +14,6 @@ GROWTH = 4
 """Factor by which blocks grow while a file is read from front to back."""
 SILENCE_SECONDS = 60.0
 """Seconds without a byte after which an answer counts as lost."""
-
-
-class UnreachableError(Exception):
-    """A file on the hub could not be fetched. It is no OSError, which readers treat as damage to the file."""
-
-    def __init__(self, reason: ValueError | ConnectionError) -> None:
-        super().__init__(str(reason))
-        self.reason = reason
-        """The error for the user."""
 
 
 class HubFile(io.RawIOBase):

@@ -11,6 +11,7 @@ from pathlib import Path
 from xlstm_lm.base.announce import announce_once
 from xlstm_lm.base.paths import user_path
 from xlstm_lm.data.sources.config import SourceConfig
+from xlstm_lm.data.sources.places import is_remote, list_urls, size_of
 from xlstm_lm.data.sources.record import ORDER
 
 # Not text a person would read first: tests hold files that are broken on purpose, site-packages is not the library.
@@ -34,6 +35,12 @@ def list_files(config: SourceConfig, order: int = ORDER) -> list[str]:
 def _list_files(config: SourceConfig, order: int) -> list[str]:
     found: set[str] = set()
     for pattern in map(_at_home, config.paths):
+        if is_remote(pattern):
+            urls = list_urls(pattern)
+            if not urls:
+                raise ValueError(f"data file {pattern} is missing: no file matches it")
+            found.update(urls)
+            continue
         matches = _matches(pattern, order)
         files = [path for path in matches if Path(path).is_file()]
         broken = [path for path in matches if Path(path).is_symlink() and not Path(path).exists()]
@@ -53,9 +60,10 @@ def _list_files(config: SourceConfig, order: int) -> list[str]:
         found.update(files)
     if not found:
         raise ValueError(f"{config.description}: no file is left")
-    paths = sorted(found) if order == 1 else _distinct(sorted(found), config)
+    remote = {path for path in found if is_remote(path)}
+    paths = sorted(found) if order == 1 else sorted({*_distinct(sorted(found - remote), config), *remote})
     for path in paths:
-        if config.on_bad_document == "error" and Path(path).stat().st_size == 0:
+        if config.on_bad_document == "error" and size_of(path) == 0:
             raise ValueError(f"data file {path} is empty: remove it, or set on_bad_document: skip for this source")
     return paths
 

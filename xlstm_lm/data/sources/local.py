@@ -16,8 +16,19 @@ import pyarrow.parquet
 
 from xlstm_lm.base.announce import announce_once
 from xlstm_lm.data.sources.config import KINDS, SourceConfig
-from xlstm_lm.data.sources.contents import BYTE_ORDER_MARK, HEAD_BYTES, READ_ERRORS, Contents, hash_files, open_text
+from xlstm_lm.data.sources.contents import (
+    BYTE_ORDER_MARK,
+    HEAD_BYTES,
+    READ_ERRORS,
+    Contents,
+    hash_files,
+    open_parquet,
+    open_text,
+)
+from xlstm_lm.data.sources.fields import Fields, text_identity, text_setting
 from xlstm_lm.data.sources.listing import list_files, stdlib_files
+from xlstm_lm.data.sources.patience import UnreachableError
+from xlstm_lm.data.sources.places import is_remote, size_of
 from xlstm_lm.data.sources.readers import Shard
 from xlstm_lm.data.sources.record import ORDER, START, Piece, Position, Record
 
@@ -45,7 +56,7 @@ class FileSource:
             self.names, self.paths = stdlib_files(config.split)
         else:
             self.names = self.paths = list_files(config, order)
-        self._sizes = [Path(path).stat().st_size for path in self.paths]
+        self._sizes = [size_of(path) for path in self.paths]
         self.shard_sizes = self._sizes
         self.num_shards = len(self.paths)
         if look := KINDS[config.kind].look:
@@ -59,13 +70,17 @@ class FileSource:
                 self.names[piece.shard],
                 piece,
                 first if index == first.piece else Position(index),
+                is_fixed=is_remote(self.paths[piece.shard]),
             )
             for index, piece in enumerate(pieces)
             if index >= first.piece
         ]
         kind = KINDS[self.config.kind]
-        text_field = self.config.text_field if kind.has_text_field else None
-        yield from resolve_name(kind.reader)(shards, text_field, self.order, self.config.on_bad_document == "error")
+        fields = Fields.of(self.config) if kind.has_text_field else None
+        try:
+            yield from resolve_name(kind.reader)(shards, fields, self.order, self.config.on_bad_document == "error")
+        except UnreachableError as error:
+            raise error.reason from None
 
     def name_of(self, shard: int) -> str:
         return self.paths[shard]
@@ -84,7 +99,7 @@ class FileSource:
             "contents": "".join(self._contents.digests),
             "newest": self._contents.newest,
         }
-        return identity | ({"text_field": self.config.text_field} if KINDS[self.config.kind].has_text_field else {})
+        return identity | (text_identity(self.config) if KINDS[self.config.kind].has_text_field else {})
 
 
 def check_column(source: FileSource) -> None:
@@ -96,19 +111,22 @@ def check_column(source: FileSource) -> None:
     if source.config.on_bad_document == "skip":
         return
     try:
-        with pyarrow.OSFile(source.paths[0]) as opened, pyarrow.parquet.ParquetFile(opened) as file:
+        with open_parquet(source.paths[0]) as opened, pyarrow.parquet.ParquetFile(opened) as file:
             types = dict(zip(file.schema_arrow.names, file.schema_arrow.types)) if file.metadata.num_rows else None
     except READ_ERRORS as error:
         raise ValueError(
             f"parquet {source.paths[0]} cannot be read ({error}): repair the file, or set "
             "on_bad_document: skip for this source"
         ) from error
-    if types is None or _is_text(types.get(source.config.text_field)):
+    fields = Fields.of(source.config)
+    fits = _is_text if source.config.template is None else _can_be_text
+    unfit = next((name for name in fields.names if types is not None and not fits(types.get(name))), None)
+    if types is None or unfit is None:
         return
-    kind = types.get(source.config.text_field)
+    kind = types.get(unfit)
     found = "has no column" if kind is None else f"holds {kind}, not text, in column"
     raise ValueError(
-        f"parquet {source.paths[0]} {found} {source.config.text_field!r}: set text_field to one of "
+        f"parquet {source.paths[0]} {found} {unfit!r}: set {text_setting(source.config)} to one of "
         f"{', '.join(name for name in types if _is_text(types[name])) or '(it has no column of text)'}"
     )
 
@@ -129,6 +147,10 @@ def _is_text(kind: pyarrow.DataType | None) -> bool:
     if isinstance(kind, pyarrow.DictionaryType):
         kind = kind.value_type
     return kind in (pyarrow.string(), pyarrow.large_string(), pyarrow.string_view())
+
+
+def _can_be_text(kind: pyarrow.DataType | None) -> bool:
+    return _is_text(kind) or (kind is not None and (pyarrow.types.is_integer(kind) or pyarrow.types.is_floating(kind)))
 
 
 def _begins_with_json(path: str) -> bool:

@@ -19,6 +19,15 @@ NETWORK_PACKAGES = ("httpx", "httpx2", "httpcore", "httpcore2", "aiohttp", "requ
 logger = logging.getLogger("xlstm_lm")
 
 
+class UnreachableError(Exception):
+    """A file elsewhere could not be fetched. It is no OSError, which readers treat as damage to the file."""
+
+    def __init__(self, reason: ValueError | ConnectionError) -> None:
+        super().__init__(str(reason))
+        self.reason = reason
+        """The error for the user."""
+
+
 class Patience:
     """Waits out a hub that does not answer, for as long as the source allows."""
 

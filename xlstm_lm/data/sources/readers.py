@@ -7,10 +7,10 @@ import zlib
 from collections.abc import Iterator
 from typing import IO, Any, NamedTuple
 
-import pyarrow
 import pyarrow.parquet
 
-from xlstm_lm.data.sources.contents import BYTE_ORDER_MARK, READ_ERRORS, Opener, open_text
+from xlstm_lm.data.sources.contents import BYTE_ORDER_MARK, READ_ERRORS, Opener, open_parquet, open_text
+from xlstm_lm.data.sources.fields import Fields
 from xlstm_lm.data.sources.record import Piece, Position, Record
 
 ROWS_AT_ONCE = 512
@@ -35,7 +35,9 @@ class Shard(NamedTuple):
     origin: str = ""
     """Address of the file for messages on damage, with a colon, if `path` is no address."""
     is_fixed: bool = False
-    """Whether the file cannot have changed since a position in it was saved; blank lines then do not count."""
+    """Whether bytes before a position are not read again and compared, because the file is on another machine."""
+    counts_blank_lines: bool = True
+    """Whether blank lines have numbers."""
 
     @property
     def file(self) -> str | Opener:
@@ -50,9 +52,9 @@ class Shard(NamedTuple):
         )
 
 
-def read_whole_files(shards: list[Shard], text_field: None, order: int, strict: bool) -> Iterator[Record]:
+def read_whole_files(shards: list[Shard], fields: None, order: int, strict: bool) -> Iterator[Record]:
     """Records of files that are one document each; a part is that part of the characters."""
-    del text_field, strict  # there is one text, and every lane meets its part of a bad file
+    del fields, strict  # there is one text, and every lane meets its part of a bad file
     errors = READ_ERRORS  # at exit, globals are gone before generators are closed
     for shard in shards:
         index, path, name, piece = shard.index, shard.path, shard.name, shard.piece
@@ -121,8 +123,8 @@ class Turns:
         return Record(shard.index, ALL - 1, "", shard.name, problem, self.turn, None)
 
 
-def read_lines(shards: list[Shard], text_field: str | None, order: int, strict: bool) -> Iterator[Record]:
-    """Records of files with a document a line, plain or (with `text_field`) a JSON object.
+def read_lines(shards: list[Shard], fields: Fields | None, order: int, strict: bool) -> Iterator[Record]:
+    """Records of files with a document a line, plain or (with `fields`) a JSON object.
 
     Raises:
         ValueError: lines before the first one wanted, which the run has read before, have changed.
@@ -138,16 +140,16 @@ def read_lines(shards: list[Shard], text_field: str | None, order: int, strict: 
                 count, offset, checksum = _pass_over(file, shard)
                 for line in file:
                     offset += len(line)
-                    if shard.is_fixed and not line.strip():
+                    if not shard.counts_blank_lines and not line.strip():
                         continue
                     number, count = count, count + 1
                     if not shard.is_fixed:
                         checksum = zlib.crc32(line, checksum)
-                    if order > 1 and (number == 0 or text_field is not None):  # also where such files were joined
+                    if order > 1 and (number == 0 or fields is not None):  # also where such files were joined
                         line = line.removeprefix(BYTE_ORDER_MARK)
                     if not line.strip() or (order == 1 and not turns.is_mine(number)):
                         continue
-                    text, problem = _parse_line(line, text_field)
+                    text, problem = _parse_line(line, fields)
                     kept = None if shard.is_fixed else checksum
                     if record := turns.record(number, text, problem, "line", kept, offset):
                         yield record
@@ -167,7 +169,7 @@ def _pass_over(file: IO[bytes], shard: Shard) -> tuple[int, int, int]:
     if first.offset is None:
         while count < first.document and (line := file.readline()):
             offset, checksum = offset + len(line), zlib.crc32(line, checksum)
-            count += not shard.is_fixed or bool(line.strip())
+            count += shard.counts_blank_lines or bool(line.strip())
     elif shard.is_fixed and file.seekable():
         return first.document, file.seek(first.offset), 0
     else:
@@ -179,8 +181,8 @@ def _pass_over(file: IO[bytes], shard: Shard) -> tuple[int, int, int]:
     return count, offset, checksum
 
 
-def read_rows(shards: list[Shard], text_field: str, order: int, strict: bool) -> Iterator[Record]:
-    """Records of parquet files; of their columns only `text_field` is read."""
+def read_rows(shards: list[Shard], fields: Fields, order: int, strict: bool) -> Iterator[Record]:
+    """Records of parquet files; of their columns only `fields` are read."""
     errors = READ_ERRORS
     for shard in shards:
         if shard.first.document == ALL:
@@ -188,10 +190,11 @@ def read_rows(shards: list[Shard], text_field: str, order: int, strict: bool) ->
         turns = Turns(shard, order, strict)
         number, checksum = shard.first.document, shard.first.checksum
         try:
-            for value in _column(shard.file, text_field, number):
-                text, problem = text_of({text_field: value}, text_field)
+            for values in _columns(shard.file, fields.names, number):
+                text, problem = fields.text(dict(zip(fields.names, values)))
                 if checksum is not None:
-                    checksum = zlib.crc32(repr(value).encode("utf-8", "surrogatepass"), checksum)
+                    kept = values[0] if len(values) == 1 else values
+                    checksum = zlib.crc32(repr(kept).encode("utf-8", "surrogatepass"), checksum)
                 if record := turns.record(number, text, problem, "row", checksum):
                     yield record
                 number += 1
@@ -200,9 +203,9 @@ def read_rows(shards: list[Shard], text_field: str, order: int, strict: bool) ->
                 yield record
 
 
-def _column(path: str | Opener, name: str, first_row: int) -> Iterator[Any]:
-    """The values of a column from a row on; bytes where a text is not UTF-8."""
-    with path() if callable(path) else pyarrow.OSFile(path) as opened, pyarrow.parquet.ParquetFile(opened) as file:
+def _columns(path: str | Opener, names: tuple[str, ...], first_row: int) -> Iterator[tuple[Any, ...]]:
+    """The values of columns, row by row from a row on; bytes where a text is not UTF-8."""
+    with open_parquet(path) as opened, pyarrow.parquet.ParquetFile(opened) as file:
         groups: list[int] = []
         for group in range(file.num_row_groups):
             rows = file.metadata.row_group(group).num_rows
@@ -212,31 +215,35 @@ def _column(path: str | Opener, name: str, first_row: int) -> Iterator[Any]:
                 groups.append(group)
         if not groups:
             return
-        if file.schema_arrow.names.count(name) != 1:
-            how = "no column" if name not in file.schema_arrow.names else "more than one column"
-            raise OSError(f"{how} {name!r} among {', '.join(file.schema_arrow.names)}; the setting is text_field")
+        there = file.schema_arrow.names
+        if unfit := next((name for name in names if there.count(name) != 1), None):
+            how = "no column" if unfit not in there else "more than one column"
+            raise OSError(f"{how} {unfit!r} among {', '.join(there)}; the setting is text_field")
         for group in groups:  # one at a time: rows before damage are good
-            for batch in file.iter_batches(ROWS_AT_ONCE, row_groups=[group], columns=[name]):
-                column = batch.column(batch.schema.get_field_index(name))[first_row:]
+            for batch in file.iter_batches(ROWS_AT_ONCE, row_groups=[group], columns=list(names)):
+                columns = [batch.column(batch.schema.get_field_index(name))[first_row:] for name in names]
                 first_row = max(first_row - batch.num_rows, 0)
-                for value in column:
-                    try:
-                        yield value.as_py()
-                    except UnicodeDecodeError:
-                        yield value.as_buffer().to_pybytes()
+                yield from zip(*(map(_value, column) for column in columns))
 
 
-def _parse_line(line: bytes, text_field: str | None) -> tuple[str, str | None]:
+def _value(value: Any) -> Any:
+    try:
+        return value.as_py()
+    except UnicodeDecodeError:
+        return value.as_buffer().to_pybytes()
+
+
+def _parse_line(line: bytes, fields: Fields | None) -> tuple[str, str | None]:
     """The text of a line, or what is wrong with it."""
-    if text_field is not None:
-        return parse_json(line, text_field)
+    if fields is not None:
+        return parse_json(line, fields)
     try:
         return line.decode().rstrip("\r\n"), None
     except UnicodeDecodeError as error:
         return "", _not_utf8(error)
 
 
-def parse_json(line: bytes, text_field: str) -> tuple[str, str | None]:
+def parse_json(line: bytes, fields: Fields) -> tuple[str, str | None]:
     """The text in a line of JSON, or what is wrong with it."""
     try:
         value = json.loads(line.decode().rstrip())
@@ -252,23 +259,9 @@ def parse_json(line: bytes, text_field: str) -> tuple[str, str | None]:
         return "", f"JSON that cannot be read ({error})"
     if not isinstance(value, dict):
         remedy = f": {ONE_A_LINE}" if isinstance(value, list) else ""
-        return "", f"a JSON object with a field {text_field!r} is wanted, not {type(value).__name__}{remedy}"
-    return text_of(value, text_field)
+        return "", f"a JSON object with a field {fields.names[0]!r} is wanted, not {type(value).__name__}{remedy}"
+    return fields.text(value)
 
 
 def _not_utf8(error: UnicodeDecodeError) -> str:
     return f"not UTF-8 (byte {error.start} of the line: {error.reason})"
-
-
-def text_of(fields: dict[str, Any], text_field: str) -> tuple[str, str | None]:
-    """The text among a document's fields, or what is wrong with it."""
-    text = fields.get(text_field)
-    if isinstance(text, str):
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            return "", f"field {text_field!r} holds half a surrogate pair, which is no character"
-        return text, None
-    if text_field not in fields:
-        return "", f"no field {text_field!r} among {', '.join(fields) or 'none'}; the setting is text_field"
-    return "", f"field {text_field!r} holds {type(text).__name__}, not text"

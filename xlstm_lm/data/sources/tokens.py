@@ -9,6 +9,7 @@ from typing import Any
 from xlstm_lm.base.read_files import read_json
 from xlstm_lm.data.sources.contents import READ_ERRORS
 from xlstm_lm.data.sources.local import FileSource
+from xlstm_lm.data.sources.places import is_remote
 from xlstm_lm.data.sources.readers import ALL, Shard, Turns
 from xlstm_lm.data.sources.record import Record
 from xlstm_lm.data.token_files import TokenFile
@@ -17,9 +18,9 @@ DESCRIPTION = "tokens.json"
 """A file beside files of ids: the tokenizer's fingerprint, the source, and the sizes by which shards are dealt."""
 
 
-def read_tokens(shards: list[Shard], text_field: None, order: int, strict: bool) -> Iterator[Record]:
+def read_tokens(shards: list[Shard], fields: None, order: int, strict: bool) -> Iterator[Record]:
     """Records of files of ids. The file is mapped into memory, and documents before the first one are not touched."""
-    del text_field
+    del fields
     errors = READ_ERRORS
     for shard in shards:
         if shard.first.document == ALL:
@@ -51,6 +52,10 @@ def describe(source: FileSource) -> None:
     """
     sizes, fingerprints = [], {}
     for path in source.paths:
+        if is_remote(path):
+            raise ValueError(
+                f"{path}: token ids are mapped into memory, from files of this machine; copy them to a disk"
+            )
         if Path(path).suffix != ".bin":
             raise ValueError(
                 f"{path} holds no token ids: name the .bin files that xlstm-lm tokenize wrote, FOLDER/*.bin"

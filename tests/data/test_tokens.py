@@ -110,7 +110,7 @@ def test_the_files_are_those_of_megatron(folder):
 def test_any_id_of_the_vocabulary_fits(vocab_size, tmp_path):
     written = [[0, vocab_size - 1], [], [5]]
     dtype = id_type(vocab_size)
-    (tmp_path / "a.bin").write_bytes(np.array(sum(written, []), dtype=dtype).tobytes())
+    (tmp_path / "a.bin").write_bytes(np.concatenate(written).astype(dtype).tobytes())
     write_index(tmp_path / "a.bin", [len(each) for each in written], dtype)
     file = TokenFile(tmp_path / "a.bin")
     assert [file.document(number).tolist() for number in range(3)] == written

@@ -1,8 +1,8 @@
 """The time for which an asynchronous save stops training, against the time until the checkpoint is published.
 
-`python -m eval.save_stall --out FILE`, or the same under torchrun for several processes. Saves go through the
-real engine and writer to a folder in the current directory that is removed at the end; each is published before the
-next one begins.
+`python -m eval.save_stall --out FILE`, or the same under torchrun for several processes. Saves go through the real
+engine and writer to a folder in the current directory that is removed at the end. A step follows each, whose update
+waits until the share is copied, and the checkpoint is published before the next save begins.
 """
 
 from __future__ import annotations
@@ -29,12 +29,18 @@ from xlstm_lm.training.engine import TrainingEngine
 from xlstm_lm.training.optimizer import AdamWConfig
 
 MODEL = "xlstm:embedding_dim=768,num_blocks=12,num_heads=4,vocab_size=50304"
+TOKENS = 64
+"""Tokens of the step after a save. The longer a step, the less it waits for the copy."""
 KEPT = 2
 """Checkpoints on the disk at a time, besides the one on its way."""
 
 
 def time_saves(world: World, engine: TrainingEngine, run_dir: Path, saves: int, prepared: bool) -> list[dict[str, Any]]:
-    """Seconds of each save on the slowest rank: blocking, in which no step can run, and until published. Collective.
+    """Seconds of each save on the slowest rank: blocking, in which training stands still, and until published.
+
+    Blocking is the time of the call and of the wait for the copy before the next update. The step after a save may also
+    be slower, because the copy uses the processor and the memory: its duration stands beside that of a step before the
+    save. Collective.
 
     Args:
         world: All processes.
@@ -47,8 +53,18 @@ def time_saves(world: World, engine: TrainingEngine, run_dir: Path, saves: int, 
     writer = CheckpointWriter(world, lambda: run_dir, lambda step, seconds: published.append(seconds))
     if prepared:
         writer.prepare(engine.state.shares())
-    blocking = []
+    waits: list[float] = []
+
+    def wait_for_copy() -> None:
+        begin = time.perf_counter()
+        writer.finish_copy()
+        waits.append(time.perf_counter() - begin)
+
+    engine.before_update = wait_for_copy
+    blocking, plain_steps, steps = [], [], []
     for step in range(1, saves + 1):
+        plain_steps.append(_seconds_of_step(engine))
+        waits.clear()
         world.from_first(None)  # ranks begin together
         begin = time.perf_counter()
         writer.save(
@@ -61,16 +77,34 @@ def time_saves(world: World, engine: TrainingEngine, run_dir: Path, saves: int, 
                 keep=KEPT,
             )
         )
-        blocking.append(time.perf_counter() - begin)
+        called = time.perf_counter() - begin
+        steps.append(_seconds_of_step(engine))
+        blocking.append(called + sum(waits))
         writer.wait()
-    ranks = world.gather((blocking, published))
+    ranks = world.gather((blocking, published, plain_steps, steps))
     if not ranks:
         return []
-    stops, wholes = ([max(seconds) for seconds in zip(*some, strict=True)] for some in zip(*ranks, strict=True))
+    slowest = ([max(seconds) for seconds in zip(*some, strict=True)] for some in zip(*ranks, strict=True))
     return [
-        {"blocking_seconds": stop, "published_seconds": whole, "share": stop / whole}
-        for stop, whole in zip(stops, wholes, strict=True)
+        {
+            "blocking_seconds": stop,
+            "published_seconds": whole,
+            "share": stop / whole,
+            "step_before_seconds": before,
+            "step_after_seconds": after,
+        }
+        for stop, whole, before, after in zip(*slowest, strict=True)
     ]
+
+
+def _seconds_of_step(engine: TrainingEngine) -> float:
+    tokens_BT = torch.randint(0, 256, (1, TOKENS), device=engine.world.device)
+    begin = time.perf_counter()
+    result = engine.train_step(
+        [(tokens_BT, tokens_BT, torch.zeros_like(tokens_BT, dtype=torch.bool))], 1 / TOKENS, 1e-4
+    )
+    assert result.applied
+    return time.perf_counter() - begin
 
 
 @program("eval.save_stall")
@@ -102,12 +136,14 @@ def main(arguments: list[str] | None = None) -> None:
     engine.close()
     if not world.is_first:
         return
-    print("| writer | save | blocking, ms | until published, s | share |\n|---|---|---|---|---|")
+    print("| writer | save | blocking, ms | until published, s | share | step before, s | step after, s |")
+    print(f"|{'---|' * 7}")
     for name, saves in rows.items():
         for which, some in (("first", saves[:1]), ("later ones, median", saves[1:])):
             if some:
-                stop, whole, share = (statistics.median(save[key] for save in some) for key in some[0])
-                print(f"| {name} | {which} | {1e3 * stop:.1f} | {whole:.2f} | {100 * share:.1f} % |")
+                stop, whole, share, before, after = (statistics.median(save[key] for save in some) for key in some[0])
+                row = f"{1e3 * stop:.1f} | {whole:.2f} | {100 * share:.1f} % | {before:.2f} | {after:.2f} |"
+                print(f"| {name} | {which} | {row}")
     if options.out:
         parameters = count_parameters(config)
         about = {"model": options.model.name, "parameters": parameters, "bytes": 12 * parameters}

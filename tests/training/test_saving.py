@@ -14,7 +14,7 @@ import safetensors.torch
 import torch
 
 from tests.training.equivalence import build_engine
-from tests.training.layouts import load, save, snapshot
+from tests.training.layouts import load, losses, save, snapshot
 from tests.training.processes import environment, run_ranks
 from tests.training.runs import configure, write_text
 from xlstm_lm import cli
@@ -23,6 +23,7 @@ from xlstm_lm.base.run_layout import checkpoint_folders
 from xlstm_lm.parallel.process_group import join_world
 from xlstm_lm.runs import checkpoint_writer
 from xlstm_lm.runs.checkpoint import damage, newest_checkpoint, read_checkpoint
+from xlstm_lm.runs.checkpoint_layout import HostBuffers
 from xlstm_lm.runs.checkpoint_list import merge
 from xlstm_lm.runs.checkpoint_writer import CheckpointWriter
 from xlstm_lm.training.loop import train
@@ -81,6 +82,7 @@ def test_the_weights_may_change_while_a_save_is_on_its_way_and_the_next_one_wait
     writer = CheckpointWriter(world, lambda: tmp_path)
     writer.save(snapshot(engine, step=1))
     assert not writer.is_ready and not checkpoint_folders(tmp_path)
+    writer.finish_copy()
     with torch.no_grad():
         for _, value in engine.state.weights():
             value.add_(1.0)
@@ -93,6 +95,49 @@ def test_the_weights_may_change_while_a_save_is_on_its_way_and_the_next_one_wait
     )
     for name, value in before.items():
         assert torch.equal(first[name], value) and torch.equal(second[name], value + 1.0)
+
+
+@pytest.mark.parametrize(("stage", "precision"), [(0, "fp32"), (2, "bf16"), (3, "fp32")])
+def test_an_update_waits_until_the_weights_are_copied(stage, precision, tmp_path, monkeypatch):
+    world, may_copy = join_world(), threading.Event()
+    copy = HostBuffers.copy
+
+    def slow(self, stem, shares):
+        assert may_copy.wait(60)
+        return copy(self, stem, shares)
+
+    _, engine = build_engine(world, stage, precision=precision)
+    writer = CheckpointWriter(world, lambda: tmp_path)
+    engine.before_update = writer.finish_copy
+    losses(world, engine, 0, 1)  # moments are no longer zero
+    stored = {"model": dict(engine.state.weights()), "optimizer": dict(engine.state.moments())}
+    before = {stem: {name: value.clone() for name, value in of.items()} for stem, of in stored.items()}
+    monkeypatch.setattr(HostBuffers, "copy", slow)
+    writer.save(snapshot(engine, step=1))
+    threading.Timer(0.3, may_copy.set).start()
+    losses(world, engine, 1, 2)
+    assert may_copy.is_set(), "the update has not waited"
+    writer.wait()
+    saved = read_checkpoint(newest_checkpoint(tmp_path))
+    for stem, values in before.items():
+        for name, value in values.items():
+            assert torch.equal(saved.part(stem, name, 0, value.numel()), value.flatten()), name
+    changed = dict(engine.state.weights())
+    assert not all(torch.equal(changed[name], value) for name, value in before["model"].items())
+    engine.close()
+
+
+def test_a_copy_that_fails_fails_the_save(engine, tmp_path, monkeypatch):
+    def broken(*_):
+        raise MemoryError("no room")
+
+    monkeypatch.setattr(HostBuffers, "copy", broken)
+    writer = CheckpointWriter(join_world(), lambda: tmp_path)
+    writer.save(snapshot(engine, step=1))
+    writer.finish_copy()
+    with pytest.raises(RunError, match="no room"):
+        writer.wait()
+    assert not checkpoint_folders(tmp_path)
 
 
 def test_a_prepared_writer_allocates_no_host_memory_in_its_first_save(engine, tmp_path):

@@ -1,8 +1,10 @@
-"""Saving in the background: each rank copies its share to the host, a thread writes it, rank 0 publishes the whole.
+"""Saving in the background: each rank copies its share to the host and writes it, and rank 0 publishes the whole.
 
 A save passes through two phases, each in a thread of every rank that has work:
 
-1. write: each rank writes its files to checkpoints/.tmp-step_*, through to the disk.
+1. write: each rank copies its share, then writes its files to checkpoints/.tmp-step_*, through to the disk. Weights and
+   optimizer state must not change before the copy is complete (`finish_copy`). It goes on beside the forward and
+   backward pass of the next step, which change neither. A copy from a GPU is made before the thread starts.
 2. publish: once all ranks have, rank 0 writes the rest and the manifest, renames the folder, moves `latest`, and
    deletes old checkpoints.
 
@@ -93,6 +95,8 @@ class CheckpointWriter:
         self._world, self._place, self._on_published = world, place, on_published
         self._buffers = HostBuffers()
         self._pending: _Save | None = None
+        self._is_copied = threading.Event()
+        self._is_copied.set()
 
     @property
     def is_ready(self) -> bool:
@@ -105,7 +109,9 @@ class CheckpointWriter:
             self._buffers.copy(stem, own)  # a page of memory is allocated when it is first written
 
     def save(self, snapshot: Snapshot) -> None:
-        """Copy this rank's share to the host and begin to write it. Waits for the save before. Collective.
+        """Begin to copy this rank's share to the host and to write it. Waits for the save before. Collective.
+
+        The share must not change until `finish_copy` has returned.
 
         Raises:
             RunError: this save, or the one before, cannot be written; raised on every rank.
@@ -116,10 +122,26 @@ class CheckpointWriter:
         message = self._world.from_first(save.attempt(save.begin) if self._world.is_first else None)
         if message:
             raise RunError(message)
-        shares = {stem: self._buffers.copy(stem, own) for stem, own in snapshot.shares.items()}
+        originals = {stem: list(own) for stem, own in snapshot.shares.items()}
         random_state = random_state_bytes() if with_random_states else None
+        shares: dict[str, list[Share]] = {}
+
+        def copy() -> None:
+            try:
+                shares.update({stem: self._buffers.copy(stem, own) for stem, own in originals.items()})
+            finally:
+                self._is_copied.set()
+
+        self._is_copied.clear()
         self._pending = save
-        save.start(lambda: save.write(shares, random_state))
+        is_on_gpu = any(share.values_N.is_cuda for own in originals.values() for share in own)
+        if is_on_gpu:
+            copy()
+        save.start(lambda: save.write(shares, random_state), before=None if is_on_gpu else copy)
+
+    def finish_copy(self) -> None:
+        """Wait until this rank's share of the save on its way is copied: it may change from then on."""
+        self._is_copied.wait()
 
     def advance(self, ready_ranks: int) -> None:
         """Go on with the save on its way if all ranks are ready. Collective, at each step.
@@ -197,9 +219,11 @@ class _Save:
     def is_working(self) -> bool:
         return self._thread is not None and self._thread.is_alive()
 
-    def start(self, action: Callable[[], None]) -> None:
+    def start(self, action: Callable[[], None], before: Callable[[], None] | None = None) -> None:
+        """Call the action in a thread. `before` is called first and never again, even if the action is."""
+
         def work() -> None:
-            self.message = self.attempt(action)
+            self.message = (self.attempt(before) if before else None) or self.attempt(action)
 
         self._thread = threading.Thread(target=work, name="checkpoint writer", daemon=True)
         self._thread.start()

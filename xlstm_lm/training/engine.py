@@ -155,6 +155,9 @@ class TrainingEngine:
         )
         """Weights and optimizer state by name."""
         self._update_check = UpdateCheck(self._engine.optimizer, self.stage)
+        self.before_update: Callable[[], None] = lambda: None
+        """Called before the optimizer changes weights and its state, after forward and backward pass."""
+        self._optimizer.register_step_pre_hook(lambda *_: self.before_update())
 
     def train_step(
         self,

@@ -178,6 +178,7 @@ class Trainer:
         if self.start.checkpoint:
             self.carried.load(self.start.checkpoint)
         self.writer.prepare(self.engine.state.shares())
+        self.engine.before_update = self.writer.finish_copy
         state = self.start.state
         self.continue_counters(state)
         self.report = Report(
@@ -354,7 +355,7 @@ class Trainer:
     def save(self) -> None:
         """Begin to write a checkpoint of this step; older ones are kept if its weights are not finite. Collective.
 
-        The weights may change as soon as this returns. `self.writer.wait` waits until the checkpoint is published.
+        The next update waits until the weights are copied, `self.writer.wait` until the checkpoint is published.
 
         Raises:
             RunError: the disk is full, or the run's folder was removed or moved. If moved, the step is saved there.

@@ -116,7 +116,8 @@ def examine(run: PlannedRun) -> RunState:
         return state("finished")
     allowed = run.config.safeguards.max_skipped_steps
     latest = [each for each in records if each["split"] == "train"][-allowed:] if allowed else []
-    if len(latest) == allowed > 0 and all(each.get("skipped") for each in latest):
+    # A step that was skipped as an outlier has a finite norm.
+    if len(latest) == allowed > 0 and all(each.get("skipped") and each.get("grad_norm") is None for each in latest):
         step = latest[-1]["step"]
         return state("diverged", f"loss or gradient was not finite for {allowed} steps before step {step}")
     failure = run.folder / FAILURE_FILE

@@ -77,6 +77,8 @@ def test_a_run_diverges_by_its_loss_or_by_skipping(tmp_path):
     state = examine(lay(plan(tmp_path, seed=1), *skipped))
     assert state.status == "diverged" and state.is_over and state.validation == float("inf")
     assert examine(lay(plan(tmp_path, seed=2), train(1), skipped[1])).status == "unfinished"
+    outliers = [{**each, "grad_norm": 9.0} for each in skipped]
+    assert examine(lay(plan(tmp_path, seed=3), *outliers)).status == "unfinished"
 
 
 def test_a_failure_is_told_by_its_last_line(tmp_path):

@@ -27,7 +27,8 @@ from xlstm_lm.runs import overview
 from xlstm_lm.runs.checkpoint import read_checkpoint
 from xlstm_lm.training.engine import TrainingEngine
 from xlstm_lm.training.loop import train
-from xlstm_lm.training.rollback import return_to_good_checkpoint
+from xlstm_lm.training.report import Report
+from xlstm_lm.training.rollback import SpikeGuard, return_to_good_checkpoint
 from xlstm_lm.training.run_config import RunConfig
 
 LANES, CONTEXT, STEPS = 4, 16, 40
@@ -131,6 +132,10 @@ def test_a_run_goes_back_and_equals_one_that_never_saw_the_documents(gone_back, 
     assert steps_of(gone_back) == steps_of(never)
 
 
+class KilledError(Exception):
+    """The end of a process, as far as a test in this one can bring it about."""
+
+
 def stop_in_batch(monkeypatch, number: int) -> None:
     """Have the run receive SIGTERM while it reads a batch (from 1)."""
     calls = 0
@@ -155,6 +160,34 @@ def test_a_run_that_is_stopped_and_resumed_decides_as_an_undisturbed_one(batch, 
             train(spoiled(folder, training__keep_checkpoints=1))
     newest = next(iter(checkpoint_folders(folder / "run")))
     assert newest == (29 if batch == 29 else 27)
+    train(spoiled(folder))
+    assert differing(last_state(folder), last_state(gone_back)) == []
+    assert everything(folder) == everything(gone_back)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("where", ["go_back", "sync"], ids=["before metrics are cut", "before the checkpoint is saved"])
+def test_a_run_that_is_killed_while_it_goes_back_does_so_again(where, gone_back, tmp_path, monkeypatch):
+    folder = tmp_path / "killed"
+    going = False
+
+    def mark(*_: Any) -> None:
+        nonlocal going
+        going = True
+
+    original = getattr(Report, where)
+
+    def dying(report: Report, *arguments: Any) -> None:
+        if going:
+            raise KilledError
+        original(report, *arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(SpikeGuard, "check_limit", mark)
+        patched.setattr(Report, where, dying)
+        with pytest.raises(KilledError):
+            train(spoiled(folder))
+    assert next(iter(checkpoint_folders(folder / "run"))) == 24
     train(spoiled(folder))
     assert differing(last_state(folder), last_state(gone_back)) == []
     assert everything(folder) == everything(gone_back)
@@ -261,8 +294,9 @@ def test_a_checkpoint_that_is_damaged_or_not_finite_is_no_target(tmp_path, caplo
     [
         {"deepspeed": {"zero_optimization": {"stage": 2}}},
         {"deepspeed": {"zero_optimization": {"stage": 3}}, "training.precision": "bf16", "data.num_workers": 1},
+        {"deepspeed": {"zero_optimization": {"stage": 1}}, "training.sequence_parallel": 2},
     ],
-    ids=["stage 2", "stage 3, bf16, workers"],
+    ids=["stage 2", "stage 3, bf16, workers", "divided rows"],
 )
 def test_two_ranks_go_back_and_equal_a_run_that_never_saw_the_documents(overrides, tmp_path):
     def run(name: str, without: set[str] = frozenset()) -> Path:

@@ -212,6 +212,7 @@ class TrainingEngine:
         else:
             self._engine.step()
             applied, norm = self._engine.was_step_applied(), self._engine.get_global_grad_norm()
+        assert not (judge and applied) or self._update_check.has_judged, "DeepSpeed has computed no norm"
         vetoed_norm = None if applied else self._update_check.vetoed_norm()
         if vetoed_norm is not None:
             norm = vetoed_norm

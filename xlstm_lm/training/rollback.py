@@ -111,9 +111,9 @@ class SpikeGuard:
             RunError(
                 f"Step {step}: loss or gradient norm was an outlier or not finite for {self.in_a_row} steps in a row, "
                 f"and the run has gone back {len(recent)} times within {config.spike_rollback_steps:,} steps, as often "
-                "as safeguards.spike_rollbacks allows. Look at the documents of these steps, lower "
-                "optimizer.learning_rate, or raise safeguards.spike_threshold if the loss is as it should be: "
-                f"{_some(documents)}"
+                f"as safeguards.spike_rollbacks allows. The documents of these steps: {_some(documents)}. Look at "
+                "them, lower optimizer.learning_rate, or raise safeguards.spike_threshold if the loss is as it should "
+                "be; the checkpoints saved so far are intact."
             )
         )
 

@@ -48,13 +48,19 @@ class UpdateCheck:
         """Prepare for the next update; None for one that is applied whenever it is finite."""
         self._veto, self._norm, self._vetoed = veto, None, None
 
+    @property
+    def has_judged(self) -> bool:
+        """Whether the veto of the last update was called. DeepSpeed skips it for a gradient that has overflowed."""
+        return self._vetoed is not None
+
     def vetoed_norm(self) -> Tensor | None:
         """Norm of a finite gradient whose update was vetoed; None for any other update.
 
         Waits for the device: call it only for an update that was not applied.
         """
-        if self._norm is None or self._vetoed is None:
+        if not self.has_judged:
             return None
+        assert self._norm is not None
         return self._norm if self._vetoed and self._norm.isfinite() else None
 
     def judged(self, norm: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from xlstm_lm.models.layers import GatedFeedForward, NormKind, make_norm
 from xlstm_lm.models.mixers.mixer import (
+    NORMS,
     FeedForwardConfig,
     MixerConfig,
     OperationUse,
@@ -19,6 +20,7 @@ from xlstm_lm.models.mixers.mixer import (
     residual_std,
     small_std,
 )
+from xlstm_lm.models.storage import Storage
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "gelu": F.gelu}
 
@@ -44,6 +46,16 @@ class BlockConfig(NamedTuple):
     def step_flops_by_part(self, context_length: int) -> dict[str, float]:
         """FLOPs of one more token after `context_length`, as in `MixerConfig.step_flops_by_part`."""
         return self.mixer.step_flops_by_part(context_length) | self._feedforward_flops()
+
+    def kept_by_part(self, storage: Storage, context_length: int) -> dict[str, float]:
+        """Bytes that the block keeps for the backward pass for each token, as in `MixerConfig.kept_by_part`, with its
+        norms and the feed-forward: its input, gate and up, the activated gate, and the product."""
+        found, width = self.mixer.kept_by_part(storage, context_length), self.mixer.embedding_dim
+        norms = 2 if self.feedforward else 1
+        found[NORMS] = found.get(NORMS, 0.0) + norms * storage.norm(self.norm, width)
+        if self.feedforward:
+            found[FEEDFORWARD] = storage.itemsize * (width + 4.0 * self.feedforward.hidden)
+        return found
 
     def _feedforward_flops(self) -> dict[str, float]:
         return {FEEDFORWARD: 6.0 * self.mixer.embedding_dim * self.feedforward.hidden} if self.feedforward else {}

@@ -13,6 +13,7 @@ from xlstm_lm.models.block import FEEDFORWARD, Block, BlockConfig
 from xlstm_lm.models.layers import BlockDiagonalLinear, CausalConv, HeadNorm
 from xlstm_lm.models.lstm import Layer
 from xlstm_lm.models.mixers.mixer import NORMS, PROJECTIONS, Mixer
+from xlstm_lm.models.storage import Storage
 from xlstm_lm.ops.conv import CONV
 
 EMBEDDING, HEAD = "embedding", "head"
@@ -43,6 +44,9 @@ class Component:
     """Bytes of one sequence's state; those of a block stand with its cell."""
     state_traffic: int = 0
     """Bytes of the state that the step reads and writes."""
+    kept_bytes: float = 0.0
+    """Bytes that the forward pass keeps for the backward pass, for each token of a row, on a GPU without activation
+    checkpointing."""
     weight_bytes: int = 0
     """Bytes of weights that the step reads, once for all sequences of a batch."""
 
@@ -95,6 +99,7 @@ def _of_block(
     mixer = block.mixer
     flops = block.flops_by_part(context_length, chunk_length)
     step_flops = block.step_flops_by_part(context_length)
+    kept = block.kept_by_part(Storage(bytes_per_number, "cuda"), context_length)
     cell = mixer.operations(1)[0].operation.name
     with torch.device("meta"):
         parameters = parameters_by_part(Block(block), cell)
@@ -107,6 +112,7 @@ def _of_block(
             step_flops=count * step_flops.get(name, 0.0),
             state_bytes=count * mixer.state_bytes(bytes_per_number, context_length) if name == cell else 0,
             state_traffic=count * mixer.state_traffic(bytes_per_number, context_length) if name == cell else 0,
+            kept_bytes=count * kept.get(name, 0.0),
             weight_bytes=count * bytes_per_number * parameters[name],
         )
         for name in dict.fromkeys([*flops, *parameters])
@@ -117,6 +123,7 @@ def _of_layer(config: LSTMConfig, input_width: int, count: int, bytes_per_number
     flops = config.layer_flops_by_part(input_width)
     with torch.device("meta"):
         parameters = parameters_by_part(Layer(config, input_width), config.cell)
+    kept = config.layer_kept_by_part(Storage(bytes_per_number, "cuda"), input_width)
     state = count * config.layer_state_bytes(bytes_per_number)
     return [
         Component(
@@ -127,6 +134,7 @@ def _of_layer(config: LSTMConfig, input_width: int, count: int, bytes_per_number
             step_flops=count * flops.get(name, 0.0),
             state_bytes=state if name == config.cell else 0,
             state_traffic=2 * state if name == config.cell else 0,
+            kept_bytes=count * kept.get(name, 0.0),
             weight_bytes=count * bytes_per_number * parameters[name],
         )
         for name in dict.fromkeys([*flops, *parameters])

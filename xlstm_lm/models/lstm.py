@@ -20,10 +20,13 @@ from xlstm_lm.base.announce import announce_once
 from xlstm_lm.base.fields import Epsilon, Range, Share, Size, VocabSize, check_fields
 from xlstm_lm.models.language_model import LanguageModel
 from xlstm_lm.models.layers import NumBlocks, SoftCap
-from xlstm_lm.models.mixers.mixer import PROJECTIONS, Mixer, Observer, OperationUse, State
+from xlstm_lm.models.mixers.mixer import NORMS, PROJECTIONS, Mixer, Observer, OperationUse, State
+from xlstm_lm.models.storage import FLOAT32, Storage
 from xlstm_lm.ops.document_rnn import KERNELS, document_rnn
 
 GATES = {"lstm": 4, "gru": 3, "rnn": 1}
+KEPT_BY_KERNEL = {"lstm": (10, 6), "gru": (6, 0), "rnn": (0, 0)}
+"""Numbers in the run's type and in float32 that torch's kernel keeps for each unit and token, beside its output."""
 PADDING = 2
 """How many times longer a padded batch may be: on a CPU torch takes several times as long for a packed one."""
 
@@ -97,6 +100,14 @@ class LSTMConfig:
         unit's gates."""
         gates = GATES[self.cell] * self.width
         return {PROJECTIONS: 2.0 * gates * input_width, self.cell: 2.0 * gates * self.width + 20.0 * self.width}
+
+    def layer_kept_by_part(self, storage: Storage, input_width: int) -> dict[str, float]:
+        """Bytes that a layer keeps for the backward pass for each token: its input and output, what torch's kernel
+        keeps for each unit (as measured on a CPU), and the layer norm's."""
+        a, width = storage.itemsize, self.width
+        own, in_float32 = KEPT_BY_KERNEL[self.cell]
+        kept = {PROJECTIONS: a * float(input_width), self.cell: width * (a * (1.0 + own) + FLOAT32 * in_float32)}
+        return kept | ({NORMS: storage.norm("layer", width)} if self.layer_norm else {})
 
     def state_bytes(self, bytes_per_activation: int, context_length: int) -> int:
         """Bytes of one sequence's state: outputs and, in an LSTM, cells."""

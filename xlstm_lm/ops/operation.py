@@ -47,6 +47,9 @@ class Operation:
     """A loaded backend as a function of a sample's inputs."""
     cost: Callable[..., Cost]
     """Function of the sizes."""
+    kept: Callable[..., float] = lambda **sizes: 0.0
+    """Function of the sizes, of `device` (its type) and of `itemsize`: bytes that stay for the backward pass for each
+    token, beside inputs and output."""
     identity: str = ""
     """Letters of the sizes for which a refusal holds."""
     examples: tuple[dict[str, int], ...] = ({},)

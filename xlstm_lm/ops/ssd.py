@@ -15,7 +15,7 @@ from torch import Tensor
 
 from xlstm_lm.ops.backend import COUNTED_CHUNK, Backend, Call, Cost, Sample, linear_attention_flops
 from xlstm_lm.ops.compiling import not_compiled
-from xlstm_lm.ops.mlstm import mlstm
+from xlstm_lm.ops.mlstm import MLSTM, mlstm
 from xlstm_lm.ops.operation import Operation
 from xlstm_lm.ops.selfcheck import TOLERANCE, Checked, some_resets
 
@@ -201,6 +201,12 @@ def cost(*, B: int, T: int, H: int, P: int, N: int, G: int = 1, L: int = COUNTED
     return Cost(B * T * flops, B * T * (itemsize * (2 * H * P + 2 * G * N) + 4 * H))
 
 
+def kept(*, T: int, H: int, P: int, N: int, device: str, itemsize: int = 2, **sizes: int) -> float:
+    """As the mLSTM with K = N and V = P, by whose kernels it runs, in chunks of their own choice."""
+    del sizes
+    return MLSTM.kept(T=T, H=H, K=N, V=P, device=device, itemsize=itemsize)
+
+
 SSD = Operation(
     name="ssd",
     title="SSD",
@@ -227,6 +233,7 @@ SSD = Operation(
     samples=samples,
     run=run,
     cost=cost,
+    kept=kept,
     identity="NP",
     examples=({"P": 24, "N": 16, "G": 2},),
     gpu_examples=({"P": 64, "N": 128, "G": 1},),

@@ -22,6 +22,7 @@ from xlstm_lm.models.mixers.mixer import (
     silu_feedforward,
     small_std,
 )
+from xlstm_lm.models.storage import FLOAT32, Storage
 from xlstm_lm.ops.attention import ATTENTION, Packing, attention, pack
 
 
@@ -84,6 +85,17 @@ class AttentionConfig(MixerConfig):
         """Projections, and 4 K for each key that the one query of a head sees, itself included."""
         keys = min(self.window or context_length + 1, context_length + 1)
         return {PROJECTIONS: 2.0 * self.projection_weights, ATTENTION.name: 4.0 * self.embedding_dim * keys}
+
+    def kept_by_part(self, storage: Storage, context_length: int) -> dict[str, float]:
+        """The input, q, k and v as projected, q and k turned, and the output; on a CPU, where each document of a row is
+        attended to by itself, the output twice. Masks of windows are not counted."""
+        del context_length
+        a, D, kv = storage.itemsize, self.embedding_dim, self.key_value_heads * self.head_dim
+        outputs = 2 if storage.device == "cpu" else 1
+        return {
+            PROJECTIONS: a * D + a * D,
+            ATTENTION.name: a * (D + 2 * kv) + a * (D + kv) + a * D * (outputs - 1) + FLOAT32 * self.num_heads,
+        }
 
     def state_bytes(self, bytes_per_activation: int, context_length: int) -> int:
         """Keys and values, of the last window - 1 tokens where there is a window."""

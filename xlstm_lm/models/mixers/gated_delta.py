@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from xlstm_lm.base.fields import Epsilon, Factor, Size
 from xlstm_lm.models.layers import CausalConv, Float32Linear, HeadNorm
 from xlstm_lm.models.mixers.mixer import (
+    NORMS,
+    PROJECTIONS,
     FeedForwardConfig,
     Mixer,
     MixerConfig,
@@ -21,10 +23,12 @@ from xlstm_lm.models.mixers.mixer import (
     OperationUse,
     State,
     check_heads,
+    head_norm_kept,
     residual_std,
     silu_feedforward,
     small_std,
 )
+from xlstm_lm.models.storage import FLOAT32, Storage
 from xlstm_lm.ops.backend import COUNTED_CHUNK
 from xlstm_lm.ops.conv import CONV
 from xlstm_lm.ops.gated_delta import GATED_DELTA, gated_delta
@@ -88,6 +92,18 @@ class GatedDeltaConfig(MixerConfig):
     def projection_weights(self) -> int:
         """Queries, keys, values, output gate, the cell's two gates and the output."""
         return self.embedding_dim * (self.convolved_dim + 2 * self.v_dim + 2 * self.num_heads)
+
+    def kept_by_part(self, storage: Storage, context_length: int) -> dict[str, float]:
+        """The input, in float32 once more for the gates; q, k, v before, in and behind the convolution, q and k
+        normalized; h, norm, output gate before and behind its activation, and the product."""
+        a, D, C, V = storage.itemsize, self.embedding_dim, self.convolved_dim, self.v_dim
+        cell, conv = (use.kept(context_length, storage) for use in self.operations(1))
+        return {
+            PROJECTIONS: a * D + storage.copied * D + a * (C + V + V),
+            CONV.name: a * C + conv,
+            GATED_DELTA.name: a * (C + 2 * self.qk_dim + V) + 5 * FLOAT32 * self.num_heads + cell,
+            NORMS: head_norm_kept(storage, "rms", self.num_heads, V) + 2 * a * V,
+        }
 
     def state_bytes(self, bytes_per_activation: int, context_length: int) -> int:
         """A float32 matrix a head, and the convolution's last inputs."""

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from xlstm_lm.base.fields import Range, Size
 from xlstm_lm.models.layers import CausalConv
 from xlstm_lm.models.mixers.mamba_steps import StepLinear, init_step_bias, negative_decay
-from xlstm_lm.models.mixers.mixer import Mixer, MixerConfig, Observer, OperationUse, State
+from xlstm_lm.models.mixers.mixer import PROJECTIONS, Mixer, MixerConfig, Observer, OperationUse, State
+from xlstm_lm.models.storage import FLOAT32, Storage
 from xlstm_lm.ops.conv import CONV
 from xlstm_lm.ops.selective_scan import SCAN, selective_scan
 
@@ -59,6 +60,17 @@ class Mamba1Config(MixerConfig):
     def projection_weights(self) -> int:
         """Input, two halves, and output; step, B and C; the step sizes' second factor."""
         return self.inner_dim * (3 * self.embedding_dim + 2 * self.rank + 2 * self.state_dim)
+
+    def kept_by_part(self, storage: Storage, context_length: int) -> dict[str, float]:
+        """The input, both halves, the convolution before and after its activation, steps before and after theirs in
+        float32, the scan's output, and the gate's product."""
+        a, D, E = storage.itemsize, self.embedding_dim, self.inner_dim
+        scan, conv = (use.kept(context_length, storage) for use in self.operations(1))
+        return {
+            PROJECTIONS: a * (D + 2 * E + E + self.rank + 2 * self.state_dim + E),
+            CONV.name: a * E + conv,
+            SCAN.name: 2 * FLOAT32 * E + 2 * a * E + scan,
+        }
 
     def state_bytes(self, bytes_per_activation: int, context_length: int) -> int:
         """Float32 states and the convolution's last inputs."""

@@ -16,12 +16,14 @@ from xlstm_lm.models.layers import CausalConv
 from xlstm_lm.models.mixers.mamba_steps import init_step_bias, negative_decay, positive_steps
 from xlstm_lm.models.mixers.mixer import (
     NORMS,
+    PROJECTIONS,
     Mixer,
     MixerConfig,
     Observer,
     OperationUse,
     State,
 )
+from xlstm_lm.models.storage import Storage
 from xlstm_lm.ops.backend import COUNTED_CHUNK
 from xlstm_lm.ops.conv import CONV
 from xlstm_lm.ops.ssd import SSD, ssd
@@ -84,6 +86,18 @@ class Mamba2Config(MixerConfig):
     def projection_weights(self) -> int:
         """Input with gate, B, C and steps, and the output."""
         return self.embedding_dim * (2 * self.inner_dim + self.convolved_dim + self.num_heads)
+
+    def kept_by_part(self, storage: Storage, context_length: int) -> dict[str, float]:
+        """The input and all that it is projected to, the convolution before and after its activation, keys scaled for
+        the cell, its output with and without the skip, the gate, and the norm with its product."""
+        a, D, E = storage.itemsize, self.embedding_dim, self.inner_dim
+        scan, conv = (use.kept(context_length, storage) for use in self.operations(1))
+        return {
+            PROJECTIONS: a * (D + E + self.convolved_dim + self.num_heads + E),
+            CONV.name: a * self.convolved_dim + conv,
+            SSD.name: a * (self.convolved_dim + self.num_groups * self.state_dim + 2 * E) + scan,
+            NORMS: a * 2 * E + storage.at_least_float32 * E,
+        }
 
     def state_bytes(self, bytes_per_activation: int, context_length: int) -> int:
         """Float32 states and the convolution's last inputs."""

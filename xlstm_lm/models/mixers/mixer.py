@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from xlstm_lm.base.fields import Size, check_fields
-from xlstm_lm.models.layers import round_up
+from xlstm_lm.models.layers import NormKind, round_up
+from xlstm_lm.models.storage import FLOAT32, Storage
 from xlstm_lm.ops.backend import Call, make_call
 from xlstm_lm.ops.operation import Operation
 
@@ -48,6 +49,14 @@ class OperationUse(NamedTuple):
         """FLOPs of the forward pass over one row; `chunk_length` replaces the configured one, None keeps it."""
         counted = {**self.counted, "L": chunk_length} if chunk_length and "L" in self.counted else self.counted
         return self.operation.cost(**{**self.sizes, **counted, "B": 1, "T": tokens}).flops
+
+    def kept(self, tokens: int, storage: Storage, **others: int | None) -> float:
+        """Bytes that the operation keeps for each token of a row, beside inputs and output.
+
+        `others` replace sizes.
+        """
+        sizes: dict[str, Any] = {**self.sizes, **self.counted, "B": 1, "T": tokens, **others}
+        return self.operation.kept(**sizes, device=storage.device, itemsize=storage.itemsize)
 
 
 class FeedForwardConfig(NamedTuple):
@@ -104,6 +113,13 @@ class MixerConfig:
         their number."""
         del context_length
         return self.flops_by_part(1)
+
+    def kept_by_part(self, storage: Storage, context_length: int) -> dict[str, float]:
+        """Bytes that the forward pass keeps for the backward pass, for each token of a row of `context_length`.
+
+        A tensor counts once, with the part that reads it first; the norm before the mixer is the block's.
+        """
+        raise NotImplementedError
 
     def state_bytes(self, bytes_per_activation: int, context_length: int) -> int:
         """Bytes of one sequence's state after `context_length` tokens."""
@@ -170,6 +186,14 @@ class Mixer(nn.Module):
         time needs memory for its values.
         """
         raise NotImplementedError
+
+
+def head_norm_kept(storage: Storage, kind: NormKind, num_heads: int, width: int) -> float:
+    """Bytes that the norm of each head keeps for each token, its input not among them: the normalized values, which an
+    RMS norm on a CPU has in float32, and numbers of each head."""
+    if storage.device == "cpu" and kind == "rms":
+        return FLOAT32 * width
+    return storage.itemsize * (width + 2 * num_heads)
 
 
 def small_std(width: int) -> float:

@@ -12,17 +12,22 @@ from torch import Tensor, nn
 from xlstm_lm.base.fields import Factor, Size
 from xlstm_lm.models.layers import Float32Linear, HeadNorm
 from xlstm_lm.models.mixers.mixer import (
+    NORMS,
+    PROJECTIONS,
     FeedForwardConfig,
     Mixer,
     Observer,
     OperationUse,
     State,
     check_heads,
+    head_norm_kept,
     residual_std,
     silu_feedforward,
     small_std,
 )
 from xlstm_lm.models.mixers.mlstm_cell import MLSTMCellConfig, initialize_mlstm_gates, run_mlstm_cell
+from xlstm_lm.models.storage import Storage
+from xlstm_lm.ops.mlstm import MLSTM
 
 
 @dataclass(kw_only=True)
@@ -65,6 +70,16 @@ class MLSTMConfig(MLSTMCellConfig):
     def projection_weights(self) -> int:
         """Queries, keys, values, output gate, gates and the output."""
         return self.embedding_dim * (2 * self.qk_dim + 3 * self.v_dim + 2 * self.num_heads)
+
+    def kept_by_part(self, storage: Storage, context_length: int) -> dict[str, float]:
+        """The input, in float32 once more for the gates; q, k, v, o and h; norms and the output gate's product."""
+        a, D, V = storage.itemsize, self.embedding_dim, self.v_dim
+        cell = a * (2 * self.qk_dim + 3 * V) + self.cell_kept(storage, context_length)
+        return {
+            PROJECTIONS: a * D + storage.copied * D + a * V,
+            MLSTM.name: cell,
+            NORMS: head_norm_kept(storage, self.cell_norm, self.num_heads, V) + 2 * a * V,
+        }
 
     def state_bytes(self, bytes_per_activation: int, context_length: int) -> int:
         """The cell's state."""

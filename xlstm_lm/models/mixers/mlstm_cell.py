@@ -17,6 +17,7 @@ from xlstm_lm.models.mixers.mixer import (
     OperationUse,
     State,
 )
+from xlstm_lm.models.storage import FLOAT32, Storage
 from xlstm_lm.ops.backend import COUNTED_CHUNK
 from xlstm_lm.ops.mlstm import MLSTM, mlstm
 from xlstm_lm.ops.mlstm.recurrence import Options
@@ -65,6 +66,14 @@ class MLSTMCellConfig(MixerConfig):
     def cell_state_bytes(self) -> int:
         """Bytes of matrices, normalizers and stabilizers, in float32."""
         return 4 * (self.qk_dim * self.v_dim // self.num_heads + self.qk_dim + self.num_heads)
+
+    def cell_kept(self, storage: Storage, context_length: int) -> float:
+        """Bytes that the cell keeps for each token beside queries, keys, values and h: gates, and the kernel's own.
+
+        A gate is kept once, and with a soft cap a second time, in float32.
+        """
+        gates = (1 if self.gate_soft_cap is None else 2) * 2 * self.num_heads * FLOAT32
+        return gates + self.cell_operation().kept(context_length, storage, L=self.chunk_length)
 
     def cell_operation(self) -> OperationUse:
         """The cell's call."""

@@ -13,16 +13,21 @@ from torch import Tensor, nn
 from xlstm_lm.base.fields import Factor, Size
 from xlstm_lm.models.layers import BlockDiagonalLinear, CausalConv, Float32Linear, HeadNorm, round_up
 from xlstm_lm.models.mixers.mixer import (
+    NORMS,
+    PROJECTIONS,
     Mixer,
     Observer,
     OperationUse,
     State,
     check_heads,
+    head_norm_kept,
     residual_std,
     small_std,
 )
 from xlstm_lm.models.mixers.mlstm_cell import MLSTMCellConfig, initialize_mlstm_gates, run_mlstm_cell
+from xlstm_lm.models.storage import Storage
 from xlstm_lm.ops.conv import CONV
+from xlstm_lm.ops.mlstm import MLSTM
 
 
 @dataclass(kw_only=True)
@@ -70,6 +75,18 @@ class PaperMLSTMConfig(MLSTMCellConfig):
         """Up, two halves, and down; block-diagonal queries, keys and values; gates."""
         diagonal, gates = 3 * self.paper_qkv_block_size, 3 * 2 * self.num_heads
         return self.inner_dim * (3 * self.embedding_dim + diagonal + gates)
+
+    def kept_by_part(self, storage: Storage, context_length: int) -> dict[str, float]:
+        """The input, both halves, the convolved half before and after its activation; q, k, v, once more in float32 at
+        least for the gates, and h; the norm, the skip's sum, the output gate and the product."""
+        a, D, E = storage.itemsize, self.embedding_dim, self.inner_dim
+        conv = OperationUse(CONV, {"D": E, "W": self.conv_width})
+        return {
+            PROJECTIONS: a * (D + 2 * E + E + E) + storage.at_least_float32 * 3 * E,
+            CONV.name: a * E + conv.kept(context_length, storage),
+            MLSTM.name: a * 4 * E + self.cell_kept(storage, context_length),
+            NORMS: head_norm_kept(storage, self.cell_norm, self.num_heads, E) + 2 * a * E,
+        }
 
     def state_bytes(self, bytes_per_activation: int, context_length: int) -> int:
         """The cell's state and the convolution's last inputs."""

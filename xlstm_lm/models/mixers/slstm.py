@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from xlstm_lm.base.fields import Epsilon, Factor, Size
 from xlstm_lm.models.layers import CausalConv, HeadNorm, NormKind, round_up
 from xlstm_lm.models.mixers.mixer import (
+    NORMS,
     PROJECTIONS,
     FeedForwardConfig,
     Mixer,
@@ -22,8 +23,10 @@ from xlstm_lm.models.mixers.mixer import (
     OperationUse,
     State,
     check_heads,
+    head_norm_kept,
     small_std,
 )
+from xlstm_lm.models.storage import Storage
 from xlstm_lm.ops.conv import CONV
 from xlstm_lm.ops.slstm import SLSTM, slstm
 
@@ -69,6 +72,18 @@ class SLSTMConfig(MixerConfig):
     def projection_weights(self) -> int:
         """Inputs of the four gates, by heads."""
         return 4 * self.num_heads * self.head_dim**2
+
+    def kept_by_part(self, storage: Storage, context_length: int) -> dict[str, float]:
+        """The input, the convolution before and after its activation, the gates' inputs, y, and the norm."""
+        a, D = storage.itemsize, self.embedding_dim
+        cell, conv = (use.kept(context_length, storage) for use in self.operations(1))
+        gates = 0 if storage.device == "cpu" and storage.copied else 4 * a * D  # else the float32 copies stay instead
+        return {
+            PROJECTIONS: 2 * a * D,
+            CONV.name: a * D + conv,
+            SLSTM.name: gates + a * D + cell,
+            NORMS: head_norm_kept(storage, self.cell_norm, self.num_heads, D),
+        }
 
     def state_bytes(self, bytes_per_activation: int, context_length: int) -> int:
         """Four float32 numbers a unit, and the convolution's last inputs."""

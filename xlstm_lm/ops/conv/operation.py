@@ -34,6 +34,12 @@ def cost(*, B: int, T: int, D: int, W: int, itemsize: int = 2) -> Cost:
     return Cost(2 * B * T * D * W, itemsize * (2 * B * T * D + D * W))
 
 
+def kept(**sizes: int | str) -> float:
+    """The number of the document, an int64."""
+    del sizes
+    return 8.0
+
+
 CONV = Operation(
     name="convolution",
     title="the causal convolution",
@@ -61,6 +67,7 @@ CONV = Operation(
     samples=samples,
     run=run,
     cost=cost,
+    kept=kept,
     identity="DW",
     examples=({"D": 8, "W": 4},),
 )

@@ -105,6 +105,19 @@ def cost(*, B: int, T: int, H: int, K: int, V: int, L: int = COUNTED_CHUNK, item
     return Cost(B * T * flops, B * T * H * (itemsize * (2 * K + 2 * V) + 2 * 4))
 
 
+def kept(
+    *, T: int, H: int, K: int, V: int, device: str, L: int | None = None, itemsize: int = 2, **sizes: int
+) -> float:
+    """On a CPU two numbers a step and the state every four chunks; on a GPU the weights within a chunk and five numbers
+    a step."""
+    del sizes
+    if device == "cpu":
+        chunk = L or resolve("xlstm_lm.ops.mlstm.compiled:default_chunk_length")(K, V)
+        states = -(-T // (4 * chunk)) / T
+        return 4 * H * (1 + 1 / chunk + states * (K * V + K))
+    return H * (itemsize * COUNTED_CHUNK + 4 * 5)
+
+
 def _walks(call: Call) -> str | None:
     """The reason why the Triton kernels do not train a call's heads; None if they do."""
     reason = resolve("xlstm_lm.ops.mlstm.triton_launch:why_not")(
@@ -178,6 +191,7 @@ MLSTM = Operation(
     samples=samples,
     run=run,
     cost=cost,
+    kept=kept,
     identity="KV",
     examples=({"K": 16, "V": 24},),
     gpu_examples=({"K": 128, "V": 256},),

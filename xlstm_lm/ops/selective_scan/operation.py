@@ -44,6 +44,12 @@ def cost(*, B: int, T: int, E: int, N: int, itemsize: int = 2) -> Cost:
     return Cost(9 * B * T * E * N, itemsize * B * T * (3 * E + 2 * N))
 
 
+def kept(*, E: int, N: int, **sizes: int | str) -> float:
+    """The states every 32 steps, in float32."""
+    del sizes
+    return 4 * E * N / 32
+
+
 SCAN = Operation(
     name="selective scan",
     title="Mamba-1's selective scan",
@@ -75,6 +81,7 @@ SCAN = Operation(
     samples=samples,
     run=run,
     cost=cost,
+    kept=kept,
     identity="N",
     examples=({"N": 16},),
 )

@@ -73,8 +73,7 @@ def linear_cross_entropy(
     device = hidden_BTD.device.type
     matmul_dtype = autocast_dtype(hidden_BTD) or hidden_BTD.dtype
     if chunk_tokens is None:
-        budget = _CHUNK_LOGITS_CPU if device == "cpu" else _CHUNK_LOGITS_ACCELERATOR
-        chunk_tokens = max(64, budget // weight_VD.shape[0])
+        chunk_tokens = chunk_tokens_for(device, weight_VD.shape[0])
     options = _Options(soft_cap, z_loss, ignore_index, chunk_tokens, matmul_dtype)
     hidden_ND, targets_N = hidden_BTD.flatten(0, -2), targets_BT.flatten()
     if reduction == "none":
@@ -82,6 +81,12 @@ def linear_cross_entropy(
     needed = needs_gradient(hidden_BTD), needs_gradient(weight_VD)
     loss, *_ = _total_loss(hidden_ND, weight_VD, targets_N, *options, reduction == "mean", *needed)
     return loss
+
+
+def chunk_tokens_for(device: str, vocabulary: int) -> int:
+    """Tokens whose logits exist at a time on a type of device, unless the caller gives a number."""
+    budget = _CHUNK_LOGITS_CPU if device == "cpu" else _CHUNK_LOGITS_ACCELERATOR
+    return max(64, budget // vocabulary)
 
 
 def _compute_total_loss(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ def test_a_recipe_has_a_row_for_each_part_and_its_totals(capsys):
     config = preset("xlstm-400m")
     assert f"Parameters: {count_parameters(config):,};" in out
     flops = training_flops_per_token(config, 2048)
+    assert re.search(r"Kept for the backward pass: 1,2\d\d,\d{3} bytes a token", out)
     assert f"Training, in a row of 2,048 tokens: {flops:.4e} FLOPs a token, {2048 * flops:.4e} a row" in out
 
 

@@ -55,6 +55,9 @@ COMMANDS: Mapping[str, Command] = {
     "flops": Command(
         "xlstm_lm.cli.flops", "Print a model's parameters, FLOPs, state and traffic, part by part, without building it."
     ),
+    "plan": Command(
+        "xlstm_lm.cli.plan", "Print what a run needs on a number of GPUs: memory, traffic, hours and money."
+    ),
     "doctor": Command("xlstm_lm.cli.doctor", "Versions, devices, kernels, and whether each computes what it should."),
 }
 

@@ -83,12 +83,14 @@ def table(parts: Sequence[Component], context: int) -> list[str]:
 
     found = totals(parts, context)
     forward = found["inference_flops_per_token"]
-    lines = [f"{'part':<30}{'parameters':>16}{'FLOPs a token':>16}{'share':>8}{'step FLOPs':>14}{'state bytes':>14}"]
+    heads = f"{'parameters':>16}{'FLOPs a token':>16}{'share':>8}{'kept':>10}{'step FLOPs':>14}{'state bytes':>14}"
+    lines = [f"{'part':<30}{heads}"]
     for part in parts:
         name = f"{part.block}: {part.name}" if part.block else part.name
         share = f"{part.flops / forward:.1%}"
         step, state = f"{part.step_flops:,.0f}", f"{part.state_bytes:,}"
-        lines.append(f"{name:<30}{part.parameters:>16,}{part.flops:>16,.0f}{share:>8}{step:>14}{state:>14}")
+        kept = f"{part.kept_bytes:,.0f}"
+        lines.append(f"{name:<30}{part.parameters:>16,}{part.flops:>16,.0f}{share:>8}{kept:>10}{step:>14}{state:>14}")
     row = f"a row of {context:,} tokens"
     per_parameter = found["training_flops_per_token"] / found["parameters"]
     return [
@@ -98,6 +100,8 @@ def table(parts: Sequence[Component], context: int) -> list[str]:
         f"{found['parameters_without_embedding_and_head']:,} without embedding and head.",
         f"Training, in {row}: {found['training_flops_per_token']:.4e} FLOPs a token, "
         f"{found['training_flops_per_row']:.4e} a row, {per_parameter:.2f} a parameter and token.",
+        f"Kept for the backward pass: {found['kept_bytes_per_token']:,.0f} bytes a token on a GPU in bf16, without "
+        "activation checkpointing.",
         f"Inference: {forward:.4e} FLOPs a token and {found['inference_flops_per_row']:.4e} to read {row}; "
         f"{found['step_flops']:.4e} for one more token.",
         f"State after {row}: {found['state_bytes']:,} bytes a sequence. A step that writes one token of one sequence "

@@ -8,27 +8,25 @@ from xlstm_lm.base import console
 from xlstm_lm.base.fields import Count, argument
 from xlstm_lm.base.program import told_once
 from xlstm_lm.cli.conclusion import conclude
-from xlstm_lm.training.run_config import add_field_flags, load_run_config
+from xlstm_lm.cli.recipe import add_recipe_flags, overrides_of
+from xlstm_lm.training.run_config import load_run_config
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Add the recipes, the dry run, and a flag for each field of a run."""
     parser.usage = "xlstm-lm train --config RECIPE [--config RECIPE ...] [--dry-run N] [--section.field VALUE ...]"
     parser.add_argument(
-        "--config", action="append", required=True, metavar="RECIPE", help="YAML recipe; given again, later ones win."
-    )
-    parser.add_argument(
         "--dry-run",
         type=argument(Count),
         metavar="N",
         help="Run one step as rank 0 of N processes that do not exist, print what it holds and sends, and end.",
     )
-    add_field_flags(parser)
+    add_recipe_flags(parser)
 
 
 def run(options: argparse.Namespace) -> None:
     """Train, and print the result and what can be done with it."""
-    overrides = {name: value for name, value in vars(options).items() if "." in name or name in ("model", "deepspeed")}
+    overrides = overrides_of(options)
     try:
         run = load_run_config(options.config, overrides)
     except ValueError as error:

@@ -83,6 +83,7 @@ def totals(parts: Sequence[Component], context: int) -> dict[str, float]:
         "inference_flops_per_token": forward,
         "inference_flops_per_row": forward * context,
         "step_flops": step,
+        "kept_bytes_per_token": sum(part.kept_bytes for part in parts),
         "state_bytes": sum(part.state_bytes for part in parts),
         "step_traffic_bytes": sum(part.weight_bytes + part.state_traffic for part in parts),
     }

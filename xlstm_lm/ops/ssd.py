@@ -202,7 +202,7 @@ def cost(*, B: int, T: int, H: int, P: int, N: int, G: int = 1, L: int = COUNTED
 
 
 def kept(*, T: int, H: int, P: int, N: int, device: str, itemsize: int = 2, **sizes: int) -> float:
-    """As the mLSTM with K = N and V = P, by whose kernels it runs, in chunks of their own choice."""
+    """Bytes of the mLSTM with K = N and V = P, by whose kernels it runs, in chunks of their own choice."""
     del sizes
     return MLSTM.kept(T=T, H=H, K=N, V=P, device=device, itemsize=itemsize)
 

@@ -6,7 +6,6 @@ opens no data and writes no files.
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -22,11 +21,11 @@ from xlstm_lm.base.machine import memory_bytes
 from xlstm_lm.models.accounting import count_parameters
 from xlstm_lm.parallel.collectives import KINDS, CountCollectives
 from xlstm_lm.parallel.live_bytes import LiveBytes
-from xlstm_lm.parallel.process_group import Axis, World
+from xlstm_lm.parallel.process_group import World
 from xlstm_lm.training.build import unbuilt_model
 from xlstm_lm.training.deepspeed_config import Precision
 from xlstm_lm.training.engine import MicroBatch, TrainingEngine
-from xlstm_lm.training.layout import check_layout
+from xlstm_lm.training.layout import check_layout, first_process
 from xlstm_lm.training.memory import needed_bytes, planned_shapes
 from xlstm_lm.training.run_config import RunConfig
 from xlstm_lm.training.sequence_parallel import deepspeed_section, with_divided_rows
@@ -69,7 +68,7 @@ def dry_run(run: RunConfig, processes: int) -> list[str]:
         raise ValueError("--dry-run stands for all processes: start it as one process, without a launcher.")
     # The machine of the run has GPUs, which multiply bf16; the one at hand may not.
     precision: Precision = "bf16" if run.training.precision == "auto" else run.training.precision
-    world = _first_of(processes, run.training.sequence_parallel)
+    world = first_process(processes, run.training.sequence_parallel)
     layout = check_layout(run, world, precision)
     rows, micro_batches = layout.rows, layout.micro_batches
     parameters = count_parameters(run.model)
@@ -95,14 +94,6 @@ def dry_run(run: RunConfig, processes: int) -> list[str]:
             "are not. Fewer blocks (--model.num_blocks 2) run them here, with the same section deepspeed.",
         ]
     return lines + _step(run, world, precision, rows, micro_batches, parameters)
-
-
-def _first_of(processes: int, sequence: int) -> World:
-    """Rank 0 of processes that do not exist, before they have a process group."""
-    world = World(rank=0, size=processes, local_rank=0, device=torch.device("cpu"))
-    world.check_sequence(sequence)
-    axes = {"data": Axis(rank=0, size=processes // sequence), "sequence": Axis(rank=0, size=sequence)}
-    return dataclasses.replace(world, **axes)
 
 
 def _step(

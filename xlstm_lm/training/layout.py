@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
-from xlstm_lm.parallel.process_group import World
+import torch
+
+from xlstm_lm.parallel.process_group import Axis, World
 from xlstm_lm.training.carried_states import check_carry_state
 from xlstm_lm.training.config import split_batch
 from xlstm_lm.training.deepspeed_config import Precision, zero_stage
@@ -45,3 +48,11 @@ def check_layout(run: RunConfig, world: World, precision: Precision) -> Layout:
     stage = zero_stage(run.deepspeed, precision)
     run.optimizer.check_layout(stage, run.deepspeed.get("zero_optimization", {}))
     return Layout(rows=rows, micro_batches=micro_batches, stage=stage)
+
+
+def first_process(processes: int, sequence: int) -> World:
+    """Rank 0 of processes that do not exist, before they have a process group."""
+    world = World(rank=0, size=processes, local_rank=0, device=torch.device("cpu"))
+    world.check_sequence(sequence)
+    axes = {"data": Axis(rank=0, size=processes // sequence), "sequence": Axis(rank=0, size=sequence)}
+    return dataclasses.replace(world, **axes)

@@ -27,7 +27,7 @@ from xlstm_lm.training.engine import MicroBatch, TrainingEngine
 from xlstm_lm.training.heart import Heart
 from xlstm_lm.training.kernel_check import check_kernels
 from xlstm_lm.training.layout import Layout, check_layout
-from xlstm_lm.training.memory import check_memory
+from xlstm_lm.training.memory_check import check_run_memory
 from xlstm_lm.training.out_of_memory import memory_errors_explained
 from xlstm_lm.training.profile import StepProfiler, record_memory, write_memory_snapshot
 from xlstm_lm.training.report import Report
@@ -72,7 +72,7 @@ def train(run: RunConfig, data: TrainingData | None = None) -> Path:
     world = world.with_sequence(run.training.sequence_parallel)
     precision = choose_precision(run.training.precision, world.device)
     layout = check_layout(run, world, precision)
-    check_memory(run, world, precision, layout.rows)
+    check_run_memory(run, world, precision, layout)
     stop_request = StopRequest(run.training.max_hours)
     record_memory(run.profile, world.device)
 

@@ -11,7 +11,9 @@ from xlstm_lm.models import build_model
 from xlstm_lm.models.accounting import count_parameters
 from xlstm_lm.parallel.process_group import World
 from xlstm_lm.training.deepspeed_config import Precision, zero_stage
-from xlstm_lm.training.optimizer import state_shapes
+from xlstm_lm.training.layout import Layout
+from xlstm_lm.training.memory_model import Elements, RankLayout, divided_bytes
+from xlstm_lm.training.optimizer import parameter_groups, state_shapes
 from xlstm_lm.training.run_config import RunConfig
 
 REMEDIES = (
@@ -41,10 +43,51 @@ def check_memory(run: RunConfig, world: World, precision: Precision, micro_batch
 
 def planned_shapes(run: RunConfig) -> tuple[dict[str, torch.Size], dict[str, torch.Size]]:
     """Shapes of the run's parameters and of its optimizer's state, by name. Allocates no memory for them."""
+    shapes, no_decay = _parameters_of(run)
+    return shapes, state_shapes(run.optimizer, shapes, no_decay)
+
+
+def elements_of(run: RunConfig) -> Elements:
+    """Numbers of elements of the run's model and of its optimizer's state. Allocates no memory for them."""
+    shapes, no_decay = _parameters_of(run)
+    groups = parameter_groups(run.optimizer, shapes, no_decay)
+    return Elements(
+        parameters=sum(shape.numel() for shape in shapes.values()),
+        state=sum(shape.numel() for shape in state_shapes(run.optimizer, shapes, no_decay).values()),
+        largest_group=max(sum(shapes[name].numel() for name in group.names) for group in groups),
+    )
+
+
+def rank_layout(run: RunConfig, processes: int, precision: Precision, layout: Layout, device: str) -> RankLayout:
+    """The part of a run that its memory depends on.
+
+    Args:
+        run: Configuration of the run.
+        processes: Number of processes.
+        precision: Type of weights and activations.
+        layout: Division of the run among them.
+        device: Type of the device, cpu or cuda.
+    """
+    return RankLayout(
+        stage=layout.stage,
+        processes=processes,
+        precision=precision,
+        rows=layout.rows,
+        micro_batches=layout.micro_batches,
+        context_length=run.data.context_length // run.training.sequence_parallel,
+        checkpointing=run.training.activation_checkpointing,
+        carries_state=run.training.carry_state,
+        device=device,
+        zero=run.deepspeed.get("zero_optimization", {}),
+    )
+
+
+def _parameters_of(run: RunConfig) -> tuple[dict[str, torch.Size], set[str]]:
+    """Shapes of the run's parameters by name, and the names of those that are not decayed."""
     with torch.device("meta"):
         model = build_model(run.model)
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
-    return shapes, state_shapes(run.optimizer, shapes, model.no_decay_parameter_names())
+    return shapes, model.no_decay_parameter_names()
 
 
 def _check(run: RunConfig, world: World, needed: tuple[dict[str, int], dict[str, int]], parameters: int) -> None:
@@ -67,15 +110,15 @@ def needed_bytes(
     `parameters` and `state` are the numbers of elements of the model and of its optimizer's state.
     """
     zero, stage = run.deepspeed.get("zero_optimization", {}), zero_stage(run.deepspeed, precision)
+    divided = divided_bytes(parameters, state, precision, stage, world.size)
     width = 2 if precision == "bf16" else 4
     tokens = micro_batch_size * run.data.context_length // run.training.sequence_parallel
     activation = tokens * run.model.embedding_dim * width
-    processes = world.size
     rows = run.data.global_batch_size // world.data.size * run.data.context_length
     needed = {
-        "weights": parameters * width // (processes if stage == 3 else 1),
-        "gradients": parameters * width // (processes if stage >= 2 else 1),
-        "optimizer": 4 * (state + (parameters if precision == "bf16" else 0)) // (processes if stage >= 1 else 1),
+        "weights": divided["weights"],
+        "gradients": parameters * width // (world.size if stage >= 2 else 1),
+        "optimizer": divided["master weights"] + divided["moments"],
         "activations": activation * (run.model.num_blocks + 1),
     }
     offloaded = {

@@ -32,7 +32,7 @@ BORDER_TOKENS = 16 * 64
 
 
 @dataclass(frozen=True, kw_only=True)
-class Layout:
+class RankLayout:
     """The part of a run's configuration that its memory depends on."""
 
     stage: int
@@ -49,6 +49,8 @@ class Layout:
     """Tokens of a row."""
     checkpointing: bool
     """Whether activations are recomputed."""
+    carries_state: bool = False
+    """Whether each lane's recurrent state is kept from row to row."""
     device: str
     """Type of the device, cpu or cuda."""
     zero: Mapping[str, Any]
@@ -109,7 +111,7 @@ class MemoryPlan:
         return sum(self.items.values())
 
 
-def memory_plan(model: ModelConfig, elements: Elements, layout: Layout) -> MemoryPlan:
+def memory_plan(model: ModelConfig, elements: Elements, layout: RankLayout) -> MemoryPlan:
     """The memory of one rank.
 
     Args:
@@ -118,6 +120,9 @@ def memory_plan(model: ModelConfig, elements: Elements, layout: Layout) -> Memor
         layout: The layout of the run.
     """
     held, host = _held(elements, layout)
+    if layout.carries_state:
+        lanes = layout.rows * layout.micro_batches
+        held["states"] = lanes * model.state_bytes(layout.storage.itemsize, layout.context_length)
     activations = activation_bytes(model, layout)
     loss = _loss_bytes(model, layout)
     head_gradient = FLOAT32 * model.vocab_size * model.head_width
@@ -167,7 +172,7 @@ def divided_bytes(elements: int, state: int, precision: Precision, stage: int, p
     }
 
 
-def activation_bytes(model: ModelConfig, layout: Layout) -> int:
+def activation_bytes(model: ModelConfig, layout: RankLayout) -> int:
     """Bytes that a micro batch's forward pass keeps: of all blocks, or with checkpointing the inputs of all and one
     block's whole."""
     blocks = _kept_by_block(model, layout)
@@ -177,7 +182,7 @@ def activation_bytes(model: ModelConfig, layout: Layout) -> int:
     return round(layout.tokens * ((len(blocks) + 1) * layout.storage.itemsize * width + max(blocks)))
 
 
-def _kept_by_block(model: ModelConfig, layout: Layout) -> list[float]:
+def _kept_by_block(model: ModelConfig, layout: RankLayout) -> list[float]:
     """Bytes that each block keeps for a token."""
     if isinstance(model, LSTMConfig):
         parts = [model.layer_kept_by_part(layout.storage, width) for width in model.input_widths]
@@ -186,11 +191,11 @@ def _kept_by_block(model: ModelConfig, layout: Layout) -> list[float]:
     return [sum(each.values()) for each in parts]
 
 
-def _workspace(model: ModelConfig, layout: Layout) -> int:
+def _workspace(model: ModelConfig, layout: RankLayout) -> int:
     return round(STEP_WORKSPACE * layout.tokens * max(_kept_by_block(model, layout)))
 
 
-def _state_workspace(model: ModelConfig, layout: Layout) -> int:
+def _state_workspace(model: ModelConfig, layout: RankLayout) -> int:
     """States at the borders of super-chunks, forward and backward, of the block that has the largest."""
     if isinstance(model, LSTMConfig):
         return 0
@@ -198,7 +203,7 @@ def _state_workspace(model: ModelConfig, layout: Layout) -> int:
     return 2 * layout.rows * -(-layout.context_length // BORDER_TOKENS) * largest
 
 
-def _loss_bytes(model: ModelConfig, layout: Layout) -> dict[str, int]:
+def _loss_bytes(model: ModelConfig, layout: RankLayout) -> dict[str, int]:
     """Gradients of head and hidden states, which are formed with the loss, and the logits of one chunk."""
     a, head = layout.storage.itemsize, model.vocab_size * model.head_width
     chunk = min(layout.tokens, chunk_tokens_for(layout.device, model.vocab_size))
@@ -208,7 +213,7 @@ def _loss_bytes(model: ModelConfig, layout: Layout) -> dict[str, int]:
     }
 
 
-def _held(elements: Elements, layout: Layout) -> tuple[dict[str, int], dict[str, int]]:
+def _held(elements: Elements, layout: RankLayout) -> tuple[dict[str, int], dict[str, int]]:
     held = divided_bytes(elements.parameters, elements.state, layout.precision, layout.stage, layout.processes)
     if layout.stage == 1 and layout.precision == "bf16":
         held["gradients"] = FLOAT32 * elements.parameters
@@ -222,14 +227,14 @@ def _held(elements: Elements, layout: Layout) -> tuple[dict[str, int], dict[str,
     return held, host
 
 
-def _carried_gradients(elements: Elements, layout: Layout) -> int:
+def _carried_gradients(elements: Elements, layout: RankLayout) -> int:
     """Bytes of gradients that stay, beside what is held, from one micro batch to the next."""
     if layout.stage == 2:
         return FLOAT32 * elements.parameters // layout.processes
     return FLOAT32 * elements.parameters if layout.precision == "fp32" and layout.stage < 2 else 0
 
 
-def _gradients_at_the_end(elements: Elements, layout: Layout) -> int:
+def _gradients_at_the_end(elements: Elements, layout: RankLayout) -> int:
     """Bytes of gradients, beside what is held, when the backward pass ends."""
     N, P, a = elements.parameters, layout.processes, layout.storage.itemsize
     if layout.stage == 1 and layout.precision == "fp32":
@@ -240,7 +245,7 @@ def _gradients_at_the_end(elements: Elements, layout: Layout) -> int:
     return 0 if layout.stage == 3 else a * N
 
 
-def _gradients_of_the_update(elements: Elements, layout: Layout) -> int:
+def _gradients_of_the_update(elements: Elements, layout: RankLayout) -> int:
     """Bytes of gradients beside what is held while weights are updated: a rank's own, and a flat copy of a group's."""
     N, P = elements.parameters, layout.processes
     if layout.stage == 0:
@@ -257,7 +262,7 @@ def _gradients_of_the_update(elements: Elements, layout: Layout) -> int:
     return FLOAT32 * group // P + (0 if layout.stage == 3 else FLOAT32 * N // P)
 
 
-def _gathered_weights(elements: Elements, layout: Layout) -> int:
+def _gathered_weights(elements: Elements, layout: RankLayout) -> int:
     """Bytes of whole weights that stage 3 holds for a pass, and of those on their way."""
     if layout.stage < 3 or layout.processes == 1:
         return 0
@@ -266,7 +271,7 @@ def _gathered_weights(elements: Elements, layout: Layout) -> int:
     return layout.storage.itemsize * (live + ahead)
 
 
-def _bucket_bytes(elements: Elements, layout: Layout) -> int:
+def _bucket_bytes(elements: Elements, layout: RankLayout) -> int:
     """Bytes of buffers for the reduction of gradients, beside what is held."""
     a, N = layout.storage.itemsize, elements.parameters
     if layout.stage == 0 or (layout.stage == 1 and layout.precision == "bf16"):

@@ -10,12 +10,16 @@ from dataclasses import dataclass
 import numpy as np
 
 from eval.scaling_laws.bootstrap import arrays, draw, refit, t_factor, widened
-from eval.scaling_laws.frontier import FlopsPerToken, flops_from_points, flops_to_reach
+from eval.scaling_laws.frontier import FlopsPerToken, NoBestSizeError, flops_from_points, flops_to_reach
 from eval.scaling_laws.points import LossPoint
 from eval.scaling_laws.surface import Fit, Surface
 
 Pair = tuple[int, int | None]
 """Rank of a trunk's size among its architecture's, and its seed: trunks of a pair saw the same tokens."""
+
+
+MOST_LOST = 0.1
+"""Largest share of samples without a ratio."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +77,8 @@ def compare(one: Side, other: Side, loss: float | None = None, samples: int = 0,
         seed: of the draws.
 
     Raises:
-        ValueError: the loss is beyond the overlap of the measured losses, or there is none.
+        ValueError: the loss is beyond the overlap of the measured losses, there is none, or too few samples have a
+            ratio.
     """
     low, high = overlap(one.points, other.points)
     names = f"{one.architecture} and {other.architecture}"
@@ -103,8 +108,16 @@ def _interval(one: Side, other: Side, loss: float, ratio: float, samples: int, s
         surfaces = [
             refit(side.fit, *each, weights) for side, each, weights in zip((one, other), columns, draw(sides, rng))
         ]
-        flops = one.flops_at(loss, surfaces[0]), other.flops_at(loss, surfaces[1])
+        try:
+            flops = one.flops_at(loss, surfaces[0]), other.flops_at(loss, surfaces[1])
+        except NoBestSizeError:
+            continue
         if math.isfinite(flops[0]) or math.isfinite(flops[1]):  # else neither surface of the sample reaches the loss
             values.append(np.log(flops[0]) - np.log(flops[1]))
+    if len(values) < (1 - MOST_LOST) * samples:
+        raise ValueError(
+            f"{samples - len(values)} of {samples} samples of {one.architecture} or {other.architecture} have no best "
+            f"size at loss {loss:.4f}: the points determine no ratio. Train more sizes and token counts."
+        )
     low, high = widened(np.array(values), float(np.log(ratio)), t_factor(len({*one.pairs, *other.pairs})))
     return math.exp(low), math.exp(high) if math.isfinite(high) else None

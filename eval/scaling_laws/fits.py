@@ -22,7 +22,7 @@ from eval.scaling_laws.bootstrap import (
     seed_deviation,
 )
 from eval.scaling_laws.compare import FlopsRatio, Side, compare
-from eval.scaling_laws.frontier import Optimum, flops_from_points, optimum
+from eval.scaling_laws.frontier import NoBestSizeError, Optimum, flops_from_points, optimum
 from eval.scaling_laws.huber import fit_huber
 from eval.scaling_laws.isoflop import Approach2, fit_budgets, group_by_budget
 from eval.scaling_laws.points import LossPoint, Table
@@ -228,7 +228,10 @@ def _fit_architecture(name: str, points: list[LossPoint], options: FitOptions) -
     steps = 13
     budgets = [min(flops) * (max(flops) / min(flops)) ** (step / (steps - 1)) for step in range(steps)]
     flops_per_token = flops_from_points(points)
-    found.frontier = [optimum(found.fit.surface, flops_per_token, each) for each in budgets]
+    try:
+        found.frontier = [optimum(found.fit.surface, flops_per_token, each) for each in budgets]
+    except NoBestSizeError as error:
+        found.warnings.append(str(error))
     if options.hold_out:
         found.held_out = _hold_out(points, options)
     return found

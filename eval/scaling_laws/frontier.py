@@ -25,6 +25,10 @@ COARSE = 400
 """Sizes tried before the best is refined."""
 
 
+class NoBestSizeError(ValueError):
+    """A surface whose loss falls to an end of all sizes, as where one of its terms is zero."""
+
+
 @dataclass(frozen=True)
 class Optimum:
     """The best split of a budget."""
@@ -67,14 +71,14 @@ def optimum(surface: Surface, flops_per_token: FlopsPerToken, flops: float) -> O
         flops: C, the budget.
 
     Raises:
-        ValueError: the surface has no best size.
+        NoBestSizeError: the surface has none.
     """
 
     def loss(log_n: Any) -> Any:
         params = np.exp(log_n)
         return surface.loss(params, flops / flops_per_token(params))
 
-    params, lowest = _minimum(loss, f"{surface} at {flops:.3g} FLOPs")
+    params, lowest = _minimum(loss, f"The surface at {flops:.3g} FLOPs")
     return Optimum(flops, params, flops / float(flops_per_token(params)), lowest)
 
 
@@ -87,7 +91,7 @@ def flops_to_reach(surface: Surface, flops_per_token: FlopsPerToken, loss: float
         loss: to reach, in nats a token.
 
     Raises:
-        ValueError: the surface has no best size.
+        NoBestSizeError: the surface has none.
     """
     if loss <= surface.E:
         return math.inf
@@ -99,7 +103,7 @@ def flops_to_reach(surface: Surface, flops_per_token: FlopsPerToken, loss: float
             log_tokens = (np.log(surface.B) - np.log(left)) / surface.beta
             return np.where(left > 0, np.log(flops_per_token(params)) + log_tokens, np.inf)
 
-    return math.exp(_minimum(log_flops, f"{surface} at loss {loss:g}")[1])
+    return math.exp(_minimum(log_flops, f"The surface at loss {loss:g}")[1])
 
 
 def _minimum(function: Callable[[Any], Any], name: str) -> tuple[float, float]:
@@ -107,7 +111,7 @@ def _minimum(function: Callable[[Any], Any], name: str) -> tuple[float, float]:
     grid = np.linspace(*SEARCHED, COARSE)
     lowest = int(np.argmin(function(grid)))
     if lowest in (0, COARSE - 1):
-        raise ValueError(
+        raise NoBestSizeError(
             f"{name} has no best size: it improves all the way to {math.exp(grid[lowest]):.0e} parameters. Fit the "
             "surface to more sizes and token counts."
         )

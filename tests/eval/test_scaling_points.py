@@ -10,7 +10,9 @@ import pytest
 from eval.scaling_laws.__main__ import main
 from eval.scaling_laws.fits import FitOptions, fit_table, read_fits, with_best_rates
 from eval.scaling_laws.points import LossPoint, Table, read_points, write_points
-from tests.eval.invented_points import CHINCHILLA, isoflop_grid, ladder
+from eval.scaling_laws.summary import as_markdown
+from eval.scaling_laws.surface import Surface
+from tests.eval.invented_points import CHINCHILLA, isoflop_grid, ladder, point
 
 
 def written(tmp_path, text: str):
@@ -112,6 +114,27 @@ def test_a_table_is_fitted_architecture_by_architecture():
     assert [held.flops for held in one.held_out] == pytest.approx([1e21, 1e21])
     assert [held.expected for held in one.held_out] == pytest.approx([held.measured for held in one.held_out])
     assert [each.flops for each in one.frontier[:: len(one.frontier) - 1]] == pytest.approx([1e17, 1e21])
+
+
+def test_a_surface_without_a_best_size_is_a_warning():
+    flat = Surface(1.69, 0.0, 410.7, 0.34, 0.28)
+    points = [point(flat, n, d, architecture="flat") for n in (1e7, 1e8, 1e9) for d in (1e9, 1e10, 1e11)]
+    points += isoflop_grid(CHINCHILLA, 2, count=5, architecture="other")
+    fits = fit_table(Table(points), FitOptions(samples=0))
+    flat = fits.of("flat")
+    assert flat.frontier == [] and len(fits.of("other").frontier) == 13
+    assert any("A = 0, its bound" in text for text in flat.warnings)
+    assert any("has no best size: it improves all the way to 1e+03 parameters" in text for text in flat.warnings)
+    assert "no best size" in fits.notes[-1] and fits.comparisons == []
+    assert "| flat | vpnls (used) | 1.69 | " in as_markdown(fits)
+
+
+@pytest.mark.parametrize(("form", "methods"), [("gamma", {"huber"}), ("isoflop", set())])
+def test_other_forms_are_fitted_and_printed(form, methods):
+    fits = fit_table(Table(isoflop_grid(CHINCHILLA, 2, count=5)), FitOptions(form=form, samples=0))
+    assert set(fits.architectures[0].fits) == methods
+    assert ("## Surfaces" in as_markdown(fits)) == bool(methods)
+    assert "C^0.4516, D* = " in as_markdown(fits)
 
 
 def test_an_architecture_that_cannot_be_fitted_is_named():

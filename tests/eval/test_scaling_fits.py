@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import math
 import os
 from pathlib import Path
 
 import numpy as np
 import pytest
+from scipy.special import huber
 
 from eval.scaling_laws.frontier import flops_from_points, flops_to_reach, optimum
 from eval.scaling_laws.huber import fit_huber
@@ -46,6 +48,25 @@ def test_weights_count_points():
     weighted = fit_vpnls(n, d, loss, twice).surface
     repeated = fit_vpnls(*(np.concatenate([each, each[:7]]) for each in (n, d, loss))).surface
     assert (weighted.alpha, weighted.beta) == pytest.approx((repeated.alpha, repeated.beta), rel=1e-6)
+
+
+@pytest.mark.parametrize("fit", [fit_vpnls, fit_huber])
+def test_a_fit_of_noisy_losses_is_a_minimum(fit):
+    n, d, loss = columns(isoflop_grid(CHINCHILLA, 4, count=5))
+    loss = loss * np.exp(0.01 * np.random.default_rng(1).normal(size=len(loss)))
+
+    def objective(surface: Surface) -> float:
+        expected = surface.loss(n, d)
+        if fit is fit_vpnls:
+            return float(np.sum((loss - expected) ** 2))
+        return float(np.sum(huber(1e-3, np.log(expected / loss))))
+
+    found = fit(n, d, loss)
+    assert found.objective == pytest.approx(objective(found.surface), rel=1e-9)
+    for name in PARAMETERS:
+        for factor in (0.999, 1.001):
+            moved = dataclasses.replace(found.surface, **{name: factor * getattr(found.surface, name)})
+            assert objective(moved) > found.objective
 
 
 def test_huber_is_robust_where_least_squares_is_not():
@@ -141,9 +162,17 @@ def test_the_frontier_uses_the_architectures_own_flops():
 
 
 def test_flops_are_interpolated_between_models():
-    points = isoflop_grid(CHINCHILLA, 4)
-    assert flops_from_points(points)(3.3e8) == pytest.approx(6 * 3.3e8)
-    assert flops_from_points(points)(1e13) == pytest.approx(6e13)
+    def own(params: float) -> float:
+        return 6 * params + 3e4 * params**0.5
+
+    points = [
+        dataclasses.replace(each, flops=own(each.params) * each.tokens) for each in isoflop_grid(CHINCHILLA, 4, count=5)
+    ]
+    found = flops_from_points(points)
+    assert found(3.3e8) == pytest.approx(own(3.3e8), rel=1e-3)
+    assert list(found(np.array([1e8, 1e9]))) == pytest.approx([own(1e8), own(1e9)], rel=1e-3)
+    largest = max(each.params for each in points)
+    assert found(100 * largest) == pytest.approx(100 * own(largest))
 
 
 def test_a_loss_below_the_irreducible_one_is_out_of_reach():

@@ -182,6 +182,28 @@ def test_statistics_are_those_of_the_texts(folder, bpe):
     assert written["tokens"] == statistics.tokens
 
 
+def test_a_text_is_written_once_of_those_that_are_alike(folder):
+    """Also across files; documents keep their numbers, and a second call changes nothing."""
+    texts = ["one", "two", "one", "three", "", "two"], ["four", "one"], ["", "five"]
+    for number, each in enumerate(texts):
+        write_json_lines(folder / "lines" / f"{number}.jsonl", each)
+    config = config_of("lines", folder)
+    (statistics,) = tokenize(config, folder / "ids", processes=1, deduplicate=True).values()
+    assert (statistics.documents, statistics.duplicates) == (5, 3)
+    kept = "one", "two", "three", "four", "five"
+    assert statistics.tokens == statistics.bytes == len("".join(kept))
+    assert statistics.used_ids == len(set("".join(kept)))
+    (source,) = on_ids(config, folder / "ids").sources
+    opened = open_source(source)
+    records = list(opened.read([Piece(0), Piece(1), Piece(2)]))
+    assert [bytes(record.tokens.tolist()).decode() for record in records] == list(kept)
+    assert [(record.piece, record.document) for record in records] == [(0, 0), (0, 1), (0, 3), (1, 0), (2, 1)]
+    assert opened.num_tokens == statistics.tokens + 5
+    assert list(tokenize(config, folder / "ids", processes=1, deduplicate=True).values()) == [statistics]
+    with pytest.raises(ValueError, match="sources-0 holds token ids made with another deduplicate"):
+        tokenize(config, folder / "ids", processes=1)
+
+
 def test_the_command_prints_statistics_and_how_to_train(folder, capsys):
     recipe = folder / "recipe.yaml"
     source = f"{{kind: jsonl, paths: [{folder}/lines/*.jsonl]}}"

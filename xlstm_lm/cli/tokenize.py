@@ -23,6 +23,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="Processes that tokenize, a file each. Default: the processors that this process may use.",
     )
+    parser.add_argument(
+        "--deduplicate", action="store_true", help="Leave out documents whose text an earlier one of the source has."
+    )
 
 
 def run(options: argparse.Namespace) -> None:
@@ -38,7 +41,7 @@ def run(options: argparse.Namespace) -> None:
     processes = options.processes or len(os.sched_getaffinity(0))
     console.stage("tokenizing")
     begin = time.monotonic()
-    statistics = tokenize(config, out, processes=processes, report=console.say)
+    statistics = tokenize(config, out, processes=processes, deduplicate=options.deduplicate, report=console.say)
     seconds = time.monotonic() - begin
     console.end_stage()
     for name, each in statistics.items():

@@ -44,3 +44,19 @@ class DataConfig:
             raise ValueError("data.task takes the place of documents: set data.sources and data.validation to []")
         if self.task is None and not self.sources:
             raise ValueError("data.sources is empty: name at least one source, such as kind: python_stdlib")
+        if len({source.weight_by for source in self.sources}) > 1:
+            raise ValueError("weight_by differs between data.sources: weigh all by tokens, or all by epochs")
+
+    def check_steps(self, steps: int) -> None:
+        """Check that the sources have enough tokens by their limits.
+
+        Raises:
+            ValueError: they end before the last step.
+        """
+        limits = [source.max_tokens for source in self.sources]
+        wanted = (steps * self.context_length + 1) * self.global_batch_size
+        if limits and None not in limits and (found := sum(filter(None, limits))) < wanted:
+            raise ValueError(
+                f"all data.sources together have a max_tokens of {found:,}, but {steps:,} steps need {wanted:,}: raise "
+                "max_tokens, leave it out for one source, or lower training.steps"
+            )

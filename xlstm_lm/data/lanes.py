@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import heapq
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain, islice
 from typing import Any
@@ -70,6 +71,18 @@ class DealtSource:
             f"{self.source.config.description}: {self.source.num_shards} files for {self._lanes} lanes "
             f"(global_batch_size): {how}"
         )
+
+    @property
+    def weight(self) -> float:
+        """Share of the training tokens, relative to those of the other sources."""
+        config = self.source.config
+        return config.weight * (self.source.num_tokens or 1) if config.weight_by == "epochs" else config.weight
+
+    def identity(self) -> dict[str, Any]:
+        """Identity of the documents and of their place in the mixture, as JSON; see `xlstm_lm.data.fingerprint`."""
+        limit = self.source.config.max_tokens
+        mixed = {"weight": self.weight} | ({} if limit is None else {"max_tokens": limit})
+        return self.source.identity() | mixed
 
     def share_readers(self, states: Mapping[int, dict[str, Any]]) -> None:
         """Let the lanes of this process, each of which goes on from its state, read shards together."""
@@ -231,6 +244,15 @@ class Lane:
             "offset": 0,
         }
 
+    def _limits(self) -> list[float]:
+        """Counts of tokens of each source at which this lane reads no more of it, the head start included."""
+        limits = [source.source.config.max_tokens for source in self.sources]
+        lanes = self._config.global_batch_size
+        return [
+            math.inf if limit is None else limit / lanes + head_start
+            for limit, head_start in zip(limits, self.initial_state()["tokens"])
+        ]
+
     def rows(self, state: dict[str, Any]) -> Iterator[Row]:
         """Packed rows without end, each with the state after it; `state` says where to begin.
 
@@ -247,11 +269,18 @@ class Lane:
         return pack(documents, self._config.context_length, self._tokenizer.end_of_document, offset)
 
     def _documents(self, state: dict[str, Any]) -> Iterator[Document]:
-        weights = [source.source.config.weight for source in self.sources]
+        weights = [source.weight for source in self.sources]
+        limits = self._limits()
         states, tokens, passed_over = state["sources"], state["tokens"], state.get("passed_over", [])
         streams = [source.documents(self.number, begin, self._tokenizer) for source, begin in zip(self.sources, states)]
         while True:
-            chosen = min(range(len(streams)), key=lambda index: tokens[index] / weights[index])
+            left = [index for index, limit in enumerate(limits) if tokens[index] < limit]
+            if not left:
+                raise ValueError(
+                    f"lane {self.number} has read max_tokens of all data.sources: raise max_tokens, or leave it out "
+                    "for one source"
+                )
+            chosen = min(left, key=lambda index: tokens[index] / weights[index])
             record, after = next(streams[chosen])
             place = [chosen, *(after[name] for name in ("epoch", "piece", "document", "index"))]
             if place in passed_over:

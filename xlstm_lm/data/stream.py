@@ -151,7 +151,7 @@ class TrainingStream:
             "shuffle": config.shuffle,
             "shuffle_documents": config.shuffle_documents,
             "tokenizer": self._tokenizer.fingerprint(),
-            "sources": [each.source.identity() | {"weight": each.source.config.weight} for each in self._dealt],
+            "sources": [each.identity() for each in self._dealt],
             "validation": [source.identity() for source in self._opened.validation],
         }
         return json.loads(json.dumps(values))

@@ -32,23 +32,25 @@ def index_path(path: str | Path) -> Path:
     return Path(path).with_suffix(".idx")
 
 
-def write_index(path: Path, lengths: Sequence[int] | np.ndarray, dtype: np.dtype[Any]) -> None:
+def write_index(
+    path: Path, lengths: Sequence[int] | np.ndarray, dtype: np.dtype[Any], left_out: np.ndarray | None = None
+) -> None:
     """Write the index of a file of ids; once it is there, the file is complete.
 
     Args:
         path: The file of ids.
         lengths: Tokens of each document; 0 where a document was left out.
         dtype: Type of the ids.
+        left_out: Whether each document is in the file of ids but not to be read, bool; None for no document.
     """
     sizes = np.asarray(lengths, dtype="<i4")
+    kept = sizes if left_out is None else np.where(left_out, 0, sizes).astype("<i4")
     begins = np.zeros(len(sizes), dtype="<i8")
     np.cumsum(sizes[:-1], dtype="<i8", out=begins[1:])
     code = next(code for code, each in TYPES.items() if each == dtype)
     header = MAGIC + HEADER.pack(1, code, len(sizes), len(sizes) + 1)
-    bounds = np.arange(len(sizes) + 1, dtype="<i8")
-    replace_durably(
-        index_path(path), b"".join((header, *(part.tobytes() for part in (sizes, begins * dtype.itemsize, bounds))))
-    )
+    parts = kept, begins * dtype.itemsize, np.arange(len(sizes) + 1, dtype="<i8")
+    replace_durably(index_path(path), b"".join((header, *(part.tobytes() for part in parts))))
 
 
 class TokenFile:
@@ -76,14 +78,20 @@ class TokenFile:
         self.lengths = content[begin : begin + 4 * count].view("<i4")
         """Tokens of each document."""
         self._positions = content[begin + 4 * count : begin + 12 * count].view("<i8")
-        dtype = TYPES[code]
-        total = int(self._positions[-1]) // dtype.itemsize + int(self.lengths[-1]) if count else 0
+        self.dtype = dtype = TYPES[code]
+        """Type of the ids in the file."""
+        end = int(self._positions[-1]) + int(self.lengths[-1]) * dtype.itemsize if count else 0
         found = Path(path).stat().st_size
-        if found < total * dtype.itemsize:
-            raise OSError(f"it holds {found} bytes instead of {total * dtype.itemsize}")
+        if found < end or found % dtype.itemsize:
+            raise OSError(f"it holds {found} bytes instead of {end}")
+        total = found // dtype.itemsize
         self._ids = np.memmap(path, dtype=dtype, mode="r", shape=(total,)) if total else np.empty(0, dtype=dtype)
 
-    def document(self, number: int) -> np.ndarray:
-        """The ids of a document, int32."""
-        begin = int(self._positions[number]) // self._ids.dtype.itemsize
-        return self._ids[begin : begin + int(self.lengths[number])].astype(np.int32)
+    def stored_lengths(self) -> np.ndarray:
+        """Tokens of each document that are in the file of ids, those of documents that are left out included, int64."""
+        return np.diff(self._positions, append=self._ids.nbytes) // self.dtype.itemsize
+
+    def document(self, number: int, length: int | None = None) -> np.ndarray:
+        """The ids of a document, int32; the first `length` that are in the file, None for those that are to be read."""
+        begin = int(self._positions[number]) // self.dtype.itemsize
+        return self._ids[begin : begin + (int(self.lengths[number]) if length is None else length)].astype(np.int32)

@@ -23,6 +23,7 @@ from xlstm_lm.base.read_files import read_json
 from xlstm_lm.base.recipe import to_yaml
 from xlstm_lm.data.config import DataConfig
 from xlstm_lm.data.documents import documents
+from xlstm_lm.data.duplicates import leave_out_duplicates
 from xlstm_lm.data.opened import Opened, open_sources
 from xlstm_lm.data.sources import KINDS, Piece, Record, Source
 from xlstm_lm.data.sources.tokens import DESCRIPTION
@@ -52,7 +53,12 @@ class Job:
 
 
 def tokenize(
-    config: DataConfig, out: Path, *, processes: int, report: Report = lambda line: None
+    config: DataConfig,
+    out: Path,
+    *,
+    processes: int,
+    deduplicate: bool = False,
+    report: Report = lambda line: None,
 ) -> dict[str, Statistics]:
     """Write the training and validation documents of a data section as token ids.
 
@@ -63,6 +69,7 @@ def tokenize(
         config: Data section.
         out: Folder to write to.
         processes: Number of processes, each of which writes one file at a time.
+        deduplicate: Whether to leave out each document whose text an earlier one of the same source has.
         report: Receives a line as each file is complete.
 
     Returns:
@@ -78,7 +85,7 @@ def tokenize(
     jobs: dict[str, list[Job]] = {}
     for name, source, limit in _named(opened, config):
         jobs[name] = _jobs(source, out / name, limit)
-        _describe(jobs[name], tokenizer)
+        _describe(jobs[name], tokenizer, deduplicate)
     waiting = [job for group in jobs.values() for job in group if not _is_complete(job.path)]
     done = sum(map(len, jobs.values())) - len(waiting)
     total = done + len(waiting)
@@ -88,7 +95,13 @@ def tokenize(
         done += 1
         report(f"{done}/{total} {path}: {counts.documents:,} documents, {counts.tokens:,} tokens")
     _write_recipe(config, tokenizer, jobs, out)
-    statistics = {name: summarize([job.path for job in group], tokenizer) for name, group in jobs.items()}
+    statistics = {}
+    for name, group in jobs.items():
+        paths = [job.path for job in group]
+        found = [Counts.load(path) for path in paths]
+        if deduplicate:
+            leave_out_duplicates(paths, found)
+        statistics[name] = summarize(paths, tokenizer, found)
     for name, each in statistics.items():
         replace_durably(out / name / "statistics.json", json.dumps(asdict(each), indent=2).encode())
     return statistics
@@ -128,7 +141,7 @@ def _groups(sizes: list[int]) -> list[list[int]]:
     return groups
 
 
-def _describe(jobs: list[Job], tokenizer: Tokenizer) -> None:
+def _describe(jobs: list[Job], tokenizer: Tokenizer, deduplicate: bool) -> None:
     """Write what a folder of ids is made from, or compare it with what an earlier call has written.
 
     Raises:
@@ -139,6 +152,7 @@ def _describe(jobs: list[Job], tokenizer: Tokenizer) -> None:
         "tokenizer": tokenizer.fingerprint(),
         "vocab_size": tokenizer.vocab_size,
         "limit": jobs[0].limit,
+        "deduplicate": deduplicate,
         "source": json.loads(json.dumps(source.identity())),
         "shard_sizes": {job.path.name: sum(source.shard_sizes[shard] for shard in job.shards) for job in jobs},
     }
@@ -210,7 +224,8 @@ def write_job(job: Job, tokenizer: Tokenizer) -> Counts:
                     if job.keeps_numbers:
                         lengths += [0] * (record.document - len(lengths))
                     lengths.append(len(ids))
-                    counts.add(len(record.text.encode()), ids)
+                    if len(ids):
+                        counts.add(record.text.encode(), ids)
                     file.write(ids.astype(dtype).tobytes())
                 if job.limit is not None and counts.tokens + counts.documents >= job.limit:
                     break
@@ -247,7 +262,10 @@ def _write_recipe(config: DataConfig, tokenizer: Tokenizer, jobs: dict[str, list
         part, _, number = name.partition("-")
         source: dict[str, Any] = {"kind": "tokens", "paths": [str((out / name / "*.bin").absolute())]}
         if part == "sources":
-            source["weight"] = config.sources[int(number)].weight
+            mixed = config.sources[int(number)]
+            source |= {"weight": mixed.weight}
+            if mixed.max_tokens is not None:
+                source["max_tokens"] = mixed.max_tokens
         section[part].append(source)
     if config.tokenizer.kind == "huggingface":
         folder = out / "tokenizer"

@@ -36,11 +36,12 @@ def check_layout(run: RunConfig, world: World, precision: Precision) -> Layout:
         precision: Number format of the products.
 
     Raises:
-        ValueError: Schedule, profile, division of rows, states to carry, batch, ZeRO stage or optimizer do not fit the
-            run or each other.
+        ValueError: Schedule, profile, limits of sources, division of rows, states to carry, batch, ZeRO stage or
+            optimizer do not fit the run or each other.
     """
     run.schedule.check_steps(run.training.steps)
     run.profile.check_steps(run.training.steps)
+    run.data.check_steps(run.training.steps)
     check_sequence_parallel(run)
     if run.training.carry_state:
         check_carry_state(run.model)

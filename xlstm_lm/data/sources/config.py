@@ -69,7 +69,12 @@ class SourceConfig:
     template: str | None = None
     """Text of a document out of several fields, such as "{title}: {text}", in place of text_field."""
     weight: Annotated[float, Range(0, 1e15, open_below=True)] = 1.0
-    """Share of the training tokens, relative to the other sources' weights."""
+    """Share of the training tokens, relative to the other sources' weights, or of passes by `weight_by`."""
+    weight_by: Literal["tokens", "epochs"] = "tokens"
+    """Unit of the weights, the same for all sources: tokens, or passes over all documents (kind tokens, as their number
+    must be known)."""
+    max_tokens: Annotated[int, Range(1, 10**15)] | None = None
+    """Tokens after which a run reads no more of the source, an equal part in each lane; None for no limit."""
     on_bad_document: Literal["error", "skip"] = "error"
     """Whether a document that is not UTF-8, not JSON, without text or not encodable stops the run, or is skipped and
     counted."""
@@ -95,6 +100,11 @@ class SourceConfig:
         if self.kind != "hub" and (self.dataset or self.config_name or self.data_files or self.revision):
             raise ValueError(
                 f"dataset, config_name, data_files and revision belong to sources of kind hub, not {self.kind}"
+            )
+        if self.weight_by == "epochs" and self.kind != "tokens":
+            raise ValueError(
+                f"weight_by: epochs needs a source whose tokens are counted, and kind is {self.kind}: write its token "
+                "ids by xlstm-lm tokenize, or set weight_by: tokens"
             )
         if self.kind == "python_stdlib" and self.split not in ("train", "validation"):
             raise ValueError(f"split {self.split!r} of python_stdlib is not known: train or validation")

@@ -44,7 +44,7 @@ class HubSource:
         self.config = config
         self.order = order
         self.announced_skipping = False
-        self.tokenizer_fingerprint = None
+        self.tokenizer_fingerprint = self.num_tokens = None
         _refuse_offline(config)
         self._fields = Fields.of(config)
         self._files: list[str] = []

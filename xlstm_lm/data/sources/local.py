@@ -51,6 +51,7 @@ class FileSource:
         self.order = order
         self.announced_skipping = False
         self.tokenizer_fingerprint: str | None = None
+        self.num_tokens: int | None = None
         # Names identify documents wherever the files lie: an installation's own path is no part of them.
         if config.kind == "python_stdlib":
             self.names, self.paths = stdlib_files(config.split)

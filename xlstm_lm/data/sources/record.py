@@ -87,6 +87,8 @@ class Source(Protocol):
     """Relative sizes by which shards are dealt to lanes."""
     tokenizer_fingerprint: str | None
     """Fingerprint of the tokenizer that has made the token ids of its documents; None where they are text."""
+    num_tokens: int | None
+    """Number of token ids of all documents, their ends counted; None where they are text."""
     announced_skipping: bool
     """Whether the skipping of bad documents was announced."""
 

@@ -50,7 +50,7 @@ def describe(source: FileSource) -> None:
     Raises:
         ValueError: a path that names no file of ids, or a file that is not complete.
     """
-    sizes, fingerprints = [], {}
+    sizes, fingerprints, count = [], {}, 0
     for path in source.paths:
         if is_remote(path):
             raise ValueError(
@@ -67,10 +67,11 @@ def describe(source: FileSource) -> None:
         )
         fingerprints[described["tokenizer"]] = path
         sizes.append(described["shard_sizes"].get(Path(path).name, 0))
-        if source.config.on_bad_document == "error":
-            try:
-                TokenFile(path)
-            except OSError as error:
+        try:
+            lengths = TokenFile(path).lengths
+            count += int(lengths.sum()) + int((lengths > 0).sum())
+        except OSError as error:
+            if source.config.on_bad_document == "error":
                 raise ValueError(
                     f"file of token ids {path} cannot be read ({error}): give the command xlstm-lm tokenize again"
                 ) from error
@@ -79,6 +80,6 @@ def describe(source: FileSource) -> None:
             f"{source.config.description}: {' and '.join(fingerprints.values())} were made by different tokenizers; "
             "use files of one"
         )
-    source.tokenizer_fingerprint = next(iter(fingerprints))
+    source.tokenizer_fingerprint, source.num_tokens = next(iter(fingerprints)), count
     if all(sizes):
         source.shard_sizes = sizes

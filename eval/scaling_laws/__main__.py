@@ -99,12 +99,14 @@ def _run(options: argparse.Namespace) -> int:
     failed = [name for name, outcome in outcomes.items() if outcome.code and not outcome.asked_to_stop]
     if failed:
         print(f"Failed: {', '.join(failed)}.")
+    for run in work.lost:
+        print(f"{run.run} cannot begin: {run.trunk} is over ({work.state(work.design.named(run.trunk)).status}).")
     left = [run.run for run in work.left]
     if left:
         shown = ", ".join(left[:12]) + (f" and {len(left) - 12} more" if len(left) > 12 else "")
         print(f"Left to do: {shown}.\nGo on with:  {COMMAND} run {options.design}")
     else:
-        print(f"All {len(work.planned)} runs are over.")
+        print(f"Nothing is left of the {len(work.planned)} runs.")
     return FAILED if failed else UNFINISHED if left else DONE
 
 

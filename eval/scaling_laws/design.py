@@ -78,7 +78,7 @@ class DesignOptions:
     lr_sweep: int = 0
     """Learning rates of a sweep at the smallest sizes, which replaces the ladder; 0 for none."""
     rates: dict[str, RateLaw] = field(default_factory=dict)
-    """Law of the learning rate by architecture; one without has the recipe's rate."""
+    """Law of the learning rate by architecture; empty for the recipe's rate at all sizes."""
     force: bool = False
     """Whether sizes far beyond the sweep of learning rates are allowed."""
 
@@ -200,9 +200,14 @@ class Designer:
         return max(1, min(in_steps(self.base.schedule.warmup, shortest), round(WARMUP_SHARE * shortest)))
 
     def _rate(self, architecture: str, model: SizedModel, steps: int) -> float:
-        law = self.options.rates.get(architecture)
-        if law is None:
+        if not self.options.rates:
             return self.base.optimizer.learning_rate
+        if architecture not in self.options.rates:
+            raise ValueError(
+                f"--rates has no sweep of {architecture}; it has {', '.join(self.options.rates)}. Sweep that one too, "
+                "or design it alone, without --rates, at the recipe's learning rate."
+            )
+        law = self.options.rates[architecture]
         return float(f"{law.rate(model.params, steps * self.batch_tokens, self.options.force):.4g}")
 
     def _run(

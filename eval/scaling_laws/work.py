@@ -32,10 +32,19 @@ class Work:
         """Runs that can begin, in the order in which they are trained."""
         return [self.planned[run.run] for run in self.design.runs if self.can_begin(run)]
 
+    def is_lost(self, run: DesignedRun) -> bool:
+        """Whether a run can never begin: the trunk of a branch is over without having kept its checkpoint."""
+        return not self.can_begin(run) and self.state(self.design.named(run.trunk)).is_over
+
+    @property
+    def lost(self) -> list[DesignedRun]:
+        """Branches of trunks that diverged before them."""
+        return [run for run in self.design.runs if self.is_lost(run)]
+
     @property
     def left(self) -> list[DesignedRun]:
-        """Runs that are not over."""
-        return [run for run in self.design.runs if not self.state(run).is_over]
+        """Runs that more training would finish."""
+        return [run for run in self.design.runs if not self.state(run).is_over and not self.is_lost(run)]
 
     def train(
         self, *, at_once: int = 1, launch: Sequence[str] = (), max_seconds: float | None = None

@@ -121,6 +121,12 @@ def test_rates_of_a_sweep_are_used(tmp_path):
     assert design.config(trunk).optimizer.learning_rate == trunk.learning_rate
 
 
+def test_an_architecture_without_a_sweep_is_refused(tmp_path):
+    law = fit_rates(swept(lambda params, tokens: 1e-3, [1e4, 2e4, 4e4]))
+    with pytest.raises(ValueError, match="--rates has no sweep of lstm; it has gru. Sweep that one too"):
+        design_small(tmp_path, rates={"gru": law})
+
+
 @pytest.mark.parametrize(
     ("choices", "message"),
     [

@@ -94,6 +94,24 @@ def test_runs_that_are_not_over_are_named(tmp_path):
         main(["collect", str(design.folder), "--out", str(tmp_path / "runs.csv")])
 
 
+def test_branches_of_a_trunk_that_diverged_are_lost_and_not_left(tmp_path, capsys):
+    design = design_small(tmp_path, sizes=Span(1e4, 1e4, 1), tokens=Span(1280, 2560, 2), check=False)
+    trunk, *branches = design.runs
+    folder = design.run_folder(trunk.run)
+    steps = [
+        {"split": "train", "step": step, "tokens": 64 * step, "loss": None, "skipped": True} for step in range(1, 20)
+    ]
+    folder.mkdir(parents=True)
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
+    work = Work(design)
+    assert work.state(trunk).status == "diverged"
+    assert (work.needed, work.left, work.lost) == ([work.planned[trunk.run]], [], branches)
+    with pytest.raises(SystemExit, match="0"):
+        main(["run", str(design.folder)])
+    printed = capsys.readouterr().out
+    assert f"{branches[0].run} cannot begin: {trunk.run} is over (diverged)." in printed
+
+
 def command(design: Design, *flags: str) -> list[str]:
     return [sys.executable, "-m", "eval.scaling_laws", "run", str(design.folder), *flags]
 
@@ -125,7 +143,7 @@ def test_a_ladder_is_killed_resumed_and_fitted(tmp_path):
     (fit,) = fit_table(Table(used), FitOptions(samples=0)).architectures
     assert set(fit.fits) == {"vpnls", "huber"} and fit.trunks == 3
     again = subprocess.run(command(design), cwd=root, capture_output=True, text=True)
-    assert again.returncode == 0 and "All 13 runs are over." in again.stdout
+    assert again.returncode == 0 and "Nothing is left of the 13 runs." in again.stdout
 
 
 def test_a_table_beside_a_design_is_collected(ladder, tmp_path):

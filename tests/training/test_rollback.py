@@ -294,9 +294,13 @@ def test_a_checkpoint_that_is_damaged_or_not_finite_is_no_target(tmp_path, caplo
     [
         {"deepspeed": {"zero_optimization": {"stage": 2}}},
         {"deepspeed": {"zero_optimization": {"stage": 3}}, "training.precision": "bf16", "data.num_workers": 1},
-        {"deepspeed": {"zero_optimization": {"stage": 1}}, "training.sequence_parallel": 2},
+        {
+            "deepspeed": {"zero_optimization": {"stage": 1}},
+            "training.sequence_parallel": 2,
+            "training.carry_state": True,
+        },
     ],
-    ids=["stage 2", "stage 3, bf16, workers", "divided rows"],
+    ids=["stage 2", "stage 3, bf16, workers", "divided rows, carried states"],
 )
 def test_two_ranks_go_back_and_equal_a_run_that_never_saw_the_documents(overrides, tmp_path):
     def run(name: str, without: set[str] = frozenset()) -> Path:

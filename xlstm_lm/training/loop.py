@@ -238,7 +238,7 @@ class Trainer:
             self.step += 1
             self.stop_request.note_only()
             self.report.count(counts[0])
-            self.guard.observe(result, batch)
+            self.guard.observe(self.step, result, batch)
             if self.guard.must_go_back:
                 self.go_back()
                 continue
@@ -281,17 +281,16 @@ class Trainer:
         Raises:
             RunError: the run has gone back too often, or there is no such checkpoint.
         """
-        outlier, guard = self.step, self.guard
+        guard = self.guard
         documents = guard.document_ids(self.world)
-        guard.check_limit(outlier, documents)
+        guard.check_limit(documents)
         with self.heart.phase("start"):
             self.writer.wait()
             run_dir = self.world.on_first(lambda: self.start.lease.place())
-            before = outlier - guard.in_a_row + 1
-            checkpoint = return_to_good_checkpoint(run_dir, before, self.engine, self.world)
+            checkpoint = return_to_good_checkpoint(run_dir, guard.first_in_a_row, self.engine, self.world)
             state = checkpoint.state
             self.continue_counters(state)
-            self.guard.returns = [*guard.returns, outlier]
+            self.guard.returns = [*guard.returns, guard.step]
             self.stream.load_state_dict(state["data"])
             self.carried.load(checkpoint)
             self.stream.pass_over(guard.places)
@@ -299,10 +298,7 @@ class Trainer:
         with self.heart.phase("save"), self.report.clock.paused():
             self.save()
             self.writer.wait()
-        event = guard.return_event(outlier, self.step, documents)
-        if self.world.is_first:
-            logger.warning(event["message"])
-        self.report.event(**event)
+        self.report.event(**guard.return_event(self.step, documents, self.world))
 
     def measure(self, micro_batch: MicroBatch, statistics_due: bool) -> dict[str, torch.Tensor]:
         """Scalar metrics of a logged step, by name, that need a computation of their own. Collective."""

@@ -51,6 +51,8 @@ class SpikeGuard:
             self.detector = SpikeDetector(config.spike_threshold, config.spike_window, device, recent)
         self.in_a_row: int = state.get("in_a_row", 0)
         """Steps in a row, up to the last one, whose update was not applied."""
+        self.step = 0
+        """The last step observed; 0 before the first one of this session."""
         self.returns: list[int] = list(state.get("returns", ()))
         """Step of each return to a checkpoint."""
         documents = state.get("documents", {})
@@ -61,8 +63,9 @@ class SpikeGuard:
         """Judge for the engine; None without a threshold."""
         return self.detector.is_outlier if self.detector else None
 
-    def observe(self, result: StepResult, batch: Batch) -> None:
-        """Count a step, and remember the documents of one whose update was not applied."""
+    def observe(self, step: int, result: StepResult, batch: Batch) -> None:
+        """Count a step (numbered from 1), and remember the documents of one whose update was not applied."""
+        self.step = step
         if self.detector is None:
             return
         if result.applied:
@@ -84,6 +87,11 @@ class SpikeGuard:
         return self.detector is not None and self.in_a_row > self._config.spike_patience
 
     @property
+    def first_in_a_row(self) -> int:
+        """The first of the steps in a row."""
+        return self.step - self.in_a_row + 1
+
+    @property
     def places(self) -> dict[str, list[Any]]:
         """Places of the documents in this rank's lanes, for `pass_over` of its stream."""
         return {str(lane): [place for _, place in documents] for lane, documents in self._documents.items()}
@@ -93,43 +101,44 @@ class SpikeGuard:
         ids = world.gather([name for documents in self._documents.values() for name, _ in documents])
         return list(dict.fromkeys(name for of_rank in ids for name in of_rank))
 
-    def check_limit(self, step: int, documents: list[str]) -> None:
+    def check_limit(self, documents: list[str]) -> None:
         """Check that the run may go back once more.
 
         Args:
-            step: The last step, an outlier.
             documents: Ids of the documents of the outliers in a row.
 
         Raises:
             RunError: it has gone back too often.
         """
         config = self._config
-        recent = [each for each in self.returns if each > step - config.spike_rollback_steps]
+        recent = [each for each in self.returns if each > self.step - config.spike_rollback_steps]
         if len(recent) < config.spike_rollbacks:
             return
         raise told_once(
             RunError(
-                f"Step {step}: loss or gradient norm was an outlier or not finite for {self.in_a_row} steps in a row, "
-                f"and the run has gone back {len(recent)} times within {config.spike_rollback_steps:,} steps, as often "
-                f"as safeguards.spike_rollbacks allows. The documents of these steps: {_some(documents)}. Look at "
-                "them, lower optimizer.learning_rate, or raise safeguards.spike_threshold if the loss is as it should "
-                "be; the checkpoints saved so far are intact."
+                f"Step {self.step}: loss or gradient norm was an outlier or not finite for {self.in_a_row} steps in a "
+                f"row, and the run has gone back {len(recent)} times within {config.spike_rollback_steps:,} steps, as "
+                f"often as safeguards.spike_rollbacks allows. The documents of these steps: {_some(documents)}. Look "
+                "at them, lower optimizer.learning_rate, or raise safeguards.spike_threshold if the loss is as it "
+                "should be; the checkpoints saved so far are intact."
             )
         )
 
-    def return_event(self, outlier: int, step: int, documents: list[str]) -> dict[str, Any]:
-        """Fields of the event that reports a return.
+    def return_event(self, step: int, documents: list[str], world: World) -> dict[str, Any]:
+        """Fields of the event that reports a return, which rank 0 also logs.
 
         Args:
-            outlier: The last step before the return.
             step: Step of the checkpoint.
             documents: Ids of the documents of the outliers in a row.
+            world: All processes of the run.
         """
         message = (
             f"Loss or gradient norm was an outlier or not finite for {self.in_a_row} steps in a row: went back from "
-            f"step {outlier} to step {step}. The {len(documents)} documents of those steps are passed over."
+            f"step {self.step} to step {step}. The {len(documents)} documents of those steps are passed over."
         )
-        return {"step": step, "kind": "went back", "message": message, "from_step": outlier, "documents": documents}
+        if world.is_first:
+            logger.warning(message)
+        return {"step": step, "kind": "went back", "message": message, "from_step": self.step, "documents": documents}
 
     def state(self, world: World) -> dict[str, Any]:
         """Content of a checkpoint as JSON, on rank 0; empty without a threshold. Collective."""

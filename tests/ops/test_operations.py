@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 
 import pytest
 import torch
@@ -89,6 +90,15 @@ def test_a_missing_package_of_a_backend_is_named(operation, monkeypatch):
         if backend.package is not None:
             reason = why_impossible(operation, backend, call)
             assert f"{backend.package} is not installed" in reason.lower()
+
+
+@each_operation
+def test_a_cpu_has_a_backend_where_triton_is_not_installed(operation, monkeypatch):
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "triton" else find_spec(name))
+    monkeypatch.setitem(sys.modules, "triton", None)  # an import fails
+    backends = {each.name: each for each in operation.backends}
+    assert backends[choose(operation, example(operation)).backend].package != "triton"
 
 
 @pytest.mark.parametrize(("operation", "backend"), BACKENDS)

@@ -229,7 +229,7 @@ def why_impossible(operation: Operation, backend: Backend, call: Call) -> str | 
 
 def _interpreted(backend: Backend) -> bool:
     """Whether Triton's interpreter stands in for a GPU."""
-    if backend.package != "triton":
+    if backend.package != "triton" or importlib.util.find_spec("triton") is None:
         return False
     # Not an import: this file goes with exports, and transformers refuses code whose imports are not installed.
     return importlib.import_module("triton").knobs.runtime.interpret

@@ -16,7 +16,7 @@ from scipy.stats import norm, t
 
 from eval.scaling_laws.huber import fit_huber
 from eval.scaling_laws.points import LossPoint
-from eval.scaling_laws.surface import Fit, Floats, Surface
+from eval.scaling_laws.surface import Fit, Floats, Surface, check_enough
 from eval.scaling_laws.vpnls import fit_vpnls
 
 LEVEL = 0.9
@@ -71,7 +71,7 @@ def resample_trunks(points: Sequence[LossPoint], fit: Fit, count: int, seed: int
     n, d, loss = arrays(points)
     trunks = [point.group for point in points]
     rng = np.random.default_rng(seed)
-    surfaces = [refit(fit, n, d, loss, draw([(trunks, n)], rng)[0]) for _ in range(count)]
+    surfaces = [refit(fit, n, d, loss, draw([(trunks, n, d)], rng)[0]) for _ in range(count)]
     return Samples(surfaces, t_factor(len(set(trunks))))
 
 
@@ -80,11 +80,11 @@ def t_factor(trunks: int, level: float = LEVEL) -> float:
     return float(t.ppf((1 + level) / 2, max(trunks - 1, 1)) / norm.ppf((1 + level) / 2))
 
 
-def draw(sides: Sequence[tuple[Sequence[Hashable], Floats]], rng: np.random.Generator) -> list[Floats]:
-    """Draw groups with replacement, again until each side has points of 3 sizes.
+def draw(sides: Sequence[tuple[Sequence[Hashable], Floats, Floats]], rng: np.random.Generator) -> list[Floats]:
+    """Draw groups with replacement, again until the points of each side determine a surface.
 
     Args:
-        sides: of each, the group and the number of parameters of every point. Sides share their groups.
+        sides: of each, the group, the parameters and the tokens of every point. Sides share their groups.
         rng: of the draw.
 
     Returns:
@@ -93,24 +93,28 @@ def draw(sides: Sequence[tuple[Sequence[Hashable], Floats]], rng: np.random.Gene
     Raises:
         ValueError: there are fewer than `FEWEST` groups.
     """
-    groups = list(dict.fromkeys(group for of_points, _ in sides for group in of_points))
+    groups = list(dict.fromkeys(group for of_points, _, _ in sides for group in of_points))
     if len(groups) < FEWEST:
         raise ValueError(
             f"{len(groups)} trunks are too few to draw from; intervals need at least {FEWEST}. Train more sizes or "
             "seeds, or fit with --samples 0 for no intervals."
         )
     place = {group: number for number, group in enumerate(groups)}
-    of_points = [np.array([place[group] for group in each]) for each, _ in sides]
+    of_points = [np.array([place[group] for group in each]) for each, _, _ in sides]
     while True:
         drawn = np.bincount(rng.integers(len(groups), size=len(groups)), minlength=len(groups)).astype(float)
         weights = [drawn[each] for each in of_points]
-        if all(_determine(each, params) for each, (_, params) in zip(weights, sides)):
+        if all(_determine(each, params, tokens) for each, (_, params, tokens) in zip(weights, sides)):
             return weights
 
 
-def _determine(weights: Floats, params: Floats) -> bool:
+def _determine(weights: Floats, params: Floats, tokens: Floats) -> bool:
     """Whether the points with a weight determine a surface."""
-    return len(np.unique(params[weights > 0])) >= 3 and np.count_nonzero(weights) >= 5
+    try:
+        check_enough(params[weights > 0], tokens[weights > 0])
+    except ValueError:
+        return False
+    return True
 
 
 def seed_deviation(points: Iterable[LossPoint]) -> tuple[float, int] | None:

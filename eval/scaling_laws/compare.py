@@ -102,7 +102,7 @@ def _interval(one: Side, other: Side, loss: float, ratio: float, samples: int, s
     """Interval of the ratio, computed on its logarithm: each sample draws the same pairs on both sides."""
     rng = np.random.default_rng(seed)
     columns = [arrays(side.points) for side in (one, other)]
-    sides = [(side.pairs, n) for side, (n, _, _) in zip((one, other), columns)]
+    sides = [(side.pairs, n, d) for side, (n, d, _) in zip((one, other), columns)]
     values = []
     for _ in range(samples):
         surfaces = [

@@ -56,6 +56,19 @@ def test_too_few_trunks_are_refused():
         resample_trunks(points, fit_vpnls(*columns(points)), 2)
 
 
+def test_draws_that_determine_no_surface_are_drawn_again():
+    full = ladder(CHINCHILLA, SIZES[:4], RATIOS[:1], noise=(0.003, 0.003))
+    tokens = [1e8, 1e9, 1e10]
+    points = [
+        dataclasses.replace(each, tokens=count, run=f"{each.run}-{count}", loss=CHINCHILLA.loss(each.params, count))
+        for number, each in enumerate(full)
+        for count in (tokens if number == 3 else tokens[:2])
+    ]
+    # Only one trunk has the third number of tokens, and a third of the draws of 3 sizes leave it out.
+    fit = fit_vpnls(*columns(points))
+    assert len(resample_trunks(points, fit, 20).surfaces) == 20
+
+
 def test_the_spread_of_seeds():
     points = ladder(CHINCHILLA, SIZES[:4], RATIOS)
     assert seed_deviation(points) is None

@@ -212,6 +212,9 @@ def test_the_command_prints_statistics_and_how_to_train(folder, capsys):
     printed = capsys.readouterr().out
     assert "153 documents, " in printed and "257 ids occur" in printed
     assert printed.endswith(f"xlstm-lm train --config {recipe} --config {folder}/ids/data.yaml\n")
+    recipe.write_text(f"data: {{sources: [{source}], context_length: 32}}\n")  # a recipe of data alone
+    main(["tokenize", "--config", str(recipe), "--out", str(folder / "ids"), "--processes", "1"])
+    assert capsys.readouterr().out.endswith(" --model PRESET\n")
 
 
 @pytest.mark.slow

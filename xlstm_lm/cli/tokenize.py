@@ -32,9 +32,9 @@ def run(options: argparse.Namespace) -> None:
     """Tokenize, and print statistics and the flags that use the ids."""
     from xlstm_lm.base.paths import user_path
     from xlstm_lm.data.tokenize_sources import DATA_RECIPE, tokenize
-    from xlstm_lm.training.run_config import load_run_config
+    from xlstm_lm.training.run_config import load_data_config
 
-    config = load_run_config(options.config).data
+    config, has_model = load_data_config(options.config)
     if config.task is not None:
         raise ValueError("data.task has made-up rows and no documents: there is nothing to tokenize.")
     out = user_path(options.out)
@@ -48,4 +48,5 @@ def run(options: argparse.Namespace) -> None:
         print(f"{out / name}:")
         print("\n".join(f"  {line}" for line in each.lines()))
     recipes = " ".join(f"--config {shlex.quote(recipe)}" for recipe in (*options.config, str(out / DATA_RECIPE)))
-    print(f"Took {seconds:,.0f} s on {processes} processes. Train on the ids:  xlstm-lm train {recipes}")
+    model = "" if has_model else " --model PRESET"
+    print(f"Took {seconds:,.0f} s on {processes} processes. Train on the ids:  xlstm-lm train {recipes}{model}")

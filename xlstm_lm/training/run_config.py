@@ -273,6 +273,13 @@ def load_run_config(paths: list[str | Path], overrides: dict[str, Any] | None = 
     return run
 
 
+def load_data_config(paths: list[str | Path]) -> tuple[DataConfig, bool]:
+    """Read the data section of recipes, and whether they describe a model as well. Raises as `load_run_config`."""
+    has_model = any("model" in read_recipe(path)[0] for path in paths)
+    unused = None if has_model else {"model.vocab_size": 1}
+    return load_run_config(paths, unused).data, has_model
+
+
 def _point_at_the_run_of_its_recipe(run: RunConfig, origin: str | None) -> None:
     """Replace a training.run_dir that comes from a run's own config.yaml by the folder that holds that file now."""
     folder = run_of_recipe(run.training.run_dir, origin) if origin else None

@@ -78,8 +78,8 @@ def fails(tree: Path, test: str, seconds: int) -> tuple[bool, list[str]]:
     return done.returncode not in (0, NO_TESTS), done.stdout.strip().splitlines()[-3:]
 
 
-def try_fault(tree: Path, fault: tuple[str, str, int], seconds: int) -> dict[str, object]:
-    """Put one fault into the copy, run the tests until a file fails, and take it out again."""
+def try_fault(tree: Path, fault: tuple[str, str, int], seconds: int, most: int | None) -> dict[str, object]:
+    """Put one fault into the copy, run its first `most` test files until one fails, and take it out again."""
     from cosmic_ray.mutating import mutate_code
     from cosmic_ray.plugins import get_operator
 
@@ -93,7 +93,7 @@ def try_fault(tree: Path, fault: tuple[str, str, int], seconds: int) -> dict[str
     caught_in, by = None, [""]
     path.write_text(wrong, encoding="utf-8")
     try:
-        for test in tests_of(file):
+        for test in tests_of(file)[:most]:
             failed, by = fails(tree, test, seconds)
             if failed:
                 caught_in = test
@@ -121,6 +121,7 @@ def main() -> None:
         "--part", default="0/1", help="share of the sample to try here, for several processes: 0/2, 1/2"
     )
     parser.add_argument("--seconds", type=int, default=3600, help="time for one test file")
+    parser.add_argument("--most", type=int, help="test files to try on a fault; the share is then a lower bound")
     parser.add_argument("--out", type=Path, default=Path("mutants.jsonl"), help="results, a line each; appended to")
     arguments = parser.parse_args()
     files = sorted(path for package in ("xlstm_lm", "eval") for path in (ROOT / package).rglob("*.py"))
@@ -136,7 +137,7 @@ def main() -> None:
         passing: set[str] = set()
         for fault in sample[part::parts]:
             if fault not in seen:
-                tried.append(try_fault(tree, fault, arguments.seconds))
+                tried.append(try_fault(tree, fault, arguments.seconds, arguments.most))
                 test = tried[-1]["caught_in"]
                 if test is not None and test not in passing:
                     failed, last = fails(tree, test, arguments.seconds)

@@ -63,6 +63,12 @@ def test_a_length_has_a_tick_and_a_label():
     axes = lines_figure([[(256, 4.0), (1024, 2.5)], [(256, 5.0), (2048, 2.0)]], lengths=True).axes[0]
     assert list(axes.get_xticks()) == [256, 1024, 2048]
     assert [label.get_text() for label in axes.get_xticklabels()] == ["256", "1k", "2k"]
+    assert axes.xaxis.get_transform().base == 2 and 200 < axes.get_xlim()[0] < 256
+
+
+def test_one_length_has_an_axis_of_a_factor_of_four():
+    low, high = lines_figure([[(512, 3.0)]], lengths=True).axes[0].get_xlim()
+    assert low < 256 and high > 1024
 
 
 def test_of_many_lengths_at_most_eight_have_ticks():

@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.training.processes import run_ranks
+from tests.training.processes import launch_ranks, run_ranks
 from xlstm_lm.base.durable_files import RunError
 from xlstm_lm.parallel.process_group import World, lost_processes_explained
 
 
 def test_leaving_right_after_a_collective_does_not_abort():
     for _ in range(3):  # one in three would have gone well without the wait
-        run_ranks(2, "leaving")
+        launch_ranks(2, "leaving")
 
 
 def test_an_axis_sums_over_its_own_processes():
@@ -20,7 +20,7 @@ def test_an_axis_sums_over_its_own_processes():
 
 
 def test_a_process_that_is_gone_ends_the_others_with_a_message():
-    printed = run_ranks(2, "losing")
+    printed = launch_ranks(2, "losing")
     assert "RunError: lost the connection to another of the 2 processes" in printed
     assert printed.count("\n") < 5
 

@@ -129,7 +129,11 @@ def memory_plan(model: ModelConfig, elements: Elements, layout: RankLayout) -> M
     carried = _carried_gradients(elements, layout) if layout.micro_batches > 1 else 0
     gathered = _gathered_weights(elements, layout)
     buckets = _bucket_bytes(elements, layout)
-    first = min(1.0, layout.setting("reduce_bucket_size", DEFAULT_BUCKET) / elements.parameters)
+    bucket = layout.setting("reduce_bucket_size", DEFAULT_BUCKET)
+    first = min(1.0, bucket / elements.parameters)
+    # The gradient of the head fills the first bucket before any block has freed what it kept.
+    head, in_blocks = model.vocab_size * model.head_width, elements.parameters - model.vocab_size * model.embedding_dim
+    freed = min(1.0, max(0.0, (bucket - head) / max(in_blocks - head, 1)))
     in_order = layout.stage >= 2 or (layout.stage == 1 and layout.precision == "fp32")
     gradients = _gradients_at_the_end(elements, layout)
     phases = {
@@ -140,8 +144,8 @@ def memory_plan(model: ModelConfig, elements: Elements, layout: RankLayout) -> M
             "gradients": carried + 2 * head_gradient + layout.storage.itemsize * layout.tokens * model.head_width,
         },
         "backward, at the first reduction": {
-            "activations": round((1 - first) * activations) if in_order else 0,
-            "gradients": max(carried, round(first * gradients)) if in_order else gradients,
+            "activations": round((1 - freed) * activations) if in_order else 0,
+            "gradients": gradients if layout.stage == 2 or not in_order else max(carried, round(first * gradients)),
             "buckets": buckets,
             "gathered weights": gathered if first < 1 and in_order else 0,
         },

@@ -5,6 +5,7 @@ Every rank computes the plain loop on the whole batch: each comparison is agains
 
 from __future__ import annotations
 
+import atexit
 import copy
 import gc
 import json
@@ -22,6 +23,7 @@ from xlstm_lm.training.schedule import ScheduleConfig, learning_rate_ratio
 
 # DeepSpeed collects garbage six times while it sets up bf16, among all objects of the imported libraries if not frozen.
 gc.freeze()
+atexit.register(gc.unfreeze)
 
 ROWS, MICRO_ROWS, STEPS = 8, 2, 5
 OPTIMIZER = AdamWConfig(learning_rate=0.05, weight_decay=0.3, gradient_clip=0.2)

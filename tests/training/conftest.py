@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.training.runs import configure, write_text
+from xlstm_lm.training import loop
 from xlstm_lm.training.loop import train
 
 
@@ -22,8 +23,9 @@ def reference(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def folder(tmp_path) -> Path:
-    """A folder with the text of the runs."""
+def folder(tmp_path, monkeypatch) -> Path:
+    """A folder with the text of the runs, whose curves are not drawn: a sixth of their time. `reference` has one."""
+    monkeypatch.setattr(loop, "draw_learning_curve", lambda *_: None)
     write_text(tmp_path)
     return tmp_path
 

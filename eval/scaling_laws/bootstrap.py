@@ -21,8 +21,8 @@ from eval.scaling_laws.vpnls import fit_vpnls
 
 LEVEL = 0.9
 """Share of intervals that are to hold the true value."""
-FEW_TRUNKS = 5
-"""Number of trunks below which intervals are too narrow: with 4 about 80 % of those of 90 % hold the true value."""
+FEW_SIZES = 5
+"""Number of sizes below which intervals are too narrow: with 4 about 80 % of those of 90 % hold the true value."""
 FEWEST = 4
 """Trunks without which there is no interval."""
 

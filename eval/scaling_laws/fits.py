@@ -13,7 +13,7 @@ from typing import Any, Literal
 from pydantic import TypeAdapter, ValidationError
 
 from eval.scaling_laws.bootstrap import (
-    FEW_TRUNKS,
+    FEW_SIZES,
     LEVEL,
     Samples,
     arrays,
@@ -264,10 +264,11 @@ def _add_intervals(found: ArchitectureFit, options: FitOptions) -> None:
     drawn = resample_trunks(found.points, found.fit, options.samples, options.seed)
     found.samples, found.widening = drawn.surfaces, drawn.widening
     found.by_trunk = _intervals(drawn, found.fit)
-    if found.trunks < FEW_TRUNKS:
+    sizes = len({point.params for point in found.points})
+    if sizes < FEW_SIZES:
         found.warnings.append(
-            f"{found.trunks} trunks: intervals by trunk are too narrow below {FEW_TRUNKS}; with 4 about 80 % of those "
-            f"of {LEVEL:.0%} hold the true value."
+            f"{sizes} sizes: intervals by trunk are too narrow below {FEW_SIZES}; with 4 about 80 % of those of "
+            f"{LEVEL:.0%} hold the true value."
         )
     if deviation := seed_deviation(found.points):
         by_seed = resample_seeds(found.points, found.fit, deviation[0], options.samples, options.seed)

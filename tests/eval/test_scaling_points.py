@@ -152,7 +152,7 @@ def test_the_command_prints_and_writes_all_fits(tmp_path, capsys):
         main(["fit", table, "--samples", "3", "--hold-out", "largest:1", "--out", out])
     printed = capsys.readouterr().out
     assert "| one | vpnls (used) | 1.69 | 406.4 | 410.7 | 0.34 | 0.28 | 1 | 0.4516 |" in printed
-    assert "* one: 4 trunks: intervals by trunk are too narrow below 5" in printed
+    assert "* one: 4 sizes: intervals by trunk are too narrow below 5" in printed
     fits = read_fits(tmp_path / "fit.json")
     one = fits.of("one")
     assert one.fits["huber"].surface.alpha == pytest.approx(0.34, rel=1e-4) and one.points == points

@@ -16,6 +16,8 @@ from eval.study.picture import draw_panels
 
 PANEL = (5.6, 4.4)
 """Inches of a panel."""
+FEW_POWERS = 1000
+"""Ratio of the ends of a logarithmic axis below which powers of ten are too few ticks."""
 
 
 def draw_all(fits: Fits, forecasts: Sequence[Forecast], folder: Path) -> list[Path]:
@@ -69,9 +71,7 @@ def _loss(axes: Any, fitted: Sequence[ArchitectureFit]) -> None:
             axes.plot(*zip(*points), "o-", color=color, markersize=3, linewidth=0.6, alpha=0.6)
         frontier = [(best.flops, best.loss) for best in each.frontier]
         axes.plot(*zip(*frontier), color=color, linewidth=2.2, label=f"{each.architecture}, frontier")
-    axes.set(
-        xscale="log", yscale="log", xlabel="training FLOPs", ylabel="loss, nats a token", title="Loss and frontier"
-    )
+    axes.set(xscale="log", xlabel="training FLOPs", ylabel="loss, nats a token", title="Loss and frontier")
     _finish(axes)
 
 
@@ -140,6 +140,14 @@ def _predicted(axes: Any, fitted: Sequence[ArchitectureFit], forecasts: Sequence
 
 
 def _finish(axes: Any) -> None:
+    """Add the grid, readable ticks of logarithmic axes, and the legend."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    for axis, (low, high) in ((axes.xaxis, axes.get_xlim()), (axes.yaxis, axes.get_ylim())):
+        if axis.get_scale() == "log" and high / low < FEW_POWERS:
+            axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.set_major_formatter("{x:.3g}")
+            axis.set_minor_formatter(NullFormatter())
     axes.grid(alpha=0.3)
     handles = dict(zip(*reversed(axes.get_legend_handles_labels())))
     if handles:

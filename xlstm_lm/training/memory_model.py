@@ -285,4 +285,6 @@ def _bucket_bytes(elements: Elements, layout: RankLayout) -> int:
     if layout.stage == 3:
         return FLOAT32 * content
     buffers = 2 if layout.zero.get("overlap_comm") else 1
-    return buffers * a * bucket + content * (a + layout.storage.copied)
+    # A bucket in bf16 is joined and copied to float32 to be summed; one in float32 is summed where it is.
+    copies = a + layout.storage.copied if layout.storage.copied else 0
+    return buffers * a * bucket + content * copies

@@ -106,7 +106,8 @@ if __name__ == "__main__":
     world = join_world()
     report = {}
     for name in sys.argv[1:]:
-        stage, precision, activations, sequence = (*name.split("-"), "kept", "1")[:4]
+        given = name.split("-")
+        stage, precision, activations, sequence = given + ["kept", "1"][len(given) - 2 :]
         report[name] = cell(world, int(stage), precision, activations == "checkpointing", int(sequence))
     if world.is_first:
         print(json.dumps(report))

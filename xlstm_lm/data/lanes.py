@@ -217,7 +217,7 @@ class DealtSource:
 
 def share_readers(lanes: list[Lane], states: list[dict[str, Any]]) -> None:
     """Let lanes that are read in one process, each from its state on, read the shards that they share together."""
-    for index, source in enumerate(lanes[0].sources):
+    for index, source in enumerate(lanes[0].sources if lanes else ()):
         source.share_readers({lane.number: state["sources"][index] for lane, state in zip(lanes, states)})
 
 

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-import datetime
 import hashlib
 import io
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from eval.scaling_laws.fits import read_fits
 from eval.scaling_laws.predict import predict
 from eval.study.engine import PlannedRun, examine
 from xlstm_lm.base.durable_files import replace_durably
-from xlstm_lm.base.machine import git_commit
+from xlstm_lm.base.durations import utc_now
+from xlstm_lm.base.machine import environment
 from xlstm_lm.models.accounting import count_parameters, training_flops_per_token
 from xlstm_lm.runs.folder import RunFolder
 from xlstm_lm.training.run_config import load_run_config
@@ -140,8 +142,8 @@ def register(fit_path: Path, recipe: Path, architecture: str | None, out: Path) 
         method=found.chosen,
         fit=str(fit_path),
         fit_sha256=hashlib.sha256(fit_path.read_bytes()).hexdigest(),
-        git=git_commit() or "",
-        registered=_now(),
+        git=environment(torch.device("cpu"))["git_commit"] or "",
+        registered=utc_now(),
     )
     write_forecasts([*forecasts, forecast], out)
     return forecast
@@ -168,8 +170,4 @@ def _completed(forecast: Forecast) -> Forecast:
     state = examine(PlannedRun("", run))
     if state.status != "finished":
         return forecast
-    return dataclasses.replace(forecast, measured=state.last_validation["loss"], completed=_now())
-
-
-def _now() -> str:
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    return dataclasses.replace(forecast, measured=state.last_validation["loss"], completed=utc_now())

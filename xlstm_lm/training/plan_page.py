@@ -31,8 +31,8 @@ def _work(plan: Plan) -> list[str]:
     return [
         f"{plan.elements.parameters:,} parameters on {layout.processes} {plan.gpu.name}, ZeRO {layout.stage}, "
         f"{layout.precision}.",
-        f"A step: {run.data.global_batch_size} rows of {run.data.context_length:,} tokens = {plan.tokens_per_step:,}; "
-        f"on a GPU {layout.micro_batches} micro batches of {layout.rows} rows.",
+        f"A step: {run.data.global_batch_size} rows of {run.data.context_length:,} tokens = {plan.tokens_per_step:,}. "
+        f"Micro batches of a GPU: {layout.micro_batches}; rows of each: {layout.rows}.",
         f"The run: {run.training.steps:,} steps, {plan.tokens:.4g} tokens "
         f"({plan.tokens / plan.elements.parameters:,.1f} a parameter), {plan.flops_per_token:.4g} FLOPs a token, "
         f"{plan.tokens * plan.flops_per_token:.4g} in all.",

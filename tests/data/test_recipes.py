@@ -31,4 +31,4 @@ def known_keys(value: object) -> set[str]:
 
 
 def test_the_recipes_are_there():
-    assert {"python_stdlib", "local_text", "slimpajama", "dclm"} <= {path.stem for path in RECIPES}
+    assert {"python_stdlib", "local_text", "chats", "slimpajama", "dclm"} <= {path.stem for path in RECIPES}

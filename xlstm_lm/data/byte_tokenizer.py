@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from xlstm_lm.data.chat import ChatTemplate
 from xlstm_lm.data.tokenizer_files import END_OF_DOCUMENT, TokenizerConfig, save_tokenizer
 
 PIECE_CHARACTERS = 1 << 18
@@ -33,6 +34,8 @@ class ByteTokenizer:
 
     vocab_size = 257
     end_of_document = 256
+    name = "bytes"
+    chat: ChatTemplate | None = None
 
     def __init__(self) -> None:
         self.bytes_per_token = torch.ones(self.vocab_size, dtype=torch.int64)

@@ -15,6 +15,7 @@ import torch
 from xlstm_lm.base.announce import announce_once
 from xlstm_lm.base.paths import user_path
 from xlstm_lm.data.byte_tokenizer import ByteDecoder, byte_characters
+from xlstm_lm.data.chat import ChatTemplate
 from xlstm_lm.data.cuts import Cuts
 from xlstm_lm.data.encoder import encoder_without, fallback, never_writes, unknown_token
 from xlstm_lm.data.match_boundaries import UnknownBoundariesError
@@ -79,7 +80,9 @@ class HuggingFaceTokenizer:
         self._fallback = fallback(parts)
         self._leaves_out = self._fallback == "nothing"
         self._config = TokenizerConfig(kind="huggingface", name=str(config.name), end_of_document=end)
+        self.name = str(config.name)
         self.end_of_document: int = end_id
+        self.chat = _chat_template(loaded, backend, self._encoder, end_id)
         self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
         self._token_bytes, self._byte_level = _bytes_of_tokens(backend, parts["decoder"], self.vocab_size)
         self.bytes_per_token = torch.tensor([len(token) for token in self._token_bytes], dtype=torch.int64)
@@ -253,6 +256,19 @@ def _settings(loaded: Any) -> dict[str, Any]:
     if isinstance(template, dict):
         template = [{"name": name, "template": each} for name, each in template.items()]
     return settings | ({"chat_template": template} if template else {})
+
+
+def _chat_template(loaded: Any, backend: Any, encoder: Any, end_of_document: int) -> ChatTemplate | None:
+    """The chat template of a tokenizer of transformers; of several, the one called default."""
+    template = loaded.chat_template
+    if isinstance(template, dict):
+        template = template.get("default")
+    if not template:
+        return None
+    names = {name: str(token) for name, token in loaded.special_tokens_map.items() if isinstance(token, str)}
+    added = backend.get_added_tokens_decoder()
+    special = {index: token.content for index, token in added.items() if token.special}
+    return ChatTemplate(template, names, special, encoder, end_of_document)
 
 
 def _bytes_of_tokens(backend: Any, decoder: Any, vocab_size: int) -> tuple[list[bytes], bool]:

@@ -10,6 +10,7 @@ from typing import Any
 from xlstm_lm.base.announce import announce_once
 from xlstm_lm.data.batch import Batch, stack_rows
 from xlstm_lm.data.config import DataConfig
+from xlstm_lm.data.documents import chat_identity, chat_template
 from xlstm_lm.data.fingerprint import changed_files, fingerprint_differences, source_differences
 from xlstm_lm.data.lanes import DealtSource, Lane
 from xlstm_lm.data.opened import Opened, commits_of, open_sources
@@ -151,8 +152,10 @@ class TrainingStream:
             "shuffle": config.shuffle,
             "shuffle_documents": config.shuffle_documents,
             "tokenizer": self._tokenizer.fingerprint(),
-            "sources": [each.identity() for each in self._dealt],
-            "validation": [source.identity() for source in self._opened.validation],
+            "sources": [each.identity() | chat_identity(each.source.config, self._tokenizer) for each in self._dealt],
+            "validation": [
+                each.identity() | chat_identity(each.config, self._tokenizer) for each in self._opened.validation
+            ],
         }
         return json.loads(json.dumps(values))
 
@@ -228,11 +231,12 @@ class TrainingStream:
 
 
 def _check_tokenizer(source: Source, tokenizer: Tokenizer) -> None:
-    """Compare the tokenizer of a run with that of a source of token ids.
+    """Compare the tokenizer of a run with that of a source of token ids, and with the needs of a source of chats.
 
     Raises:
-        ValueError: they differ.
+        ValueError: they differ; the tokenizer has no chat template.
     """
+    chat_template(source.config, tokenizer)
     if source.tokenizer_fingerprint not in (None, tokenizer.fingerprint()):
         raise ValueError(
             f"{source.config.description} was tokenized by another tokenizer than data.tokenizer: set "

@@ -22,7 +22,7 @@ from xlstm_lm.base.durable_files import disk_errors_explained, replace_durably
 from xlstm_lm.base.read_files import read_json
 from xlstm_lm.base.recipe import to_yaml
 from xlstm_lm.data.config import DataConfig
-from xlstm_lm.data.documents import documents
+from xlstm_lm.data.documents import chat_identity, check_templates, documents
 from xlstm_lm.data.duplicates import leave_out_duplicates
 from xlstm_lm.data.opened import Opened, open_sources
 from xlstm_lm.data.sources import KINDS, Piece, Record, Source
@@ -76,11 +76,13 @@ def tokenize(
         Statistics of each source by the name of its folder.
 
     Raises:
-        ValueError: The folder holds ids of other documents or of another tokenizer, or a document is bad.
+        ValueError: The folder holds ids of other documents or of another tokenizer, the tokenizer has no
+            template for chats, or a document is bad.
         ConnectionError: The hub does not answer.
         RunError: A file cannot be written.
     """
     tokenizer = build_tokenizer(config.tokenizer)
+    check_templates((*config.sources, *config.validation), tokenizer)
     opened = open_sources(config)
     jobs: dict[str, list[Job]] = {}
     for name, source, limit in _named(opened, config):
@@ -153,7 +155,7 @@ def _describe(jobs: list[Job], tokenizer: Tokenizer, deduplicate: bool) -> None:
         "vocab_size": tokenizer.vocab_size,
         "limit": jobs[0].limit,
         "deduplicate": deduplicate,
-        "source": json.loads(json.dumps(source.identity())),
+        "source": json.loads(json.dumps(source.identity() | chat_identity(source.config, tokenizer))),
         "shard_sizes": {job.path.name: sum(source.shard_sizes[shard] for shard in job.shards) for job in jobs},
     }
     if path.exists():
@@ -220,7 +222,7 @@ def write_job(job: Job, tokenizer: Tokenizer) -> Counts:
     with disk_errors_explained(job.path):
         with partial.open("wb") as file:
             for records in _batches(job, tokenizer, counts):
-                for record, ids in zip(records, tokenizer.encode_batch([record.text for record in records])):
+                for record, ids in zip(records, _encoded(records, tokenizer)):
                     if job.keeps_numbers:
                         lengths += [0] * (record.document - len(lengths))
                     lengths.append(len(ids))
@@ -235,6 +237,13 @@ def write_job(job: Job, tokenizer: Tokenizer) -> Counts:
         counts.save(job.path)
     write_index(job.path, lengths, dtype)
     return counts
+
+
+def _encoded(records: list[Record], tokenizer: Tokenizer) -> list[np.ndarray]:
+    """Token ids of records; those of chats are there already."""
+    waiting = [record.text for record in records if record.tokens is None]
+    encoded = iter(tokenizer.encode_batch(waiting) if waiting else ())
+    return [next(encoded) if record.tokens is None else record.tokens for record in records]
 
 
 def _batches(job: Job, tokenizer: Tokenizer, counts: Counts) -> Iterator[list[Record]]:

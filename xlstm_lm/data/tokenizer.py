@@ -11,6 +11,7 @@ import torch
 
 from xlstm_lm.base.read_files import read_json
 from xlstm_lm.data.byte_tokenizer import ByteTokenizer
+from xlstm_lm.data.chat import ChatTemplate
 from xlstm_lm.data.huggingface_tokenizer import HuggingFaceTokenizer
 from xlstm_lm.data.tokenizer_files import CONFIG_FILE, TokenizerConfig
 
@@ -32,6 +33,10 @@ class Tokenizer(Protocol):
     """Number of ids; every id is below it."""
     end_of_document: int
     """Id of the token between documents."""
+    name: str
+    """Name in messages."""
+    chat: ChatTemplate | None
+    """The chat template; None without one."""
     bytes_per_token: torch.Tensor
     """Bytes of text each id stands for, int64 (V,); 0 for the end of a document and an unknown token."""
 

@@ -10,6 +10,7 @@ import torch
 
 from xlstm_lm.data.batch import Batch
 from xlstm_lm.data.config import DataConfig
+from xlstm_lm.data.documents import check_templates
 from xlstm_lm.data.opened import Commit, Opened, open_sources
 from xlstm_lm.data.packing import Row
 from xlstm_lm.data.stream import TrainingStream
@@ -82,7 +83,8 @@ class DocumentData:
         """Load the tokenizer.
 
         Raises:
-            ValueError: the section names a task instead of documents, or the tokenizer cannot be loaded.
+            ValueError: the section names a task instead of documents, the tokenizer cannot be loaded, or it has no
+                template for a source of chats.
         """
         if config.task is not None:
             raise ValueError(
@@ -91,6 +93,7 @@ class DocumentData:
             )
         self.config = config
         self.tokenizer = build_tokenizer(config.tokenizer)
+        check_templates((*config.sources, *config.validation), self.tokenizer)
         self._opened: Opened | None = None
         self._on_first: OnFirst = lambda action: action()
         self._held_out: dict[tuple[int, int, int], list[Batch]] = {}

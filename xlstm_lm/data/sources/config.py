@@ -26,17 +26,19 @@ class Kind:
     one_document_a_file: bool = False
     has_text_field: bool = False
     """Whether a document is the field `text_field` among several."""
+    has_lists: bool = False
+    """Whether a field may be a list, as the messages of a chat are."""
 
 
 KINDS = {
     "text": Kind(reader=f"{_READERS}:read_whole_files", look=f"{_LOCAL}:point_out_json", one_document_a_file=True),
     "text_lines": Kind(reader=f"{_READERS}:read_lines", look=f"{_LOCAL}:point_out_json"),
-    "jsonl": Kind(reader=f"{_READERS}:read_lines", has_text_field=True),
+    "jsonl": Kind(reader=f"{_READERS}:read_lines", has_text_field=True, has_lists=True),
     "csv": Kind(reader="xlstm_lm.data.sources.delimited:read_csv", has_text_field=True),
-    "parquet": Kind(reader=f"{_READERS}:read_rows", look=f"{_LOCAL}:check_column", has_text_field=True),
-    "tar": Kind(reader="xlstm_lm.data.sources.archives:read_archives", has_text_field=True),
+    "parquet": Kind(reader=f"{_READERS}:read_rows", look=f"{_LOCAL}:check_column", has_text_field=True, has_lists=True),
+    "tar": Kind(reader="xlstm_lm.data.sources.archives:read_archives", has_text_field=True, has_lists=True),
     "tokens": Kind(reader="xlstm_lm.data.sources.tokens:read_tokens", look="xlstm_lm.data.sources.tokens:describe"),
-    "hub": Kind(source="xlstm_lm.data.sources.hub:HubSource", takes_paths=False, has_text_field=True),
+    "hub": Kind(source="xlstm_lm.data.sources.hub:HubSource", takes_paths=False, has_text_field=True, has_lists=True),
     "python_stdlib": Kind(reader=f"{_READERS}:read_whole_files", takes_paths=False, one_document_a_file=True),
 }
 """Every kind of source. A new one is its reader, in a file of its own, and a row here."""
@@ -68,6 +70,9 @@ class SourceConfig:
     such as txt, or an entry of its json."""
     template: str | None = None
     """Text of a document out of several fields, such as "{title}: {text}", in place of text_field."""
+    chat: str | None = None
+    """Field that holds a chat, in place of text_field: a list of messages, objects with role and content, which the
+    tokenizer's chat template renders."""
     weight: Annotated[float, Range(0, 1e15, open_below=True)] = 1.0
     """Share of the training tokens, relative to the other sources' weights, or of passes by `weight_by`."""
     weight_by: Literal["tokens", "epochs"] = "tokens"
@@ -94,6 +99,14 @@ class SourceConfig:
             raise ValueError(
                 f"template {self.template!r} takes the place of text_field, in sources whose documents have fields: "
                 f"remove {wrong} (kind {self.kind})"
+            )
+        if self.chat is not None and (self.text_field != "text" or self.template is not None):
+            wrong = "text_field" if self.text_field != "text" else "template"
+            raise ValueError(f"chat {self.chat!r} takes the place of {wrong}: remove one of them")
+        if self.chat is not None and not KINDS[self.kind].has_lists:
+            raise ValueError(
+                f"chat {self.chat!r} needs documents whose fields may be lists, of kind "
+                f"{', '.join(name for name in KINDS if KINDS[name].has_lists)}, not {self.kind}"
             )
         if self.kind == "hub" and not self.dataset:
             raise ValueError("a source of kind hub needs dataset: its id, such as HuggingFaceFW/fineweb-edu")

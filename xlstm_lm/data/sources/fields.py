@@ -1,7 +1,8 @@
-"""The fields of a document that make up its text: one of them, or several in a template."""
+"""The fields of a document that make up its text: one of them, several in a template, or the messages of a chat."""
 
 from __future__ import annotations
 
+import json
 import string
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,8 @@ class Fields:
     """Names of the fields or columns, each once."""
     parts: tuple[tuple[str, str | None], ...] = ()
     """Template as pairs of fixed text and the field after it, None at the end; empty without a template."""
+    is_chat: bool = False
+    """Whether the field holds messages of a chat, whose text is a JSON array until a tokenizer renders it."""
 
     @classmethod
     def of(cls, config: SourceConfig) -> Fields:
@@ -25,6 +28,8 @@ class Fields:
         Raises:
             ValueError: the template has no field, or anything in braces but the name of a field.
         """
+        if config.chat is not None:
+            return cls((config.chat,), is_chat=True)
         if config.template is None:
             return cls((config.text_field,))
         try:
@@ -41,6 +46,8 @@ class Fields:
 
     def text(self, values: dict[str, Any]) -> tuple[str, str | None]:
         """The text of a document with these fields, or what is wrong with it."""
+        if self.is_chat:
+            return messages_of(values, self.names[0])
         if not self.parts:
             return text_of(values, self.names[0])
         filled = {}
@@ -55,12 +62,13 @@ class Fields:
 
 def text_setting(config: SourceConfig) -> str:
     """Name of the setting that names the fields of a source."""
-    return "text_field" if config.template is None else "template"
+    return "chat" if config.chat is not None else "text_field" if config.template is None else "template"
 
 
 def text_identity(config: SourceConfig) -> dict[str, str]:
     """The settings of a source that say how fields become a text, as they stand in its identity."""
-    return {"text_field": config.text_field} | ({} if config.template is None else {"template": config.template})
+    others = {"template": config.template, "chat": config.chat}
+    return {"text_field": config.text_field} | {name: value for name, value in others.items() if value is not None}
 
 
 def text_of(fields: dict[str, Any], text_field: str, setting: str = "text_field") -> tuple[str, str | None]:
@@ -75,6 +83,31 @@ def text_of(fields: dict[str, Any], text_field: str, setting: str = "text_field"
     if text_field not in fields:
         return "", f"no field {text_field!r} among {', '.join(fields) or 'none'}; the setting is {setting}"
     return "", f"field {text_field!r} holds {type(text).__name__}, not text"
+
+
+def messages_of(fields: dict[str, Any], name: str) -> tuple[str, str | None]:
+    """The chat in a document's field as a JSON array, empty without messages, or what is wrong with it.
+
+    Entries of a message that are null are left out, as columns of parquet have them for all messages.
+    """
+    messages = fields.get(name)
+    if name not in fields:
+        return "", f"no field {name!r} among {', '.join(fields) or 'none'}; the setting is chat"
+    if not isinstance(messages, list):
+        return "", f"field {name!r} holds {type(messages).__name__}, not a list of messages"
+    kept = []
+    for number, message in enumerate(messages, 1):
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str) or "content" not in message:
+            return "", f"message {number} of field {name!r} is not an object with role and content"
+        kept.append({key: value for key, value in message.items() if value is not None or key == "content"})
+    try:
+        text = json.dumps(kept, ensure_ascii=False) if kept else ""
+        text.encode()
+    except UnicodeEncodeError:
+        return "", f"field {name!r} holds half a surrogate pair, which is no character"
+    except (TypeError, ValueError) as error:
+        return "", f"field {name!r} holds what JSON cannot express ({error})"
+    return text, None
 
 
 def _bad_template(template: str, reason: str) -> ValueError:

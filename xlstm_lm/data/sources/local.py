@@ -120,15 +120,19 @@ def check_column(source: FileSource) -> None:
             "on_bad_document: skip for this source"
         ) from error
     fields = Fields.of(source.config)
-    fits = _is_text if source.config.template is None else _can_be_text
+    wanted, fits, offered = "text", _is_text, _is_text
+    if source.config.template is not None:
+        fits = _can_be_text
+    if source.config.chat is not None:
+        wanted, fits, offered = "a list of messages", _can_be_chat, _can_be_chat
     unfit = next((name for name in fields.names if types is not None and not fits(types.get(name))), None)
     if types is None or unfit is None:
         return
-    kind = types.get(unfit)
-    found = "has no column" if kind is None else f"holds {kind}, not text, in column"
+    kind, others = types.get(unfit), ", ".join(name for name in types if offered(types[name]))
+    found = "has no column" if kind is None else f"holds {kind}, not {wanted}, in column"
     raise ValueError(
         f"parquet {source.paths[0]} {found} {unfit!r}: set {text_setting(source.config)} to one of "
-        f"{', '.join(name for name in types if _is_text(types[name])) or '(it has no column of text)'}"
+        f"{others or f'(it has no column of {wanted})'}"
     )
 
 
@@ -152,6 +156,11 @@ def _is_text(kind: pyarrow.DataType | None) -> bool:
 
 def _can_be_text(kind: pyarrow.DataType | None) -> bool:
     return _is_text(kind) or (kind is not None and (pyarrow.types.is_integer(kind) or pyarrow.types.is_floating(kind)))
+
+
+def _can_be_chat(kind: pyarrow.DataType | None) -> bool:
+    lists = pyarrow.types.is_list(kind) or pyarrow.types.is_large_list(kind) if kind is not None else False
+    return lists and pyarrow.types.is_struct(kind.value_type)  # type: ignore[union-attr]
 
 
 def _begins_with_json(path: str) -> bool:

@@ -63,7 +63,7 @@ class Record(NamedTuple):
     offset: int | None = None
     """Bytes of the shard, decompressed, up to the end of this document; None if unknown."""
     tokens: np.ndarray | None = None
-    """Ids of the document in place of its text, int32; None where it has text."""
+    """Ids of the document, int32, with or without its text; None where its text is still to be encoded."""
 
     @property
     def size(self) -> int:

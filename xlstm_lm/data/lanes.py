@@ -19,10 +19,10 @@ from xlstm_lm.data.config import DataConfig
 from xlstm_lm.data.documents import Read, documents, tokenized
 from xlstm_lm.data.packing import Document, Row, pack
 from xlstm_lm.data.shared_shards import SharedShard
-from xlstm_lm.data.sources import KINDS, START, Piece, Position, Record, Source
+from xlstm_lm.data.sources import KINDS, START, Landmark, Piece, Position, Record, Source
 from xlstm_lm.data.tokenizer import Tokenizer
 
-UNKNOWN = {"turn": 0, "checksum": None, "offset": None, "read": None}
+UNKNOWN = {"turn": 0, "checksum": None, "offset": None, "landmark": None, "read": None}
 """Fields that the state of a lane lacks in older checkpoints, which a lane does not need to go on."""
 
 
@@ -38,7 +38,13 @@ def _hash(text: str) -> bytes:
 
 def _position(state: Mapping[str, Any]) -> Position:
     """The position at which a lane's next block begins."""
-    return Position(*({**UNKNOWN, **state}[name] for name in Position._fields))
+    position = Position(*({**UNKNOWN, **state}[name] for name in Position._fields))
+    return position._replace(landmark=position.landmark and Landmark(*position.landmark))
+
+
+def _state_at(position: Position) -> dict[str, Any]:
+    """A position as JSON, as it stands in the state of a lane."""
+    return {**position._asdict(), "landmark": position.landmark and list(position.landmark)}
 
 
 class DealtSource:
@@ -143,7 +149,7 @@ class DealtSource:
     def initial_state(self) -> dict[str, Any]:
         """The state of a lane that has read nothing: the block that comes next, how much of it was used, and how far
         documents were read (epoch, piece, document and checksum; None where an older checkpoint lacks it)."""
-        return {"epoch": 0, **START._asdict(), "index": 0, "skipped": 0, "read": [0, 0, 0, 0]}
+        return {"epoch": 0, **_state_at(START), "index": 0, "skipped": 0, "read": [0, 0, 0, 0]}
 
     def documents(
         self, lane: int, state: dict[str, Any], tokenizer: Tokenizer
@@ -173,7 +179,7 @@ class DealtSource:
                 bad.clear()
                 if end is None:
                     break
-                state |= end._asdict()
+                state |= _state_at(end)
             if not given:
                 note = f" ({state['skipped']} bad ones skipped)" if state["skipped"] else ""
                 names = ", ".join(self.source.name_of(piece.shard) for piece in pieces[:3])
@@ -183,7 +189,7 @@ class DealtSource:
                     f"global_batch_size: its share of {names}{more} is empty{note}; use a smaller global_batch_size or "
                     "more text, and remove files without documents"
                 )
-            state = {**state, "epoch": state["epoch"] + 1, **START._asdict()}
+            state = {**state, "epoch": state["epoch"] + 1, **_state_at(START)}
 
     def _read_block(self, records: Iterator[Record]) -> tuple[list[Record], Position | None]:
         """Read the next block; returns its documents and its end, None at that of the epoch."""

@@ -8,13 +8,14 @@ from pkgutil import resolve_name
 
 from xlstm_lm.data.sources.config import KINDS, SourceConfig
 from xlstm_lm.data.sources.local import FileSource
-from xlstm_lm.data.sources.record import ORDER, START, Piece, Position, Record, Source, refuse
+from xlstm_lm.data.sources.record import ORDER, START, Landmark, Piece, Position, Record, Source, refuse
 
 __all__ = [
     "KINDS",
     "ORDER",
     "START",
     "FileSource",
+    "Landmark",
     "Piece",
     "Position",
     "Record",

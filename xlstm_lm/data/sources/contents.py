@@ -121,6 +121,17 @@ def open_text(path: str | Path | Opener) -> IO[bytes]:
     return file
 
 
+def state_of(file: IO[bytes]) -> tuple[int, int] | None:
+    """Bytes and time of the last change (nanoseconds since 1970) of a file that `open_file` has opened.
+
+    None where bytes cannot be read from the middle of it, as it is compressed.
+    """
+    if isinstance(file, _Decompressed):
+        return None
+    status = os.fstat(file.fileno())
+    return status.st_size, status.st_mtime_ns
+
+
 class Contents(NamedTuple):
     """Sizes and content hashes of a source's files."""
 

@@ -9,12 +9,12 @@ from typing import IO, Any, NamedTuple
 
 import pyarrow.parquet
 
-from xlstm_lm.data.sources.contents import BYTE_ORDER_MARK, READ_ERRORS, Opener, open_parquet, open_text
+from xlstm_lm.data.sources.contents import BYTE_ORDER_MARK, READ_ERRORS, Opener, open_parquet, open_text, state_of
 from xlstm_lm.data.sources.fields import Fields
+from xlstm_lm.data.sources.progress import STEP, Progress
 from xlstm_lm.data.sources.record import Piece, Position, Record
 
 ROWS_AT_ONCE = 512
-PASSED_BYTES = 2**20
 ALL = 2**62
 """Number of the document behind the last one of a file that breaks off: nothing more is to be had of it."""
 ONE_A_LINE = "jq -c . FILE writes an object a line, jq -c '.[]' FILE those of an array"
@@ -99,10 +99,17 @@ class Turns:
         text: str,
         problem: str | None,
         unit: str,
-        checksum: int | None,
-        offset: int | None = None,
+        read: Progress | int | None,
     ) -> Record | None:
-        """The record of line or row `number`, None if it is another lane's. An empty text uses up no turn."""
+        """The record of line or row `number`, None if it is another lane's. An empty text uses up no turn.
+
+        Args:
+            number: Number of the line or row within the shard, from 0.
+            text: Text of the document; empty if there is a problem.
+            problem: The problem with it; None if there is none.
+            unit: "line", "row" or "document", for messages.
+            read: Progress in the shard up to the end of this document, or the checksum of all that; None if unknown.
+        """
         mine = self.is_mine(number)
         if problem is None and text:
             self.turn += 1
@@ -111,7 +118,10 @@ class Turns:
         shard = self._shard
         problem = None if problem is None else f"data file {shard.path}, {unit} {number + 1}: {problem}"
         name = f"{shard.name}:{number + 1}"
-        return Record(shard.index, number, text, name, problem, self.turn, checksum, offset)
+        if not isinstance(read, Progress):
+            return Record(shard.index, number, text, name, problem, self.turn, read)
+        place = (read.checksum, read.offset, read.landmark)
+        return Record(shard.index, number, text, name, problem, self.turn, *place)
 
     def broken_off(self, number: int, error: Exception, unit: str) -> Record | None:
         """The record of a file that cannot be read from line or row `number` on; None if it is another lane's."""
@@ -137,48 +147,53 @@ def read_lines(shards: list[Shard], fields: Fields | None, order: int, strict: b
         count = 0
         try:
             with open_text(shard.file) as file:
-                count, offset, checksum = _pass_over(file, shard)
+                count, progress = _pass_over(file, shard)
                 for line in file:
-                    offset += len(line)
+                    progress.add(line)
                     if not shard.counts_blank_lines and not line.strip():
                         continue
                     number, count = count, count + 1
-                    if not shard.is_fixed:
-                        checksum = zlib.crc32(line, checksum)
                     if order > 1 and (number == 0 or fields is not None):  # also where such files were joined
                         line = line.removeprefix(BYTE_ORDER_MARK)
                     if not line.strip() or (order == 1 and not turns.is_mine(number)):
                         continue
                     text, problem = _parse_line(line, fields)
-                    kept = None if shard.is_fixed else checksum
-                    if record := turns.record(number, text, problem, "line", kept, offset):
+                    if record := turns.record(number, text, problem, "line", progress):
                         yield record
         except errors as error:
             if record := turns.broken_off(count, error, "line"):
                 yield record
 
 
-def _pass_over(file: IO[bytes], shard: Shard) -> tuple[int, int, int]:
-    """Move a file of lines to the position to begin at; returns the lines, bytes and checksum before it.
+def _pass_over(file: IO[bytes], shard: Shard) -> tuple[int, Progress]:
+    """Move a file of lines to the position to begin at; returns the lines before it, and the progress there.
 
-    A file that may have changed is read up to there and compared. The lines are counted only where a checkpoint of an
-    older version does not hold the offset.
+    A file that may have changed is compared with what the run had read: from the landmark on if its size and time of
+    change are the same as then, otherwise from its beginning. The lines are counted only where a checkpoint of an older
+    version does not hold the offset.
     """
-    first = shard.first
-    count, offset, checksum = 0, 0, 0
+    first, count = shard.first, 0
+    if shard.is_fixed and first.offset is not None and file.seekable():
+        return first.document, Progress(file.seek(first.offset), None)
+    state = None if shard.is_fixed else state_of(file)
+    progress = Progress(0, None if shard.is_fixed else 0, state)
+    if (landmark := first.landmark) is not None and state == (landmark.size, landmark.changed):
+        progress = Progress(file.seek(landmark.offset), landmark.checksum, state)
     if first.offset is None:
         while count < first.document and (line := file.readline()):
-            offset, checksum = offset + len(line), zlib.crc32(line, checksum)
+            progress.add(line)
             count += shard.counts_blank_lines or bool(line.strip())
-    elif shard.is_fixed and file.seekable():
-        return first.document, file.seek(first.offset), 0
     else:
-        while offset < first.offset and (part := file.read(min(PASSED_BYTES, first.offset - offset))):
-            offset, checksum = offset + len(part), zlib.crc32(part, checksum)
-        count = first.document if offset == first.offset else -1
-    if first.checksum not in (None, checksum) or count < first.document:
+        while left := first.offset - progress.offset:
+            part = file.read(min(STEP, left))
+            if not part:
+                break
+            progress.add(part)
+        count = first.document if progress.offset == first.offset else -1
+    differs = not shard.is_fixed and first.checksum not in (None, progress.checksum)
+    if differs or count < first.document:
         raise shard.changed("lines")
-    return count, offset, checksum
+    return count, progress
 
 
 def read_rows(shards: list[Shard], fields: Fields, order: int, strict: bool) -> Iterator[Record]:

@@ -23,6 +23,19 @@ class Piece(NamedTuple):
     parts: int = 1
 
 
+class Landmark(NamedTuple):
+    """A place in a file of lines at which a restart begins to compare the file with what was read of it."""
+
+    size: int
+    """Bytes of the file when it was opened."""
+    changed: int
+    """Time of its last change, nanoseconds since 1970."""
+    offset: int
+    """Bytes of the file before the place."""
+    checksum: int
+    """CRC-32 of these bytes."""
+
+
 class Position(NamedTuple):
     """A place in a list of pieces, in front of a document."""
 
@@ -38,6 +51,8 @@ class Position(NamedTuple):
     offset: int | None = 0
     """Bytes of the shard, decompressed, before this document; None in files that are not of lines, and where an older
     checkpoint lacks it."""
+    landmark: Landmark | None = None
+    """Place at which a restart begins to compare; None to compare from the beginning of the shard."""
 
 
 START = Position()
@@ -62,6 +77,8 @@ class Record(NamedTuple):
     """CRC-32 of all that the shard holds up to the end of this document; None if unknown."""
     offset: int | None = None
     """Bytes of the shard, decompressed, up to the end of this document; None if unknown."""
+    landmark: Landmark | None = None
+    """Place before it at which a restart begins to compare; None for the beginning of the shard."""
     tokens: np.ndarray | None = None
     """Ids of the document, int32, with or without its text; None where its text is still to be encoded."""
 
@@ -73,7 +90,7 @@ class Record(NamedTuple):
     @property
     def end(self) -> Position:
         """The position behind it."""
-        return Position(self.piece, self.document + 1, self.turn, self.checksum, self.offset)
+        return Position(self.piece, self.document + 1, self.turn, self.checksum, self.offset, self.landmark)
 
 
 class Source(Protocol):

@@ -53,7 +53,9 @@ MESSAGES = st.lists(
 )
 
 
-def saved(folder, kind: str, template: str, special: list[str] = SPECIAL, end: str = "<|e|>") -> TokenizerConfig:
+def saved(
+    folder, kind: str, template: str | list[dict[str, str]], special: list[str] = SPECIAL, end: str = "<|e|>"
+) -> TokenizerConfig:
     backend = TOKENIZERS[kind]()
     if end != "<|e|>":
         backend = type(backend).from_str(backend.to_str().replace("<|e|>", end))
@@ -127,6 +129,12 @@ def test_a_message_and_the_template_do_not_make_up_a_special_token_together(tmp_
 def test_the_date_in_a_template_does_not_change(tmp_path):
     chat = build_tokenizer(saved(tmp_path, "gpt2", "{% for m in messages %}{{ strftime_now('%d %b %Y') }}{% endfor %}"))
     assert chat.chat.encode(json.dumps(CHAT[:1]))[0] == "26 Jul 2024"
+
+
+def test_of_several_templates_the_default_is_used(tmp_path):
+    named = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "{{ messages[0].role }}"}]
+    assert build_tokenizer(saved(tmp_path / "a", "gpt2", named)).chat.encode(json.dumps(CHAT))[0] == "user"
+    assert build_tokenizer(saved(tmp_path / "b", "gpt2", named[:1])).chat is None
 
 
 def chats(count: int) -> list[list[dict[str, str]]]:

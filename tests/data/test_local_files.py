@@ -9,6 +9,8 @@ import json
 import lzma
 import os
 import re
+import subprocess
+import sys
 import tarfile
 import zipfile
 from pathlib import Path
@@ -17,6 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from xlstm_lm.base.import_path import child_environment
 from xlstm_lm.base.paths import user_path
 from xlstm_lm.data import SourceConfig, open_source
 from xlstm_lm.data.sources import Piece, Record
@@ -288,3 +291,16 @@ def test_a_field_of_json_that_python_refuses_is_one_bad_document(tmp_path):
     assert number.problem.startswith(f"data file {path}, line 2: JSON that cannot be read (Exceeds the limit")
     assert nested.problem == f"data file {path}, line 3: JSON that is nested too deep to be read"
     assert last.text == "c"
+
+
+def test_a_program_may_end_while_it_reads(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(LINES)
+    program = (
+        "from xlstm_lm.data import SourceConfig, open_source\nfrom xlstm_lm.data.sources import Piece\n"
+        "records = open_source(SourceConfig(kind='jsonl', paths=['a.jsonl'])).read([Piece(0)])\n"
+        "print(next(records).text)"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, env=child_environment(), capture_output=True, text=True
+    )
+    assert (ended.stdout, ended.stderr) == ("one\n", "")

@@ -153,11 +153,12 @@ class HubSource:
         )
 
     def _read_by_ranges(self, shards: list[Shard]) -> Iterator[Record]:
+        unreachable = UnreachableError  # at exit, globals are gone before generators are closed
         assert self._kind is not None
         reader = resolve_name(KINDS[self._kind].reader)
         try:
             yield from reader(shards, self._fields, self.order, self.config.on_bad_document == "error")
-        except UnreachableError as error:
+        except unreachable as error:
             raise error.reason from None
 
     def _read_through_datasets(self, shards: list[Shard]) -> Iterator[Record]:

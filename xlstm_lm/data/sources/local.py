@@ -76,11 +76,12 @@ class FileSource:
             for index, piece in enumerate(pieces)
             if index >= first.piece
         ]
+        unreachable = UnreachableError  # at exit, globals are gone before generators are closed
         kind = KINDS[self.config.kind]
         fields = Fields.of(self.config) if kind.has_text_field else None
         try:
             yield from resolve_name(kind.reader)(shards, fields, self.order, self.config.on_bad_document == "error")
-        except UnreachableError as error:
+        except unreachable as error:
             raise error.reason from None
 
     def name_of(self, shard: int) -> str:

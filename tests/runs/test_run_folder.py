@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from xlstm_lm.parallel.process_group import join_world
 from xlstm_lm.runs.folder import RunFolder
 from xlstm_lm.runs.same_run import open_run_folder, run_of_recipe
 from xlstm_lm.runs.session import record_session
+from xlstm_lm.runs.status import RunStatus, write_status
 from xlstm_lm.training.run_config import load_run_config
 
 
@@ -102,6 +104,19 @@ def test_checkpoints_are_missed_where_there_must_have_been_one(tmp_path, steps, 
     (tmp_path / "run" / "learning_curve.png").touch()  # it came to a good end
     with pytest.raises(ValueError, match="checkpoints are gone"):
         open_run_folder(tmp_path / "run", config, dict, "auto")
+
+
+@pytest.mark.parametrize(("from_step", "to_step", "gone"), [(0, 0, False), (500, 500, False), (0, 2, True)])
+def test_a_run_killed_in_its_first_save_has_missed_no_checkpoint(tmp_path, from_step, to_step, gone):
+    """Saves end steps after they begin: metrics then reach past the step of a checkpoint that nobody has published."""
+    text = Path(make_run(tmp_path / "run", "run", range(from_step + 1, from_step + 5), checkpoint=None, every=2))
+    attempts = [{"attempt": 1, "from_step": from_step, "to_step": to_step}]
+    status = RunStatus(
+        state="running", reason="", step=to_step, steps=9, attempt=1, updated="", attempts=attempts, requeue=True
+    )
+    write_status(tmp_path / "run", status)
+    with pytest.raises(ValueError, match="checkpoints are gone") if gone else contextlib.nullcontext():
+        open_run_folder(tmp_path / "run", yaml.safe_load(text.read_text()), dict, "auto")
 
 
 def test_a_damaged_environment_is_kept_beside_the_new_one(tmp_path, caplog):

@@ -13,6 +13,7 @@ from xlstm_lm.base.paths import user_path
 from xlstm_lm.base.recipe import dotted_items, with_current_names
 from xlstm_lm.base.run_layout import CHECKPOINTS, CONFIG, LATEST, has_metrics, has_trained, run_of_checkpoint
 from xlstm_lm.runs.folder import RunFolder
+from xlstm_lm.runs.status import read_status
 
 FREE_TO_CHANGE = (
     "training.steps",
@@ -154,10 +155,13 @@ def open_run_folder(run_dir: Path, config: dict[str, Any], complete: Complete, r
 def _had_checkpoints(folder: RunFolder) -> bool:
     """Whether the run in a folder without checkpoints once had one: it stopped or ended well, or trained past one.
 
-    A run that was killed before its first checkpoint had none.
+    A run that was killed before its first checkpoint had none. Older runs have no status.json: their metrics tell.
     """
     if folder.curve_path.exists() or (folder.path / CHECKPOINTS / LATEST).exists():
         return True
+    status = read_status(folder.path)
+    if status is not None:  # it records each checkpoint once that is published, steps after the save began
+        return any(each.get("to_step") != each.get("from_step") for each in status.attempts)
     every = folder.config()["training"]["checkpoint_every"]
     steps = [record["step"] for record in folder.metrics()]
     # A run that branched off another begins behind that one's checkpoints.

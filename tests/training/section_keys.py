@@ -50,7 +50,6 @@ ZERO = {
     "use_multi_rank_bucket_allreduce": [Trial(False, WHOLE)],
     "allgather_bucket_size": [Trial(50, WHOLE)],
     "overlap_comm": [Trial(True, (1, 2)), Trial(False, PARTITIONED)],
-    "round_robin_gradients": [Trial(True, WHOLE)],
     "offload_optimizer.device": [Trial("cpu", (1, 2, 3))],
     "offload_optimizer.pin_memory": [Trial(True, (1, 2, 3), beside=OFFLOADED)],
     "offload_param.device": [Trial("cpu", PARTITIONED, beside=OFFLOADED)],

@@ -129,7 +129,6 @@ def test_a_run_learns_and_another_optimizer_does_not_continue_it(folder):
     ("zero", "message"),
     [
         ({"stage": 3}, r"optimizer.kind = 'muon' cannot be used at .*stage 3, .*: choose a stage up to 2, or another"),
-        ({"stage": 1, "round_robin_gradients": True}, r"'muon' cannot be used with .*round_robin_gradients.*: remove"),
     ],
 )
 def test_layouts_that_cannot_hold_it_are_refused_before_any_work(zero, message, folder):

@@ -89,6 +89,8 @@ REFUSED = {
     "zero_optimization.offload_param.buffer_size": _NO_NVME,
     "zero_optimization.offload_param.max_in_cpu": _NO_NVME,
     "zero_optimization.allgather_partitions": _NO_EFFECT,
+    "zero_optimization.round_robin_gradients": "DeepSpeed then returns a parameter's gradient with another's size, "
+    "where norms by layer are measured",
     "zero_optimization.legacy_stage1": "DeepSpeed has removed it",
     "zero_optimization.compute_grad_norm": "the gradient norm is a metric, and decides whether a step is applied",
     "zero_optimization.leaf_module": _LEAVES,
@@ -156,8 +158,6 @@ class ZeroOptimization(TypedDict, total=False):
     """Whether weights are collected one after the other."""
     overlap_comm: StrictBool
     """Whether gradients are reduced during the backward pass."""
-    round_robin_gradients: StrictBool
-    """Whether gradients are assigned to the ranks in turn."""
     offload_optimizer: Offload | None
     """Master weights and moments in the host's memory."""
     offload_param: Offload | None

@@ -47,7 +47,7 @@ def check_layout(run: RunConfig, world: World, precision: Precision) -> Layout:
         check_carry_state(run.model)
     rows, micro_batches = split_batch(run.data.global_batch_size, world.data.size, run.training.micro_batch_size)
     stage = zero_stage(run.deepspeed, precision)
-    run.optimizer.check_layout(stage, run.deepspeed.get("zero_optimization", {}))
+    run.optimizer.check_layout(stage)
     return Layout(rows=rows, micro_batches=micro_batches, stage=stage)
 
 

@@ -60,11 +60,10 @@ def _for_activations(run: RunConfig, rows: int, activations: int) -> list[str]:
 
 def _for_state(run: RunConfig, world: World, precision: Precision, device: dict[str, int]) -> list[str]:
     stage, found = zero_stage(run.deepspeed, precision), []
-    zero = run.deepspeed.get("zero_optimization", {})
     for higher in range(stage + 1, 4) if world.size > 1 else ():
         divided = [name for name in SHARDED[higher] if name not in SHARDED.get(stage, ()) and name in device]
         try:
-            run.optimizer.check_layout(higher, zero)
+            run.optimizer.check_layout(higher)
         except ValueError:
             break
         before = sum(device[name] for name in divided)

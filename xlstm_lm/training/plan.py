@@ -239,7 +239,7 @@ def _choices(run: RunConfig, layout: RankLayout, elements: Elements, room: float
     for stage in stages:
         for checkpointing in (False, True):
             try:
-                run.optimizer.check_layout(stage, layout.zero)
+                run.optimizer.check_layout(stage)
                 memory = memory_plan(run.model, elements, replace(layout, stage=stage, checkpointing=checkpointing))
             except ValueError:
                 memory = None

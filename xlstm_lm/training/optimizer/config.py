@@ -63,12 +63,11 @@ class OptimizerConfig(ABC):
         gradient must stay unchanged, together with its state.
         """
 
-    def check_layout(self, stage: int, zero: Mapping[str, Any]) -> None:
+    def check_layout(self, stage: int) -> None:
         """Refuse a layout that the optimizer cannot work on.
 
         Args:
             stage: Effective ZeRO stage.
-            zero: Section deepspeed.zero_optimization.
 
         Raises:
             ValueError: names the setting and the remedy.

@@ -85,15 +85,6 @@ class MuonConfig(OptimizerConfig):
     def build(self, groups: list[dict[str, Any]]) -> Muon:
         return Muon(groups, lr=0.0, betas=tuple(self.betas), eps=self.eps, fused=True)
 
-    def check_layout(self, stage: int, zero: Mapping[str, Any]) -> None:
-        """Refuse layouts in which a rank's partition is not one slice of a group's weights, end to end."""
-        super().check_layout(stage, zero)
-        if stage and zero.get("round_robin_gradients"):
-            raise ValueError(
-                "optimizer.kind = 'muon' cannot be used with deepspeed.zero_optimization.round_robin_gradients, which "
-                "reorders the matrices: remove that key, or choose another optimizer.kind."
-            )
-
 
 class Muon(torch.optim.AdamW):
     """Muon over the groups that have an entry `shapes`, AdamW over the others.

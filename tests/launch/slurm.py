@@ -96,7 +96,11 @@ class Slurm:
         return shown["JobState"]
 
     def start_now(self, job: str) -> None:
-        """Start a requeued job at once. Slurm makes it wait until old credentials have expired, or two minutes."""
+        """Start a requeued job after 6 seconds. Slurm waits for two minutes, until old credentials have expired.
+
+        Sooner, the node may still refuse the job as one that has ended, which counts as another attempt.
+        """
+        time.sleep(6)
         with contextlib.suppress(AssertionError):  # it has just started by itself
             self.run("scontrol", "update", f"jobid={job}", "starttime=now")
 

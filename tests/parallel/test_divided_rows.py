@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 
 from tests.models.family_cases import CONFIGS
 from tests.parallel import divided_rows
 from tests.training.processes import run_ranks
+from xlstm_lm.parallel.divided_rows import DividedRows
+from xlstm_lm.parallel.process_group import Axis, join_world
 
 FLOAT32, FLOAT64 = 4, 8
 
@@ -21,6 +24,16 @@ def check_errors(ranks: int, *arguments: object) -> None:
     errors = result_of(ranks, "errors", *arguments)
     assert len(errors) == 2 * len(divided_rows.KINDS)
     assert max(errors.values()) < 1e-12, errors
+
+
+def test_steps_of_zero_leave_gradients_of_mamba_2_finite():
+    """The softplus of a very negative number is 0 in float32."""
+    join_world()
+    x_BTHP, b_BTGN = torch.randn(1, 4, 2, 3), torch.randn(1, 4, 1, 5)
+    dt_BTH = torch.tensor([0.1, 0.0, 0.2, 0.0])[None, :, None].repeat(1, 1, 2).requires_grad_()
+    rows = DividedRows(Axis(rank=0, size=1))
+    rows.ssd_state_before(x_BTHP, dt_BTH, -torch.ones(2), b_BTGN, None).sum().backward()
+    assert dt_BTH.grad.isfinite().all()
 
 
 def test_three_processes_compute_what_one_does():

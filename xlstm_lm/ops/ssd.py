@@ -74,7 +74,7 @@ def _recurrence(
     return_state: bool,
 ) -> Result:
     """Step by step: the definition."""
-    b_BTHN, c_BTHN = (_for_each_head(each, x_BTHP.shape[2]).to(dt_BTH.dtype) for each in (b_BTGN, c_BTGN))
+    b_BTHN, c_BTHN = (for_each_head(each, x_BTHP.shape[2]).to(dt_BTH.dtype) for each in (b_BTGN, c_BTGN))
     if state_BHNP is None:
         state_BHNP = dt_BTH.new_zeros(x_BTHP.shape[0], x_BTHP.shape[2], b_BTGN.shape[3], x_BTHP.shape[3])
     decay_BTH = torch.exp(dt_BTH * a_H)
@@ -100,16 +100,15 @@ def _mlstm(
     backend: str = "auto",
 ) -> Result:
     heads, N = x_BTHP.shape[2], b_BTGN.shape[3]
-    tiny = torch.finfo(dt_BTH.dtype).tiny
-    decay_BTH = (-dt_BTH * a_H).clamp_min(tiny)
+    decay_BTH = (-dt_BTH * a_H).clamp_min(torch.finfo(dt_BTH.dtype).tiny)
     initial_state = None
     if state_BHNP is not None:
         initial_state = (state_BHNP, torch.zeros_like(state_BHNP[..., 0]), torch.zeros_like(state_BHNP[..., 0, 0]))
     result = mlstm(
-        _for_each_head(c_BTGN * N**0.5, heads),  # the mLSTM divides its queries by it
-        _for_each_head(b_BTGN, heads),
+        for_each_head(c_BTGN * N**0.5, heads),  # the mLSTM divides its queries by it
+        for_each_head(b_BTGN, heads),
         x_BTHP,
-        dt_BTH.clamp_min(tiny).log(),
+        log_input(dt_BTH),
         -decay_BTH - torch.log(-torch.expm1(-decay_BTH)),  # sigmoid of this is e^-decay, also for tiny and huge ones
         resets=resets_BT,
         initial_state=initial_state,
@@ -150,7 +149,12 @@ def _mamba_ssm(
     return y_BTHP, state_BHPN.transpose(2, 3) if return_state else None
 
 
-def _for_each_head(x_BTGN: Tensor, num_heads: int) -> Tensor:
+def log_input(dt_BTH: Tensor) -> Tensor:
+    """Logarithm of the input gate of the mLSTM that computes SSD: it and its gradient are finite for a dt of 0 too."""
+    return dt_BTH.clamp_min(torch.finfo(dt_BTH.dtype).tiny).log()
+
+
+def for_each_head(x_BTGN: Tensor, num_heads: int) -> Tensor:
     """(B, T, G, N) -> (B, T, H, N), without a copy where there is one group."""
     B, T, G, N = x_BTGN.shape
     return x_BTGN[:, :, :, None].expand(B, T, G, num_heads // G, N).reshape(B, T, num_heads, N)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from xlstm_lm.ops.conv import last_inputs
 from xlstm_lm.ops.slices import (
     DELTA_CHAIN,
     MLSTM_CHAIN,
@@ -26,6 +27,7 @@ from xlstm_lm.ops.slices import (
     scan_effect,
 )
 from xlstm_lm.ops.slstm import slstm
+from xlstm_lm.ops.ssd import for_each_head, log_input
 from xlstm_lm.parallel.exchange import all_gather, all_to_all, receive, send
 from xlstm_lm.parallel.process_group import Axis
 
@@ -54,12 +56,8 @@ class DividedRows:
             carried: those before the whole row; None for zeros.
         """
         assert past <= x_BTD.shape[1], "a slice is shorter than the reach of the convolution"
-        last_BWD = x_BTD[:, x_BTD.shape[1] - past :]
-        if resets_BT is not None:
-            documents_BT = resets_BT.cumsum(1)
-            own_BT = documents_BT == documents_BT[:, -1:]
-            last_BWD = last_BWD.where(own_BT[:, own_BT.shape[1] - past :, None], 0.0)
-        every_SBWD = all_gather(last_BWD, self.axis.group)
+        documents_BT = None if resets_BT is None else resets_BT.cumsum(1)
+        every_SBWD = all_gather(last_inputs(x_BTD, documents_BT, past), self.axis.group)
         rank = self.axis.rank
         before_BWD = every_SBWD[max(rank - 1, 0) : rank].sum(0)  # zeros for the first, still connected
         return before_BWD if carried is None or rank > 0 else carried + before_BWD
@@ -94,10 +92,8 @@ class DividedRows:
         carried: Tensor | None = None,
     ) -> Tensor:
         """SSD's state (B, H, N, P) before this slice, from its inputs."""
-        heads_a_group = x_BTHP.shape[2] // b_BTGN.shape[2]
-        effect = mlstm_effect(
-            b_BTGN.repeat_interleave(heads_a_group, dim=2), x_BTHP, dt_BTH.log(), dt_BTH * a_H, resets_BT
-        )
+        b_BTHN = for_each_head(b_BTGN, x_BTHP.shape[2])
+        effect = mlstm_effect(b_BTHN, x_BTHP, log_input(dt_BTH), dt_BTH * a_H, resets_BT)
         state = None if carried is None else (F.pad(carried, (0, 1)), carried.new_zeros(carried.shape[:2]))
         both_BHNP, m_BH = self._state_before(effect, MLSTM_CHAIN, state)
         return both_BHNP[..., :-1] * m_BH.exp()[..., None, None]

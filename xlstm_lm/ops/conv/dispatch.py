@@ -56,12 +56,23 @@ def causal_conv(
     if not return_state:
         return y_BTD
 
-    first = extended_BTD.shape[1] - past
-    state_BWD = extended_BTD[:, max(first, 0) :]
+    return y_BTD, last_inputs(extended_BTD, documents_BT, past)
+
+
+def last_inputs(x_BTD: torch.Tensor, documents_BT: torch.Tensor | None, past: int) -> torch.Tensor:
+    """The last `past` inputs (B, past, D), zero where they are of an earlier document, or where there are fewer.
+
+    Args:
+        x_BTD: inputs (B, T, D).
+        documents_BT: number of each input's document in its row (B, T); None where a row is one document.
+        past: number of inputs.
+    """
+    first = x_BTD.shape[1] - past
+    last_BWD = x_BTD[:, max(first, 0) :]
     if documents_BT is not None:
         of_last_document_BW = documents_BT[:, max(first, 0) :] == documents_BT[:, -1:]
-        state_BWD = torch.where(of_last_document_BW[:, :, None], state_BWD, 0.0)
-    return y_BTD, pad(state_BWD, (0, 0, max(-first, 0), 0))
+        last_BWD = torch.where(of_last_document_BW[:, :, None], last_BWD, 0.0)
+    return pad(last_BWD, (0, 0, max(-first, 0), 0))
 
 
 def _check(

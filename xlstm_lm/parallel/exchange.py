@@ -37,16 +37,18 @@ class _AllToAll(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
         ctx.group = group
-        received = torch.empty_like(x, memory_format=torch.contiguous_format)
-        dist.all_to_all_single(received, x.contiguous(), group=group)
-        return received
+        return _swapped(x, group)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        own = torch.empty_like(gradient, memory_format=torch.contiguous_format)
-        dist.all_to_all_single(own, gradient.contiguous(), group=ctx.group)
-        return own, None
+        return _swapped(gradient, ctx.group), None
+
+
+def _swapped(x: Tensor, group: Group) -> Tensor:
+    received = torch.empty_like(x, memory_format=torch.contiguous_format)
+    dist.all_to_all_single(received, x.contiguous(), group=group)
+    return received
 
 
 class _Receive(torch.autograd.Function):

@@ -22,6 +22,7 @@ from eval.compare.report.write import write_report
 from eval.compare.runs import Runs, is_chosen, to_train, train_all
 from eval.study.engine import Grid, examine
 from eval.study.jobs import Outcome, alone_in
+from xlstm_lm.base.errors import some_of
 from xlstm_lm.base.fields import NonNegative, argument
 from xlstm_lm.base.outputs import check_folder_of_runs
 from xlstm_lm.base.paths import user_path
@@ -96,8 +97,7 @@ def _conclude(runs: Runs, outcomes: dict[str, Outcome], options: argparse.Namesp
         if value:
             values = [shlex.join(value)] if name == "launch" else value if isinstance(value, list) else [value]
             again += [f"--{name.replace('_', '-')}", *map(str, values)]
-    shown = ", ".join(left[:12]) + (f" and {len(left) - 12} more" if len(left) > 12 else "")
-    print(f"Left to do: {shown}.\nGo on with:  {shlex.join(again)}")
+    print(f"Left to do: {some_of(left, 12)}.\nGo on with:  {shlex.join(again)}")
     return FAILED if failed else UNFINISHED
 
 

@@ -29,6 +29,7 @@ from eval.scaling_laws.report import write_report
 from eval.scaling_laws.summary import as_markdown
 from eval.scaling_laws.work import Work
 from eval.study.results_file import results_file, write_results
+from xlstm_lm.base.errors import some_of
 from xlstm_lm.base.fields import Count, CountOrZero, NonNegative, Positive, Share, argument
 from xlstm_lm.base.paths import user_path
 from xlstm_lm.base.program import program
@@ -103,8 +104,7 @@ def _run(options: argparse.Namespace) -> int:
         print(f"{run.run} cannot begin: {run.trunk} is over ({work.state(work.design.named(run.trunk)).status}).")
     left = [run.run for run in work.left]
     if left:
-        shown = ", ".join(left[:12]) + (f" and {len(left) - 12} more" if len(left) > 12 else "")
-        print(f"Left to do: {shown}.\nGo on with:  {COMMAND} run {options.design}")
+        print(f"Left to do: {some_of(left, 12)}.\nGo on with:  {COMMAND} run {options.design}")
     else:
         print(f"Nothing is left of the {len(work.planned)} runs.")
     return FAILED if failed else UNFINISHED if left else DONE

@@ -15,6 +15,7 @@ from itertools import chain, islice
 from typing import Any
 
 from xlstm_lm.base.announce import announce_once
+from xlstm_lm.base.errors import some_of
 from xlstm_lm.data.config import DataConfig
 from xlstm_lm.data.documents import Read, documents, tokenized
 from xlstm_lm.data.packing import Document, Row, pack
@@ -182,11 +183,10 @@ class DealtSource:
                 state |= _state_at(end)
             if not given:
                 note = f" ({state['skipped']} bad ones skipped)" if state["skipped"] else ""
-                names = ", ".join(self.source.name_of(piece.shard) for piece in pieces[:3])
-                more = f" and {len(pieces) - 3} more" if len(pieces) > 3 else ""
+                names = some_of([self.source.name_of(piece.shard) for piece in pieces], 3)
                 raise ValueError(
                     f"{self.source.config.description} has no document for lane {lane}, one of the {self._lanes} of "
-                    f"global_batch_size: its share of {names}{more} is empty{note}; use a smaller global_batch_size or "
+                    f"global_batch_size: its share of {names} is empty{note}; use a smaller global_batch_size or "
                     "more text, and remove files without documents"
                 )
             state = {**state, "epoch": state["epoch"] + 1, **_state_at(START)}

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from xlstm_lm.base.announce import announce_once
+from xlstm_lm.base.errors import some_of
 from xlstm_lm.data.batch import Batch, stack_rows
 from xlstm_lm.data.config import DataConfig
 from xlstm_lm.data.documents import chat_identity, chat_template
@@ -177,10 +178,10 @@ class TrainingStream:
             unread = [source.name_of(number) for number in files if number not in read]
             if unread:
                 announce_once(
-                    f"{_some(unread)} changed since the checkpoint, in a part that the run had not read yet; it goes "
-                    "on with the changed text"
+                    f"{some_of(unread, 5)} changed since the checkpoint, in a part that the run had not read yet; it "
+                    "goes on with the changed text"
                 )
-            return [f"changed: {_some([source.name_of(number) for number in read])}"] if read else []
+            return [f"changed: {some_of([source.name_of(number) for number in read], 5)}"] if read else []
 
         lines = fingerprint_differences(fingerprint, now, rule)
         for index, (there, here) in enumerate(zip(fingerprint.get("sources", ()), now["sources"])):
@@ -243,7 +244,3 @@ def _check_tokenizer(source: Source, tokenizer: Tokenizer) -> None:
             "data.tokenizer as in data.yaml, which xlstm-lm tokenize wrote beside the folder of the ids, or tokenize "
             "the documents again"
         )
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

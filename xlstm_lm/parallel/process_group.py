@@ -8,7 +8,7 @@ import dataclasses
 import os
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -119,6 +119,10 @@ class World(Axis):
         values = [None] * self.size
         torch.distributed.all_gather_object(values, value)
         return values
+
+    def gather_distinct(self, values: Sequence[Any]) -> list[Any]:
+        """The picklable `values` of all ranks, each once and in rank order, on rank 0; an empty list on the others."""
+        return list(dict.fromkeys(value for of_rank in self.gather(values) for value in of_rank))
 
     def from_first(self, value: Any) -> Any:
         """Rank 0's picklable `value`, on every rank."""

@@ -29,6 +29,7 @@ from typing import NamedTuple
 
 from xlstm_lm.base.durable_files import RunError
 from xlstm_lm.base.durations import duration
+from xlstm_lm.base.errors import some_of
 from xlstm_lm.base.processes import STOPPED, has_ended, state_of_process
 from xlstm_lm.base.run_layout import HANG
 from xlstm_lm.runs.heartbeats import (
@@ -315,8 +316,7 @@ def watch(watched: Watched) -> None:
 
 def _named(ranks: list[Heartbeat]) -> str:
     """The first few ranks, each with its host."""
-    names = ", ".join(f"rank {each.rank} on {each.host}" for each in ranks[:NAMED])
-    return f"{names} and {len(ranks) - NAMED} more" if len(ranks) > NAMED else names
+    return some_of([f"rank {each.rank} on {each.host}" for each in ranks], NAMED)
 
 
 def _lives(pid: int, started: str) -> bool:

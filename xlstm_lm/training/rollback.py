@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from xlstm_lm.base.durable_files import RunError
+from xlstm_lm.base.errors import some_of
 from xlstm_lm.base.finite import listed
 from xlstm_lm.base.program import told_once
 from xlstm_lm.base.run_layout import checkpoint_folders
@@ -98,8 +99,7 @@ class SpikeGuard:
 
     def document_ids(self, world: World) -> list[str]:
         """Ids of the documents of all lanes, on rank 0. Collective."""
-        ids = world.gather([name for documents in self._documents.values() for name, _ in documents])
-        return list(dict.fromkeys(name for of_rank in ids for name in of_rank))
+        return world.gather_distinct([name for documents in self._documents.values() for name, _ in documents])
 
     def check_limit(self, documents: list[str]) -> None:
         """Check that the run may go back once more.
@@ -118,9 +118,9 @@ class SpikeGuard:
             RunError(
                 f"Step {self.step}: loss or gradient norm was an outlier or not finite for {self.in_a_row} steps in a "
                 f"row, and the run has gone back {len(recent)} times within {config.spike_rollback_steps:,} steps, as "
-                f"often as safeguards.spike_rollbacks allows. The documents of these steps: {_some(documents)}. Look "
-                "at them, lower optimizer.learning_rate, or raise safeguards.spike_threshold if the loss is as it "
-                "should be; the checkpoints saved so far are intact."
+                "often as safeguards.spike_rollbacks allows. The documents of these steps: "
+                f"{some_of(documents, SHOWN)}. Look at them, lower optimizer.learning_rate, or raise "
+                "safeguards.spike_threshold if the loss is as it should be; the checkpoints saved so far are intact."
             )
         )
 
@@ -186,7 +186,3 @@ def return_to_good_checkpoint(run_dir: Path, before: int, engine: TrainingEngine
             "from before them to go back to. Lower training.checkpoint_every, or optimizer.learning_rate."
         )
     )
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")

@@ -20,8 +20,7 @@ def split_rows(batch: Batch, rows: int, device: torch.device) -> list[MicroBatch
 
 def document_ids(batch: Batch, world: World) -> list[str]:
     """Ids of the documents in the rows of all ranks, on rank 0. Collective."""
-    ids = world.gather([each for row in batch.document_ids for each in row])
-    return list(dict.fromkeys(each for of_rank in ids for each in of_rank))
+    return world.gather_distinct([each for row in batch.document_ids for each in row])
 
 
 def count_targets(batch: Batch, bytes_per_token: Tensor) -> Tensor:

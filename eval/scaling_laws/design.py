@@ -18,7 +18,7 @@ from eval.scaling_laws.designed import Design, DesignedRun, Kind
 from eval.scaling_laws.rates import RateLaw
 from eval.scaling_laws.sizes import Architecture, SizedModel, find_architecture
 from xlstm_lm.base.fields import in_steps
-from xlstm_lm.base.recipe import merge, merge_origins, read_recipe
+from xlstm_lm.base.recipe import read_recipes
 from xlstm_lm.base.run_layout import checkpoint_folder
 from xlstm_lm.models.accounting import training_flops_per_token
 from xlstm_lm.models.presets import preset_fields
@@ -267,12 +267,7 @@ def _read_recipes(paths: Sequence[Path]) -> tuple[RunConfig, dict[str, Any]]:
 
     These are the fields of the recipes' section `model` where it names no model itself; else its vocabulary alone.
     """
-    values: dict[str, Any] = {}
-    origins: dict[str, str] = {}
-    for path in paths:
-        recipe, found = read_recipe(path)
-        values = merge(values, recipe)
-        origins = merge_origins(values, origins, found)
+    values, origins = read_recipes(paths)
     section = values.pop("model", {})
     if not isinstance(section, dict) or {"family", "preset"} & section.keys():
         section = {"vocab_size": section["vocab_size"]} if "vocab_size" in section else {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import stat
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -204,7 +205,16 @@ def with_current_names(values: dict[str, Any]) -> dict[str, Any]:
     return values
 
 
-def read_recipe(path: str | Path) -> tuple[dict[str, Any], dict[str, str]]:
+Recipe = tuple[dict[str, Any], dict[str, str]]
+"""Values of a recipe, and the file that each dotted key comes from."""
+
+
+def read_recipes(paths: Iterable[str | Path]) -> Recipe:
+    """The values of recipes together, of which later ones win, and their origins. Raises as `read_recipe`."""
+    return _merged(map(read_recipe, paths))
+
+
+def read_recipe(path: str | Path) -> Recipe:
     """The values of a recipe, and the file that each dotted key comes from.
 
     A recipe's key `include` lists further recipes, relative to it; they are read first, in order, and what the
@@ -217,7 +227,7 @@ def read_recipe(path: str | Path) -> tuple[dict[str, Any], dict[str, str]]:
     return _read(user_path(path), (), [])
 
 
-def _read(path: Path, above: tuple[Path, ...], files: list[Path]) -> tuple[dict[str, Any], dict[str, str]]:
+def _read(path: Path, above: tuple[Path, ...], files: list[Path]) -> Recipe:
     wanted_by = f", which {above[-1]} includes," if above else ""
     text = _text_of(path, wanted_by)
     if path.resolve() in above:
@@ -241,14 +251,19 @@ def _read(path: Path, above: tuple[Path, ...], files: list[Path]) -> tuple[dict[
         own = with_current_names(own)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    values: dict[str, Any] = {}
-    origins: dict[str, str] = {}
-    for include in includes:
-        included, included_origins = _read(path.parent / user_path(include), (*above, path.resolve()), files)
-        values = merge(values, included)
-        origins = merge_origins(values, origins, included_origins)
+    included = (_read(path.parent / user_path(include), (*above, path.resolve()), files) for include in includes)
+    values, origins = _merged(included)
     values = merge(values, own)
     return values, merge_origins(values, origins, dict.fromkeys(dotted_items(own), str(path)))
+
+
+def _merged(recipes: Iterable[Recipe]) -> Recipe:
+    values: dict[str, Any] = {}
+    origins: dict[str, str] = {}
+    for recipe, its_origins in recipes:
+        values = merge(values, recipe)
+        origins = merge_origins(values, origins, its_origins)
+    return values, origins
 
 
 def _text_of(path: Path, wanted_by: str) -> str:

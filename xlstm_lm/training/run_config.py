@@ -23,6 +23,7 @@ from xlstm_lm.base.recipe import (
     merge_origins,
     parse_yaml,
     read_recipe,
+    read_recipes,
     to_yaml,
     with_current_names,
 )
@@ -256,12 +257,7 @@ def load_run_config(paths: list[str | Path], overrides: dict[str, Any] | None = 
         ValueError: a recipe cannot be read, or a key or a value is not allowed; the message names the file or flag, the
             value and, for a key or a preset, the nearest one there is. All mistakes are named at once.
     """
-    values: dict[str, Any] = {}
-    origins: dict[str, str] = {}
-    for path in paths:
-        recipe, recipe_origins = read_recipe(path)
-        values = merge(values, recipe)
-        origins = merge_origins(values, origins, recipe_origins)
+    values, origins = read_recipes(paths)
     for name, value in (overrides or {}).items():
         for key in reversed(name.split(".")):
             value = {key: value}

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import csv
-import dataclasses
-import io
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from eval.scaling_laws.forecast import write_forecasts
+from eval.scaling_laws.records import as_csv, read_csv
 from xlstm_lm.base.durable_files import replace_durably
 from xlstm_lm.training.run_config import RunConfig, as_recipe, load_run_config
 
@@ -116,7 +114,7 @@ def write_design(design: Design, configs: dict[str, RunConfig]) -> list[Path]:
         "".join(_launch_line(design, run) for run in design.runs if (run.kind == "branch") == is_branch)
         for is_branch in (False, True)
     )
-    files = {path: _as_csv(design.runs), design.folder / "launch.txt": first}
+    files = {path: as_csv(DesignedRun, design.runs), design.folder / "launch.txt": first}
     files |= {design.folder / "launch-branches.txt": then} if then else {}
     write_forecasts([], design.folder / FORECASTS)
     for file, text in sorted(files.items(), key=lambda item: item[0] == path):  # design.csv last: the rest is complete
@@ -128,14 +126,6 @@ def _launch_line(design: Design, run: DesignedRun) -> str:
     return f"{shlex.quote(str(design.run_folder(run.run)))} --config {shlex.quote(str(design.recipe(run.run)))}\n"
 
 
-def _as_csv(runs: list[DesignedRun]) -> str:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, [each.name for each in dataclasses.fields(DesignedRun)], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(dataclasses.asdict(run) for run in runs)
-    return text.getvalue()
-
-
 def read_design(folder: Path) -> Design:
     """Read the design of a folder.
 
@@ -145,14 +135,8 @@ def read_design(folder: Path) -> Design:
     path = folder / DESIGN
     if not path.is_file():
         raise ValueError(f"{folder} holds no design ({DESIGN}): make one with python -m eval.scaling_laws design.")
-    types: dict[str, Any] = {"int": int, "float": float}
-    readers = {each.name: types.get(str(each.type), str) for each in dataclasses.fields(DesignedRun)}
     try:
-        with path.open(newline="", encoding="utf-8") as file:
-            rows = [
-                DesignedRun(**{name: readers[name](value) for name, value in row.items()})
-                for row in csv.DictReader(file)
-            ]
+        rows = read_csv(DesignedRun, path)
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged: {error}. Design again, into another folder.") from None
     return Design(folder, rows)

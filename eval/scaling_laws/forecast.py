@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import hashlib
-import io
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +11,7 @@ import torch
 
 from eval.scaling_laws.fits import read_fits
 from eval.scaling_laws.predict import predict
+from eval.scaling_laws.records import as_csv, read_csv
 from eval.study.engine import PlannedRun, examine
 from xlstm_lm.base.durable_files import replace_durably
 from xlstm_lm.base.durations import utc_now
@@ -72,11 +71,8 @@ def read_forecasts(path: Path) -> list[Forecast]:
     """
     if not path.is_file():
         return []
-    readers = {"int": int, "float": float, "str": str, "float | None": lambda text: float(text) if text else None}
-    types = {each.name: readers[str(each.type)] for each in dataclasses.fields(Forecast)}
     try:
-        with path.open(newline="", encoding="utf-8") as file:
-            return [Forecast(**{name: types[name](text) for name, text in row.items()}) for row in csv.DictReader(file)]
+        return read_csv(Forecast, path)
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{path} is damaged: {error}. Restore it from a copy: its forecasts cannot be repeated."
@@ -85,13 +81,8 @@ def read_forecasts(path: Path) -> list[Forecast]:
 
 def write_forecasts(forecasts: list[Forecast], path: Path) -> None:
     """Write forecasts as CSV."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    for each in forecasts:
-        writer.writerow({name: "" if value is None else value for name, value in dataclasses.asdict(each).items()})
     path.parent.mkdir(parents=True, exist_ok=True)
-    replace_durably(path, text.getvalue().encode())
+    replace_durably(path, as_csv(Forecast, forecasts).encode())
 
 
 def register(fit_path: Path, recipe: Path, architecture: str | None, out: Path) -> Forecast:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-import io
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable
@@ -12,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from eval.scaling_laws.records import as_csv, columns
 from xlstm_lm.base.durable_files import replace_durably
 from xlstm_lm.base.mistakes import nearest
 
@@ -81,7 +81,7 @@ class LossPoint:
         return self.trunk or self.run
 
 
-COLUMNS = tuple(each.name for each in dataclasses.fields(LossPoint))
+COLUMNS = columns(LossPoint)
 NUMBERS = {"params", "tokens", "flops", "loss"}
 """Columns of positive numbers that a point cannot be without."""
 OPTIONAL = {each.name for each in dataclasses.fields(LossPoint) if each.default is None}
@@ -281,24 +281,11 @@ def check_flops(points: Iterable[LossPoint], configured: Callable[[LossPoint], f
 
 def write_points(points: Iterable[LossPoint], path: Path) -> None:
     """Write loss points as CSV, with all columns."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    for point in points:
-        writer.writerow({name: _text(value) for name, value in dataclasses.asdict(point).items()})
     path.parent.mkdir(parents=True, exist_ok=True)
-    replace_durably(path, text.getvalue().encode())
+    replace_durably(path, as_csv(LossPoint, points).encode())
 
 
 def holds_points(path: Path) -> bool:
     """Whether a file is a table of `write_points`, or empty."""
     with path.open("rb") as file:
         return file.readline().rstrip() in (b"", ",".join(COLUMNS).encode())
-
-
-def _text(value: Any) -> str:
-    if value is None:
-        return ""
-    if isinstance(value, float) and value.is_integer() and abs(value) < 1e15:
-        return str(int(value))
-    return str(value)

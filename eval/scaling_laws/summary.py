@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from eval.bench.tables import markdown_table
 from eval.scaling_laws.bootstrap import LEVEL
 from eval.scaling_laws.compare import FlopsRatio
 from eval.scaling_laws.fits import QUANTITIES, ArchitectureFit, Fits
@@ -45,8 +46,7 @@ def as_markdown(fits: Fits) -> str:
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A Markdown table."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return markdown_table(f"| {' | '.join(header)} |", rows)
 
 
 def _surface_rows(found: ArchitectureFit) -> list[list[str]]:

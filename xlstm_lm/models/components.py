@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -97,43 +98,65 @@ def _of_block(
     block: BlockConfig, count: int, context_length: int, chunk_length: int | None, bytes_per_number: int
 ) -> list[Component]:
     mixer = block.mixer
-    flops = block.flops_by_part(context_length, chunk_length)
-    step_flops = block.step_flops_by_part(context_length)
-    kept = block.kept_by_part(Storage(bytes_per_number, "cuda"), context_length)
     cell = mixer.operations(1)[0].operation.name
     with torch.device("meta"):
         parameters = parameters_by_part(Block(block), cell)
-    return [
-        Component(
-            block=mixer.kind,
-            name=name,
-            parameters=count * parameters[name],
-            flops=count * flops.get(name, 0.0),
-            step_flops=count * step_flops.get(name, 0.0),
-            state_bytes=count * mixer.state_bytes(bytes_per_number, context_length) if name == cell else 0,
-            state_traffic=count * mixer.state_traffic(bytes_per_number, context_length) if name == cell else 0,
-            kept_bytes=count * kept.get(name, 0.0),
-            weight_bytes=count * bytes_per_number * parameters[name],
-        )
-        for name in dict.fromkeys([*flops, *parameters])
-    ]
+    return _by_part(
+        mixer.kind,
+        cell,
+        count,
+        bytes_per_number,
+        parameters=parameters,
+        flops=block.flops_by_part(context_length, chunk_length),
+        step_flops=block.step_flops_by_part(context_length),
+        kept=block.kept_by_part(Storage(bytes_per_number, "cuda"), context_length),
+        state_bytes=mixer.state_bytes(bytes_per_number, context_length),
+        state_traffic=mixer.state_traffic(bytes_per_number, context_length),
+    )
 
 
 def _of_layer(config: LSTMConfig, input_width: int, count: int, bytes_per_number: int) -> list[Component]:
     flops = config.layer_flops_by_part(input_width)
     with torch.device("meta"):
         parameters = parameters_by_part(Layer(config, input_width), config.cell)
-    kept = config.layer_kept_by_part(Storage(bytes_per_number, "cuda"), input_width)
-    state = count * config.layer_state_bytes(bytes_per_number)
+    state = config.layer_state_bytes(bytes_per_number)
+    return _by_part(
+        config.cell,
+        config.cell,
+        count,
+        bytes_per_number,
+        parameters=parameters,
+        flops=flops,
+        step_flops=flops,
+        kept=config.layer_kept_by_part(Storage(bytes_per_number, "cuda"), input_width),
+        state_bytes=state,
+        state_traffic=2 * state,
+    )
+
+
+def _by_part(
+    block: str,
+    cell: str,
+    count: int,
+    bytes_per_number: int,
+    *,
+    parameters: Counter[str],
+    flops: Mapping[str, float],
+    step_flops: Mapping[str, float],
+    kept: Mapping[str, float],
+    state_bytes: int,
+    state_traffic: int,
+) -> list[Component]:
+    """The parts of `count` equal blocks, given the numbers of one; the part `cell` has its state."""
     return [
         Component(
-            block=config.cell,
+            block=block,
             name=name,
             parameters=count * parameters[name],
             flops=count * flops.get(name, 0.0),
-            step_flops=count * flops.get(name, 0.0),
-            state_bytes=state if name == config.cell else 0,
-            state_traffic=2 * state if name == config.cell else 0,
+            step_flops=count * step_flops.get(name, 0.0),
+            state_bytes=count * state_bytes if name == cell else 0,
+            state_traffic=count * state_traffic if name == cell else 0,
             kept_bytes=count * kept.get(name, 0.0),
             weight_bytes=count * bytes_per_number * parameters[name],
         )

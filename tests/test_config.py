@@ -80,6 +80,10 @@ def test_a_field_that_an_older_run_lacks_had_its_default():
         return differing_fields(with_defaults(run, older), as_dict(run))
 
     assert differing({}, "model.slstm_block", "model.norm_eps", "optimizer.kind", "data.shuffle_documents") == []
+    assert differing({}, "schedule.cooldown_shape") == []
+    assert differing({"schedule.cooldown_shape": "1-sqrt"}, "schedule.cooldown_shape") == [
+        "  schedule.cooldown_shape: 'linear' there, '1-sqrt' now"
+    ]
     assert differing({"model.norm_eps": 1e-5}, "model.norm_eps") == ["  model.norm_eps: 1e-06 there, 1e-05 now"]
     assert "  optimizer.kind: 'adamw' there, 'muon' now" in differing({"optimizer.kind": "muon"}, "optimizer.kind")
     assert with_defaults(load_run_config([DEMO]), {"model": {"unknown": 1}}) == {"model": {"unknown": 1}}

@@ -11,7 +11,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
@@ -33,6 +33,7 @@ from xlstm_lm.base.errors import some_of
 from xlstm_lm.base.fields import Count, CountOrZero, NonNegative, Positive, Share, argument
 from xlstm_lm.base.paths import user_path
 from xlstm_lm.base.program import program
+from xlstm_lm.training.schedule import CooldownShape
 
 COMMAND = "python -m eval.scaling_laws"
 DONE, FAILED, UNFINISHED = 0, 1, 3
@@ -40,8 +41,8 @@ DONE, FAILED, UNFINISHED = 0, 1, 3
 PACKAGES = ("numpy", "scipy")
 """Packages whose versions fit.json records."""
 PASSED_ON = (
-    *("mode", "budgets", "sizes", "tokens", "tokens_per_parameter", "center", "grid", "cooldown", "seeds", "check"),
-    *("lr_sweep", "force"),
+    *("mode", "budgets", "sizes", "tokens", "tokens_per_parameter", "center", "grid", "cooldown", "cooldown_shape"),
+    *("seeds", "check", "lr_sweep", "force"),
 )
 """Flags of design that are fields of DesignOptions; None leaves the default."""
 
@@ -232,7 +233,8 @@ def _add_design(commands: Any) -> None:
         metavar="LOW:HIGH:COUNT",
         help="sizes of an IsoFLOP grid over its center; default: 0.5:2:5",
     )
-    add("--cooldown", type=argument(Share), metavar="SHARE", help="of a run's steps, linear; default: 0.2")
+    add("--cooldown", type=argument(Share), metavar="SHARE", help="of a run's steps; default: 0.2")
+    add("--cooldown-shape", choices=get_args(CooldownShape), help="default: the recipe's schedule.cooldown_shape")
     add("--seeds", type=positive, metavar="N", help="at the smallest size with the fewest tokens; default: 1")
     add("--no-check", dest="check", action="store_false", help="train no branch's run straight through for comparison")
     add(

@@ -72,7 +72,8 @@ def _point(folder: Path, config: RunConfig, state: RunState, run: DesignedRun | 
     context = config.data.context_length
     counts = totals(components(config.model, context), context)
     per_token = training_flops_per_token(config.model, context)
-    steps = config.training.steps
+    steps, schedule = config.training.steps, config.schedule
+    cooldown = schedule.lengths(steps)[1]
     tokens = steps * config.data.global_batch_size * context
     last = state.last_validation
     diverged = state.status == "diverged"
@@ -90,8 +91,9 @@ def _point(folder: Path, config: RunConfig, state: RunState, run: DesignedRun | 
         context=context,
         batch_tokens=config.data.global_batch_size * context,
         learning_rate=config.optimizer.learning_rate,
-        schedule=config.schedule.kind,
-        cooldown_fraction=config.schedule.lengths(steps)[1] / steps,
+        schedule=schedule.kind,
+        cooldown_fraction=cooldown / steps,
+        cooldown_shape=schedule.cooldown_shape if cooldown else "",
         seed=config.training.seed,
         loss=float("nan") if diverged else last["loss"],
         bits_per_byte=last.get("bits_per_byte"),

@@ -38,9 +38,10 @@ def _line(architecture: str, params: str, runs: list[DesignedRun], flops_per_sec
 def _shape(runs: Iterable[DesignedRun]) -> str:
     """A sentence on the schedule of the runs."""
     shares = sorted({round(run.cooldown_steps / run.steps, 3) for run in runs if run.cooldown_steps})
+    shapes = " or ".join(dict.fromkeys(run.cooldown_shape for run in runs))
     warmups = sorted({run.warmup_steps for run in runs})
     cooldown = f"{shares[0]:.1%}" if len(shares) == 1 else f"{shares[0]:.1%} to {shares[-1]:.1%}"
     return (
-        f"Schedule: a linear warm-up of {warmups[0]:,} to {warmups[-1]:,} steps, then constant, then a linear cooldown "
-        f"over the last {cooldown} of a run's steps."
+        f"Schedule: a linear warm-up of {warmups[0]:,} to {warmups[-1]:,} steps, then constant, then a {shapes} "
+        f"cooldown over the last {cooldown} of a run's steps."
     )

@@ -1,6 +1,6 @@
 """Design the runs of a ladder, an IsoFLOP grid or a sweep of learning rates.
 
-A ladder is one trunk for each size, with a constant learning rate, and from kept checkpoints of it a linear cooldown to
+A ladder is one trunk for each size, with a constant learning rate, and from kept checkpoints of it a cooldown to
 each number of tokens: one run gives the whole D axis.
 """
 
@@ -23,6 +23,7 @@ from xlstm_lm.base.run_layout import checkpoint_folder
 from xlstm_lm.models.accounting import training_flops_per_token
 from xlstm_lm.models.presets import preset_fields
 from xlstm_lm.training.run_config import RunConfig, check_run_config
+from xlstm_lm.training.schedule import CooldownShape
 
 WARMUP_SHARE = 0.1
 """Longest warm-up as a share of the shortest run of a trunk."""
@@ -70,7 +71,9 @@ class DesignOptions:
     grid: Span = Span(0.5, 2.0, 5)
     """Sizes of a grid over that of its center."""
     cooldown: float = 0.2
-    """Share of a run's steps in its linear cooldown."""
+    """Share of a run's steps in its cooldown."""
+    cooldown_shape: CooldownShape | None = None
+    """Shape of all cooldowns; None for the recipe's."""
     seeds: int = 1
     """Seeds at one point: the smallest size with the fewest tokens."""
     check: bool = True
@@ -101,6 +104,7 @@ class Designer:
                 f"{', '.join(map(str, options.recipes))}: data.validation is empty, but a loss point is the loss on "
                 "held-out documents; name some."
             )
+        self.cooldown_shape = options.cooldown_shape or self.base.schedule.cooldown_shape
         self.context, self.batch_tokens = data.context_length, data.global_batch_size * data.context_length
         self.configs: dict[str, RunConfig] = {}
         """Configuration of each run by its name."""
@@ -231,7 +235,12 @@ class Designer:
             raise ValueError(f"Two runs are called {name}: choose sizes, budgets or learning rates further apart.")
         seed = self.base.training.seed if seed is None else seed
         training |= {"steps": steps, "seed": seed, "run_dir": str(Design(self.options.out, []).run_folder(name))}
-        schedule = {"kind": "wsd" if cooldown else "constant", "warmup": warmup, "cooldown": cooldown}
+        schedule = {
+            "kind": "wsd" if cooldown else "constant",
+            "warmup": warmup,
+            "cooldown": cooldown,
+            "cooldown_shape": self.cooldown_shape,
+        }
         self.configs[name] = dataclasses.replace(
             self.base,
             model=model.config,
@@ -253,6 +262,7 @@ class Designer:
             branch_step=start,
             warmup_steps=warmup,
             cooldown_steps=cooldown,
+            cooldown_shape=self.cooldown_shape,
             context=self.context,
             batch_tokens=self.batch_tokens,
             learning_rate=rate,

@@ -45,6 +45,8 @@ class DesignedRun:
     """Step of the checkpoint that a branch starts from; 0 for other kinds."""
     warmup_steps: int
     cooldown_steps: int
+    cooldown_shape: str = "linear"
+    """`schedule.cooldown_shape`; designs from before that field had linear cooldowns."""
     context: int
     """Tokens of a row."""
     batch_tokens: int

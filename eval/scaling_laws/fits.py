@@ -149,7 +149,7 @@ def fit_table(table: Table, options: FitOptions) -> Fits:
             found.append(_fit_architecture(architecture, table.of(architecture), options))
         except ValueError as error:
             raise ValueError(f"{architecture}: {error}") from None
-    notes = [*table.notes, *_check_notes(table)]
+    notes = [*table.notes, *_check_notes(table), *_schedule_notes(table)]
     comparisons = []
     if options.form != "isoflop":
         sides = [Side(each.architecture, each.points, each.fit) for each in found]
@@ -205,6 +205,18 @@ def _check_notes(table: Table) -> list[str]:
             for point in same
         ]
     return notes
+
+
+def _schedule_notes(table: Table) -> list[str]:
+    """A note that the losses come from several schedules, if they do."""
+    architectures: dict[str, dict[str, None]] = defaultdict(dict)
+    for point in table.points:
+        if point.schedule:
+            architectures[point.schedule_in_words][point.architecture] = None
+    if len(architectures) < 2:
+        return []
+    listed = "; ".join(f"{schedule} ({', '.join(names)})" for schedule, names in architectures.items())
+    return [f"The points have several schedules, which change the loss by themselves: {listed}."]
 
 
 def _listed(rates: set) -> str:

@@ -56,6 +56,8 @@ class LossPoint:
     """Kind of the learning-rate schedule."""
     cooldown_fraction: float | None = None
     """Share of the steps in the cooldown."""
+    cooldown_shape: str = ""
+    """linear or 1-sqrt; empty for a run without a cooldown."""
     seed: int | None = None
     """Seed of weights and data order."""
     loss: float
@@ -80,8 +82,18 @@ class LossPoint:
         """Trunk of the point; points of one trunk share its noise."""
         return self.trunk or self.run
 
+    @property
+    def schedule_in_words(self) -> str:
+        """Schedule with its cooldown, such as "wsd with a 1-sqrt cooldown"; empty where it is not known."""
+        if not self.schedule or not self.cooldown_fraction:
+            return self.schedule
+        cooldown = f"{self.cooldown_shape} cooldown" if self.cooldown_shape else "cooldown of unknown shape"
+        return f"{self.schedule} with a {cooldown}"
+
 
 COLUMNS = columns(LossPoint)
+ADDED = {"cooldown_shape"}
+"""Columns that the tables of earlier versions lack."""
 NUMBERS = {"params", "tokens", "flops", "loss"}
 """Columns of positive numbers that a point cannot be without."""
 OPTIONAL = {each.name for each in dataclasses.fields(LossPoint) if each.default is None}
@@ -286,6 +298,7 @@ def write_points(points: Iterable[LossPoint], path: Path) -> None:
 
 
 def holds_points(path: Path) -> bool:
-    """Whether a file is a table of `write_points`, or empty."""
+    """Whether a file is a table of `write_points`, of this version or an earlier one, or empty."""
     with path.open("rb") as file:
-        return file.readline().rstrip() in (b"", ",".join(COLUMNS).encode())
+        header = file.readline().rstrip().decode(errors="replace").split(",")
+    return header in ([""], [name for name in COLUMNS if name in header or name not in ADDED])

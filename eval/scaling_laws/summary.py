@@ -8,7 +8,9 @@ from eval.bench.tables import markdown_table
 from eval.scaling_laws.bootstrap import LEVEL
 from eval.scaling_laws.compare import FlopsRatio
 from eval.scaling_laws.fits import QUANTITIES, ArchitectureFit, Fits
+from eval.scaling_laws.points import LossPoint
 
+POINTS = ["architecture", "points", "trunks", "parameters", "tokens", "FLOPs", "schedule"]
 SURFACES = ["architecture", "fit", "E", "A", "B", "alpha", "beta", "gamma", "a", "objective", "runner-up", "condition"]
 
 
@@ -17,6 +19,7 @@ def as_markdown(fits: Fits) -> str:
     level = f"{LEVEL:.0%}"
     parts = []
     fitted = [each for each in fits.architectures if each.fits]
+    parts += ["## Points", table(POINTS, [_points_row(each) for each in fits.architectures])]
     if fitted:
         parts += ["## Surfaces", table(SURFACES, [row for each in fitted for row in _surface_rows(each)])]
         parts.append(
@@ -47,6 +50,24 @@ def as_markdown(fits: Fits) -> str:
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A Markdown table."""
     return markdown_table(f"| {' | '.join(header)} |", rows)
+
+
+def _points_row(found: ArchitectureFit) -> list[str]:
+    points = found.points
+    ranges = [
+        " to ".join(f"{end:.3g}" for end in (min(values), max(values)))
+        for values in ([getattr(point, name) for point in points] for name in ("params", "tokens", "flops"))
+    ]
+    schedules = dict.fromkeys(_schedule(point.schedule_in_words, points) for point in points)
+    return [found.architecture, str(len(points)), str(found.trunks), *ranges, "; ".join(schedules)]
+
+
+def _schedule(words: str, points: Sequence[LossPoint]) -> str:
+    """A schedule in words with the share of its cooldown in the points that have it."""
+    shares = [point.cooldown_fraction for point in points if point.schedule_in_words == words]
+    known = sorted({f"{share:.0%}" for share in shares if share}, key=lambda text: int(text[:-1]))
+    over = f" over {' to '.join(dict.fromkeys((known[0], known[-1])))} of the steps" if known else ""
+    return f"{words or 'unknown'}{over}"
 
 
 def _surface_rows(found: ArchitectureFit) -> list[list[str]]:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
+import json
 import math
 
 import numpy as np
 import pytest
 
 from eval.scaling_laws.__main__ import main
+from eval.scaling_laws.cost import cost_as_markdown
 from eval.scaling_laws.design import Designer, DesignOptions, Span
-from eval.scaling_laws.designed import read_design
+from eval.scaling_laws.designed import DESIGN, read_design
 from eval.scaling_laws.points import LossPoint
 from eval.scaling_laws.rates import fit_rates
 from eval.scaling_laws.sizes import find_architecture
@@ -59,6 +62,35 @@ def test_a_ladder_has_a_trunk_for_each_size_and_branches_from_it(tmp_path):
     assert len((design.folder / "launch.txt").read_text().splitlines()) == 5
     first = (design.folder / "launch-branches.txt").read_text().splitlines()[0]
     assert first == f"{design.run_folder(branches[0].run)} --config {design.recipe(branches[0].run)}"
+
+
+@pytest.mark.parametrize(("of_recipe", "chosen", "used"), [("1-sqrt", None, "1-sqrt"), ("1-sqrt", "linear", "linear")])
+def test_cooldowns_have_the_recipes_shape_or_the_chosen_one(tmp_path, of_recipe, chosen, used):
+    values = json.loads(write_recipe(tmp_path).read_text())
+    values["schedule"]["cooldown_shape"] = of_recipe
+    (tmp_path / "other.yaml").write_text(json.dumps(values))
+    spans = {"sizes": Span(1e4, 2e4, 2), "tokens": Span(1280, 2560, 2)}
+    recipes = [tmp_path / "other.yaml"]
+    options = DesignOptions(
+        architectures=["lstm"], recipes=recipes, out=tmp_path / "out", cooldown_shape=chosen, **spans
+    )
+    designer = Designer(options)
+    design = designer.design()
+    assert {run.cooldown_shape for run in design.runs} == {used}
+    assert {config.schedule.cooldown_shape for config in designer.configs.values()} == {used}
+    assert f"then a {used} cooldown over the last 20.0% of a run's steps." in cost_as_markdown(design)
+
+
+def test_a_design_of_an_earlier_version_has_linear_cooldowns(tmp_path):
+    design = design_small(tmp_path)
+    path = design.folder / DESIGN
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [name for name in rows[0] if name != "cooldown_shape"], extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(rows)
+    assert read_design(design.folder) == design
 
 
 def test_a_grid_spends_each_budget_at_several_sizes(tmp_path):

@@ -24,10 +24,10 @@ from tests.eval.small_ladder import design_small
 from xlstm_lm.training.loop import train
 
 
-@pytest.fixture(scope="module")
-def ladder(tmp_path_factory) -> Design:
-    """A trained ladder of one size with one branch."""
-    choices = {"sizes": Span(1e4, 1e4, 1), "tokens": Span(1280, 1280, 1)}
+@pytest.fixture(scope="module", params=["linear", "1-sqrt"])
+def ladder(tmp_path_factory, request) -> Design:
+    """A trained ladder of one size with one branch, its cooldown of either shape."""
+    choices = {"sizes": Span(1e4, 1e4, 1), "tokens": Span(1280, 1280, 1), "cooldown_shape": request.param}
     design = design_small(tmp_path_factory.mktemp("trained"), **choices)
     work = Work(design)
     assert [run.name for run in work.needed] == [run.run for run in design.runs if run.kind != "branch"]
@@ -52,7 +52,8 @@ def test_points_are_those_of_the_configuration(ladder):
         run = ladder.named(point.run)
         for name in ("params", "params_non_embedding", "tokens", "flops", "learning_rate", "seed", "trunk", "context"):
             assert getattr(point, name) == getattr(run, name), name
-        assert point.flops == configured_flops(point) and 1 < point.loss < 4
+        assert point.flops == configured_flops(point) and 1 < point.loss < 5
+        assert point.cooldown_shape == run.cooldown_shape == ladder.config(run).schedule.cooldown_shape
         assert point.schedule == "wsd" and point.cooldown_fraction == 0.2 and point.data == "text.txt"
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from eval.scaling_laws.__main__ import main
 from eval.scaling_laws.fits import FitOptions, fit_table, read_fits, with_best_rates
-from eval.scaling_laws.points import LossPoint, Table, read_points, write_points
+from eval.scaling_laws.points import LossPoint, Table, holds_points, read_points, write_points
 from eval.scaling_laws.summary import as_markdown
 from eval.scaling_laws.surface import Surface
 from tests.eval.invented_points import CHINCHILLA, isoflop_grid, ladder, point
@@ -26,13 +26,24 @@ def test_a_table_is_read_as_written(tmp_path):
         LossPoint(
             run="a-d1", trunk="a", architecture="xlstm", params=1234567, params_non_embedding=None, tokens=1e6,
             flops=7.25e12, flops_per_token=7.25e6, context=256, batch_tokens=4096, learning_rate=3e-3, schedule="wsd",
-            cooldown_fraction=0.2, seed=0, loss=1.2345678901234, loss_std=0.001, bits_per_byte=1.7, val_tokens=32768,
-            data="peps", git="abc", source="runs/a-d1",
+            cooldown_fraction=0.2, cooldown_shape="1-sqrt", seed=0, loss=1.2345678901234, loss_std=0.001,
+            bits_per_byte=1.7, val_tokens=32768, data="peps", git="abc", source="runs/a-d1",
         ),
         LossPoint(run="b", trunk="b", params=2e6, tokens=1e6, flops=12e12, loss=2.0),
     ]  # fmt: skip
     write_points(points, tmp_path / "runs.csv")
     assert read_points(tmp_path / "runs.csv") == Table(points)
+
+
+def test_a_table_of_an_earlier_version_is_read_and_may_be_replaced(tmp_path):
+    write_points([point(CHINCHILLA, 1e7, 1e9)], tmp_path / "runs.csv")
+    header, row = (tmp_path / "runs.csv").read_text().splitlines()
+    assert ",,," in row and ",cooldown_shape," in header
+    earlier = f"{header.replace('cooldown_shape,', '')}\n{row.replace(',,,', ',,', 1)}\n"
+    path = written(tmp_path, earlier)
+    assert holds_points(path) and read_points(path).points == [point(CHINCHILLA, 1e7, 1e9)]
+    assert not holds_points(written(tmp_path, "params,tokens,loss\n1,1,1\n"))
+    assert holds_points(written(tmp_path, ""))
 
 
 @pytest.mark.parametrize(
@@ -135,6 +146,23 @@ def test_other_forms_are_fitted_and_printed(form, methods):
     assert set(fits.architectures[0].fits) == methods
     assert ("## Surfaces" in as_markdown(fits)) == bool(methods)
     assert "C^0.4516, D* = " in as_markdown(fits)
+
+
+def test_the_schedules_of_the_points_are_stated_and_a_mixture_is_noted():
+    points = ladder(CHINCHILLA, [1e7, 2e7, 4e7], [10, 20, 40])
+    linear = [
+        dataclasses.replace(each, schedule="wsd", cooldown_fraction=0.2, cooldown_shape="linear") for each in points
+    ]
+    fits = fit_table(Table(linear), FitOptions(samples=0))
+    assert fits.notes == []
+    row = "| model | 9 | 3 | 1e+07 to 4e+07 | 1e+08 to 1.6e+09 | 6e+15 to 3.84e+17 |"
+    assert f"{row} wsd with a linear cooldown over 20% of the steps |" in as_markdown(fits)
+    other = [dataclasses.replace(each, cooldown_shape="1-sqrt", cooldown_fraction=0.1) for each in linear[:3]]
+    fits = fit_table(Table(other + linear[3:]), FitOptions(samples=0))
+    one, two = "wsd with a 1-sqrt cooldown", "wsd with a linear cooldown"
+    assert f"change the loss by themselves: {one} (model); {two} (model)." in fits.notes[0]
+    assert f"{row} {one} over 10% of the steps; {two} over 20% of the steps |" in as_markdown(fits)
+    assert f"{row} unknown |" in as_markdown(fit_table(Table(points), FitOptions(samples=0)))
 
 
 def test_an_architecture_that_cannot_be_fitted_is_named():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -39,6 +40,19 @@ def test_cool_down_is_linear_to_zero_from_where_the_middle_ends():
     assert found[16:] == pytest.approx([0.08, 0.06, 0.04, 0.02])  # and 0 behind the last step
 
 
+@pytest.mark.parametrize("kind", ["wsd", "exponential"])
+def test_a_1_sqrt_cool_down_is_that_of_its_paper(kind):
+    """In arXiv 2405.18392, 1 - sqrt((n - (N - N_decay)) / N_decay) falls from 1 at step N - N_decay to 0 at step N."""
+    cooldown, steps = 8, 40
+    found = ratios(ScheduleConfig(kind=kind, warmup=2, cooldown=cooldown, cooldown_shape="1-sqrt"), steps)
+    decay = cooldown + 1  # counted from the last step of the middle part, which has its full rate
+    peak = found[steps - decay]
+    expected = [peak * (1 - math.sqrt((step - (steps - decay)) / decay)) for step in range(steps - decay, steps)]
+    assert found[steps - decay :] == pytest.approx(expected)
+    linear = ratios(ScheduleConfig(kind=kind, warmup=2, cooldown=cooldown), steps)
+    assert found[:-cooldown] == linear[:-cooldown] and all(np.less(found[-cooldown:], linear[-cooldown:]))
+
+
 def test_wsd_is_flat_between_warm_up_and_decay():
     found = ratios(ScheduleConfig(kind="wsd", warmup=3, cooldown=5), 20)
     assert found[2:15] == [1.0] * 13 and found[15] < 1 and found[-1] > 0
@@ -50,9 +64,12 @@ def test_wsd_is_flat_between_warm_up_and_decay():
     st.integers(1, 40),
     st.integers(0, 100),
     st.floats(0.01, 1),
+    st.sampled_from(["linear", "1-sqrt"]),
 )
-def test_rises_then_never_rises_again_and_stays_between_zero_and_one(kind, warmup, cooldown, middle, final_ratio):
-    config = ScheduleConfig(kind=kind, warmup=warmup, cooldown=cooldown, final_ratio=final_ratio)
+def test_rises_then_never_rises_again_and_stays_between_zero_and_one(
+    kind, warmup, cooldown, middle, final_ratio, shape
+):
+    config = ScheduleConfig(kind=kind, warmup=warmup, cooldown=cooldown, final_ratio=final_ratio, cooldown_shape=shape)
     found = ratios(config, warmup + middle + cooldown)
     assert all(0 < ratio <= 1 for ratio in found)
     falling = found[max(warmup - 1, 0) :]
@@ -66,6 +83,7 @@ def test_rises_then_never_rises_again_and_stays_between_zero_and_one(kind, warmu
         ({"final_ratio": 1.5}, "final_ratio is 1.5; it must be a number from 0 to 1"),
         ({"kind": "exponential", "final_ratio": 0.0}, "above 0 where schedule.kind is exponential"),
         ({"kind": "wsd"}, "cooldown is 0: give the decay steps or a share"),
+        ({"cooldown_shape": "sqrt"}, "cooldown_shape is 'sqrt'; it must be one of linear, 1-sqrt"),
     ],
 )
 def test_what_cannot_be_scheduled_is_refused(values, message):

@@ -17,13 +17,15 @@ def _not_one(length: Any) -> Any:
     return length
 
 
+CooldownShape = Literal["linear", "1-sqrt"]
+"""Shape of the cool-down. 1-sqrt is from arXiv 2405.18392."""
 Length = Annotated[CountOrZero | Share, BeforeValidator(_not_one)]
 """Length in steps or, below 1, as a share of the run's steps."""
 
 
 @dataclass(kw_only=True)
 class ScheduleConfig:
-    """Linear warm-up, a middle part, and a linear cool-down to zero."""
+    """Linear warm-up, a middle part, and a cool-down to zero."""
 
     kind: Literal["cosine", "exponential", "wsd", "constant"] = "cosine"
     """Middle part: cosine or exponential from 1 to final_ratio; wsd and constant stay at 1."""
@@ -32,8 +34,10 @@ class ScheduleConfig:
     final_ratio: Ratio = 0.1
     """Learning rate, over the peak, at the end of a cosine or exponential middle part."""
     cooldown: Length = 0
-    """Steps of the linear cool-down to zero at the end of the run or, below 1, their share of training.steps; wsd needs
+    """Steps of the cool-down to zero at the end of the run or, below 1, their share of training.steps; wsd needs
     some."""
+    cooldown_shape: CooldownShape = "linear"
+    """Factor of the learning rate when the share x of the cool-down is done: linear, 1 - x; 1-sqrt, 1 - sqrt(x)."""
 
     def __post_init__(self) -> None:
         check_fields(self, "schedule.")
@@ -75,7 +79,8 @@ def learning_rate_ratio(config: ScheduleConfig, step: int, steps: int) -> float:
     """Compute the learning rate of step `step`, counted from 0, in a run of `steps`, relative to the peak.
 
     The warm-up's last step has the full rate: step s of w has (s + 1) / w. The middle part reaches its final ratio at
-    its last step. The cool-down falls linearly from there and would reach 0 one step after the last.
+    its last step, where no part of the cool-down is done. All of it would be done, with a rate of 0, one step after the
+    run's last: step s of c has done the share s / (c + 1).
     """
     warmup, cooldown = config.lengths(steps)
     if step < warmup:
@@ -90,5 +95,6 @@ def learning_rate_ratio(config: ScheduleConfig, step: int, steps: int) -> float:
         ratio = 1.0
     cooled = step - (steps - cooldown) + 1
     if cooled > 0:
-        ratio *= 1 - cooled / (cooldown + 1)
+        done = cooled / (cooldown + 1)
+        ratio *= 1 - (math.sqrt(done) if config.cooldown_shape == "1-sqrt" else done)
     return ratio

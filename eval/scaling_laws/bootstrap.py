@@ -7,7 +7,6 @@ number of trunks, because few of them vary less than their population.
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -15,7 +14,7 @@ import numpy as np
 from scipy.stats import norm, t
 
 from eval.scaling_laws.huber import fit_huber
-from eval.scaling_laws.points import LossPoint
+from eval.scaling_laws.points import LossPoint, repeated
 from eval.scaling_laws.surface import Fit, Floats, Surface, check_enough
 from eval.scaling_laws.vpnls import fit_vpnls
 
@@ -120,16 +119,17 @@ def _determine(weights: Floats, params: Floats, tokens: Floats) -> bool:
 def seed_deviation(points: Iterable[LossPoint]) -> tuple[float, int] | None:
     """Relative standard deviation of the loss over seeds, pooled, and its degrees of freedom.
 
-    None where no size was trained twice on as many tokens at one rate with different seeds.
+    It is that of points that differ in the seed alone. Without such points, as in a table of means over seeds, it is
+    that of the column loss_std, each value with one degree of freedom. None without either.
     """
-    groups: dict[tuple, list[float]] = defaultdict(list)
-    for point in points:
-        groups[point.architecture, point.params, point.tokens, point.learning_rate].append(math.log(point.loss))
-    repeated = [np.array(values) for values in groups.values() if len(values) > 1]
-    freedom = sum(len(values) - 1 for values in repeated)
+    points = list(points)
+    groups = [np.log([point.loss for point in group]) for group in repeated(points)]
+    variances = [(float(each.var(ddof=1)), len(each) - 1) for each in groups]
+    variances = variances or [((p.loss_std / p.loss) ** 2, 1) for p in points if p.loss_std is not None]
+    freedom = sum(weight for _, weight in variances)
     if not freedom:
         return None
-    return math.sqrt(sum(float(((each - each.mean()) ** 2).sum()) for each in repeated) / freedom), freedom
+    return math.sqrt(sum(weight * variance for variance, weight in variances) / freedom), freedom
 
 
 def resample_seeds(points: Sequence[LossPoint], fit: Fit, deviation: float, count: int, seed: int = 0) -> Samples:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+import statistics
 from collections.abc import Iterable
 from pathlib import Path
 
 from eval.scaling_laws.designed import DESIGN, Design, DesignedRun, read_design
-from eval.scaling_laws.points import CHECK, LossPoint, check_points, read_points
+from eval.scaling_laws.points import CHECK, LossPoint, check_points, read_points, repeated
 from eval.study.engine import PlannedRun, RunState, examine
 from xlstm_lm.data.sources.config import SourceConfig
 from xlstm_lm.models.accounting import totals, training_flops_per_token
@@ -19,7 +21,8 @@ def collect(sources: Iterable[Path]) -> tuple[list[LossPoint], list[str]]:
     """Collect the points of designs, run folders and tables.
 
     Returns:
-        the points, those of diverged runs with that status, and a sentence for each run without a result yet.
+        the points, with the spread over seeds where several were trained, those of diverged runs with that status, and
+            a sentence for each run without a result yet.
 
     Raises:
         ValueError: a source is none of the three, or points contradict each other.
@@ -42,7 +45,17 @@ def collect(sources: Iterable[Path]) -> tuple[list[LossPoint], list[str]]:
                 f"{source} is no design, run folder or table: give a folder of design, a run, or a CSV file."
             )
     check_points([point for point in points if point.status != CHECK], "What was collected")
-    return points, missing
+    return _with_spread(points), missing
+
+
+def _with_spread(points: list[LossPoint]) -> list[LossPoint]:
+    """Fill in loss_std of finished points that differ in the seed alone."""
+    spread = {
+        id(point): statistics.stdev(each.loss for each in group)
+        for group in repeated(point for point in points if point.status == "finished")
+        for point in group
+    }
+    return [dataclasses.replace(point, loss_std=spread.get(id(point), point.loss_std)) for point in points]
 
 
 def configured_flops(point: LossPoint) -> float | None:

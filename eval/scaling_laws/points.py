@@ -63,7 +63,7 @@ class LossPoint:
     loss: float
     """L, held-out loss in nats a token."""
     loss_std: float | None = None
-    """Standard error of the loss over the held-out data."""
+    """Standard deviation of the loss over seeds, of runs that differ in the seed alone; empty where there is one."""
     bits_per_byte: float | None = None
     """Held-out loss in bits a byte."""
     val_tokens: int | None = None
@@ -94,6 +94,9 @@ class LossPoint:
 COLUMNS = columns(LossPoint)
 ADDED = {"cooldown_shape"}
 """Columns that the tables of earlier versions lack."""
+SAME_BUT_SEED = ("architecture", "params", "tokens", "context", "batch_tokens", "learning_rate", "schedule")
+SAME_BUT_SEED += ("cooldown_fraction", "cooldown_shape", "val_tokens", "data")
+"""Columns in which points agree that differ in the seed alone."""
 NUMBERS = {"params", "tokens", "flops", "loss"}
 """Columns of positive numbers that a point cannot be without."""
 OPTIONAL = {each.name for each in dataclasses.fields(LossPoint) if each.default is None}
@@ -235,11 +238,22 @@ def _number(where: str, name: str, text: str) -> float | int:
         )
     if name in NUMBERS and value <= 0:
         raise ValueError(f"{where}: {name} is {text}; it must be above 0. {REMEDY}")
+    if name == "loss_std" and value < 0:
+        raise ValueError(f"{where}: {name} is {text}; it must be 0 or above. {REMEDY}")
     if name in WHOLE:
         if value != int(value):
             raise ValueError(f"{where}: {name} is {text}; it must be a whole number. {REMEDY}")
         return int(value)
     return value
+
+
+def repeated(points: Iterable[LossPoint]) -> list[list[LossPoint]]:
+    """Group the points that differ in the seed alone, a point for each seed; those of a single seed are left out."""
+    groups: dict[tuple, dict[Any, LossPoint]] = defaultdict(dict)
+    for point in points:
+        same = tuple(getattr(point, name) for name in SAME_BUT_SEED)
+        groups[same].setdefault(point.run if point.seed is None else point.seed, point)
+    return [list(group.values()) for group in groups.values() if len(group) > 1]
 
 
 def check_points(points: Iterable[LossPoint], where: str) -> None:

@@ -78,6 +78,10 @@ def test_the_spread_of_seeds():
     ]
     deviation, freedom = seed_deviation(points + again)
     assert (deviation, freedom) == (pytest.approx(0.01), 2)
+    other = [dataclasses.replace(each, cooldown_shape="1-sqrt") for each in again[1:]]
+    assert seed_deviation(points + again[:1] + other)[1] == 1, "a run of another schedule is no repetition"
+    given = [dataclasses.replace(each, loss_std=std * each.loss) for each, std in zip(points, (0.01, 0.02))]
+    assert seed_deviation(given + points[2:]) == (pytest.approx((2.5e-4) ** 0.5), 2)
     fit = fit_vpnls(*columns(points))
     wide, narrow = (resample_seeds(points, fit, each, 30) for each in (0.01, 0.001))
     wide, narrow = (np.std([surface.beta for surface in each.surfaces]) for each in (wide, narrow))

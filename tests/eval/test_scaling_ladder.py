@@ -26,8 +26,8 @@ from xlstm_lm.training.loop import train
 
 @pytest.fixture(scope="module", params=["linear", "1-sqrt"])
 def ladder(tmp_path_factory, request) -> Design:
-    """A trained ladder of one size with one branch, its cooldown of either shape."""
-    choices = {"sizes": Span(1e4, 1e4, 1), "tokens": Span(1280, 1280, 1), "cooldown_shape": request.param}
+    """A trained ladder of one size with one branch and a second seed, cooldowns of either shape."""
+    choices = {"sizes": Span(1e4, 1e4, 1), "tokens": Span(1280, 1280, 1), "seeds": 2, "cooldown_shape": request.param}
     design = design_small(tmp_path_factory.mktemp("trained"), **choices)
     work = Work(design)
     assert [run.name for run in work.needed] == [run.run for run in design.runs if run.kind != "branch"]
@@ -40,7 +40,7 @@ def ladder(tmp_path_factory, request) -> Design:
 
 def test_a_branch_has_the_loss_of_a_run_straight_through(ladder):
     points, missing = collect([ladder.folder])
-    assert missing == [] and len(points) == 2
+    assert missing == [] and len(points) == 3
     check = next(point for point in points if point.status == "check")
     branch = next(point for point in points if point.run == check.run.removesuffix("-check"))
     assert check.loss == branch.loss and branch.trunk != branch.run
@@ -55,6 +55,21 @@ def test_points_are_those_of_the_configuration(ladder):
         assert point.flops == configured_flops(point) and 1 < point.loss < 5
         assert point.cooldown_shape == run.cooldown_shape == ladder.config(run).schedule.cooldown_shape
         assert point.schedule == "wsd" and point.cooldown_fraction == 0.2 and point.data == "text.txt"
+
+
+def test_runs_that_differ_in_the_seed_alone_have_its_spread(ladder, tmp_path):
+    points, _ = collect([ladder.folder])
+    branch, again = sorted((point for point in points if point.status == "finished"), key=lambda point: point.seed)
+    assert (branch.seed, again.seed, _check(points).loss_std) == (0, 1, None)
+    assert (
+        branch.loss_std == again.loss_std == pytest.approx(abs(branch.loss - again.loss) / 2**0.5) and branch.loss_std
+    )
+    alone, _ = collect([ladder.run_folder(branch.run)])
+    assert alone[0].loss_std is None
+    given = [dataclasses.replace(branch, loss_std=0.5), dataclasses.replace(branch, run="b", trunk="b", tokens=7e4)]
+    write_points([dataclasses.replace(each, source="") for each in given], tmp_path / "given.csv")
+    of_table, _ = collect([tmp_path / "given.csv"])
+    assert [point.loss_std for point in of_table] == [0.5, branch.loss_std], "a single seed keeps what the table has"
 
 
 def test_a_collected_table_is_checked_against_the_configurations(ladder, tmp_path):

@@ -80,6 +80,7 @@ def test_rows_that_diverged_are_left_out_with_a_note(tmp_path):
         ("N,D,L\n1,1,\n", r"line 2: loss is empty"),
         ("N,D,L\n1,,1\n", r"line 2: tokens and flops are both empty"),
         ("N,D,L\n1,1,1\n-1,1,1\n", r"line 3: params is -1; it must be above 0"),
+        ("N,D,L,loss_std\n1,1,1,-0.1\n", r"line 2: loss_std is -0.1; it must be 0 or above"),
         ("N,D,L,seed\n1,1,1,0.5\n", r"seed is 0.5; it must be a whole number"),
         ("N,D,L,status\n1,1,1,failed\n", r"has no finished row"),
         ("run,N,D,L\na,1,1,1\na,1,1,2\n", r"has the run a at 1 tokens more than once \(losses 1 and 2\)"),

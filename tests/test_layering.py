@@ -25,7 +25,7 @@ FLOORS = (
 """Packages and modules of xlstm_lm, lowest first. Each imports itself and lower floors only: there is no cycle."""
 
 
-EVAL_ORDER = ["study", "bench", "scoring", "command", "compare", "tasks", "gradient_reach", "scaling_laws"]
+EVAL_ORDER = ["study", "bench", "scoring", "command", "scaling_laws", "compare", "tasks", "gradient_reach"]
 """Rooms of eval, the lowest first: each imports itself and those before it. Files beside them are commands, on top."""
 
 

@@ -14,12 +14,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from eval.compare.results import Published
+from eval.compare.results import Published, Scaling
+from eval.scaling_laws.fits import read_fits
+from eval.scaling_laws.forecast import read_forecasts
 from eval.scoring.documents import DocumentsConfig, document_sources
 from eval.scoring.perplexity import PerplexityConfig
 from eval.study.study_file import check_section
 from xlstm_lm.base.fields import Count, Positive, Seed, Size, check_fields
 from xlstm_lm.base.mistakes import nearest, shown
+from xlstm_lm.base.paths import user_path
 from xlstm_lm.base.recipe import merge, read_recipe, with_current_names
 from xlstm_lm.data import open_source
 from xlstm_lm.data.tokenizer import build_tokenizer
@@ -106,6 +109,16 @@ class SpeedConfig:
 
 
 @dataclass(kw_only=True)
+class ScalingConfig:
+    """A scaling study whose table and pictures the report shows."""
+
+    fit: str
+    """File that `python -m eval.scaling_laws fit --out` wrote."""
+    forecasts: str | None = None
+    """File of `python -m eval.scaling_laws forecast`; null for none."""
+
+
+@dataclass(kw_only=True)
 class CompareConfig:
     """The section `compare`."""
 
@@ -135,6 +148,8 @@ class CompareConfig:
     """The test of the trained models; null for none."""
     speed: SpeedConfig | None = None
     """The measurement of speed; null for none."""
+    scaling: ScalingConfig | None = None
+    """Scaling study of these architectures, shown in the report; null for none."""
     published: list[Published] = field(default_factory=list)
     """Numbers from elsewhere, shown beside ours."""
     at_once: Size = 1
@@ -247,9 +262,33 @@ def load_comparison(path: Path, data_root: str | None = None) -> Comparison:
     comparison = Comparison(path, config, recipe, origins, [])
     comparison.models.extend(_models(comparison))
     _check_runs(comparison)
+    read_scaling(comparison)
     if config.matched:
         _check_sizes(comparison)
     return comparison
+
+
+def read_scaling(comparison: Comparison) -> Scaling | None:
+    """Read the scaling study that a comparison shows; None where it names none.
+
+    Raises:
+        ValueError: a file is missing or damaged; names it and its key.
+    """
+    config = comparison.config.scaling
+    if config is None:
+        return None
+    try:
+        fits = read_fits(user_path(config.fit))
+        path = user_path(config.forecasts) if config.forecasts is not None else None
+        if path and not path.is_file():
+            raise ValueError(f"{path} is missing. Write it with python -m eval.scaling_laws forecast ... --out FILE.")
+        forecasts = read_forecasts(path) if path else []
+    except ValueError as error:
+        raise ValueError(
+            f"{comparison.path}: compare.scaling: {error} To compare without a scaling study, remove compare.scaling."
+        ) from None
+    architectures = [dataclasses.replace(each, samples=[]) for each in fits.architectures]
+    return Scaling(source=config.fit, fits=dataclasses.replace(fits, architectures=architectures), forecasts=forecasts)
 
 
 def check_data(comparison: Comparison) -> None:

@@ -11,6 +11,8 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import TypeAdapter
 
+from eval.scaling_laws.fits import Fits
+from eval.scaling_laws.forecast import Forecast
 from xlstm_lm.base.fields import Range
 
 
@@ -138,6 +140,17 @@ class Published:
 
 
 @dataclass(kw_only=True)
+class Scaling:
+    """A scaling study of the architectures."""
+
+    source: str
+    """Path of fit.json."""
+    fits: Fits
+    """Fits, without the surfaces of trunks drawn again, which no report shows."""
+    forecasts: list[Forecast] = field(default_factory=list)
+
+
+@dataclass(kw_only=True)
 class Results:
     """A comparison."""
 
@@ -165,6 +178,8 @@ class Results:
     """Rows of `eval.throughput --generate` (GenerationRow)."""
     speed_environments: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Conditions of the measurements of training and of generation."""
+    scaling: Scaling | None = None
+    """The scaling study that the configuration names; None for none."""
     published: list[Published] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
     """Results that were asked for and are missing, each with the reason; the report lists them at its top."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,46 +22,58 @@ FEW_POWERS = 1000
 """Ratio of the ends of a logarithmic axis below which powers of ten are too few ticks."""
 
 
-def draw_all(fits: Fits, forecasts: Sequence[Forecast], folder: Path) -> list[Path]:
-    """Draw every picture that the fits have data for, as PNG and SVG, and return the PNG files."""
+@dataclass(frozen=True)
+class FitPicture:
+    """A picture of fits, not drawn yet. Color number i of its axes' cycle is that of the architecture number i."""
+
+    name: str
+    """Name of its files, without the ending."""
+    caption: str
+    panels: dict[str, Callable[[Any], None]]
+    """By the title of each panel, the function that draws on its axes."""
+
+
+def pictures_of(fits: Fits, forecasts: Sequence[Forecast]) -> list[FitPicture]:
+    """Every picture that the fits have data for."""
     fitted = [each for each in fits.architectures if each.fits]
     gridded = [each for each in fits.architectures if each.isoflop]
-    pictures: list[tuple[str, list[str], Callable[[Any, str], None]]] = []
+    found = []
     if fitted:
-        pictures.append(("loss", ["Loss and frontier"], lambda axes, _: _loss(axes, fitted)))
+        caption = "Every loss point, branches of a trunk joined, and the frontier of the fitted surface."
+        found.append(FitPicture("loss", caption, {"Loss and frontier": partial(_loss, fitted=fitted)}))
     if gridded:
-        pictures.append(("isoflop", _names(gridded), _by_name(gridded, _parabolas)))
+        panels = {f"IsoFLOP parabolas, {each.architecture}": partial(_parabolas, found=each) for each in gridded}
+        found.append(FitPicture("isoflop", "Parabolas of the loss at equal compute, with their minima.", panels))
     if fitted or gridded:
-        panels = {"Best size N*": "params", "Best number of tokens D*": "tokens"}
-        architectures = fits.architectures
-        pictures.append(("optimum", list(panels), lambda axes, title: _optimum(axes, architectures, panels[title])))
+        caption = "Best size and number of tokens; stars are minima of parabolas without a warning."
+        panels = {
+            title: partial(_optimum, architectures=fits.architectures, quantity=quantity, title=title)
+            for quantity, title in (("params", "Best size N*"), ("tokens", "Best number of tokens D*"))
+        }
+        found.append(FitPicture("optimum", caption, panels))
     if fitted:
-        pictures.append(("residuals", _names(fitted), _by_name(fitted, _residuals)))
-    if forecasts or any(each.held_out for each in fitted):
-        pictures.append(("predicted", ["Predicted and measured"], lambda axes, _: _predicted(axes, fitted, forecasts)))
-    drawn = []
-    for name, titles, fill in pictures:
+        panels = {f"Residuals, {each.architecture}": partial(_residuals, found=each) for each in fitted}
+        found.append(FitPicture("residuals", "Residuals of both fits.", panels))
+    if any(each.measured for each in forecasts) or any(each.held_out for each in fitted):
+        caption = "Losses predicted before they were measured, or from smaller runs alone, with their intervals."
+        panels = {"Predicted and measured": partial(_predicted, fitted=fitted, forecasts=forecasts)}
+        found.append(FitPicture("predicted", caption, panels))
+    return found
+
+
+def draw_all(pictures: Sequence[FitPicture], folder: Path) -> list[FitPicture]:
+    """Draw pictures as PNG and SVG, and return those that were drawn: none without matplotlib."""
+
+    def draw(picture: FitPicture) -> bool:
+        def fill(axes: Any, title: str) -> None:
+            picture.panels[title](axes)
+            axes.set_title(title)
+
+        titles = list(picture.panels)
         inches = (PANEL[0] * len(titles), PANEL[1])
-        if draw_panels(folder / f"{name}.png", titles, fill, inches=inches, and_svg=True):
-            drawn.append(folder / f"{name}.png")
-    return drawn
+        return draw_panels(folder / f"{picture.name}.png", titles, fill, inches=inches, and_svg=True)
 
-
-def _names(architectures: Sequence[ArchitectureFit]) -> list[str]:
-    return [each.architecture for each in architectures]
-
-
-def _by_name(
-    architectures: Sequence[ArchitectureFit], draw: Callable[[Any, ArchitectureFit], None]
-) -> Callable[[Any, str], None]:
-    """Draw the architecture that a panel's title names."""
-    found = {each.architecture: each for each in architectures}
-
-    def fill(axes: Any, title: str) -> None:
-        draw(axes, found[title])
-        axes.set_title(title)
-
-    return fill
+    return [picture for picture in pictures if draw(picture)]
 
 
 def _loss(axes: Any, fitted: Sequence[ArchitectureFit]) -> None:
@@ -71,7 +85,7 @@ def _loss(axes: Any, fitted: Sequence[ArchitectureFit]) -> None:
             axes.plot(*zip(*points), "o-", color=color, markersize=3, linewidth=0.6, alpha=0.6)
         frontier = [(best.flops, best.loss) for best in each.frontier]
         axes.plot(*zip(*frontier), color=color, linewidth=2.2, label=f"{each.architecture}, frontier")
-    axes.set(xscale="log", xlabel="training FLOPs", ylabel="loss, nats a token", title="Loss and frontier")
+    axes.set(xscale="log", xlabel="training FLOPs", ylabel="loss, nats a token")
     _finish(axes)
 
 
@@ -90,7 +104,7 @@ def _parabolas(axes: Any, found: ArchitectureFit) -> None:
     _finish(axes)
 
 
-def _optimum(axes: Any, architectures: Sequence[ArchitectureFit], quantity: str) -> None:
+def _optimum(axes: Any, architectures: Sequence[ArchitectureFit], quantity: str, title: str) -> None:
     """N* or D* over FLOPs: lines of the surface's frontier, stars of the parabolas."""
     for number, each in enumerate(architectures):
         color = f"C{number}"
@@ -101,8 +115,7 @@ def _optimum(axes: Any, architectures: Sequence[ArchitectureFit], quantity: str)
             stars = [(b.flops, getattr(b, f"over_{quantity}").minimum) for b in each.isoflop.budgets if not b.warnings]
             if stars:
                 axes.plot(*zip(*stars), "*", color=color, markersize=9, label=f"{each.architecture}, parabola")
-    title = "Best size N*" if quantity == "params" else "Best number of tokens D*"
-    axes.set(xscale="log", yscale="log", xlabel="training FLOPs", ylabel=title, title=title)
+    axes.set(xscale="log", yscale="log", xlabel="training FLOPs", ylabel=title)
     _finish(axes)
 
 
@@ -111,7 +124,7 @@ def _residuals(axes: Any, found: ArchitectureFit) -> None:
     flops = [point.flops for point in found.points]
     for (method, fit), marker in zip(found.fits.items(), "ox"):
         axes.plot(flops, 100 * np.expm1(residuals(fit, found.points)), marker, label=method, markersize=4, alpha=0.8)
-    axes.axhline(0, color="#444444", linewidth=0.8)
+    axes.axhline(0, color=axes.spines["left"].get_edgecolor(), linewidth=0.8)
     axes.set(xscale="log", xlabel="training FLOPs", ylabel="measured over fitted loss, %")
     _finish(axes)
 
@@ -126,7 +139,7 @@ def _predicted(axes: Any, fitted: Sequence[ArchitectureFit], forecasts: Sequence
     rows += [
         (each.architecture, each.measured, each.predicted, each, "forecast") for each in forecasts if each.measured
     ]
-    names = list(dict.fromkeys(name for name, *_ in rows))
+    names = list(dict.fromkeys([each.architecture for each in fitted] + [name for name, *_ in rows]))
     for name, measured, expected, ends, kind in rows:
         error = [[expected - ends.low], [ends.high - expected]] if ends else None
         marker = "D" if kind == "forecast" else "o"
@@ -134,8 +147,8 @@ def _predicted(axes: Any, fitted: Sequence[ArchitectureFit], forecasts: Sequence
         axes.errorbar([measured], [expected], yerr=error, fmt=marker, **style)
     if rows:
         ends = [min(row[1] for row in rows), max(row[1] for row in rows)]
-        axes.plot(ends, ends, color="#444444", linewidth=0.8)
-    axes.set(xlabel="measured loss, nats a token", ylabel="predicted", title="Predicted and measured")
+        axes.plot(ends, ends, color=axes.spines["left"].get_edgecolor(), linewidth=0.8)
+    axes.set(xlabel="measured loss, nats a token", ylabel="predicted")
     _finish(axes)
 
 

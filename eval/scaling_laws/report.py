@@ -7,31 +7,23 @@ from pathlib import Path
 
 from eval.scaling_laws.fits import Fits
 from eval.scaling_laws.forecast import Forecast
-from eval.scaling_laws.pictures import draw_all
+from eval.scaling_laws.pictures import draw_all, pictures_of
 from eval.scaling_laws.summary import as_markdown, table
 from xlstm_lm.base.durable_files import replace_durably
-
-CAPTIONS = {
-    "loss": "Every loss point, branches of a trunk joined, and the frontier of the fitted surface.",
-    "isoflop": "Parabolas of the loss at equal compute, with their minima.",
-    "optimum": "Best size and number of tokens; stars are minima of parabolas without a warning.",
-    "residuals": "Residuals of both fits.",
-    "predicted": "Losses predicted before they were measured, or from smaller runs alone, with their intervals.",
-}
 
 
 def write_report(fits: Fits, forecasts: Sequence[Forecast], folder: Path) -> list[Path]:
     """Write report.md and its pictures, and return the files."""
-    pictures = draw_all(fits, forecasts, folder)
+    pictures = draw_all(pictures_of(fits, forecasts), folder)
     parts = ["# Scaling laws", as_markdown(fits).strip()]
     if forecasts:
         parts += ["## Forecasts", _forecasts(forecasts)]
-    for path in pictures:
-        svg = path.with_suffix(".svg").name
-        parts.append(f"![{CAPTIONS[path.stem]}]({path.name})\n\n{CAPTIONS[path.stem]} ([SVG]({svg}))")
+    for picture in pictures:
+        name, caption = picture.name, picture.caption
+        parts.append(f"![{caption}]({name}.png)\n\n{caption} ([SVG]({name}.svg))")
     page = folder / "report.md"
     replace_durably(page, ("\n\n".join(parts) + "\n").encode())
-    return [page, *pictures]
+    return [page, *(folder / f"{picture.name}.png" for picture in pictures)]
 
 
 def _forecasts(forecasts: Sequence[Forecast]) -> str:

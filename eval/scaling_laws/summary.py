@@ -11,6 +11,9 @@ from eval.scaling_laws.fits import QUANTITIES, ArchitectureFit, Fits
 from eval.scaling_laws.points import LossPoint
 
 POINTS = ["architecture", "points", "trunks", "parameters", "tokens", "FLOPs", "schedule"]
+VALUES = ["architecture", "value", "estimate", "by trunk", "by seed"]
+BUDGETS = ["architecture", "FLOPs", "sizes", "N*", "D*", "lowest loss"]
+RATIOS = ["architecture", "compared with", "loss", "FLOPs ratio", "interval"]
 SURFACES = ["architecture", "fit", "E", "A", "B", "alpha", "beta", "gamma", "a", "objective", "runner-up", "condition"]
 
 
@@ -19,19 +22,16 @@ def as_markdown(fits: Fits) -> str:
     level = f"{LEVEL:.0%}"
     parts = []
     fitted = [each for each in fits.architectures if each.fits]
-    parts += ["## Points", table(POINTS, [_points_row(each) for each in fits.architectures])]
+    parts += ["## Points", table(POINTS, [points_row(each) for each in fits.architectures])]
     if fitted:
         parts += ["## Surfaces", table(SURFACES, [row for each in fitted for row in _surface_rows(each)])]
         parts.append(
             "L = E + (A N^-alpha + B D^-beta)^gamma in nats a token; N* grows as C^a for C in proportion to N D."
         )
-    if rows := [row for each in fitted for row in _interval_rows(each)]:
-        parts += [
-            f"## Intervals of {level}",
-            table(["architecture", "value", "estimate", "by trunk", "by seed"], rows),
-        ]
-    if rows := [row for each in fits.architectures for row in _budget_rows(each)]:
-        parts += ["## IsoFLOP parabolas", table(["architecture", "FLOPs", "sizes", "N*", "D*", "lowest loss"], rows)]
+    if rows := [row for each in fitted if each.by_trunk for row in value_rows(each)]:
+        parts += [f"## Intervals of {level}", table(VALUES, rows)]
+    if rows := [row for each in fits.architectures for row in budget_rows(each)]:
+        parts += ["## IsoFLOP parabolas", table(BUDGETS, rows)]
         parts += [_lines(each) for each in fits.architectures if each.isoflop]
     if fitted:
         parts += ["## Frontier", table(["architecture", "FLOPs", "N*", "D*", "D*/N*", "loss"], _frontier_rows(fitted))]
@@ -39,7 +39,11 @@ def as_markdown(fits: Fits) -> str:
         header = ["architecture", "run", "FLOPs", "predicted", f"interval of {level}", "measured", "error"]
         parts += ["## Held out", table(header, rows)]
     if fits.comparisons:
-        parts += ["## FLOPs at equal loss", "\n".join(f"* {_ratio(each)}" for each in fits.comparisons)]
+        parts += [
+            f"## FLOPs at equal loss, with intervals of {level}",
+            table(RATIOS, [ratio_row(each) for each in fits.comparisons]),
+        ]
+        parts.append("FLOPs of the first over those of the second with which each, at its best size, reaches the loss.")
     warnings = [f"* {each.architecture}: {text}" for each in fits.architectures for text in each.warnings]
     warnings += [f"* {text}" for text in fits.notes]
     if warnings:
@@ -52,7 +56,8 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return markdown_table(f"| {' | '.join(header)} |", rows)
 
 
-def _points_row(found: ArchitectureFit) -> list[str]:
+def points_row(found: ArchitectureFit) -> list[str]:
+    """The row of an architecture in the table with the columns `POINTS`."""
     points = found.points
     ranges = [
         " to ".join(f"{end:.3g}" for end in (min(values), max(values)))
@@ -87,17 +92,20 @@ def _surface_rows(found: ArchitectureFit) -> list[list[str]]:
     return rows
 
 
-def _interval_rows(found: ArchitectureFit) -> list[list[str]]:
+def value_rows(found: ArchitectureFit) -> list[list[str]]:
+    """The rows of an architecture in the table with the columns `VALUES`: of its surface, then of its parabolas."""
+    values = {name: value(found.fit.surface) for name, value in QUANTITIES.items()} if found.fits else {}
+    if found.isoflop:
+        values |= {"a, parabolas": found.isoflop.a, "b, parabolas": found.isoflop.b}
     return [
         [
             found.architecture,
             name,
-            f"{value(found.fit.surface):.4g}",
+            f"{value:.4g}",
             interval(found.by_trunk.get(name)),
             interval(found.by_seed.get(name)),
         ]
-        for name, value in QUANTITIES.items()
-        if found.by_trunk
+        for name, value in values.items()
     ]
 
 
@@ -108,7 +116,8 @@ def interval(ends: tuple[float, float | None] | None) -> str:
     return f"above {ends[0]:.4g}" if ends[1] is None else f"{ends[0]:.4g} to {ends[1]:.4g}"
 
 
-def _budget_rows(found: ArchitectureFit) -> list[list[str]]:
+def budget_rows(found: ArchitectureFit) -> list[list[str]]:
+    """The rows of an architecture in the table with the columns `BUDGETS`; none without parabolas."""
     if found.isoflop is None:
         return []
     return [
@@ -158,9 +167,7 @@ def _held_rows(found: ArchitectureFit) -> list[list[str]]:
     return rows
 
 
-def _ratio(found: FlopsRatio) -> str:
-    ends = f" ({LEVEL:.0%} interval {interval(found.interval)})" if found.interval else ""
-    return (
-        f"At a loss of {found.loss:.4f}, {found.architecture} needs {found.ratio:.3g} times the FLOPs of "
-        f"{found.over}{ends}."
-    )
+def ratio_row(found: FlopsRatio) -> list[str]:
+    """The row of two architectures in the table with the columns `RATIOS`."""
+    numbers = [f"{found.loss:.4f}", f"{found.ratio:.3g}", interval(found.interval)]
+    return [found.architecture, found.over, *numbers]

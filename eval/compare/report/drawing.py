@@ -56,6 +56,7 @@ STYLE = {
     "axes.facecolor": "none",
     "figure.facecolor": "none",
     "axes.spines.top": False,
+    "legend.edgecolor": GRID,
 }
 
 
@@ -168,6 +169,19 @@ def draw_dots(
         axes.set_xlabel(x_label)
         names = ", ".join(f"{label} {mean:.3f}" for (_, label, _), mean in zip(rows, means))
         return _finish(name, figure, title, f"{title}: {x_label}: {names}")
+
+
+def draw_panel(
+    name: str, title: str, alt: str, fill: Callable[[Axes], None], colors: Sequence[int] = range(len(COLORS))
+) -> Picture:
+    """A panel that another module draws on its axes; `colors` gives the places in `COLORS` of the axes' cycle."""
+    cycle = matplotlib.cycler(color=[COLORS[place][0] for place in colors])
+    with matplotlib.rc_context(STYLE | {"axes.prop_cycle": cycle}):
+        figure = Figure(figsize=(WIDTH, HEIGHT))
+        axes = _axes(figure, left=0.68, right=0.12, bottom=0.56, top=0.36)
+        fill(axes)
+        axes.spines["right"].set_visible(False)
+        return _finish(name, figure, title, alt)
 
 
 def length_label(length: float) -> str:

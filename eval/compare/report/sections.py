@@ -9,6 +9,7 @@ from typing import Any
 from eval.compare.report import pictures, select, tables
 from eval.compare.report.drawing import Picture
 from eval.compare.report.parts import Part, Section, Table
+from eval.compare.report.scaling import scaling_section
 from eval.compare.results import Results
 
 TERMS = {
@@ -104,6 +105,7 @@ def sections(results: Results) -> list[Section]:
             title="Parameters, operations and state",
             parts=_by_size(results, pictures.state_pictures, tables.size_table),
         ),
+        scaling_section(results),
         Section(
             title="Published numbers",
             lead="From other code, other preparation of the data, often more of it: to stand beside, not to rank by.",

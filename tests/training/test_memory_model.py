@@ -141,9 +141,9 @@ def test_a_run_that_may_fit_is_warned_of_and_one_that_fits_is_not(gpu_of, caplog
     run = run_of(training__micro_batch_size=4, data__global_batch_size=4, data__context_length=8192)
     planned = memory_plan(run.model, elements_of(run), rank_layout(run, 1, "bf16", ROWS, "cuda"))
     gpu_of(planned.peak / 2**30 / 1.05)
-    memory_check.check_planned_memory(run, GPU, "bf16", ROWS)
+    memory_check.check_run_memory(run, GPU, "bf16", ROWS)
     assert "The run may not fit. By its plan" in caplog.text
     caplog.clear()
     gpu_of(planned.peak / 2**30 * 1.05)
-    memory_check.check_planned_memory(run, GPU, "bf16", ROWS)
+    memory_check.check_run_memory(run, GPU, "bf16", ROWS)
     assert not caplog.text

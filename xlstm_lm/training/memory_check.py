@@ -22,6 +22,8 @@ TOLERANCE = 0.1
 def check_run_memory(run: RunConfig, world: World, precision: Precision, layout: Layout) -> None:
     """Refuse a run that cannot fit: by a lower bound on any device, then on a GPU by its plan.
 
+    A run whose plan exceeds the memory by less than the plan's error is warned of.
+
     Args:
         run: Configuration of the run.
         world: All processes.
@@ -29,26 +31,10 @@ def check_run_memory(run: RunConfig, world: World, precision: Precision, layout:
         layout: Division of the run among them.
 
     Raises:
-        ValueError: the device or the host has less memory; names the amounts and the remedies.
+        ValueError: the device or the host has less memory than the bound, or the GPU has less than the plan by more
+            than the plan's error; names the amounts and the remedies.
     """
     check_memory(run, world, precision, layout.rows)
-    check_planned_memory(run, world, precision, layout)
-
-
-def check_planned_memory(run: RunConfig, world: World, precision: Precision, layout: Layout) -> None:
-    """Refuse a run that cannot fit on this rank's GPU, by the plan's own numbers; warn where it may not fit.
-
-    Runs on a CPU pass: their memory is that of the whole machine.
-
-    Args:
-        run: Configuration of the run.
-        world: All processes.
-        precision: Type of weights and activations.
-        layout: Division of the run among them.
-
-    Raises:
-        ValueError: the plan exceeds the GPU's memory by more than the plan's error; names the items and the remedies.
-    """
     if world.device.type != "cuda":
         return
     of_rank = rank_layout(run, world.size, precision, layout, world.device.type)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
-from dataclasses import dataclass
 
 import numpy as np
 from scipy.optimize import minimize, nnls
 
-from eval.scaling_laws.surface import EXPONENTS, Fit, Floats, Surface, check_enough, geometric_mean
+from eval.scaling_laws.surface import EXPONENTS, Fit, Floats, ScaledPoints, Surface
 from eval.scaling_laws.vpnls import condition_number
 
 DELTA = 1e-3
@@ -26,14 +26,13 @@ SAME = 1e-4
 """Relative difference of objectives below which two ends count as the same minimum."""
 
 
-@dataclass(frozen=True)
-class _Problem:
-    """Log losses in scaled units. A place has log E, log A, log B, alpha, beta and, if fitted, gamma."""
+class _Problem(ScaledPoints):
+    """Huber losses of log L. A place has log E, log A, log B, alpha, beta and, if fitted, gamma."""
 
-    log_n: Floats
-    log_d: Floats
-    log_loss: Floats
-    weights: Floats
+    @functools.cached_property
+    def log_loss(self) -> Floats:
+        """log L of each point."""
+        return np.log(self.loss)
 
     def model(self, place: Floats) -> tuple[Floats, Floats]:
         """Log loss of each point, shape (points,), and its derivatives by the place, (points, parameters)."""
@@ -78,44 +77,29 @@ def fit_huber(
     Raises:
         ValueError: the points cannot determine a surface.
     """
-    used = np.ones_like(loss) if weights is None else np.asarray(weights, dtype=float)
-    check_enough(params[used > 0], tokens[used > 0], 6 if free_gamma else 5)
-    unit_n, unit_d = geometric_mean(params), geometric_mean(tokens)
-    problem = _Problem(np.log(params / unit_n), np.log(tokens / unit_d), np.log(loss), used)
-    if start is None:
-        starts = _starts(problem, loss, free_gamma)
-    else:
-        starts = [_place(start, unit_n, unit_d, free_gamma)]
+    problem = _Problem.of(params, tokens, loss, weights, parameters=6 if free_gamma else 5)
+    starts = _starts(problem, free_gamma) if start is None else [_place(problem, start, free_gamma)]
     bounds = [(SMALLEST_LOG, None)] * 3 + [EXPONENTS] * 2 + ([GAMMA_RANGE] if free_gamma else [])
     ends = sorted((_descend(problem, each, bounds) for each in starts), key=lambda end: end[0])
     objective, place = ends[0]
     others = [value for value, _ in ends if value > objective * (1 + SAME) + 1e-12]
-    (e, a, b, alpha, beta), gamma = place[:5], float(place[5]) if free_gamma else 1.0
-    surface = Surface(
-        E=float(np.exp(e)),
-        A=float(np.exp(a + alpha * np.log(unit_n))),
-        B=float(np.exp(b + beta * np.log(unit_d))),
-        alpha=float(alpha),
-        beta=float(beta),
-        gamma=gamma,
-    )
+    surface = problem.surface(*np.exp(place[:3]), *place[3:])
     return Fit(
         surface=surface,
         method="huber",
         objective=objective * DELTA**2,
         runner_up=others[0] * DELTA**2 if others else None,
-        condition=condition_number(problem.model(place)[1] * np.sqrt(used)[:, None]),
+        condition=condition_number(problem.model(place)[1] * np.sqrt(problem.weights)[:, None]),
         bounds=surface.bounds(params, tokens),
-        points=int(np.count_nonzero(used)),
+        points=int(np.count_nonzero(problem.weights)),
     )
 
 
-def _starts(problem: _Problem, loss: Floats, free_gamma: bool) -> list[Floats]:
+def _starts(problem: _Problem, free_gamma: bool) -> list[Floats]:
     """The best places of a grid of exponents, each with its least-squares E, A and B."""
-    found = []
+    loss, found = problem.loss, []
     for alpha, beta in itertools.product(GRID, GRID):
-        basis = np.stack([np.ones_like(loss), np.exp(-alpha * problem.log_n), np.exp(-beta * problem.log_d)], axis=1)
-        logs = np.log(np.maximum(nnls(basis, loss)[0], 1e-3 * np.mean(loss)))
+        logs = np.log(np.maximum(nnls(problem.terms(alpha, beta), loss)[0], 1e-3 * np.mean(loss)))
         for gamma in GAMMAS if free_gamma else ():
             found.append(np.array([logs[0], logs[1] / gamma, logs[2] / gamma, alpha / gamma, beta / gamma, gamma]))
         if not free_gamma:
@@ -123,11 +107,11 @@ def _starts(problem: _Problem, loss: Floats, free_gamma: bool) -> list[Floats]:
     return sorted(found, key=lambda place: problem.objective(place)[0])[:STARTS]
 
 
-def _place(surface: Surface, unit_n: float, unit_d: float, free_gamma: bool) -> Floats:
+def _place(problem: _Problem, surface: Surface, free_gamma: bool) -> Floats:
     """The place of a surface in scaled units."""
     logs = np.log(np.maximum([surface.E, surface.A, surface.B], 1e-300))
-    place = [logs[0], logs[1] - surface.alpha * np.log(unit_n), logs[2] - surface.beta * np.log(unit_d)]
-    place = [max(each, SMALLEST_LOG) for each in place] + [surface.alpha, surface.beta]
+    of_units = [0.0, surface.alpha * np.log(problem.unit_n), surface.beta * np.log(problem.unit_d)]
+    place = [*np.maximum(logs - of_units, SMALLEST_LOG), surface.alpha, surface.beta]
     return np.array(place + ([surface.gamma] if free_gamma else []))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -110,6 +110,37 @@ def check_enough(params: Floats, tokens: Floats, parameters: int = 5) -> None:
         )
 
 
-def geometric_mean(values: Floats) -> float:
-    """Geometric mean: the unit in which a fit computes, because powers of plain counts are ill-conditioned."""
-    return math.exp(float(np.mean(np.log(values))))
+@dataclass(frozen=True)
+class ScaledPoints:
+    """Points of a fit, in units of their geometric means, because powers of plain counts are ill-conditioned."""
+
+    log_n: Floats
+    """log of params over `unit_n`, shape (points,)."""
+    log_d: Floats
+    """log of tokens over `unit_d`."""
+    loss: Floats
+    weights: Floats
+    unit_n: float
+    unit_d: float
+
+    @classmethod
+    def of(cls, params: Floats, tokens: Floats, loss: Floats, weights: Floats | None, parameters: int) -> Self:
+        """Scale points; weights of None are 1 each.
+
+        Raises:
+            ValueError: the points with a weight cannot determine a surface of so many parameters.
+        """
+        used = np.ones_like(loss) if weights is None else np.asarray(weights, dtype=float)
+        check_enough(params[used > 0], tokens[used > 0], parameters)
+        log_n, log_d = np.log(params), np.log(tokens)
+        middle_n, middle_d = float(log_n.mean()), float(log_d.mean())
+        return cls(log_n - middle_n, log_d - middle_d, loss, used, math.exp(middle_n), math.exp(middle_d))
+
+    def terms(self, alpha: float, beta: float) -> Floats:
+        """Factors of E, A and B in the loss of each point, shape (points, 3)."""
+        return np.stack([np.ones_like(self.loss), np.exp(-alpha * self.log_n), np.exp(-beta * self.log_d)], axis=1)
+
+    def surface(self, E: float, A: float, B: float, alpha: float, beta: float, gamma: float = 1.0) -> Surface:
+        """The surface of parameters in scaled units, in plain ones."""
+        A, B = A * self.unit_n**alpha, B * self.unit_d**beta
+        return Surface(*map(float, (E, A, B, alpha, beta, gamma)))

@@ -7,13 +7,13 @@ Chinchilla Approach 2" (Open-Athena/scaling-law-analysis).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import functools
 from typing import Any
 
 import numpy as np
 from scipy.optimize import least_squares, nnls
 
-from eval.scaling_laws.surface import EXPONENTS, Fit, Floats, Surface, check_enough, geometric_mean
+from eval.scaling_laws.surface import EXPONENTS, Fit, Floats, ScaledPoints, Surface
 
 GRID = np.geomspace(0.03, 2.0, 25)
 """Exponents of the grid, for alpha and for beta."""
@@ -25,23 +25,17 @@ SAME, TINY = 1e-4, 1e-20
 """Relative and absolute difference of the sums of squares of two polished points that count as the same minimum."""
 
 
-@dataclass(frozen=True)
-class _Problem:
-    """Losses in scaled units."""
+class _Problem(ScaledPoints):
+    """Least squares of the losses."""
 
-    log_n: Floats
-    """log of params over their geometric mean."""
-    log_d: Floats
-    """log of tokens over their geometric mean."""
-    loss: Floats
-    root_weight: Floats
-    """Square root of each point's weight."""
+    @functools.cached_property
+    def root_weight(self) -> Floats:
+        """Square root of each point's weight."""
+        return np.sqrt(self.weights)
 
     def basis(self, exponents: Floats) -> Floats:
         """Weighted columns of E, A and B for given exponents."""
-        alpha, beta = exponents
-        columns = [np.ones_like(self.loss), np.exp(-alpha * self.log_n), np.exp(-beta * self.log_d)]
-        return np.stack(columns, axis=1) * self.root_weight[:, None]
+        return self.terms(*exponents) * self.root_weight[:, None]
 
     def coefficients(self, exponents: Floats) -> Floats:
         """Non-negative E, A and B with the least squares."""
@@ -78,18 +72,13 @@ def fit_vpnls(
     Raises:
         ValueError: the points cannot determine a surface.
     """
-    used = np.ones_like(loss) if weights is None else np.asarray(weights, dtype=float)
-    check_enough(params[used > 0], tokens[used > 0])
-    unit_n, unit_d = geometric_mean(params), geometric_mean(tokens)
-    problem = _Problem(np.log(params / unit_n), np.log(tokens / unit_d), loss, np.sqrt(used))
+    problem = _Problem.of(params, tokens, loss, weights, parameters=5)
     starts = _lowest_of_grid(problem) if start is None else [np.array([start.alpha, start.beta])]
     precision = FINE if start is None else COARSE
     polished = sorted((_polish(problem, each, precision) for each in starts), key=lambda each: each.cost)
     best = polished[0]
     others = [each for each in polished if each.cost > best.cost * (1 + SAME) + TINY]
-    E, A, B = problem.coefficients(best.x)
-    alpha, beta = map(float, best.x)
-    surface = Surface(float(E), float(A * unit_n**alpha), float(B * unit_d**beta), alpha, beta)
+    surface = problem.surface(*problem.coefficients(best.x), *best.x)
     return Fit(
         surface=surface,
         method="vpnls",
@@ -97,7 +86,7 @@ def fit_vpnls(
         runner_up=2 * float(others[0].cost) if others else None,
         condition=condition_number(best.jac),
         bounds=surface.bounds(params, tokens),
-        points=int(np.count_nonzero(used)),
+        points=int(np.count_nonzero(problem.weights)),
     )
 
 

@@ -62,12 +62,14 @@ def chunks_of(
     keys_BNHLK = to_state[..., None] * k
     queries_BNHLK = from_state[..., None] * q
     scores_BNHLL = decay_BNHLL * (q @ k.mT)
-    chunks = []
-    for n in range(q.shape[1]):
-        update_BHLV = written_BNHLV[:, n] - erased_BNHLK[:, n] @ C_BHKV
-        chunks.append(queries_BNHLK[:, n] @ C_BHKV + scores_BNHLL[:, n] @ update_BHLV)
-        C_BHKV = kept_BNH[:, n, :, None, None] * C_BHKV + keys_BNHLK[:, n].mT @ update_BHLV
-    return torch.stack(chunks, dim=1).transpose(2, 3).flatten(1, 2)[:, :T], C_BHKV
+    each_chunk = (written_BNHLV, erased_BNHLK, keys_BNHLK, queries_BNHLK, scores_BNHLL, kept_BNH[..., None, None])
+    h_chunks = []
+    # unbind, because the gradient of an index at each chunk would make the backward pass quadratic in T
+    for written, erased, keys, queries, scores, kept in zip(*(x.unbind(1) for x in each_chunk), strict=True):
+        update_BHLV = written - erased @ C_BHKV
+        h_chunks.append(queries @ C_BHKV + scores @ update_BHLV)
+        C_BHKV = kept * C_BHKV + keys.mT @ update_BHLV
+    return torch.stack(h_chunks, dim=1).transpose(2, 3).flatten(1, 2)[:, :T], C_BHKV
 
 
 def compute_forward(

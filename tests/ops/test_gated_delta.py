@@ -11,7 +11,9 @@ from transformers.models.qwen3_next.modeling_qwen3_next import torch_recurrent_g
 
 from xlstm_lm.ops.gated_delta import gated_delta
 from xlstm_lm.ops.gated_delta.chunkwise import gated_delta_chunkwise
+from xlstm_lm.ops.gated_delta.slice_effect import gated_delta_slice_effect
 from xlstm_lm.ops.selfcheck import compare
+from xlstm_lm.ops.slices import delta_effect
 
 
 def make_inputs(B: int, T: int, H: int, K: int, V: int, dtype: torch.dtype = torch.float64) -> list[torch.Tensor]:
@@ -43,6 +45,35 @@ def test_chunks_equal_the_recurrence(T, K, V, chunk_length, with_resets):
     assert compare(ours, definition, inputs) < 1e-11
     assert compare(ours, definition, [each.float() for each in inputs]) < 1e-4
     assert compare(ours, definition, [each.bfloat16() for each in inputs]) < 5e-2
+
+
+def effect(*inputs: torch.Tensor, **options: object) -> tuple[torch.Tensor, torch.Tensor]:
+    columns, (kept,) = delta_effect(*inputs, **options)
+    return columns, kept
+
+
+@pytest.mark.parametrize(
+    ("T", "K", "V", "chunk_length"), [(1, 4, 3, 8), (7, 5, 9, 8), (16, 8, 16, 8), (37, 3, 5, 1), (130, 24, 17, None)]
+)
+@pytest.mark.parametrize("share_of_resets", [None, 0.02, 0.2])
+def test_the_effect_of_a_slice_equals_that_of_the_recurrence(T, K, V, chunk_length, share_of_resets):
+    _, *inputs, _ = make_inputs(2, T, 3, K, V)
+    inputs[2] *= 0.05  # after faster decays, float32 would have nothing left of the state before
+    resets = None if share_of_resets is None else torch.rand(2, T) < share_of_resets
+    ours, definition = (
+        functools.partial(effect, resets_BT=resets, chunk_length=chunk_length, backend=backend)
+        for backend in ("chunkwise", "recurrence")
+    )
+    assert compare(ours, definition, inputs) < 1e-11
+    assert compare(ours, definition, [each.float() for each in inputs]) < 1e-4
+    assert compare(ours, definition, [each.bfloat16() for each in inputs]) < 5e-2
+
+
+def test_the_effect_of_a_slice_with_a_reset_has_no_part_of_the_state_before():
+    _, *inputs, _ = make_inputs(1, 20, 2, 4, 3)
+    resets = torch.zeros(1, 20, dtype=torch.bool)
+    resets[0, 9] = True
+    assert effect(*inputs, resets_BT=resets, chunk_length=8, backend="chunkwise")[1].eq(0).all()
 
 
 def test_the_recurrence_equals_that_of_transformers():
@@ -83,11 +114,12 @@ def test_a_long_memory_and_none_at_all_stay_finite():
         assert all(each.isfinite().all() for each in torch.autograd.grad(ours(*leaves)[0].sum(), leaves))
 
 
-def test_it_is_one_operator():
+def test_each_is_one_operator():
     *inputs, state = make_inputs(1, 20, 2, 4, 3, torch.float32)
     leaves = [each.requires_grad_() for each in inputs]
     resets = torch.zeros(1, 20, dtype=torch.bool)
     torch.library.opcheck(gated_delta_chunkwise.operator, (*leaves, resets, state.requires_grad_(), 8))
+    torch.library.opcheck(gated_delta_slice_effect.operator, (*leaves[1:], resets, 8))
 
 
 @pytest.mark.parametrize(

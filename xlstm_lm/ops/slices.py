@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from xlstm_lm.ops.gated_delta import gated_delta
+from xlstm_lm.ops.gated_delta import CHUNK_LENGTH, GATED_DELTA, gated_delta
+from xlstm_lm.ops.gated_delta.slice_effect import gated_delta_slice_effect
 from xlstm_lm.ops.selective_scan import selective_scan
 
 State = tuple[Tensor, ...]
@@ -91,6 +92,9 @@ def scan_effect(
 ) -> Effect:
     """Effect on the state of the selective scan, whose arguments these are.
 
+    The scan itself computes it, with c = 0. The sum over all steps in PyTorch operations, without a scan, is no faster
+    than the recurrence and far slower than the compiled scan: each needs an exponential for every state and step.
+
     Returns:
         Columns (B, 2 N, E): the state (E, N) after the slice, transposed, and below it the logarithms of its decay.
     """
@@ -128,13 +132,20 @@ def delta_effect(
 ) -> Effect:
     """Effect on the state of the gated delta rule, whose arguments these are.
 
-    One pass over values of V + K columns, of which K are zero and begin with the identity, gives both B and A.
+    The chunkwise backend has a pass without outputs. The others run the cell on values of V + K columns, of which K
+    are zero and begin with the identity: one call gives both B and A. fla offers no kernel for the state alone.
 
     Returns:
         Columns (B, H, K, V): B. Shared (B, H, K, K): A.
     """
     B, _, H, K = k_BTHK.shape
     V = v_BTHV.shape[-1]
+    inputs = (k_BTHK, v_BTHV, log_decay_BTH, beta_BTH)
+    has_resets, one_step = resets_BT is not None, k_BTHK.shape[1] == 1
+    chosen = GATED_DELTA.backend_for(inputs, backend, has_resets=has_resets, one_step=one_step, K=K, V=V + K)
+    if chosen.name == "chunkwise":
+        added_BHKV, kept_BHKK = gated_delta_slice_effect(*inputs, resets_BT, chunk_length or CHUNK_LENGTH)
+        return Effect(added_BHKV, (kept_BHKK,))
     state_BHKV = torch.eye(K, dtype=beta_BTH.dtype, device=k_BTHK.device).expand(B, H, K, K)
     _, state_BHKV = gated_delta(
         torch.zeros_like(k_BTHK),

@@ -69,7 +69,8 @@ def with_divided_rows(model: nn.Module, world: World) -> nn.Module:
 
 
 def uses_of_divided_rows(uses: list[OperationUse]) -> list[OperationUse]:
-    """Further calls of a model's operations where rows are divided: the gated delta rule with V + K columns."""
+    """Further calls of a model's operations where rows are divided: the gated delta rule on V + K columns, by which
+    backends without a pass for the state alone compute the effect of a slice."""
     deltas = [use for use in uses if use.operation is GATED_DELTA]
     return [use._replace(sizes=use.sizes | {"V": use.sizes["V"] + use.sizes["K"]}) for use in deltas]
 

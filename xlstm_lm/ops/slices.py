@@ -26,17 +26,17 @@ class Effect(NamedTuple):
     """Effect of a slice of each row on the state."""
 
     columns: Tensor
-    """(..., V): numbers of each column of the state."""
+    """Numbers (..., V) that differ between the columns of the state: B, and the decays if each column has its own."""
     shared: tuple[Tensor, ...] = ()
-    """Numbers that all columns share."""
+    """Numbers that all columns share, such as A."""
 
 
-class Chain(NamedTuple):
-    """Rules by which the effects of slices follow each other."""
+class StateRules(NamedTuple):
+    """Rules to compute a state from the effects of the slices before it."""
 
     start: Callable[[Tensor], State]
-    """The empty state, from zeros in the shape of an effect's columns, which it keeps in the graph of gradients."""
-    follow: Callable[[State, Effect], State]
+    """The empty state, from zeros in the shape of an effect's columns. Gradients of the state flow back to them."""
+    after_slice: Callable[[State, Effect], State]
     """The state after a slice, from the state before it and the slice's effect."""
 
 
@@ -48,13 +48,13 @@ def mlstm_effect(
     Args:
         k_BTHK: keys (B, T, H, K).
         v_BTHV: values (B, T, H, V).
-        log_input_BTH: logarithm of the input gate behind its activation (B, T, H).
-        log_forget_BTH: the same of the forget gate.
+        log_input_BTH: logarithm of the input gate after its activation (B, T, H).
+        log_forget_BTH: logarithm of the forget gate after its activation (B, T, H).
         resets_BT: (B, T) bool, true where the state before the step is empty; None for no resets.
 
     Returns:
-        Columns (B, H, K, V + 1), of which the last is n, in units of e^m; shared m and the sum of the log forget gates
-        (B, H), -inf where a reset is.
+        Columns (B, H, K, V + 1) in units of e^m, of which the last is n. Shared: m (B, H), and the sum (B, H) of the
+        logarithms of the forget gates, which is -inf if the slice has a reset.
     """
     dtype = log_input_BTH.dtype
     # Sums from the end are small where the weight is large, which keeps float32 exact enough over any length.
@@ -75,7 +75,7 @@ def _mlstm_start(zeros: Tensor) -> State:
     return zeros, zeros.detach()[..., 0, 0] - torch.inf
 
 
-def _mlstm_follow(state: State, effect: Effect) -> State:
+def _mlstm_after_slice(state: State, effect: Effect) -> State:
     (C_BHKV, m_BH), (added_BHKV, (m_added_BH, log_decay_BH)) = state, effect
     kept_BH = m_BH + log_decay_BH
     m_next_BH = torch.maximum(kept_BH, m_added_BH).detach()
@@ -83,8 +83,8 @@ def _mlstm_follow(state: State, effect: Effect) -> State:
     return keep * C_BHKV + add * added_BHKV, m_next_BH
 
 
-MLSTM_CHAIN = Chain(_mlstm_start, _mlstm_follow)
-"""The state is (C and n side by side (B, H, K, V + 1), m (B, H)) in units of e^m; m carries no gradient."""
+MLSTM_RULES = StateRules(_mlstm_start, _mlstm_after_slice)
+"""The state is C and n side by side (B, H, K, V + 1) in units of e^m, and m (B, H), which has no gradient."""
 
 
 def scan_effect(
@@ -112,13 +112,13 @@ def _scan_start(zeros: Tensor) -> State:
     return (zeros[:, : zeros.shape[1] // 2],)
 
 
-def _scan_follow(state: State, effect: Effect) -> State:
+def _scan_after_slice(state: State, effect: Effect) -> State:
     added_BNE, log_decay_BNE = effect.columns.chunk(2, dim=1)
     return (log_decay_BNE.exp() * state[0] + added_BNE,)
 
 
-SCAN_CHAIN = Chain(_scan_start, _scan_follow)
-"""The state is (its transpose (B, N, E),)."""
+SCAN_RULES = StateRules(_scan_start, _scan_after_slice)
+"""The state is transposed: (B, N, E)."""
 
 
 def delta_effect(
@@ -163,5 +163,5 @@ def delta_effect(
     return Effect(added_BHKV, (kept_BHKK,))
 
 
-DELTA_CHAIN = Chain(lambda zeros: (zeros,), lambda state, effect: (effect.shared[0] @ state[0] + effect.columns,))
-"""The state is (C (B, H, K, V),)."""
+DELTA_RULES = StateRules(lambda zeros: (zeros,), lambda state, effect: (effect.shared[0] @ state[0] + effect.columns,))
+"""The state is C (B, H, K, V)."""

@@ -1,8 +1,11 @@
 """Rows that several processes share: each has a slice of every row, and needs the state before it.
 
-A mixer with `DividedRows` computes the state before its slice, and then the slice as if an earlier call had left that
-state. So values and gradients are those of whole rows. Gradients flow through the exchanges, whose number and order are
-the same on every process: this is what keeps them from waiting for each other for ever beside ZeRO's own.
+A mixer with `DividedRows` first gets the state before its slice by an exchange with the other processes. It then
+computes its slice from this state, as if an earlier call had returned it. Values and gradients are therefore those of
+whole rows.
+
+Gradients flow back through the exchanges. The number and order of exchanges must be the same on every process, in the
+backward pass too. Otherwise processes wait for each other forever, because ZeRO has its own exchanges between them.
 """
 
 from __future__ import annotations
@@ -16,12 +19,12 @@ from torch.nn import functional as F
 
 from xlstm_lm.ops.conv import last_inputs
 from xlstm_lm.ops.slices import (
-    DELTA_CHAIN,
-    MLSTM_CHAIN,
-    SCAN_CHAIN,
-    Chain,
+    DELTA_RULES,
+    MLSTM_RULES,
+    SCAN_RULES,
     Effect,
     State,
+    StateRules,
     delta_effect,
     mlstm_effect,
     scan_effect,
@@ -32,17 +35,18 @@ from xlstm_lm.parallel.exchange import all_gather, all_to_all, receive, send
 from xlstm_lm.parallel.process_group import Axis
 
 MOST_GATHERED = 8
-"""Most processes that gather all states; more of them exchange columns, whose bytes do not grow with the processes."""
+"""Largest number of processes at which each gathers the effects of all slices. More processes exchange columns instead,
+because the bytes of this do not grow with the number of processes."""
 
 
 @dataclass(frozen=True)
 class DividedRows:
-    """Rows whose tokens the processes of an axis divide: slice r of equal ones is with process r."""
+    """Rows whose tokens the processes of an axis divide into equal slices. Process r has slice r of every row."""
 
     axis: Axis
     """The processes."""
     most_gathered: int = MOST_GATHERED
-    """Most processes that gather all states."""
+    """Largest number of processes at which each gathers the effects of all slices."""
 
     def convolution_inputs_before(
         self, x_BTD: Tensor, resets_BT: Tensor | None, past: int, carried: Tensor | None = None
@@ -52,14 +56,14 @@ class DividedRows:
         Args:
             x_BTD: this slice's inputs (B, T, D).
             resets_BT: (B, T) bool, true where a document starts; None for no resets.
-            past: inputs that the convolution looks back on; at most T.
-            carried: those before the whole row; None for zeros.
+            past: number of earlier inputs that an output depends on; at most T.
+            carried: the last inputs before the whole row (B, past, D); None for zeros.
         """
         assert past <= x_BTD.shape[1], "a slice is shorter than the reach of the convolution"
         documents_BT = None if resets_BT is None else resets_BT.cumsum(1)
         every_SBWD = all_gather(last_inputs(x_BTD, documents_BT, past), self.axis.group)
         rank = self.axis.rank
-        before_BWD = every_SBWD[max(rank - 1, 0) : rank].sum(0)  # zeros for the first, still connected
+        before_BWD = every_SBWD[max(rank - 1, 0) : rank].sum(0)  # for the first process an empty sum, with gradients
         return before_BWD if carried is None or rank > 0 else carried + before_BWD
 
     def mlstm_state_before(
@@ -72,14 +76,14 @@ class DividedRows:
         input_gate: str,
         carried: State | None = None,
     ) -> State:
-        """The mLSTM's state (C, n, m) before this slice, from its keys, values and gates before their activation."""
+        """The mLSTM's state (C, n, m) before this slice, from keys, values and gates before their activation."""
         dtype = torch.promote_types(k_BTHK.dtype, torch.float32)
         log_input_BTH = input_BTH.to(dtype) if input_gate == "exp" else F.logsigmoid(input_BTH.to(dtype))
         effect = mlstm_effect(k_BTHK, v_BTHV, log_input_BTH, F.logsigmoid(forget_BTH.to(dtype)), resets_BT)
         if carried is not None:
             C_BHKV, n_BHK, m_BH = carried
             carried = (torch.cat((C_BHKV, n_BHK[..., None]), dim=-1), m_BH)
-        both_BHKV, m_BH = self._state_before(effect, MLSTM_CHAIN, carried)
+        both_BHKV, m_BH = self._state_before(effect, MLSTM_RULES, carried)
         return both_BHKV[..., :-1], both_BHKV[..., -1], m_BH
 
     def ssd_state_before(
@@ -95,7 +99,7 @@ class DividedRows:
         b_BTHN = for_each_head(b_BTGN, x_BTHP.shape[2])
         effect = mlstm_effect(b_BTHN, x_BTHP, log_input(dt_BTH), dt_BTH * a_H, resets_BT)
         state = None if carried is None else (F.pad(carried, (0, 1)), carried.new_zeros(carried.shape[:2]))
-        both_BHNP, m_BH = self._state_before(effect, MLSTM_CHAIN, state)
+        both_BHNP, m_BH = self._state_before(effect, MLSTM_RULES, state)
         return both_BHNP[..., :-1] * m_BH.exp()[..., None, None]
 
     def scan_state_before(
@@ -110,7 +114,7 @@ class DividedRows:
     ) -> Tensor:
         """The selective scan's state (B, E, N) before this slice, from its inputs."""
         effect = scan_effect(x_BTE, dt_BTE, a_EN, b_BTN, resets_BT, backend)
-        return self._state_before(effect, SCAN_CHAIN, None if carried is None else (carried.mT,))[0].mT
+        return self._state_before(effect, SCAN_RULES, None if carried is None else (carried.mT,))[0].mT
 
     def delta_state_before(
         self,
@@ -125,7 +129,7 @@ class DividedRows:
     ) -> Tensor:
         """The gated delta rule's state (B, H, K, V) before this slice, from its inputs."""
         effect = delta_effect(k_BTHK, v_BTHV, log_decay_BTH, beta_BTH, resets_BT, chunk_length, backend)
-        return self._state_before(effect, DELTA_CHAIN, None if carried is None else (carried,))[0]
+        return self._state_before(effect, DELTA_RULES, None if carried is None else (carried,))[0]
 
     def slstm(
         self,
@@ -140,11 +144,12 @@ class DividedRows:
     ) -> Tensor | tuple[Tensor, State]:
         """The sLSTM over this slice. Arguments and results as of `xlstm_lm.ops.slstm.slstm`.
 
-        The cell is not linear in its state, so a process waits for the one before it. Rows follow each other: while one
-        process computes a row, the one before it computes the next.
+        The cell is not linear in its state, so each process waits for the one before it. It waits for one row at a
+        time: while it computes a row, the process before it computes the next row.
         """
-        # As views, whose gradients are complete only once all rows have sent theirs: ZeRO reduces a parameter's
-        # gradient as soon as it is there, and would wait for a process that waits for this one.
+        # ZeRO reduces the gradient of a parameter as soon as it is complete, and waits for the other processes. They
+        # may still wait for gradients of states from this process. The gradient of a view is complete only after all
+        # rows have sent theirs.
         r_GHDD, bias_GHD = r_GHDD.view_as(r_GHDD), bias_GHD.view_as(bias_GHD)
         ys, states = [], []
         for row in range(wx_BTGHD.shape[0]):
@@ -176,7 +181,7 @@ class DividedRows:
         return every_SBTHK[: self.axis.rank].transpose(0, 1).flatten(1, 2)
 
     def documents_before(self, B: int, T: int, resets_BT: Tensor | None, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Tokens before this slice (B, S) that belong to the document that goes on in it, and their number (B,)."""
+        """Whether each token before this slice (B, S) is in the document that continues into it; their number (B,)."""
         if resets_BT is None:
             resets_BT = torch.zeros(B, T, dtype=torch.bool, device=device)
         every_SBT = all_gather(resets_BT.to(device, torch.uint8), self.axis.group)
@@ -185,48 +190,57 @@ class DividedRows:
         seen_BS = number_BS == number_BS[:, -1:]
         return seen_BS, seen_BS.sum(1)
 
-    def _state_before(self, effect: Effect, chain: Chain, carried: State | None) -> State:
-        """The state before this slice from every slice's effect; `carried` is the one before the whole row."""
+    def _state_before(self, effect: Effect, rules: StateRules, carried: State | None) -> State:
+        """The state before this slice.
+
+        Args:
+            effect: effect of this slice.
+            rules: rules of the operation.
+            carried: the state before the whole row; None for an empty one.
+        """
         if self.axis.rank > 0:
-            carried = None  # it is in the effect of the first slice
+            carried = None  # the first process adds it to the effect of its slice
         elif carried is not None:
-            columns, *shared = chain.follow(carried, effect)
+            columns, *shared = rules.after_slice(carried, effect)
             effect = Effect(self._with_state(effect.columns, columns), (*shared, *effect.shared[len(shared) :]))
         if self.axis.size > self.most_gathered:
-            state = self._exchange_columns(effect, chain)
+            state = self._exchange_columns(effect, rules)
         else:
-            state = self._gather(effect, chain)
+            state = self._gather(effect, rules)
         if carried is None:
             return state
-        # Zeros of the exchange keep its place in the backward pass.
+        # The exchange gives the first process only zeros. Adding them makes the exchange part of its backward pass.
         return tuple(own + each if each.requires_grad else own for own, each in zip(carried, state, strict=True))
 
     @staticmethod
     def _with_state(columns: Tensor, state: Tensor) -> Tensor:
-        """Columns of an effect whose upper part is the state after the slice."""
+        """An effect's columns with another state after the slice, which is their upper part."""
         return torch.cat((state, columns[..., state.shape[-2] :, :]), dim=-2)
 
-    def _gather(self, effect: Effect, chain: Chain) -> State:
-        """Every process gathers all effects, and follows those before it."""
+    def _gather(self, effect: Effect, rules: StateRules) -> State:
+        """The state before this slice, in one exchange. Every process gathers all effects and uses those before it."""
         tensors = (effect.columns, *effect.shared)
         columns_S, *shared_S = _split(all_gather(_join(tensors), self.axis.group), tensors)
-        state = chain.start(columns_S[:0].sum(0))
+        state = rules.start(columns_S[:0].sum(0))  # zeros, through which gradients reach the exchange
         for j in range(self.axis.rank):
-            state = chain.follow(state, Effect(columns_S[j], tuple(each[j] for each in shared_S)))
+            state = rules.after_slice(state, Effect(columns_S[j], tuple(each[j] for each in shared_S)))
         return state
 
-    def _exchange_columns(self, effect: Effect, chain: Chain) -> State:
-        """Every process follows some columns through all slices, and returns to each process the state before it."""
+    def _exchange_columns(self, effect: Effect, rules: StateRules) -> State:
+        """The state before this slice. Every process computes some columns of the states before all slices.
+
+        The first exchange gives each process its columns of all effects. The last gives it all columns of its state.
+        """
         columns, shared = effect
         V = columns.shape[-1]
         padded = F.pad(columns, (0, -V % self.axis.size))
         parts_S = padded.unflatten(-1, (self.axis.size, -1)).movedim(-2, 0)
         columns_S = all_to_all(parts_S, self.axis.group)
         shared_S = _split(all_gather(_join(shared), self.axis.group), shared) if shared else []
-        state = chain.start(columns_S[:0].sum(0))
+        state = rules.start(columns_S[:0].sum(0))  # as in _gather
         states = [state]
         for j in range(self.axis.size - 1):
-            state = chain.follow(state, Effect(columns_S[j], tuple(each[j] for each in shared_S)))
+            state = rules.after_slice(state, Effect(columns_S[j], tuple(each[j] for each in shared_S)))
             states.append(state)
         before_S = all_to_all(torch.stack([columns for columns, *_ in states]), self.axis.group)
         own = before_S.movedim(0, -2).flatten(-2)[..., :V]

@@ -16,8 +16,9 @@ from xlstm_lm.data import train_bpe
 from xlstm_lm.hub import import_run, load
 from xlstm_lm.parallel.process_group import join_world
 from xlstm_lm.training.layout import check_layout
-from xlstm_lm.training.loop import Trainer, train
+from xlstm_lm.training.loop import train
 from xlstm_lm.training.stop_request import StopRequest
+from xlstm_lm.training.trainer import Trainer
 
 SHORT = {"training__steps": 2, "training__validate_every": 0, "training__gate_statistics_every": 0}
 

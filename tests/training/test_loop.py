@@ -85,7 +85,7 @@ def test_a_run_goes_on_where_a_checkpoint_stands(folder, reference, capsys):
 
 
 def test_a_folder_that_another_process_holds_is_refused_before_data_are_opened(folder, monkeypatch):
-    monkeypatch.setattr("xlstm_lm.training.loop.DocumentData", lambda config: pytest.fail("data are opened"))
+    monkeypatch.setattr("xlstm_lm.training.trainer.DocumentData", lambda config: pytest.fail("data are opened"))
     held = FolderLease.take(folder / "run")
     with pytest.raises(ValueError, match=r"run: another process is at work there: process \d+ on"):
         train(configure(folder))

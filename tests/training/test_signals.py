@@ -17,7 +17,7 @@ from tests.training.runs import configure, records
 from xlstm_lm.base.run_layout import checkpoint_folders
 from xlstm_lm.data import TrainingStream
 from xlstm_lm.runs.status import read_status
-from xlstm_lm.training import loop
+from xlstm_lm.training import trainer
 from xlstm_lm.training.engine import TrainingEngine
 from xlstm_lm.training.loop import train
 from xlstm_lm.training.run_config import as_recipe
@@ -62,7 +62,7 @@ def test_a_time_limit_stops_the_run_as_preempted(folder, reference):
 
 
 def test_before_the_first_step_ctrl_c_stops_at_once(folder, monkeypatch):
-    monkeypatch.setattr(loop, "unbuilt_model", lambda config: os.kill(os.getpid(), signal.SIGINT))
+    monkeypatch.setattr(trainer, "unbuilt_model", lambda config: os.kill(os.getpid(), signal.SIGINT))
     with pytest.raises(KeyboardInterrupt):
         train(configure(folder))
     assert not (folder / "run" / "checkpoints").exists()
@@ -84,7 +84,7 @@ def test_a_warning_while_the_program_is_imported_preempts_the_run(folder):
     assert (found.state, found.reason, found.requeue) == ("preempted", "SIGUSR1 ended the run at once.", True)
 
 
-FIRST_STEP = {"start": (loop, "unbuilt_model"), "compile": (TrainingEngine, "train_step")}
+FIRST_STEP = {"start": (trainer, "unbuilt_model"), "compile": (TrainingEngine, "train_step")}
 """Functions that are called in each phase before the first step is made."""
 
 

@@ -12,7 +12,7 @@
 #   SSH_PORT            default: that of ssh
 #   PROCESSES_PER_NODE  default: the slots of the hostfile, or one for each GPU
 #   ATTEMPT             folder of this start's logs below RUN/logs; default: the time in UTC
-#   LOCAL_FOLDER        folder on each node for caches; default: that of xlstm_lm/ops/build_cache.py, in TMPDIR or /tmp
+#   LOCAL_FOLDER        folder on each node for caches; default: that of xlstm_lm/base/node_folder.py, in TMPDIR or /tmp
 #
 # What the ranks print is in RUN/logs/ATTEMPT, a file for each, and not on the console.
 #

@@ -33,7 +33,7 @@ find_python() {
 # Keep caches on the node. On a network file system, many processes that compile at once fail or wait for each other.
 use_caches_on_the_node() {
   local folder=${LOCAL_FOLDER:-${TMPDIR:-/tmp}/xlstm_lm-$(id -u)}
-  # xlstm_lm/ops/build_cache.py uses the folder only if nobody else can write to it.
+  # xlstm_lm/base/node_folder.py uses the folder only if nobody else can write to it.
   (umask 077 && mkdir -p "$folder")
   export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$folder/triton}
   export TORCH_EXTENSIONS_DIR=${TORCH_EXTENSIONS_DIR:-$folder/torch_extensions}

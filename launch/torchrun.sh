@@ -14,7 +14,7 @@
 #   PROCESSES_PER_NODE  default: one for each GPU, or 1 on a node without GPUs
 #   ATTEMPT             folder of this start's logs below RUN/logs; default: the time in UTC
 #   SAVE_SECONDS        seconds that the processes have for saving after a signal, before SIGKILL; default: 540
-#   LOCAL_FOLDER        folder on this node for caches; default: that of xlstm_lm/ops/build_cache.py, in TMPDIR or /tmp
+#   LOCAL_FOLDER        folder on this node for caches; default: that of xlstm_lm/base/node_folder.py, in TMPDIR or /tmp
 set -euo pipefail
 # shellcheck source-path=SCRIPTDIR source=shared.sh
 source "$(dirname "${BASH_SOURCE[0]}")/shared.sh"

@@ -127,10 +127,10 @@ def test_caches_are_on_the_node_where_the_program_looks_for_them_unless_they_are
     }
     printed = run_script(TORCHRUN, tmp_path / "run", *RECIPE, **settings).stdout.split()
 
-    import xlstm_lm.ops.build_cache as build_cache
+    from xlstm_lm.base.node_folder import node_local_folder
 
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    folder = build_cache.node_local_folder.__wrapped__()  # refuses a folder that others could write to
+    folder = node_local_folder.__wrapped__()  # refuses a folder that others could write to
     names = [str(folder / name) for name in ("triton", "torch_extensions", "huggingface")]
     assert printed == [*names, "/home/me/.cache/huggingface/token"]
     kept = run_script(

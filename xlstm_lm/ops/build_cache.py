@@ -1,4 +1,4 @@
-"""The folder for what the compilers of GPU kernels build: local to the node, and this user's alone.
+"""Caches of what the compilers of GPU kernels build, in the folder of this node.
 
 Triton caches under the home directory unless told otherwise. On a cluster that is often a network file system, where
 many ranks that compile the same kernels at once fail or hang (triton-lang/triton issues 2688 and 11512).
@@ -6,40 +6,16 @@ many ranks that compile the same kernels at once fail or hang (triton-lang/trito
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import os
-import stat
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 from xlstm_lm.base.announce import announce_once
+from xlstm_lm.base.node_folder import node_local_folder
 
 _DIGEST_BYTES = hashlib.sha256().digest_size
-
-
-@functools.cache
-def node_local_folder() -> Path | None:
-    """The folder, created with access for this user only; None where it cannot be had, which is announced.
-
-    The temporary directory is open to all, so a folder of that name that someone else could write to is not used: it
-    holds machine code that this process would run.
-    """
-    folder = Path(tempfile.gettempdir()) / f"xlstm_lm-{os.getuid()}"
-    try:
-        folder.mkdir(mode=0o700, exist_ok=True)
-        status = folder.lstat()
-    except OSError as problem:
-        announce_once(f"compiled GPU kernels are not kept on this node: {problem}")
-        return None
-    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o077:
-        announce_once(
-            f"compiled GPU kernels are not kept on this node: {folder} is not a folder of this user alone; remove it, "
-            "or set TMPDIR to a directory of your own"
-        )
-        return None
-    return folder
 
 
 def use_node_local_caches() -> None:

@@ -22,7 +22,7 @@ import triton
 from torch import Tensor
 
 from xlstm_lm.base.announce import announce_once
-from xlstm_lm.ops.build_cache import node_local_folder
+from xlstm_lm.base.node_folder import node_local_folder
 from xlstm_lm.ops.mlstm.triton_launch import TUNED, Launch
 
 ENABLED = os.environ.get("XLSTM_LM_AUTOTUNE") == "1"

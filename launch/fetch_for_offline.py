@@ -21,7 +21,7 @@ from xlstm_lm.training.run_config import as_dict, load_run_config
 KINDS = {".parquet": "parquet", ".csv": "csv", ".jsonl": "jsonl", ".json": "jsonl", ".txt": "text"}
 """Kind of source by the ending of its files, without that of a compression."""
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
-FROM_THE_HUB = ("dataset", "config_name", "data_files", "revision", "split", "retry_seconds")
+FROM_THE_HUB = ("dataset", "config_name", "data_files", "revision", "split", "retry_seconds", "cache_gib")
 """Fields of a source on the hub that a local one does not need."""
 
 

@@ -18,8 +18,12 @@ logging.basicConfig()
 from xlstm_lm.data import *
 from xlstm_lm.data.sources import START, Piece, Position, hub_file, patience
 
+def source_of(**fields):
+    "A source that keeps nothing on the node unless told to: tests count what is fetched."
+    return SourceConfig(**dict(kind="hub", dataset="org/texts", cache_gib=0) | fields)
+
 def config_of(num_workers=0, lanes=2, **fields):
-    source = SourceConfig(kind="hub", dataset="org/texts", **fields)
+    source = source_of(**fields)
     settings = dict(context_length=64, global_batch_size=lanes, shuffle_documents=8, num_workers=num_workers)
     return DataConfig(sources=[source], **settings)
 
@@ -45,7 +49,7 @@ def tokens_of_ranks(count, batches, **fields):
 
 def open_one(**fields):
     global source
-    source = open_source(SourceConfig(kind="hub", dataset="org/texts", **fields))
+    source = open_source(source_of(**fields))
 
 def read(first=START, **fields):
     "Records of the first shard of a source."

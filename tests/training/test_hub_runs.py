@@ -1,8 +1,11 @@
-"""Runs on a data set of a hub on loopback: one rank asks for all, and a restart reads the commit of the first start."""
+"""Runs on a data set of a hub on loopback: what their ranks request and fetch, and what a restart does."""
 
 from __future__ import annotations
 
+import gzip
 import json
+from collections import Counter
+from pathlib import Path
 
 import pytest
 
@@ -15,6 +18,13 @@ LATER = "f" * 40
 
 def lines_of(documents: list[str]) -> bytes:
     return "".join(json.dumps({"text": text}) + "\n" for text in documents).encode()
+
+
+@pytest.fixture(autouse=True)
+def environment(tmp_path, monkeypatch):
+    """Blocks of the hub's files that the machine's user may have are not used."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setenv("HF_HUB_DISABLE_TELEMETRY", "1")
 
 
 @pytest.mark.slow
@@ -35,7 +45,6 @@ def test_a_start_on_four_ranks_asks_once_and_a_restart_stays_with_its_commit(tmp
 
     with LoopbackHub("org/texts", files) as hub:
         monkeypatch.setenv("HF_ENDPOINT", hub.endpoint)
-        monkeypatch.setenv("HF_HUB_DISABLE_TELEMETRY", "1")
         alone = run("one", 1)
         assert 0 < len(run("four", 4, **{"training.steps": 3})) <= len(alone)
         saved = json.loads((tmp_path / "four" / "run" / "hub_commits.json").read_text())
@@ -48,3 +57,34 @@ def test_a_start_on_four_ranks_asks_once_and_a_restart_stays_with_its_commit(tmp
             for name in ("one", "four")
         ]
         assert states[0]["data"] == states[1]["data"] and len(states[0]["data"]) == 4
+
+
+@pytest.mark.slow
+def test_ranks_of_a_node_fetch_a_shared_file_once_and_a_restart_fetches_none(tmp_path, monkeypatch):
+    """Two compressed files for the four lanes of two ranks; each rank has a data worker."""
+    files = {f"{number}.jsonl.gz": gzip.compress(lines_of(make_documents(400, number, 400))) for number in range(2)}
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf_home"))
+
+    sizes = {name: len(content) for name, content in files.items()}
+
+    def run(folder: Path, steps: int, cache_gib: float) -> tuple[Counter[str], dict]:
+        """Train up to a step; returns the bytes that readers fetched of each file, and where the lanes are then."""
+        folder.mkdir(exist_ok=True)
+        hub.bytes_served.clear()
+        source = {"kind": "hub", "dataset": "org/texts", "cache_gib": cache_gib}
+        data = {"data.sources": [source], "data.validation": [], "data.num_workers": 1}
+        settings = data | {"training.steps": steps, "training.validate_every": 0}
+        run_ranks(2, "runs", "train", folder, json.dumps(settings))
+        state = folder / "run" / "checkpoints" / f"step_{steps:08}" / "state.json"
+        hub.bytes_served["0.jsonl.gz"] -= sizes["0.jsonl.gz"]  # at each start `datasets` looks for the columns there
+        return +hub.bytes_served, json.loads(state.read_text())["data"]
+
+    with LoopbackHub("org/texts", files) as hub:
+        monkeypatch.setenv("HF_ENDPOINT", hub.endpoint)
+        fetched, expected = run(tmp_path / "plain", 6, 0)
+        assert fetched == {name: 2 * size for name, size in sizes.items()} | {"0.jsonl.gz": 3 * sizes["0.jsonl.gz"]}
+        fetched, half = run(tmp_path / "shared", 3, 1)
+        assert fetched == sizes
+        fetched, states = run(tmp_path / "shared", 6, 1)
+    assert half != states == expected
+    assert fetched == {}

@@ -273,7 +273,7 @@ def test_the_same_data_elsewhere_and_how_it_is_read_are_free_to_change(folder):
     train(configure(folder, training__steps=2))
     (folder / "train.txt").rename(folder / "moved.txt")
     (folder / "held_out.txt").rename(folder / "moved_held_out.txt")
-    source = {"kind": "text_lines", "on_bad_document": "skip", "retry_seconds": 5.0, "weight": 2.0}
+    source = {"kind": "text_lines", "on_bad_document": "skip", "retry_seconds": 5.0, "cache_gib": 0.0, "weight": 2.0}
     moved = {
         "data__sources": [source | {"paths": [str(folder / "moved.txt")]}],
         "data__validation": [source | {"paths": [str(folder / "moved_held_out.txt")]}],

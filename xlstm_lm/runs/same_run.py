@@ -41,7 +41,7 @@ FREE_TO_CHANGE = (
     *(
         f"data.{part}.{name}"
         for part in ("sources", "validation")
-        for name in ("paths", "revision", "weight", "weight_by", "on_bad_document", "retry_seconds")
+        for name in ("paths", "revision", "weight", "weight_by", "on_bad_document", "retry_seconds", "cache_gib")
     ),
     "model.chunk_length",
     "model.mixers.chunk_length",

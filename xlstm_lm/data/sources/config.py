@@ -85,6 +85,9 @@ class SourceConfig:
     counted."""
     retry_seconds: NonNegative = 600.0
     """Seconds of retries while the hub does not answer (kind hub)."""
+    cache_gib: NonNegative = 16.0
+    """GiB of each node's disk, at most, for bytes fetched from the hub, which all processes and runs there share; 0 for
+    none (kind hub)."""
 
     def __post_init__(self) -> None:
         check_fields(self)

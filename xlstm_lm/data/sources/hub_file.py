@@ -6,6 +6,7 @@ import io
 from typing import Any
 
 from xlstm_lm.data.sources.config import SourceConfig
+from xlstm_lm.data.sources.node_cache import Block, CachedFile
 from xlstm_lm.data.sources.patience import Patience, UnreachableError, status_of
 
 FIRST_BLOCK_BYTES = 2**16
@@ -24,7 +25,7 @@ class HubFile(io.RawIOBase):
 
         Args:
             url: Address of the file on the hub, at a commit.
-            config: The source, for its `retry_seconds` and its description in messages.
+            config: The source, for its `retry_seconds`, its `cache_gib` and its description in messages.
             ahead: Whether more is fetched than a read needs, in growing blocks, as suits reading from front to back.
         """
         super().__init__()
@@ -32,9 +33,9 @@ class HubFile(io.RawIOBase):
         self._direct: str | None = None
         """Address that the hub's answer led to, a storage server's; asking it spares the hub's rate limit."""
         self._size: int | None = None
+        self._cached = CachedFile(url, config.cache_gib * 2**30)
         self._position = 0
-        self._block = b""
-        self._block_begin = 0
+        self._block = Block(0, b"", 0)
         self._block_bytes = FIRST_BLOCK_BYTES
 
     def readable(self) -> bool:
@@ -54,36 +55,47 @@ class HubFile(io.RawIOBase):
     def size(self) -> int:
         """Bytes of the file."""
         if self._size is None:
-            self._fetch(0, 1)
-        assert self._size is not None
+            self._size = self._cached.block(0, 1, self._fetch).file_bytes
         return self._size
 
     def readinto(self, buffer: Any) -> int:
-        """Read the next bytes, at least one unless the file ends, at most as many as fit."""
-        wanted = len(buffer)
-        at = self._position - self._block_begin
-        if not 0 <= at < len(self._block):
-            goes_on = self._position > 0 and at == len(self._block)
-            self._block_bytes = min(self._block_bytes * GROWTH, LARGEST_BLOCK_BYTES) if goes_on else FIRST_BLOCK_BYTES
-            self._block = self._fetch(self._position, max(wanted, self._block_bytes) if self._ahead else wanted)
-            self._block_begin, at = self._position, 0
-        part = memoryview(self._block)[at : at + wanted]
-        buffer[: len(part)] = part
-        self._position += len(part)
-        return len(part)
+        """Read the next bytes: all that fit unless the file ends, or if more is fetched than needed, at least one."""
+        filled = 0
+        while filled < len(buffer) and not (filled and self._ahead):
+            at = self._position - self._block.begin
+            if not 0 <= at < len(self._block.content):
+                if self._size is not None and self._position >= self._size:
+                    break
+                self._load(at, len(buffer) - filled)
+                at = self._position - self._block.begin
+            part = memoryview(self._block.content)[at : at + len(buffer) - filled]
+            if not part:
+                break
+            buffer[filled : filled + len(part)] = part
+            filled += len(part)
+            self._position += len(part)
+        return filled
 
-    def _fetch(self, begin: int, length: int) -> bytes:
-        """Bytes from `begin` on: `length`, or fewer where the file ends.
+    def _load(self, at: int, wanted: int) -> None:
+        """Replace the block by one with the current position, which is `at` in the old one."""
+        goes_on = self._position > 0 and at == len(self._block.content)
+        self._block_bytes = min(self._block_bytes * GROWTH, LARGEST_BLOCK_BYTES) if goes_on else FIRST_BLOCK_BYTES
+        length = max(wanted, self._block_bytes) if self._ahead else wanted
+        self._block = self._cached.block(self._position, self._position + length, self._fetch)
+        self._size = self._block.file_bytes
+
+    def _fetch(self, begin: int, end: int) -> Block:
+        """Bytes from `begin` up to `end`, or fewer where the file ends.
 
         Raises:
             UnreachableError: the file is not there, or the hub has not answered for the source's `retry_seconds`.
         """
         received = bytearray()
         patience = Patience(self._config)
-        while self._size is None or (len(received) < length and begin + len(received) < self._size):
+        while self._size is None or begin + len(received) < min(end, self._size):
             before = len(received)
             try:
-                self._receive(begin + before, begin + length, received)
+                self._receive(begin + before, end, received)
             except Exception as error:
                 if len(received) > before:
                     patience = Patience(self._config)
@@ -94,7 +106,7 @@ class HubFile(io.RawIOBase):
                     patience.wait(error)
                 except (ValueError, ConnectionError) as final:
                     raise UnreachableError(final) from error
-        return bytes(received)
+        return Block(begin, bytes(received), self._size)
 
     def _receive(self, begin: int, end: int, received: bytearray) -> None:
         """Append bytes from `begin` up to `end` to `received` as they arrive, and note the file's size."""

@@ -20,6 +20,7 @@ HERE = Path(__file__).parent
 SHAPE = {"embedding_dim": 32, "num_blocks": 2, "num_heads": 2, "vocab_size": 257}
 MODELS: dict[str, dict[str, Any]] = {
     "mlstm": {"family": "xlstm", "pattern": "mlstm", **SHAPE},
+    "mlstm_conv": {"family": "xlstm", "pattern": "mlstm_conv", **SHAPE},
     "mlstm_paper": {"family": "xlstm", "pattern": "mlstm_paper", **SHAPE},
     "slstm": {"family": "xlstm", "pattern": "slstm", **SHAPE},
     "transformer": {"family": "transformer", **SHAPE},

@@ -20,6 +20,7 @@ SHAPE = {"embedding_dim": 32, "num_blocks": 1, "vocab_size": 61}
 CONFIGS: dict[str, ModelConfig] = {
     "mlstm": XLSTMConfig(**SHAPE, num_heads=2, pattern="mlstm"),
     "mlstm_sigmoid_gate": XLSTMConfig(**SHAPE, num_heads=2, pattern="mlstm", input_gate="sigmoid"),
+    "mlstm_conv": XLSTMConfig(**SHAPE, num_heads=2, pattern="mlstm_conv"),
     "mlstm_paper": XLSTMConfig(**SHAPE, num_heads=2, pattern="mlstm_paper"),
     "mlstm_chunkwise": XLSTMConfig(**SHAPE, num_heads=2, pattern="mlstm", mlstm_backend="chunkwise", chunk_length=1),
     "slstm": XLSTMConfig(**SHAPE, num_heads=2, pattern="slstm"),

@@ -15,6 +15,7 @@ from xlstm_lm.ops.backend import Choice, linear_attention_flops
 
 PRODUCTS = {
     "mlstm": 0,  # the cell's definition has no matrix products, step by step
+    "mlstm_conv": 0,
     "mlstm_paper": 0,
     "mamba2": 0,
     "gated_delta": 0,

@@ -25,6 +25,7 @@ KINDS = [*MIXERS, "attention window 1", "attention window 5"]
 T, L = 48, 8
 CELL_FLOPS = {
     "mlstm": lambda c: 2 * (L * (6 + 12) + 4 * 6 * 12 + 4 * 6 + 4 * L),
+    "mlstm_conv": lambda c: 2 * (L * (6 + 12) + 4 * 6 * 12 + 4 * 6 + 4 * L),
     "mlstm_paper": lambda c: 2 * (L * 64 + 4 * 32 * 32 + 4 * 32 + 4 * L),
     "slstm": lambda c: 20 * 24,
     "attention": lambda c: 4 * 24 * T / 2,
@@ -219,7 +220,7 @@ def test_ratio_patterns_name_any_kind():
 @pytest.mark.parametrize(
     ("sections", "message"),
     [
-        ([{"kind": "gru"}], r"mixers\[0\] is .*whose kind is one of mlstm, mlstm_paper"),
+        ([{"kind": "gru"}], r"mixers\[0\] is .*whose kind is one of mlstm, mlstm_conv, mlstm_paper"),
         ([{"num_heads": 2}], r"mixers\[0\] is"),
         ([{"kind": "attention", "num_haeds": 2}], "section attention has no field 'num_haeds'; did you mean num_heads"),
         ([{"kind": "attention", "embedding_dim": 2}], "section attention has no field 'embedding_dim'"),

@@ -226,7 +226,7 @@ def test_patterns(settings, kinds):
     ("settings", "message"),
     [
         ({"num_heads": 5}, "num_heads 5 does not divide .* = 384.*for example 4"),
-        ({"pattern": "lstm"}, r"pattern 'lstm' is none of mlstm, mlstm_paper, slstm, .*xlstm\[a:b\]"),
+        ({"pattern": "lstm"}, r"pattern 'lstm' is none of mlstm, mlstm_conv, mlstm_paper, slstm, .*xlstm\[a:b\]"),
         ({"pattern": "xlstm[0:0]"}, r"pattern 'xlstm\[0:0\]'"),
         ({"pattern": ["mlstm", "gru"], "num_blocks": 2}, "pattern names 'gru'; the blocks are mlstm"),
         ({"pattern": ["mlstm"], "num_blocks": 2}, "pattern lists 1 blocks, but num_blocks is 2"),

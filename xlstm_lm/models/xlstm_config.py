@@ -46,13 +46,14 @@ class XLSTMConfig(BlockStack):
     input_gate: Literal["exp", "sigmoid"] = "exp"
     """Input gate of the mLSTM."""
     qk_dim_factor: Factor = 0.5
-    """Width of queries and keys over the model width, in mlstm blocks."""
+    """Width of queries and keys over the model width, in mlstm and mlstm_conv blocks."""
     v_dim_factor: Factor = 1.0
-    """Width of values over the model width, in mlstm blocks."""
+    """Width of values over the model width, in mlstm and mlstm_conv blocks."""
     feedforward_factor: Factor = 2.667
-    """Feed-forward width over the model width in mlstm and attention blocks, rounded up to a multiple of 64."""
+    """Feed-forward width over the model width in mlstm, mlstm_conv and attention blocks, rounded up to a multiple of
+    64."""
     feedforward_dim: Size | None = None
-    """Feed-forward width of mlstm and attention blocks where it does not follow from the factor."""
+    """Feed-forward width of mlstm, mlstm_conv and attention blocks where it does not follow from the factor."""
     gate_soft_cap: SoftCap | None = 15.0
     """Soft cap of the mLSTM's input and forget gate pre-activations; null for none."""
     logit_soft_cap: SoftCap | None = 30.0
@@ -66,7 +67,7 @@ class XLSTMConfig(BlockStack):
     cell_eps: Epsilon = 1e-6
     """Epsilon of the mLSTM's normalizer."""
     conv_width: Size = 4
-    """Width of the causal convolution in mlstm_paper, slstm and Mamba blocks."""
+    """Width of the causal convolution in mlstm_conv, mlstm_paper, slstm and Mamba blocks."""
     paper_projection_factor: Factor = 2.0
     """Inner width over the model width in mlstm_paper blocks, rounded up to a multiple of 64."""
     paper_qkv_block_size: Size = 4

@@ -54,6 +54,13 @@ def test_a_block_keeps_what_is_counted(kind, dtype):
     assert counted + constant == pytest.approx(saved_bytes(Block(config).to(dtype), dtype), rel=0.05)
 
 
+def test_dropout_keeps_what_it_multiplies_by():
+    without, config = (configure("mlstm", embedding_dim=D, num_heads=4, dropout=p).blocks()[0] for p in (0.0, 0.1))
+    counted = sum(config.kept_by_part(Storage(4, "cpu"), T).values())
+    assert counted - sum(without.kept_by_part(Storage(4, "cpu"), T).values()) == 2 * 4 * D
+    assert saved_bytes(Block(config), torch.float32) - saved_bytes(Block(without), torch.float32) == 2 * 4 * D
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("cell", ["lstm", "gru", "rnn"])
 def test_a_layer_keeps_what_is_counted(cell, dtype):

@@ -38,6 +38,8 @@ class BlockConfig(NamedTuple):
     norm_eps: float
     feedforward: FeedForwardConfig | None
     """None for a block that is a mixer alone."""
+    dropout: float = 0.0
+    """Share of units dropped in training, of what the mixer and the feed-forward add."""
 
     def flops_by_part(self, context_length: int, chunk_length: int | None = None) -> dict[str, float]:
         """FLOPs of the forward pass for one token, as in `MixerConfig.flops_by_part`, with the feed-forward's."""
@@ -49,10 +51,13 @@ class BlockConfig(NamedTuple):
 
     def kept_by_part(self, storage: Storage, context_length: int) -> dict[str, float]:
         """Bytes that the block keeps for the backward pass for each token, as in `MixerConfig.kept_by_part`, with its
-        norms and the feed-forward: its input, gate and up, the activated gate, and the product."""
+        norms and the feed-forward: its input, gate and up, the activated gate, and the product; and what dropout
+        multiplies by, on a GPU a byte."""
         found, width = self.mixer.kept_by_part(storage, context_length), self.mixer.embedding_dim
         norms = 2 if self.feedforward else 1
         found[NORMS] = found.get(NORMS, 0.0) + norms * storage.norm(self.norm, width)
+        if self.dropout:
+            found[NORMS] += norms * width * (storage.itemsize if storage.device == "cpu" else 1)
         if self.feedforward:
             found[FEEDFORWARD] = storage.itemsize * (width + 4.0 * self.feedforward.hidden)
         return found
@@ -74,6 +79,7 @@ class Block(nn.Module):
             hidden, activation = config.feedforward
             self.feedforward_norm = make_norm(config.norm, width, config.norm_eps)
             self.feedforward = GatedFeedForward(width, hidden, ACTIVATIONS[activation])
+        self.dropout = config.dropout
         self.context_key, self.has_gates = self.mixer.context_key, self.mixer.has_gates
         self.no_decay = {f"mixer.{name}" for name in self.mixer.no_decay}
 
@@ -86,9 +92,9 @@ class Block(nn.Module):
     ) -> tuple[Tensor, State | None]:
         """Tokens (B, T, D) and the mixer's state, as `Mixer.forward` describes its arguments."""
         mixed_BTD, state = self.mixer(self.norm(x_BTD), context, state, return_state, **extras)
-        x_BTD = x_BTD + mixed_BTD
+        x_BTD = x_BTD + F.dropout(mixed_BTD, self.dropout, self.training)
         if self.feedforward is not None:
-            x_BTD = x_BTD + self.feedforward(self.feedforward_norm(x_BTD))
+            x_BTD = x_BTD + F.dropout(self.feedforward(self.feedforward_norm(x_BTD)), self.dropout, self.training)
         return x_BTD, state
 
     def init_weights(self, index: int, depth: int) -> None:
@@ -137,11 +143,12 @@ def make_contexts(
 class BlockStack:
     """Base of the configurations of models that are a stack of residual blocks.
 
-    A subclass is a dataclass with `vocab_size`, `embedding_dim`, `num_blocks`, `norm_eps`, `logit_soft_cap` and
-    `tie_embeddings`, and answers `block_mixers`.
+    A subclass is a dataclass with `vocab_size`, `embedding_dim`, `num_blocks`, `norm_eps`, `dropout`, `logit_soft_cap`
+    and `tie_embeddings`, and answers `block_mixers`.
     """
 
     embedding_dim: int
+    dropout: float
     norm_eps: float
     norm: ClassVar[NormKind] = "rms"
     drawn_in_order: ClassVar[bool] = False
@@ -159,7 +166,10 @@ class BlockStack:
 
     def blocks(self) -> list[BlockConfig]:
         """Every block, first to last."""
-        return [BlockConfig(each, self.norm, self.norm_eps, each.feedforward()) for each in self.block_mixers()]
+        return [
+            BlockConfig(each, self.norm, self.norm_eps, each.feedforward(), self.dropout)
+            for each in self.block_mixers()
+        ]
 
     def build_blocks(self) -> Iterator[nn.Module]:
         """Modules of the blocks."""

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -44,7 +45,7 @@ class LanguageModel(nn.Module):
 
     def embed(self, tokens_BT: Tensor) -> Tensor:
         """Input of the first block: (B, T, D)."""
-        return self.embedding(tokens_BT)
+        return F.dropout(self.embedding(tokens_BT), self.config.dropout, self.training)
 
     def forward(
         self,

@@ -293,14 +293,6 @@ class Layer(Mixer):
 class LSTM(LanguageModel):
     """A stack of recurrent layers."""
 
-    def __init__(self, config: LSTMConfig) -> None:
-        super().__init__(config)
-        self.dropout = nn.Dropout(config.dropout)
-
-    def embed(self, tokens_BT: Tensor) -> Tensor:
-        """Embeddings, some units dropped in training."""
-        return self.dropout(super().embed(tokens_BT))
-
     @torch.no_grad()
     def initialize_in_turn(self) -> Iterator[Tensor]:
         """Draw an embedding of unit variance, as the input projections expect it (Glorot and Bengio, 2010), the head,

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from xlstm_lm.base.fields import Epsilon, Factor, Range, Size, VocabSize, check_fields
+from xlstm_lm.base.fields import Epsilon, Factor, Range, Share, Size, VocabSize, check_fields
 from xlstm_lm.models.block import BlockStack
 from xlstm_lm.models.layers import NumBlocks, SoftCap
 from xlstm_lm.models.mixers.attention import AttentionConfig
@@ -40,6 +40,8 @@ class TransformerConfig(BlockStack):
     """Epsilon of all norms."""
     logit_soft_cap: SoftCap | None = None
     """Soft cap of the logits; null for none."""
+    dropout: Share = 0.0
+    """Share of units dropped in training, of the embedding and of what each mixer and feed-forward adds."""
     tie_embeddings: bool = False
     """Whether the head is the embedding."""
 

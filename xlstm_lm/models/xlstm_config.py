@@ -8,7 +8,7 @@ import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from xlstm_lm.base.fields import CountOrZero, Epsilon, Factor, Size, VocabSize, check_fields
+from xlstm_lm.base.fields import CountOrZero, Epsilon, Factor, Share, Size, VocabSize, check_fields
 from xlstm_lm.models.block import BlockStack
 from xlstm_lm.models.layers import NormKind, NumBlocks, SoftCap
 from xlstm_lm.models.mixers import MIXERS
@@ -74,6 +74,8 @@ class XLSTMConfig(BlockStack):
     """Size of the diagonal blocks of the query, key and value projections in mlstm_paper blocks."""
     slstm_feedforward_factor: Factor = 1.3
     """Feed-forward width over the model width in slstm blocks, rounded up to a multiple of 64."""
+    dropout: Share = 0.0
+    """Share of units dropped in training, of the embedding and of what each mixer and feed-forward adds."""
     tie_embeddings: bool = False
     """Whether the head is the embedding."""
     chunk_length: Size | None = None

@@ -11,7 +11,7 @@ from torch import nn
 from tests.golden.golden_runs import MODELS
 from tests.training.processes import run_ranks
 from xlstm_lm.models import FAMILIES, LSTMConfig, build_model
-from xlstm_lm.training.build import place_weights, unbuilt_model
+from xlstm_lm.training.build import draw_apart, place_weights, unbuilt_model
 
 CONFIGS = {name: FAMILIES[values["family"]][0](**values) for name, values in MODELS.items()} | {
     "lstm with everything": LSTMConfig(
@@ -41,6 +41,19 @@ def test_a_parameter_that_the_model_never_writes_is_named():
     model.extra = nn.Parameter(torch.empty(3, device="meta"))
     with pytest.raises(AssertionError, match="no values to \\['extra'\\]"):
         place_weights(model, WHOLE, torch.device("cpu"))
+
+
+def test_each_rank_draws_numbers_of_its_own_and_the_first_goes_on():
+    drawn = []
+    for rank in (0, 0, 1, 2):
+        torch.manual_seed(3)
+        torch.rand(2)
+        draw_apart(3, rank)
+        drawn.append(torch.rand(4))
+    assert torch.equal(drawn[0], drawn[1])
+    torch.manual_seed(3)
+    assert torch.equal(torch.rand(6)[2:], drawn[0])
+    assert len({tuple(each.tolist()) for each in drawn}) == 3
 
 
 @pytest.mark.slow

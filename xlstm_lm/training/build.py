@@ -41,6 +41,12 @@ def unbuilt_model(config: ModelConfig) -> LanguageModel:
         return FAMILIES[config.family][1](config)
 
 
+def draw_apart(seed: int, rank: int) -> None:
+    """Give every rank but the first random numbers of its own: dropout then differs between the rows of ranks."""
+    if rank:
+        torch.manual_seed(seed + rank)
+
+
 def place_weights(model: LanguageModel, config: dict[str, Any], device: torch.device) -> None:
     """Draw the weights of an `unbuilt_model`, parameter by parameter, from torch's random state. Collective.
 

@@ -16,7 +16,7 @@ from xlstm_lm.parallel.process_group import World
 from xlstm_lm.runs.checkpoint_writer import CheckpointWriter, Snapshot
 from xlstm_lm.runs.folder import RunFolder
 from xlstm_lm.runs.session import record_session
-from xlstm_lm.training.build import unbuilt_model
+from xlstm_lm.training.build import draw_apart, unbuilt_model
 from xlstm_lm.training.carried_states import CarriedStates
 from xlstm_lm.training.deepspeed_config import choose_precision
 from xlstm_lm.training.engine import MicroBatch, TrainingEngine
@@ -110,6 +110,7 @@ class Trainer:
             z_loss=run.training.z_loss,
         )
         resources.callback(self.engine.close)
+        draw_apart(run.training.seed, world.rank)
 
         self.times = StepTimes(world)
         resources.callback(self.times.close)

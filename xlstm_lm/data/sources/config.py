@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
+from xlstm_lm.base.errors import some_of
 from xlstm_lm.base.fields import NonNegative, Range, check_fields
 
 _READERS = "xlstm_lm.data.sources.readers"
@@ -130,4 +131,4 @@ class SourceConfig:
         """Name of the source in messages."""
         if self.kind == "hub":
             return f"hub data set {self.dataset}"
-        return "python_stdlib" if self.kind == "python_stdlib" else f"{self.kind} {', '.join(self.paths)}"
+        return "python_stdlib" if self.kind == "python_stdlib" else f"{self.kind} {some_of(self.paths, 3)}"

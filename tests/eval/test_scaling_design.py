@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,6 +22,8 @@ from tests.eval.small_ladder import BATCH_TOKENS, design_small, write_recipe
 from xlstm_lm.models.accounting import count_parameters, training_flops_per_token
 from xlstm_lm.training.schedule import learning_rate_ratio
 
+SCALING_RECIPES = Path(__file__).parents[2] / "configs" / "scaling"
+
 
 @pytest.mark.parametrize("name", ["xlstm", "transformer", "mamba2", "gated-delta", "lstm", "gru"])
 @pytest.mark.parametrize("params", [1.5e5, 1.2e6])
@@ -32,6 +35,13 @@ def test_models_of_any_size_are_near_it(name, params):
 
 def test_a_preset_is_scaled_to_its_own_width():
     assert find_architecture("mine=xlstm-400m", {}, on_bytes=False).model(4.06e8).config.embedding_dim == 1024
+
+
+@pytest.mark.parametrize("recipe", sorted(SCALING_RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_recipe_of_a_study_gives_a_ladder(recipe, tmp_path):
+    sizes, tokens = Span(1.5e5, 1.2e6, 4), Span(1e6, 8e6, 4)
+    options = DesignOptions(architectures=["xlstm"], recipes=[recipe], out=tmp_path, sizes=sizes, tokens=tokens)
+    assert [run.kind for run in Designer(options).design().runs].count("branch") == 16
 
 
 def test_a_budgets_size_spends_it():

@@ -1,6 +1,6 @@
 """Measure the cost of OpenMP's ways of waiting on an idle and on a busy machine: `python -m eval.spinning`.
 
-A process for each way trains the demo's model on two threads. They take turns, alone, beside busy loops and beside
+A process for each way trains xlstm-cpu-0.7m on two threads. They take turns, alone, beside busy loops and beside
 other OpenMP processes.
 """
 

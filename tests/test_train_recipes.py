@@ -24,7 +24,14 @@ HARDWARE = {
     "cluster-1.3b": {"nodes": 4, "gpus": 8, "gpu_gb": 80, "host_gb": 512},
     "cluster-7b": {"nodes": 32, "gpus": 8, "gpu_gb": 80, "host_gb": 1024},
 }
-TOKENS = {"demo": 3.5e6, "one-gpu-165m": 3.3e9, "node-400m": 15e9, "cluster-1.3b": 199e9, "cluster-7b": 2.3e12}
+TOKENS = {
+    "demo": 3.5e6,
+    "shakespeare": 9.83e6,
+    "one-gpu-165m": 3.3e9,
+    "node-400m": 15e9,
+    "cluster-1.3b": 199e9,
+    "cluster-7b": 2.3e12,
+}
 ACTIVATION_BYTES = 51
 """Kept for a token and a unit of width in each block of xLSTM-7B, in bf16."""
 

@@ -15,7 +15,6 @@ from xlstm_lm.models.mixers.mixer import (
     NORMS,
     PROJECTIONS,
     FeedForwardConfig,
-    Mixer,
     Observer,
     OperationUse,
     State,
@@ -25,7 +24,7 @@ from xlstm_lm.models.mixers.mixer import (
     silu_feedforward,
     small_std,
 )
-from xlstm_lm.models.mixers.mlstm_cell import MLSTMCellConfig, initialize_mlstm_gates, run_mlstm_cell
+from xlstm_lm.models.mixers.mlstm_cell import MLSTMCellConfig, MLSTMCellMixer, initialize_mlstm_gates
 from xlstm_lm.models.storage import Storage
 from xlstm_lm.ops.mlstm import MLSTM
 
@@ -92,14 +91,11 @@ class MLSTMConfig(MLSTMCellConfig):
         return silu_feedforward(self.feedforward_dim, self.embedding_dim * self.feedforward_factor)
 
 
-class MLSTMMixer(Mixer):
+class MLSTMMixer(MLSTMCellMixer):
     """The mLSTM of xLSTM-7B. The state is the cell's."""
 
-    has_gates = True
-
     def __init__(self, config: MLSTMConfig) -> None:
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         self.widths = (config.qk_dim, config.qk_dim, config.v_dim, config.v_dim)
         self.qkvo = nn.Linear(config.embedding_dim, sum(self.widths), bias=False)
         self.gates = Float32Linear(config.embedding_dim, 2 * config.num_heads)  # they reach e^15
@@ -116,17 +112,7 @@ class MLSTMMixer(Mixer):
         overwrite_state: bool = False,
     ) -> tuple[Tensor, State | None]:
         *qkv, output_BTV = self.qkvo(x_BTD).split(self.widths, dim=-1)
-        h_BTHV, state = run_mlstm_cell(
-            self.config,
-            qkv,
-            self.gates(x_BTD),
-            context,
-            state,
-            return_state,
-            observe,
-            overwrite_state,
-            self.divided_rows,
-        )
+        h_BTHV, state = self.run_cell(qkv, self.gates(x_BTD), context, state, return_state, observe, overwrite_state)
         return self.out(torch.sigmoid(output_BTV) * self.head_norm(h_BTHV)), state
 
     @torch.no_grad()
@@ -136,10 +122,14 @@ class MLSTMMixer(Mixer):
         yield self.head_norm.weight
         nn.init.ones_(self.head_norm.weight)
         yield self.qkvo.weight
-        qkv, output_gate = self.qkvo.weight.split((sum(self.widths[:3]), self.widths[3]))
-        nn.init.normal_(qkv, std=small_std(width))
-        nn.init.zeros_(output_gate)
+        self.initialize_qkvo()
         yield self.out.weight
         nn.init.normal_(self.out.weight, std=residual_std(width, depth))
         yield from initialize_mlstm_gates(self.gates)
         nn.init.constant_(self.gates.bias[:heads], -10.0)
+
+    def initialize_qkvo(self) -> None:
+        """Write the weight of queries, keys, values and output gate."""
+        qkv, output_gate = self.qkvo.weight.split((sum(self.widths[:3]), self.widths[3]))
+        nn.init.normal_(qkv, std=small_std(self.config.embedding_dim))
+        nn.init.zeros_(output_gate)

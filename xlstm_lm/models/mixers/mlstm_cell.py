@@ -1,29 +1,21 @@
-"""The mLSTM cell (arXiv 2405.04517, section 2.3) as both mLSTM mixers use it."""
+"""The mLSTM cell (arXiv 2405.04517, section 2.3) as all mLSTM mixers use it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from xlstm_lm.base.fields import Epsilon, Size
 from xlstm_lm.models.layers import NormKind, SoftCap, soft_cap
-from xlstm_lm.models.mixers.mixer import (
-    MixerConfig,
-    Observer,
-    OperationUse,
-    State,
-)
+from xlstm_lm.models.mixers.mixer import Mixer, MixerConfig, Observer, OperationUse, State
 from xlstm_lm.models.storage import FLOAT32, Storage
 from xlstm_lm.ops.backend import COUNTED_CHUNK
 from xlstm_lm.ops.mlstm import MLSTM, mlstm
 from xlstm_lm.ops.mlstm.recurrence import Options
-
-if TYPE_CHECKING:
-    from xlstm_lm.parallel.divided_rows import DividedRows
 
 # Backends of any machine: a run that names a GPU's kernel is also read where that cannot run.
 MLSTMBackend = Literal["auto", "recurrence", "chunkwise", "compiled", "step", "triton", "triton_step"]
@@ -83,42 +75,51 @@ class MLSTMCellConfig(MixerConfig):
         return OperationUse(MLSTM, sizes, options, self.mlstm_backend, counted)
 
 
-def run_mlstm_cell(
-    config: MLSTMCellConfig,
-    qkv_BTE: tuple[Tensor, Tensor, Tensor],
-    gates_BTG: Tensor,
-    resets_BT: Tensor | None,
-    state: State | None,
-    return_state: bool,
-    observe: Observer | None,
-    overwrite_state: bool,
-    divided_rows: DividedRows | None,
-) -> tuple[Tensor, State | None]:
-    """Cap the gates, split the heads and run the cell: h (B, T, H, V) and the state after the last token."""
-    input_BTH, forget_BTH = soft_cap(gates_BTG, config.gate_soft_cap).chunk(2, dim=-1)
-    if observe is not None:
-        observe(input_BTH, forget_BTH, config.gate_soft_cap)
-    q_BTHK, k_BTHK, v_BTHV = (tensor.unflatten(-1, (config.num_heads, -1)) for tensor in qkv_BTE)
-    if divided_rows is not None:
-        state = divided_rows.mlstm_state_before(
-            k_BTHK, v_BTHV, input_BTH, forget_BTH, resets_BT, config.input_gate, state
+class MLSTMCellMixer(Mixer):
+    """Base of the mixers around the cell."""
+
+    has_gates = True
+
+    def __init__(self, config: MLSTMCellConfig) -> None:
+        super().__init__()
+        self.config = config
+
+    def run_cell(
+        self,
+        qkv_BTE: Sequence[Tensor],
+        gates_BTG: Tensor,
+        resets_BT: Tensor | None,
+        state: State | None,
+        return_state: bool,
+        observe: Observer | None,
+        overwrite_state: bool,
+    ) -> tuple[Tensor, State | None]:
+        """Cap the gates, split the heads and run the cell: h (B, T, H, V) and the state after the last token."""
+        config = self.config
+        input_BTH, forget_BTH = soft_cap(gates_BTG, config.gate_soft_cap).chunk(2, dim=-1)
+        if observe is not None:
+            observe(input_BTH, forget_BTH, config.gate_soft_cap)
+        q_BTHK, k_BTHK, v_BTHV = (tensor.unflatten(-1, (config.num_heads, -1)) for tensor in qkv_BTE)
+        if self.divided_rows is not None:
+            state = self.divided_rows.mlstm_state_before(
+                k_BTHK, v_BTHV, input_BTH, forget_BTH, resets_BT, config.input_gate, state
+            )
+        result = mlstm(
+            q_BTHK,
+            k_BTHK,
+            v_BTHV,
+            input_BTH,
+            forget_BTH,
+            resets=resets_BT,
+            initial_state=state,
+            return_state=return_state,
+            input_gate=config.input_gate,
+            chunk_length=config.chunk_length,
+            eps=config.cell_eps,
+            overwrite_state=overwrite_state,
+            backend=config.mlstm_backend,
         )
-    result = mlstm(
-        q_BTHK,
-        k_BTHK,
-        v_BTHV,
-        input_BTH,
-        forget_BTH,
-        resets=resets_BT,
-        initial_state=state,
-        return_state=return_state,
-        input_gate=config.input_gate,
-        chunk_length=config.chunk_length,
-        eps=config.cell_eps,
-        overwrite_state=overwrite_state,
-        backend=config.mlstm_backend,
-    )
-    return result if isinstance(result, tuple) else (result, None)
+        return result if isinstance(result, tuple) else (result, None)
 
 
 def initialize_mlstm_gates(gates: nn.Linear) -> Iterator[Tensor]:

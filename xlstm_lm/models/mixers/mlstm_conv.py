@@ -17,9 +17,8 @@ from torch import Tensor, nn
 
 from xlstm_lm.base.fields import Size
 from xlstm_lm.models.layers import CausalConv
-from xlstm_lm.models.mixers.mixer import Observer, OperationUse, State, residual_std, small_std
+from xlstm_lm.models.mixers.mixer import Observer, OperationUse, State, small_std
 from xlstm_lm.models.mixers.mlstm import MLSTMConfig, MLSTMMixer
-from xlstm_lm.models.mixers.mlstm_cell import initialize_mlstm_gates, run_mlstm_cell
 from xlstm_lm.models.storage import Storage
 from xlstm_lm.ops.conv import CONV
 
@@ -46,8 +45,8 @@ class ConvMLSTMConfig(MLSTMConfig):
 
     def kept_by_part(self, storage: Storage, context_length: int) -> dict[str, float]:
         """Those of the mLSTM, and queries, keys and values before the convolution."""
-        conv = self.operations(1)[1].kept(context_length, storage)
-        kept = storage.itemsize * self.convolved_dim + conv
+        _, conv = self.operations(1)
+        kept = storage.itemsize * self.convolved_dim + conv.kept(context_length, storage)
         return super().kept_by_part(storage, context_length) | {CONV.name: kept}
 
     def state_bytes(self, bytes_per_activation: int, context_length: int) -> int:
@@ -79,33 +78,21 @@ class ConvMLSTMMixer(MLSTMMixer):
     ) -> tuple[Tensor, State | None]:
         qkv_BTE, output_BTV = self.qkvo(x_BTD).split((self.config.convolved_dim, self.config.v_dim), dim=-1)
         convolved_BTE, conv_state = self.conv(qkv_BTE, context, state and state[0], return_state)
-        q_BTK, k_BTK, v_BTV = convolved_BTE.split(self.widths[:3], dim=-1)
-        h_BTHV, cell_state = run_mlstm_cell(
-            self.config,
-            (q_BTK, k_BTK, v_BTV),
-            self.gates(x_BTD),
-            context,
-            state and state[1:],
-            return_state,
-            observe,
-            overwrite_state,
-            self.divided_rows,
+        qkv = convolved_BTE.split(self.widths[:3], dim=-1)
+        h_BTHV, cell_state = self.run_cell(
+            qkv, self.gates(x_BTD), context, state and state[1:], return_state, observe, overwrite_state
         )
-        h_BTV = self.head_norm(h_BTHV) + self.skip * v_BTV
+        h_BTV = self.head_norm(h_BTHV) + self.skip * qkv[2]
         return self.out(h_BTV * F.silu(output_BTV)), None if cell_state is None else (conv_state, *cell_state)
 
     @torch.no_grad()
     def initialize_in_turn(self, index: int, depth: int) -> Iterator[Tensor]:
-        """Small projections; the gates start from their biases and the input gate nearly shut, as in xLSTM-7B."""
-        width, heads = self.config.embedding_dim, self.config.num_heads
-        yield self.head_norm.weight
-        nn.init.ones_(self.head_norm.weight)
+        """Initialize as the mLSTM of xLSTM-7B, but with a small output gate; the convolution as torch's own."""
+        yield from super().initialize_in_turn(index, depth)
         yield self.skip
         nn.init.ones_(self.skip)
-        yield self.qkvo.weight
-        nn.init.normal_(self.qkvo.weight, std=small_std(width))
-        yield self.out.weight
-        nn.init.normal_(self.out.weight, std=residual_std(width, depth))
         yield from self.conv.initialize_in_turn()
-        yield from initialize_mlstm_gates(self.gates)
-        nn.init.constant_(self.gates.bias[:heads], -10.0)
+
+    def initialize_qkvo(self) -> None:
+        """Write small queries, keys and values; behind SiLU, an output gate of zero would shut the block."""
+        nn.init.normal_(self.qkvo.weight, std=small_std(self.config.embedding_dim))

@@ -15,7 +15,6 @@ from xlstm_lm.models.layers import BlockDiagonalLinear, CausalConv, Float32Linea
 from xlstm_lm.models.mixers.mixer import (
     NORMS,
     PROJECTIONS,
-    Mixer,
     Observer,
     OperationUse,
     State,
@@ -24,7 +23,7 @@ from xlstm_lm.models.mixers.mixer import (
     residual_std,
     small_std,
 )
-from xlstm_lm.models.mixers.mlstm_cell import MLSTMCellConfig, initialize_mlstm_gates, run_mlstm_cell
+from xlstm_lm.models.mixers.mlstm_cell import MLSTMCellConfig, MLSTMCellMixer, initialize_mlstm_gates
 from xlstm_lm.models.storage import Storage
 from xlstm_lm.ops.conv import CONV
 from xlstm_lm.ops.mlstm import MLSTM
@@ -97,14 +96,11 @@ class PaperMLSTMConfig(MLSTMCellConfig):
         return [self.cell_operation(), conv]
 
 
-class PaperMLSTMMixer(Mixer):
+class PaperMLSTMMixer(MLSTMCellMixer):
     """The first paper's mLSTM. The state holds the convolution's last inputs, then the cell's state."""
 
-    has_gates = True
-
     def __init__(self, config: PaperMLSTMConfig) -> None:
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         inner = config.inner_dim
         self.up = nn.Linear(config.embedding_dim, 2 * inner, bias=False)
         self.conv = CausalConv(inner, config.conv_width)
@@ -131,16 +127,8 @@ class PaperMLSTMMixer(Mixer):
         conv_BTE = F.silu(conv_BTE)
         qkv = self.query(conv_BTE), self.key(conv_BTE), self.value(inner_BTE)
         gates_BTG = self.gates(torch.cat(qkv, dim=-1))
-        h_BTHV, cell_state = run_mlstm_cell(
-            self.config,
-            qkv,
-            gates_BTG,
-            context,
-            state and state[1:],
-            return_state,
-            observe,
-            overwrite_state,
-            self.divided_rows,
+        h_BTHV, cell_state = self.run_cell(
+            qkv, gates_BTG, context, state and state[1:], return_state, observe, overwrite_state
         )
         h_BTE = self.head_norm(h_BTHV) + self.skip * conv_BTE
         return self.down(h_BTE * F.silu(output_BTE)), None if cell_state is None else (conv_state, *cell_state)

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from eval.bench.measure import environment
-from eval.compare.config import Comparison, Model, read_scaling
+from eval.compare.config import Comparison, Model
 from eval.compare.measure import SPEEDS, speed_file, speeds_left, test_file
 from eval.compare.results import CurvePoint, ModelResult, Results, Run
 from eval.compare.runs import Runs
@@ -59,7 +59,7 @@ def collect(runs: Runs) -> Results:
         training_speed=speeds["training"].get("rows", []),
         generation_speed=speeds["generation"].get("rows", []),
         speed_environments={kind: speed["environment"] for kind, speed in speeds.items() if speed},
-        scaling=read_scaling(comparison),
+        scaling=comparison.scaling,
         published=config.published,
         missing=missing,
         notes=[note for note in notes if note],

@@ -211,6 +211,8 @@ class Comparison:
     origins: dict[str, str]
     models: list[Model]
     """Smallest size first, as the sizes come in the file."""
+    scaling: Scaling | None = None
+    """The scaling study that the report shows; None for none."""
 
     def first_run(self, model: Model) -> RunConfig:
         """The run with the lowest learning rate and the first seed, to check settings that all runs share."""
@@ -259,22 +261,20 @@ def load_comparison(path: Path, data_root: str | None = None) -> Comparison:
     if data_root is not None:
         section = section | {"data_root": data_root}
     config = check_section(CompareConfig, section, name="compare", origins=origins, path=path)
-    comparison = Comparison(path, config, recipe, origins, [])
+    comparison = Comparison(path, config, recipe, origins, [], _read_scaling(path, config.scaling))
     comparison.models.extend(_models(comparison))
     _check_runs(comparison)
-    read_scaling(comparison)
     if config.matched:
         _check_sizes(comparison)
     return comparison
 
 
-def read_scaling(comparison: Comparison) -> Scaling | None:
-    """Read the scaling study that a comparison shows; None where it names none.
+def _read_scaling(comparison: Path, config: ScalingConfig | None) -> Scaling | None:
+    """Read the scaling study that a comparison's file names; None where it names none.
 
     Raises:
         ValueError: a file is missing or damaged; names it and its key.
     """
-    config = comparison.config.scaling
     if config is None:
         return None
     try:
@@ -285,7 +285,7 @@ def read_scaling(comparison: Comparison) -> Scaling | None:
         forecasts = read_forecasts(path) if path else []
     except ValueError as error:
         raise ValueError(
-            f"{comparison.path}: compare.scaling: {error} To compare without a scaling study, remove compare.scaling."
+            f"{comparison}: compare.scaling: {error} To compare without a scaling study, remove compare.scaling."
         ) from None
     architectures = [dataclasses.replace(each, samples=[]) for each in fits.architectures]
     return Scaling(source=config.fit, fits=dataclasses.replace(fits, architectures=architectures), forecasts=forecasts)

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from eval.compare.__main__ import main
-from eval.compare.config import load_comparison, read_scaling
+from eval.compare.config import load_comparison
 from eval.compare.report.scaling import scaling_section
 from eval.compare.results import Scaling, load_results, save_results
 from eval.scaling_laws.fits import FitOptions, Fits, fit_table
@@ -55,13 +55,12 @@ def write(fits, tmp_path):
 
 
 def test_the_study_that_a_comparison_names_is_read(write, fits, tmp_path):
-    found = read_scaling(
-        load_comparison(write(fit=str(tmp_path / "fit.json"), forecasts=str(tmp_path / "forecast.csv")))
-    )
+    path = write(fit=str(tmp_path / "fit.json"), forecasts=str(tmp_path / "forecast.csv"))
+    found = load_comparison(path).scaling
     assert found.forecasts == [FORECAST] and found.fits.comparisons == fits.comparisons
     for there, fitted in zip(found.fits.architectures, fits.architectures, strict=True):
         assert there == dataclasses.replace(fitted, samples=[]) and fitted.samples
-    assert read_scaling(load_comparison(SMOKE)) is None
+    assert load_comparison(SMOKE).scaling is None
 
 
 def test_a_study_that_cannot_be_shown_is_named_before_any_run(write, tmp_path, monkeypatch, capsys):

@@ -94,8 +94,10 @@ class LossPoint:
 COLUMNS = columns(LossPoint)
 ADDED = {"cooldown_shape"}
 """Columns that the tables of earlier versions lack."""
-SAME_BUT_SEED = ("architecture", "params", "tokens", "context", "batch_tokens", "learning_rate", "schedule")
-SAME_BUT_SEED += ("cooldown_fraction", "cooldown_shape", "val_tokens", "data")
+SAME_BUT_SEED = (
+    *("architecture", "params", "tokens", "context", "batch_tokens", "learning_rate", "schedule"),
+    *("cooldown_fraction", "cooldown_shape", "val_tokens", "data"),
+)
 """Columns in which points agree that differ in the seed alone."""
 NUMBERS = {"params", "tokens", "flops", "loss"}
 """Columns of positive numbers that a point cannot be without."""

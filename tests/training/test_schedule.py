@@ -42,7 +42,7 @@ def test_cool_down_is_linear_to_zero_from_where_the_middle_ends():
 
 @pytest.mark.parametrize("kind", ["wsd", "exponential"])
 def test_a_1_sqrt_cool_down_is_that_of_its_paper(kind):
-    """In arXiv 2405.18392, 1 - sqrt((n - (N - N_decay)) / N_decay) falls from 1 at step N - N_decay to 0 at step N."""
+    """1 - sqrt((n - (N - N_decay)) / N_decay) of arXiv 2405.18392 falls from 1 at step N - N_decay to 0 at step N."""
     cooldown, steps = 8, 40
     found = ratios(ScheduleConfig(kind=kind, warmup=2, cooldown=cooldown, cooldown_shape="1-sqrt"), steps)
     decay = cooldown + 1  # counted from the last step of the middle part, which has its full rate

@@ -84,13 +84,13 @@ def _best_rate(key: tuple[float, float], group: list[LossPoint], notes: list[str
     rates = np.log([each.learning_rate for each in group])
     loss = np.array([each.loss for each in group])
     lowest, ends = rates[np.argmin(loss)], (rates.min(), rates.max())
+    if len(set(rates)) >= 3:
+        square, slope, _ = np.polyfit(rates - lowest, loss, 2)
+        if square > 0 and ends[0] < (vertex := lowest - slope / (2 * square)) < ends[1]:
+            return math.exp(vertex)
     if lowest in ends:
         notes.append(
             f"{key[0]:,.0f} parameters: the best learning rate, {math.exp(lowest):.3g}, is at the end of its sweep; a "
             "wider one may do better."
         )
-        return math.exp(lowest)
-    if len(set(rates)) < 3:
-        return math.exp(lowest)
-    square, slope, _ = np.polyfit(rates - lowest, loss, 2)
-    return math.exp(float(np.clip(lowest - slope / (2 * square), *ends)))
+    return math.exp(lowest)

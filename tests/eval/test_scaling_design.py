@@ -153,6 +153,16 @@ def test_a_best_rate_at_the_end_of_its_sweep_is_named():
         fit_rates(points[:1])
 
 
+def test_a_flat_end_of_a_sweep_does_not_make_its_last_rate_the_best():
+    """The parabola of all rates has its minimum inside, although the noise of a run puts the lowest loss at the end."""
+    points = swept(lambda params, tokens: 1e-3, [1e5])
+    flat = [dataclasses.replace(point, loss=loss) for point, loss in zip(points, (2.03, 2.002, 2.0))]
+    law = fit_rates(flat)
+    assert not any("at the end" in note for note in law.notes)
+    steps = (2.03 - 2.0) / 2 / (2.03 - 2 * 2.002 + 2.0)
+    assert law.rate(1e5, flat[0].tokens) == pytest.approx(1e-3 * 2**steps)
+
+
 def test_rates_of_a_sweep_are_used(tmp_path):
     law = fit_rates(swept(lambda params, tokens: 0.4 * tokens**-0.3, [1e4, 2e4, 4e4], tokens=1280))
     design = design_small(tmp_path, rates={"lstm": law})

@@ -127,11 +127,13 @@ def _collect(options: argparse.Namespace) -> int:
 
 
 def _forecast(options: argparse.Namespace) -> int:
-    found = register(options.fit, options.run, options.architecture, options.out)
+    found, notes = register(options.fit, options.run, options.architecture, options.out)
     print(
         f"{found.run}: {found.predicted:.4f} nats a token, {LEVEL:.0%} interval {found.low:.4f} to {found.high:.4f}, "
         f"at {found.times_largest:.3g} times the largest fitted FLOPs. Written to {options.out}."
     )
+    for text in notes:
+        print(text)
     return DONE
 
 

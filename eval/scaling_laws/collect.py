@@ -8,11 +8,10 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from eval.scaling_laws.designed import DESIGN, Design, DesignedRun, read_design
+from eval.scaling_laws.planned import planned_point
 from eval.scaling_laws.points import CHECK, LossPoint, check_points, read_points, repeated
 from eval.study.engine import PlannedRun, RunState, examine
-from xlstm_lm.data.sources.config import SourceConfig
-from xlstm_lm.models.accounting import totals, training_flops_per_token
-from xlstm_lm.models.components import components
+from xlstm_lm.models.accounting import training_flops_per_token
 from xlstm_lm.runs.folder import RunFolder
 from xlstm_lm.training.run_config import RunConfig, load_run_config
 
@@ -82,46 +81,18 @@ def _add(
 
 
 def _point(folder: Path, config: RunConfig, state: RunState, run: DesignedRun | None) -> LossPoint:
-    context = config.data.context_length
-    counts = totals(components(config.model, context), context)
-    per_token = training_flops_per_token(config.model, context)
-    steps, schedule = config.training.steps, config.schedule
-    cooldown = schedule.lengths(steps)[1]
-    tokens = steps * config.data.global_batch_size * context
     last = state.last_validation
     diverged = state.status == "diverged"
-    status = "diverged" if diverged else CHECK if run and run.kind == "check" else "finished"
     sessions = RunFolder(folder).environment()
-    return LossPoint(
+    planned = planned_point(config)
+    return dataclasses.replace(
+        planned,
         run=folder.name,
         trunk=run.trunk if run else folder.name,
-        architecture=run.architecture if run else config.model.family,
-        params=int(counts["parameters"]),
-        params_non_embedding=int(counts["parameters_without_embedding_and_head"]),
-        tokens=tokens,
-        flops=per_token * tokens,
-        flops_per_token=per_token,
-        context=context,
-        batch_tokens=config.data.global_batch_size * context,
-        learning_rate=config.optimizer.learning_rate,
-        schedule=schedule.kind,
-        cooldown_fraction=cooldown / steps,
-        cooldown_shape=schedule.cooldown_shape if cooldown else "",
-        seed=config.training.seed,
+        architecture=run.architecture if run else planned.architecture,
         loss=float("nan") if diverged else last["loss"],
         bits_per_byte=last.get("bits_per_byte"),
-        val_tokens=config.data.validation_tokens,
-        data=_data_name(config),
-        status=status,
+        status="diverged" if diverged else CHECK if run and run.kind == "check" else "finished",
         git=str((sessions[-1] if sessions else {}).get("git_commit") or ""),
         source=str(folder),
     )
-
-
-def _data_name(config: RunConfig) -> str:
-    """Names of the training data's sources."""
-
-    def name(source: SourceConfig) -> str:
-        return source.dataset or ",".join(Path(path).name for path in source.paths) or source.kind
-
-    return "+".join(name(source) for source in config.data.sources)

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from eval.scaling_laws.fits import read_fits
+from eval.scaling_laws.planned import planned_point
+from eval.scaling_laws.points import LossPoint
 from eval.scaling_laws.predict import predict
 from eval.scaling_laws.records import as_csv, read_csv
 from eval.study.engine import PlannedRun, examine
 from xlstm_lm.base.durable_files import replace_durably
 from xlstm_lm.base.durations import utc_now
 from xlstm_lm.base.machine import environment
-from xlstm_lm.models.accounting import count_parameters, training_flops_per_token
+from xlstm_lm.models.accounting import count_parameters
 from xlstm_lm.runs.folder import RunFolder
 from xlstm_lm.training.run_config import load_run_config
 
@@ -60,6 +63,15 @@ class Forecast:
         return None if self.measured is None else self.low <= self.measured <= self.high
 
 
+CHOICES = {
+    "schedule_in_words": "the schedule",
+    "context": "the number of tokens a row",
+    "batch_tokens": "the number of tokens a step",
+    "data": "the training data",
+}
+"""Fields of a point whose values a forecast run should share with the fitted ones, and their names."""
+SHARE_TOLERANCE = 0.01
+"""Difference of cooldowns, as shares of the steps, that whole steps may cause."""
 COLUMNS = tuple(each.name for each in dataclasses.fields(Forecast))
 
 
@@ -85,8 +97,10 @@ def write_forecasts(forecasts: list[Forecast], path: Path) -> None:
     replace_durably(path, as_csv(Forecast, forecasts).encode())
 
 
-def register(fit_path: Path, recipe: Path, architecture: str | None, out: Path) -> Forecast:
+def register(fit_path: Path, recipe: Path, architecture: str | None, out: Path) -> tuple[Forecast, list[str]]:
     """Predict the loss of a run and append it to a file, before the run exists.
+
+    Returns the forecast, and a note for each choice of the run's recipe that no run of the fit shares.
 
     Args:
         fit_path: fit.json.
@@ -113,20 +127,16 @@ def register(fit_path: Path, recipe: Path, architecture: str | None, out: Path) 
     found = fits.of(architecture or names[0])
     if not found.samples:
         raise ValueError(f"{fit_path} has no samples, thus no interval: fit again without --samples 0.")
-    data = config.data
-    params, tokens = (
-        count_parameters(config.model),
-        config.training.steps * data.global_batch_size * data.context_length,
-    )
-    flops = training_flops_per_token(config.model, data.context_length) * tokens
+    planned = planned_point(config)
+    params, tokens = int(planned.params), int(planned.tokens)
     prediction = predict(found.fit, found.drawn, found.points, params, tokens)
     forecast = Forecast(
         run=str(folder),
         architecture=found.architecture,
         params=params,
         tokens=tokens,
-        flops=flops,
-        times_largest=flops / max(point.flops for point in found.points),
+        flops=planned.flops,
+        times_largest=planned.flops / max(point.flops for point in found.points),
         predicted=prediction.loss,
         low=prediction.low,
         high=prediction.high,
@@ -137,7 +147,25 @@ def register(fit_path: Path, recipe: Path, architecture: str | None, out: Path) 
         registered=utc_now(),
     )
     write_forecasts([*forecasts, forecast], out)
-    return forecast
+    return forecast, [f"{folder}: {text}" for text in _differences(planned, found.points)]
+
+
+def _differences(planned: LossPoint, points: Sequence[LossPoint]) -> list[str]:
+    """A note for each choice of a planned run that changes the loss by itself and that no point shares."""
+    notes = []
+    for name, words in CHOICES.items():
+        own, known = getattr(planned, name), dict.fromkeys(value for point in points if (value := getattr(point, name)))
+        if known and own not in known:
+            notes.append((words, own, ", ".join(map(str, known))))
+    shares = [point.cooldown_fraction for point in points if point.cooldown_fraction]
+    own = planned.cooldown_fraction
+    if own and shares and not min(shares) - SHARE_TOLERANCE <= own <= max(shares) + SHARE_TOLERANCE:
+        ends = dict.fromkeys(f"{end:.0%}" for end in (min(shares), max(shares)))
+        notes.append(("the cooldown's share of the steps", f"{own:.0%}", " to ".join(ends)))
+    return [
+        f"{words} is {own}, that of the fitted runs {known}; the forecast does not account for the difference."
+        for words, own, known in notes
+    ]
 
 
 def complete(path: Path) -> list[Forecast]:

@@ -48,7 +48,8 @@ def run_recipe(folder: Path, **training) -> Path:
 
 def test_a_forecast_is_registered_before_its_run(fits, fit_path, tmp_path):
     recipe, out = run_recipe(tmp_path), tmp_path / "forecast.csv"
-    forecast = register(fit_path, recipe, "lstm", out)
+    forecast, notes = register(fit_path, recipe, "lstm", out)
+    assert notes == []  # the invented points do not tell how they were trained
     assert read_forecasts(out) == [forecast] and forecast.measured is None and forecast.holds is None
     config = load_run_config([recipe])
     assert (forecast.tokens, forecast.run) == (12800, str(tmp_path / "large"))
@@ -59,6 +60,29 @@ def test_a_forecast_is_registered_before_its_run(fits, fit_path, tmp_path):
         register(fit_path, recipe, "lstm", out)
     with pytest.raises(ValueError, match=r"several architectures \(lstm, other\): name one with --architecture"):
         register(fit_path, run_recipe(tmp_path, run_dir=str(tmp_path / "b")), None, out)
+
+
+def test_choices_that_no_fitted_run_shares_are_named(fits, tmp_path):
+    """The forecast is of the fit's recipe; the run's differs in its cooldown, its rows and its data."""
+    how = {"schedule": "wsd", "cooldown_shape": "linear", "context": 16, "batch_tokens": 64, "data": "other"}
+    points = [dataclasses.replace(each, **how, cooldown_fraction=0.2) for each in fits.of("lstm").points]
+    fitted = dataclasses.replace(
+        fits, architectures=[dataclasses.replace(fits.of("lstm"), points=points), fits.of("other")]
+    )
+    write_results(tmp_path / "fit.json", fitted.as_json())
+    recipe = run_recipe(tmp_path)
+    values = yaml.safe_load(recipe.read_text())
+    values["schedule"] = {"kind": "wsd", "cooldown": 0.5, "cooldown_shape": "1-sqrt"}
+    values["data"] |= {"context_length": 32, "global_batch_size": 2}
+    recipe.write_text(yaml.safe_dump(values))
+    _, notes = register(tmp_path / "fit.json", recipe, "lstm", tmp_path / "forecast.csv")
+    folder = tmp_path / "large"
+    assert [text.partition(";")[0] for text in notes] == [
+        f"{folder}: the schedule is wsd with a 1-sqrt cooldown, that of the fitted runs wsd with a linear cooldown",
+        f"{folder}: the number of tokens a row is 32, that of the fitted runs 16",
+        f"{folder}: the training data is text.txt, that of the fitted runs other",
+        f"{folder}: the cooldown's share of the steps is 50%, that of the fitted runs 20%",
+    ]
 
 
 def test_a_run_that_exists_cannot_be_forecast(fit_path, tmp_path):
@@ -86,7 +110,7 @@ def finish(folder: Path, recipe: Path, loss: float, step: int = 200) -> None:
 
 def test_the_measured_loss_is_entered_when_the_run_is_finished(fit_path, tmp_path):
     recipe, out = run_recipe(tmp_path), tmp_path / "forecast.csv"
-    forecast = register(fit_path, recipe, "lstm", out)
+    forecast, _ = register(fit_path, recipe, "lstm", out)
     assert complete(out) == [forecast]
     finish(tmp_path / "large", recipe, forecast.high + 1)
     (done,) = complete(out)

@@ -204,6 +204,28 @@ def test_a_text_is_written_once_of_those_that_are_alike(folder):
         tokenize(config, folder / "ids", processes=1)
 
 
+def test_training_documents_are_cut_at_ends_of_lines(folder):
+    """Pieces are documents, each once where duplicates are left out; held-out documents stay whole."""
+    texts = ["ab\ncd\nefgh\n", "", "a line of 20 letters", "ab\ncd\nxyz"]
+    for name in ("lines", "held-out"):
+        (folder / name).mkdir(exist_ok=True)
+        write_json_lines(folder / name / "0.jsonl", texts)
+    sources, held_out = (
+        [SourceConfig(kind="jsonl", paths=[str(folder / name / "0.jsonl")])] for name in ("lines", "held-out")
+    )
+    config = DataConfig(sources=sources, validation=held_out)
+    tokenize(config, folder / "ids", processes=1, deduplicate=True, piece_characters=7)
+    on_them = on_ids(config, folder / "ids")
+
+    def written(source: SourceConfig) -> list[str]:
+        return [bytes(record.tokens.tolist()).decode() for record in open_source(source).read([Piece(0)])]
+
+    assert written(on_them.sources[0]) == ["ab\ncd\n", "efgh\n", "a line ", "of 20 l", "etters", "xyz"]
+    assert written(on_them.validation[0]) == [text for text in texts if text]
+    with pytest.raises(ValueError, match="sources-0 holds token ids made with another piece_characters"):
+        tokenize(config, folder / "ids", processes=1, deduplicate=True)
+
+
 def test_the_command_prints_statistics_and_how_to_train(folder, capsys):
     recipe = folder / "recipe.yaml"
     source = f"{{kind: jsonl, paths: [{folder}/lines/*.jsonl]}}"

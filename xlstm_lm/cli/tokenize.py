@@ -26,6 +26,13 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--deduplicate", action="store_true", help="Leave out documents whose text an earlier one of the source has."
     )
+    parser.add_argument(
+        "--pieces",
+        type=argument(Size),
+        metavar="CHARACTERS",
+        help="Cut training documents at ends of lines into pieces of at most so many characters, each a document from "
+        "there on. Default: whole documents.",
+    )
 
 
 def run(options: argparse.Namespace) -> None:
@@ -41,7 +48,14 @@ def run(options: argparse.Namespace) -> None:
     processes = options.processes or len(os.sched_getaffinity(0))
     console.stage("tokenizing")
     begin = time.monotonic()
-    statistics = tokenize(config, out, processes=processes, deduplicate=options.deduplicate, report=console.say)
+    statistics = tokenize(
+        config,
+        out,
+        processes=processes,
+        deduplicate=options.deduplicate,
+        piece_characters=options.pieces,
+        report=console.say,
+    )
     seconds = time.monotonic() - begin
     console.end_stage()
     for name, each in statistics.items():

@@ -1,7 +1,8 @@
 """Turning the documents of a data section into files of token ids, in many processes, and again after an interruption.
 
-A source of lines or rows becomes one file of ids a shard, with every document at its number: a run reads it in the
-order in which it would read the source. Files of one document each are put together in files of about `GROUP_BYTES`.
+A source of lines or rows becomes one file of ids a shard. Every document has its number there, so a run reads it in the
+order in which it would read the source, unless documents are cut into pieces. Files of one document each are put
+together in files of about `GROUP_BYTES`.
 """
 
 from __future__ import annotations
@@ -50,6 +51,8 @@ class Job:
     """Tokens after which it ends, ends of documents counted; None for all documents."""
     keeps_numbers: bool
     """Whether each document has its number within the shard, so blank and bad ones are empty."""
+    piece_characters: int | None = None
+    """Characters of the pieces that documents are cut into; None for whole documents."""
 
 
 def tokenize(
@@ -58,6 +61,7 @@ def tokenize(
     *,
     processes: int,
     deduplicate: bool = False,
+    piece_characters: int | None = None,
     report: Report = lambda line: None,
 ) -> dict[str, Statistics]:
     """Write the training and validation documents of a data section as token ids.
@@ -70,6 +74,8 @@ def tokenize(
         out: Folder to write to.
         processes: Number of processes, each of which writes one file at a time.
         deduplicate: Whether to leave out each document whose text an earlier one of the same source has.
+        piece_characters: Characters of the pieces into which training documents are cut at ends of lines, each a
+            document from there on; None for whole documents. Held-out documents and chats stay whole.
         report: Receives a line as each file is complete.
 
     Returns:
@@ -86,7 +92,7 @@ def tokenize(
     opened = open_sources(config)
     jobs: dict[str, list[Job]] = {}
     for name, source, limit in _named(opened, config):
-        jobs[name] = _jobs(source, out / name, limit)
+        jobs[name] = _jobs(source, out / name, limit, None if limit is not None else piece_characters)
         _describe(jobs[name], tokenizer, deduplicate)
     waiting = [job for group in jobs.values() for job in group if not _is_complete(job.path)]
     done = sum(map(len, jobs.values())) - len(waiting)
@@ -116,7 +122,7 @@ def _named(opened: Opened, config: DataConfig) -> Iterator[tuple[str, Source, in
         yield f"validation-{number}", source, config.validation_tokens
 
 
-def _jobs(source: Source, folder: Path, limit: int | None) -> list[Job]:
+def _jobs(source: Source, folder: Path, limit: int | None, piece_characters: int | None) -> list[Job]:
     """The files of ids of a source; validation documents, up to their limit, are one file."""
     one_a_file = KINDS[source.config.kind].one_document_a_file
     shards = range(source.num_shards)
@@ -126,8 +132,9 @@ def _jobs(source: Source, folder: Path, limit: int | None) -> list[Job]:
         groups = _groups(source.shard_sizes)
     else:
         groups = [[shard] for shard in shards]
-    keeps = limit is None and not one_a_file
-    return [Job(source, group, folder / f"{number:06}.bin", limit, keeps) for number, group in enumerate(groups)]
+    keeps = limit is None and not one_a_file and piece_characters is None
+    paths = [folder / f"{number:06}.bin" for number in range(len(groups))]
+    return [Job(source, group, path, limit, keeps, piece_characters) for group, path in zip(groups, paths)]
 
 
 def _groups(sizes: list[int]) -> list[list[int]]:
@@ -155,6 +162,7 @@ def _describe(jobs: list[Job], tokenizer: Tokenizer, deduplicate: bool) -> None:
         "vocab_size": tokenizer.vocab_size,
         "limit": jobs[0].limit,
         "deduplicate": deduplicate,
+        "piece_characters": jobs[0].piece_characters,
         "source": json.loads(json.dumps(source.identity() | chat_identity(source.config, tokenizer))),
         "shard_sizes": {job.path.name: sum(source.shard_sizes[shard] for shard in job.shards) for job in jobs},
     }
@@ -254,7 +262,7 @@ def _batches(job: Job, tokenizer: Tokenizer, counts: Counts) -> Iterator[list[Re
     for record in documents(job.source, tokenizer, [Piece(shard) for shard in job.shards], bad=bad):
         counts.skipped = len(bad)
         if record.text:
-            batch.append(record)
+            batch += _pieces(record, job.piece_characters)
             size += len(record.text)
         if size >= BATCH_CHARACTERS:
             yield batch
@@ -262,6 +270,20 @@ def _batches(job: Job, tokenizer: Tokenizer, counts: Counts) -> Iterator[list[Re
     counts.skipped = len(bad)
     if batch:
         yield batch
+
+
+def _pieces(record: Record, characters: int | None) -> list[Record]:
+    """A record cut after the last end of line of so many characters, or in the middle of a longer line."""
+    if characters is None or record.tokens is not None or len(record.text) <= characters:
+        return [record]
+    pieces, begin, text = [], 0, record.text
+    while begin < len(text):
+        end = begin + characters
+        if end < len(text):
+            end = text.rfind("\n", begin, end) + 1 or end
+        pieces.append(record._replace(text=text[begin:end]))
+        begin = end
+    return pieces
 
 
 def _write_recipe(config: DataConfig, tokenizer: Tokenizer, jobs: dict[str, list[Job]], out: Path) -> None:

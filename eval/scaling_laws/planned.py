@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from glob import has_magic
 from pathlib import Path
 
 from eval.scaling_laws.points import LossPoint
-from xlstm_lm.data.sources.config import SourceConfig
 from xlstm_lm.models.accounting import totals, training_flops_per_token
 from xlstm_lm.models.components import components
 from xlstm_lm.training.run_config import RunConfig
@@ -42,8 +42,11 @@ def planned_point(config: RunConfig) -> LossPoint:
 
 def _data_name(config: RunConfig) -> str:
     """Names of the training data's sources."""
+    return "+".join(
+        source.dataset or ",".join(map(_file_name, source.paths)) or source.kind for source in config.data.sources
+    )
 
-    def name(source: SourceConfig) -> str:
-        return source.dataset or ",".join(Path(path).name for path in source.paths) or source.kind
 
-    return "+".join(name(source) for source in config.data.sources)
+def _file_name(path: str) -> str:
+    """The name of a file, and of a pattern such as *.bin the two folders above it too, which tell it from others."""
+    return "/".join(Path(path).parts[-3:]) if has_magic(path) else Path(path).name

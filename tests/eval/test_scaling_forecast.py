@@ -12,6 +12,7 @@ import yaml
 from eval.scaling_laws.__main__ import main
 from eval.scaling_laws.fits import FitOptions, Fits, fit_table
 from eval.scaling_laws.forecast import complete, read_forecasts, register, write_forecasts
+from eval.scaling_laws.planned import planned_point
 from eval.scaling_laws.points import Table
 from eval.study.results_file import write_results
 from tests.eval.invented_points import CHINCHILLA, isoflop_grid, ladder
@@ -83,6 +84,15 @@ def test_choices_that_no_fitted_run_shares_are_named(fits, tmp_path):
         f"{folder}: the training data is text.txt, that of the fitted runs other",
         f"{folder}: the cooldown's share of the steps is 50%, that of the fitted runs 20%",
     ]
+
+
+def test_a_pattern_of_training_data_is_named_with_its_folders(tmp_path):
+    """Two folders of token ids are different data, although both patterns end in *.bin."""
+    config = load_run_config([run_recipe(tmp_path)])
+    paths = ["runs/data/packages/sources-0/*.bin", "text/one.txt"]
+    source = dataclasses.replace(config.data.sources[0], paths=paths)
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, sources=[source]))
+    assert planned_point(config).data == "packages/sources-0/*.bin,one.txt"
 
 
 def test_a_run_that_exists_cannot_be_forecast(fit_path, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -38,6 +39,8 @@ QUANTITIES = {
     "a": lambda surface: surface.exponent_of_params,
 }
 """Values of a surface that get an interval; a is the exponent of N* in C."""
+LARGEST = {"a": 1.0}
+"""Largest possible value of a quantity; none is below 0."""
 FAR_APART = 0.1
 """Relative difference of the exponents of both fits from which on the report warns."""
 
@@ -288,7 +291,14 @@ def _add_intervals(found: ArchitectureFit, options: FitOptions) -> None:
 
 
 def _intervals(samples: Samples, fit: Fit) -> dict[str, tuple[float, float]]:
-    return {name: samples.interval(value, value(fit.surface)) for name, value in QUANTITIES.items()}
+    """Intervals of the quantities, cut off at the values that a surface can have, which widening may pass."""
+    found = {name: samples.interval(value, value(fit.surface)) for name, value in QUANTITIES.items()}
+    return {name: (_cut(low, name), _cut(high, name)) for name, (low, high) in found.items()}
+
+
+def _cut(value: float, name: str) -> float:
+    """The nearest possible value of a quantity; NaN stays."""
+    return value if math.isnan(value) else min(max(value, 0.0), LARGEST.get(name, math.inf))
 
 
 def _hold_out(points: Sequence[LossPoint], options: FitOptions) -> list[HeldOut]:

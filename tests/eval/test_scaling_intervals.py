@@ -7,9 +7,10 @@ import dataclasses
 import numpy as np
 import pytest
 
-from eval.scaling_laws.bootstrap import resample_seeds, resample_trunks, seed_deviation, t_factor
+from eval.scaling_laws.bootstrap import Samples, resample_seeds, resample_trunks, seed_deviation, t_factor
 from eval.scaling_laws.compare import Side, compare, overlap
-from eval.scaling_laws.fits import QUANTITIES
+from eval.scaling_laws.fits import QUANTITIES, FitOptions, fit_table
+from eval.scaling_laws.points import Table
 from eval.scaling_laws.predict import predict
 from eval.scaling_laws.surface import Surface
 from eval.scaling_laws.vpnls import fit_vpnls
@@ -48,6 +49,16 @@ def test_branches_of_a_trunk_are_drawn_together():
     spreads = [np.std([surface.E for surface in samples.surfaces]) for samples in (together, apart)]
     assert spreads[0] > 1.5 * spreads[1]
     assert together.widening == t_factor(4) > apart.widening
+
+
+def test_intervals_end_at_the_values_that_a_surface_can_have():
+    """Widening for few trunks would put the irreducible loss below zero."""
+    points = ladder(CHINCHILLA, SIZES[:4], RATIOS, noise=(0.02, 0.01))
+    (found,) = fit_table(Table(points), FitOptions(samples=40)).architectures
+    drawn = Samples(found.samples, found.widening)
+    raw = {name: drawn.interval(value, value(found.fit.surface)) for name, value in QUANTITIES.items()}
+    assert raw["E"][0] < 0 == found.by_trunk["E"][0]
+    assert found.by_trunk["beta"] == raw["beta"]
 
 
 def test_too_few_trunks_are_refused():

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from eval.scaling_laws.bootstrap import arrays, draw, refit, t_factor, widened
-from eval.scaling_laws.frontier import FlopsPerToken, NoBestSizeError, flops_from_points, flops_to_reach
+from eval.scaling_laws.frontier import FlopsPerToken, NoBestSizeError, flops_from_points, flops_to_reach, optimum
 from eval.scaling_laws.points import LossPoint
 from eval.scaling_laws.surface import Fit, Surface
 
@@ -96,6 +96,22 @@ def compare(one: Side, other: Side, loss: float | None = None, samples: int = 0,
     ratio = one.flops_at(loss) / other.flops_at(loss)
     interval = _interval(one, other, loss, ratio, samples, seed) if samples else None
     return FlopsRatio(one.architecture, other.architecture, loss, ratio, interval)
+
+
+def extrapolated(sides: Iterable[Side], loss: float) -> list[str]:
+    """A note for each architecture whose best size at a loss is smaller or larger than all trained ones."""
+    notes = []
+    for side in sides:
+        if not math.isfinite(flops := side.flops_at(loss)):
+            continue
+        best = optimum(side.fit.surface, side.flops_per_token, flops).params
+        sizes = [point.params for point in side.points]
+        if not min(sizes) <= best <= max(sizes):
+            notes.append(
+                f"{side.architecture}: its best size at loss {loss:.4f}, {best:.3g} parameters, is outside the trained "
+                f"ones, {min(sizes):.3g} to {max(sizes):.3g}: the FLOPs ratio extrapolates. Train sizes around it."
+            )
+    return notes
 
 
 def _interval(one: Side, other: Side, loss: float, ratio: float, samples: int, seed: int) -> tuple[float, float | None]:

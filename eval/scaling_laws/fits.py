@@ -22,7 +22,7 @@ from eval.scaling_laws.bootstrap import (
     resample_trunks,
     seed_deviation,
 )
-from eval.scaling_laws.compare import FlopsRatio, Side, compare
+from eval.scaling_laws.compare import FlopsRatio, Side, compare, extrapolated
 from eval.scaling_laws.frontier import NoBestSizeError, Optimum, flops_from_points, optimum
 from eval.scaling_laws.huber import fit_huber
 from eval.scaling_laws.isoflop import Approach2, fit_budgets, group_by_budget
@@ -159,6 +159,7 @@ def fit_table(table: Table, options: FitOptions) -> Fits:
         for one, other in combinations(sides, 2):
             try:
                 comparisons.append(compare(one, other, None, options.samples, options.seed))
+                notes += extrapolated((one, other), comparisons[-1].loss)
             except ValueError as error:
                 notes.append(str(error))
     return Fits(options, found, comparisons, notes)
@@ -247,9 +248,28 @@ def _fit_architecture(name: str, points: list[LossPoint], options: FitOptions) -
         found.frontier = [optimum(found.fit.surface, flops_per_token, each) for each in budgets]
     except NoBestSizeError as error:
         found.warnings.append(str(error))
+    found.warnings += _untrained_sizes(found)
     if options.hold_out:
         found.held_out = _hold_out(points, options)
     return found
+
+
+def _untrained_sizes(found: ArchitectureFit) -> list[str]:
+    """A warning that best sizes of the frontier are smaller or larger than all trained ones, if some are."""
+    sizes = [point.params for point in found.points]
+    smallest, largest = min(sizes), max(sizes)
+    warnings = []
+    for outside, remedy in (
+        ([each for each in found.frontier if each.params < smallest], "smaller sizes, or with more tokens"),
+        ([each for each in found.frontier if each.params > largest], "larger sizes, or with fewer tokens"),
+    ):
+        if outside:
+            warnings.append(
+                f"Best sizes at {outside[0].flops:.3g} to {outside[-1].flops:.3g} FLOPs, {outside[0].params:.3g} to "
+                f"{outside[-1].params:.3g} parameters, are outside the trained ones, {smallest:.3g} to {largest:.3g}: "
+                f"the frontier extrapolates there. Train {remedy}."
+            )
+    return warnings
 
 
 def _fit_surfaces(found: ArchitectureFit, options: FitOptions) -> None:

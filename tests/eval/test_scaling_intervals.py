@@ -61,6 +61,22 @@ def test_intervals_end_at_the_values_that_a_surface_can_have():
     assert found.by_trunk["beta"] == raw["beta"]
 
 
+@pytest.mark.parametrize(("sizes", "tokens", "wanted"), [(SIZES[3:7], 1e7, "smaller"), (SIZES[:4], 1e11, "larger")])
+def test_best_sizes_beyond_the_trained_ones_are_named(sizes, tokens, wanted):
+    """Sizes that are all too large, or too small, for their compute, in a fit and in a comparison."""
+    points = [
+        point(CHINCHILLA, params, tokens * factor, architecture=name, trunk=f"{name}-{params:g}")
+        for name in ("one", "other")
+        for params in sizes
+        for factor in (1, 2, 4, 8)
+    ]
+    fits = fit_table(Table(points), FitOptions(samples=0))
+    (warning,) = (text for text in fits.of("one").warnings if text.startswith("Best sizes at"))
+    assert f"outside the trained ones, {sizes[0]:.3g} to {sizes[-1]:.3g}" in warning
+    assert f"Train {wanted} sizes" in warning
+    assert sum("the FLOPs ratio extrapolates" in text for text in fits.notes) == 2
+
+
 def test_too_few_trunks_are_refused():
     points = ladder(CHINCHILLA, SIZES[::3], RATIOS)
     with pytest.raises(ValueError, match=r"3 trunks are too few to draw from; intervals need at least 4"):

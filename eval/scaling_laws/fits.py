@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
 from pathlib import Path
@@ -264,12 +264,18 @@ def _untrained_sizes(found: ArchitectureFit) -> list[str]:
         ([each for each in found.frontier if each.params > largest], "larger sizes, or with fewer tokens"),
     ):
         if outside:
+            flops, best = (_range(getattr(each, name) for each in outside) for name in ("flops", "params"))
             warnings.append(
-                f"Best sizes at {outside[0].flops:.3g} to {outside[-1].flops:.3g} FLOPs, {outside[0].params:.3g} to "
-                f"{outside[-1].params:.3g} parameters, are outside the trained ones, {smallest:.3g} to {largest:.3g}: "
-                f"the frontier extrapolates there. Train {remedy}."
+                f"Best sizes at {flops} FLOPs, {best} parameters, are outside the trained ones, {_range(sizes)}: the "
+                f"frontier extrapolates there. Train {remedy}."
             )
     return warnings
+
+
+def _range(values: Iterable[float]) -> str:
+    """The smallest and the largest value in words, once if they are the same."""
+    listed = list(values)
+    return " to ".join(dict.fromkeys(f"{end:.3g}" for end in (min(listed), max(listed))))
 
 
 def _fit_surfaces(found: ArchitectureFit, options: FitOptions) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 
 from eval.scaling_laws.bootstrap import arrays, draw, refit, t_factor, widened
 from eval.scaling_laws.frontier import FlopsPerToken, NoBestSizeError, flops_from_points, flops_to_reach, optimum
-from eval.scaling_laws.points import LossPoint
+from eval.scaling_laws.points import LossPoint, ends_in_words
 from eval.scaling_laws.surface import Fit, Surface
 
 Pair = tuple[int, int | None]
@@ -109,7 +109,7 @@ def extrapolated(sides: Iterable[Side], loss: float) -> list[str]:
         if not min(sizes) <= best <= max(sizes):
             notes.append(
                 f"{side.architecture}: its best size at loss {loss:.4f}, {best:.3g} parameters, is outside the trained "
-                f"ones, {min(sizes):.3g} to {max(sizes):.3g}: the FLOPs ratio extrapolates. Train sizes around it."
+                f"ones, {ends_in_words(sizes)}: the FLOPs ratio extrapolates. Train sizes around it."
             )
     return notes
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
 from pathlib import Path
@@ -26,7 +26,7 @@ from eval.scaling_laws.compare import FlopsRatio, Side, compare, extrapolated
 from eval.scaling_laws.frontier import NoBestSizeError, Optimum, flops_from_points, optimum
 from eval.scaling_laws.huber import fit_huber
 from eval.scaling_laws.isoflop import Approach2, fit_budgets, group_by_budget
-from eval.scaling_laws.points import LossPoint, Table
+from eval.scaling_laws.points import LossPoint, Table, ends_in_words
 from eval.scaling_laws.predict import Prediction, predict
 from eval.scaling_laws.surface import Fit, Surface
 from eval.scaling_laws.vpnls import fit_vpnls
@@ -264,18 +264,12 @@ def _untrained_sizes(found: ArchitectureFit) -> list[str]:
         ([each for each in found.frontier if each.params > largest], "larger sizes, or with fewer tokens"),
     ):
         if outside:
-            flops, best = (_range(getattr(each, name) for each in outside) for name in ("flops", "params"))
+            flops, best = (ends_in_words(getattr(each, name) for each in outside) for name in ("flops", "params"))
             warnings.append(
-                f"Best sizes at {flops} FLOPs, {best} parameters, are outside the trained ones, {_range(sizes)}: the "
-                f"frontier extrapolates there. Train {remedy}."
+                f"Best sizes at {flops} FLOPs, {best} parameters, are outside the trained ones, "
+                f"{ends_in_words(sizes)}: the frontier extrapolates there. Train {remedy}."
             )
     return warnings
-
-
-def _range(values: Iterable[float]) -> str:
-    """The smallest and the largest value in words, once if they are the same."""
-    listed = list(values)
-    return " to ".join(dict.fromkeys(f"{end:.3g}" for end in (min(listed), max(listed))))
 
 
 def _fit_surfaces(found: ArchitectureFit, options: FitOptions) -> None:

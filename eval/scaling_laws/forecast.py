@@ -12,7 +12,7 @@ import torch
 
 from eval.scaling_laws.fits import read_fits
 from eval.scaling_laws.planned import planned_point
-from eval.scaling_laws.points import LossPoint
+from eval.scaling_laws.points import LossPoint, ends_in_words
 from eval.scaling_laws.predict import predict
 from eval.scaling_laws.records import as_csv, read_csv
 from eval.study.engine import PlannedRun, examine
@@ -160,8 +160,7 @@ def _differences(planned: LossPoint, points: Sequence[LossPoint]) -> list[str]:
     shares = [point.cooldown_fraction for point in points if point.cooldown_fraction]
     own = planned.cooldown_fraction
     if own and shares and not min(shares) - SHARE_TOLERANCE <= own <= max(shares) + SHARE_TOLERANCE:
-        ends = dict.fromkeys(f"{end:.0%}" for end in (min(shares), max(shares)))
-        notes.append(("the cooldown's share of the steps", f"{own:.0%}", " to ".join(ends)))
+        notes.append(("the cooldown's share of the steps", f"{own:.0%}", ends_in_words(shares, ".0%")))
     return [
         f"{words} is {own}, that of the fitted runs {known}; the forecast does not account for the difference."
         for words, own, known in notes

@@ -249,6 +249,12 @@ def _number(where: str, name: str, text: str) -> float | int:
     return value
 
 
+def ends_in_words(values: Iterable[float], form: str = ".3g") -> str:
+    """The smallest and the largest of some values, once if they read the same."""
+    listed = list(values)
+    return " to ".join(dict.fromkeys(format(end, form) for end in (min(listed), max(listed))))
+
+
 def repeated(points: Iterable[LossPoint]) -> list[list[LossPoint]]:
     """Group the points that differ in the seed alone, a point for each seed; those of a single seed are left out."""
     groups: dict[tuple, dict[Any, LossPoint]] = defaultdict(dict)

@@ -92,7 +92,7 @@ def tokenize(
     opened = open_sources(config)
     jobs: dict[str, list[Job]] = {}
     for name, source, limit in _named(opened, config):
-        jobs[name] = _jobs(source, out / name, limit, None if limit is not None else piece_characters)
+        jobs[name] = _jobs(source, out / name, limit, piece_characters)
         _describe(jobs[name], tokenizer, deduplicate)
     waiting = [job for group in jobs.values() for job in group if not _is_complete(job.path)]
     done = sum(map(len, jobs.values())) - len(waiting)
@@ -123,7 +123,7 @@ def _named(opened: Opened, config: DataConfig) -> Iterator[tuple[str, Source, in
 
 
 def _jobs(source: Source, folder: Path, limit: int | None, piece_characters: int | None) -> list[Job]:
-    """The files of ids of a source; validation documents, up to their limit, are one file."""
+    """The files of ids of a source; validation documents, up to their limit, are one file and stay whole."""
     one_a_file = KINDS[source.config.kind].one_document_a_file
     shards = range(source.num_shards)
     if limit is not None:
@@ -132,9 +132,11 @@ def _jobs(source: Source, folder: Path, limit: int | None, piece_characters: int
         groups = _groups(source.shard_sizes)
     else:
         groups = [[shard] for shard in shards]
-    keeps = limit is None and not one_a_file and piece_characters is None
-    paths = [folder / f"{number:06}.bin" for number in range(len(groups))]
-    return [Job(source, group, path, limit, keeps, piece_characters) for group, path in zip(groups, paths)]
+    pieces = piece_characters if limit is None else None
+    keeps = limit is None and not one_a_file and pieces is None
+    return [
+        Job(source, group, folder / f"{number:06}.bin", limit, keeps, pieces) for number, group in enumerate(groups)
+    ]
 
 
 def _groups(sizes: list[int]) -> list[list[int]]:

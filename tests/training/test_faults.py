@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -62,12 +63,19 @@ def before_batch(number: int, action, monkeypatch) -> None:
     monkeypatch.setattr(TrainingStream, "next_batch", acting)
 
 
+def fill(file: Path) -> None:
+    """Leave no room on the disk of a file, however much a save in the background takes of it meanwhile."""
+    with contextlib.suppress(OSError), file.open("wb", buffering=0) as filling:
+        while True:
+            filling.write(bytes(shutil.disk_usage(file.parent).free + 1))
+
+
 def test_a_disk_that_fills_up_ends_the_run_which_goes_on_when_there_is_room(small_disk, folder, reference, monkeypatch):
     on_disk = {"training__run_dir": str(small_disk / "run")}
     filling = small_disk / "filling"
     with monkeypatch.context() as patched:
         # The checkpoint of step 3 is published by then, because the save of step 6 has waited for it.
-        before_batch(8, lambda: filling.write_bytes(bytes(shutil.disk_usage(small_disk).free)), patched)
+        before_batch(8, lambda: fill(filling), patched)
         with pytest.raises(RunError, match="the disk is full"):
             train(configure(folder, **on_disk))
     assert 3 in checkpoint_folders(small_disk / "run") and 9 not in checkpoint_folders(small_disk / "run")

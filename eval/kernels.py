@@ -251,7 +251,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--tokens", type=argument(Count), default=65536, help="in a batch of the mLSTM on a GPU (default 65536)"
     )
-    parser.add_argument("--only", choices=["mlstm", "slstm", "mlstm step"], help="one operation")
+    parser.add_argument("--only", choices=["mlstm", "slstm", "gated delta", "mlstm step"], help="one operation")
     parser.add_argument(
         "--budget", type=argument(NonNegative), default=0, help="seconds after which no table is begun; 0: no limit"
     )

@@ -8,6 +8,8 @@ float64. Operations and bytes are those of the task, not of a contender's way of
   writes dq, dk, dv, di and df.
 * Causal attention over T tokens: 2 T D operations for a token and a head (half of the square), backward twice.
 * sLSTM, for a token and a head: 8 D^2 operations; wx read and y written; backward likewise with R's gradient.
+* The gated delta rule: the operations and bytes of `GATED_DELTA.cost`; the backward takes twice the operations, reads
+  all of these again and writes as much.
 * A decode step reads and writes the state once.
 """
 
@@ -24,7 +26,8 @@ from torch import Tensor
 from eval.bench.measure import dtype_name
 from xlstm_lm.ops import mlstm as mlstm_ops
 from xlstm_lm.ops import slstm as slstm_ops
-from xlstm_lm.ops.backend import Backend
+from xlstm_lm.ops.backend import Backend, Cost
+from xlstm_lm.ops.gated_delta import GATED_DELTA, gated_delta
 from xlstm_lm.ops.mlstm.operation import mlstm_inputs
 from xlstm_lm.ops.operation import Operation
 from xlstm_lm.ops.slstm.operation import slstm_inputs
@@ -195,6 +198,49 @@ class SLSTM(Case):
 
 
 @dataclass(frozen=True, kw_only=True)
+class GatedDelta(Case):
+    """The gated delta rule over whole sequences."""
+
+    B: int
+    T: int
+    H: int
+    K: int
+    V: int
+
+    operation = "gated delta"
+
+    @property
+    def sizes(self) -> str:
+        return f"B {self.B} H {self.H} T {self.T} K {self.K} V {self.V}"
+
+    def inputs(self) -> list[Tensor]:
+        gates = torch.promote_types(self.dtype, torch.float32)
+        shape = (self.B, self.T, self.H)
+        q, k, v = (torch.randn(*shape, size, device=self.device, dtype=self.dtype) for size in (self.K, self.K, self.V))
+        decay, beta = (torch.randn(shape, device=self.device, dtype=gates) for _ in range(2))
+        return [F.normalize(q, dim=-1), F.normalize(k, dim=-1), v, -F.softplus(decay), beta.sigmoid()]
+
+    def own(self, inputs: list[Tensor]) -> Iterator[tuple[str, Contender]]:
+        for backend in self.backends(GATED_DELTA):
+            function = functools.partial(gated_delta, backend=backend.name)
+            yield f"gated_delta / {backend.name}", Contender(function, inputs, self.checks(inputs))
+
+    def checks(self, inputs: list[Tensor]) -> list[Check]:
+        """Against the definition on the first tokens."""
+        definition = functools.partial(gated_delta, backend="recurrence")
+        return [Check(definition, [each[:1, :CHECKED_TOKENS, :2] for each in inputs])]
+
+    def _cost(self) -> Cost:
+        return GATED_DELTA.cost(B=self.B, T=self.T, H=self.H, K=self.K, V=self.V, itemsize=self.dtype.itemsize)
+
+    def operations(self) -> float:
+        return self._cost().flops
+
+    def moved_bytes(self) -> float:
+        return self._cost().moved_bytes * (3 if self.backward else 1)
+
+
+@dataclass(frozen=True, kw_only=True)
 class MLSTMStep(Case):
     """One token of the mLSTM in generation: the state read and written, in place where a backend can."""
 
@@ -241,12 +287,15 @@ def _step(backend: str, *inputs: Tensor) -> Tensor:
 
 
 def cpu_cases(lengths: list[int], dtype: torch.dtype) -> Iterator[Case]:
-    """mLSTM beside attention of head dimension 64 at the same B, H and T; sLSTM beside an LSTM of its width."""
+    """mLSTM beside attention of head dimension 64 at the same B, H and T; sLSTM beside an LSTM of its width; the gated
+    delta rule beside the one in transformers."""
     for T in lengths:
         sizes = {"B": 2, "T": T, "H": 4, "K": 64, "V": 128, "attention_heads": 4, "attention_dim": 64}
         yield MLSTM(device="cpu", dtype=dtype, **sizes)
     for B, backward in ((8, True), (1, False)):
         yield SLSTM(device="cpu", dtype=dtype, backward=backward, B=B, T=512, H=4, D=64)
+    for K in (24, 64):
+        yield GatedDelta(device="cpu", dtype=dtype, B=8, T=512, H=4, K=K, V=2 * K)
     yield MLSTMStep(device="cpu", dtype=dtype, B=8, H=4, K=64, V=128)
 
 

@@ -199,6 +199,13 @@ def xlstm_cell(backend: str, case: SLSTM, inputs: list[Tensor]) -> Contender:
     return Contender(run, inputs, case.checks(inputs))
 
 
+def gated_delta_of_transformers(case: Case, inputs: list[Tensor]) -> Contender:
+    """The rule of Qwen3-Next in transformers, in chunks of 64: what its models run where fla is not installed."""
+    from transformers.models.qwen3_next.modeling_qwen3_next import torch_chunk_gated_delta_rule
+
+    return Contender(lambda *each: torch_chunk_gated_delta_rule(*each)[0], inputs, case.checks(inputs))
+
+
 PEERS: dict[tuple[str, str], dict[str, tuple[str, Builder]]] = {
     ("mlstm", "cpu"): {
         "causal attention (SDPA)": ("torch", partial(sdpa, None)),
@@ -225,6 +232,7 @@ PEERS: dict[tuple[str, str], dict[str, tuple[str, Builder]]] = {
     },
     ("mlstm step", "cpu"): {"mlstm_kernels / native": ("mlstm_kernels", partial(mlstm_kernels_step, "native"))},
     ("mlstm step", "cuda"): {"mlstm_kernels / triton": ("mlstm_kernels", partial(mlstm_kernels_step, "triton"))},
+    ("gated delta", "cpu"): {"transformers / Qwen3-Next": ("transformers", gated_delta_of_transformers)},
     ("slstm", "cpu"): {
         "torch.nn.LSTM": ("torch", torch_lstm),
         "xlstm / vanilla": ("xlstm", partial(xlstm_cell, "vanilla")),

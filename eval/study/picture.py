@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 Curves = dict[str, list[tuple[float, float]]]
-OWN = ("mlstm /", "slstm", "xlstm")
+OWN = ("mlstm /", "slstm", "gated_delta /", "xlstm")
 PANEL_INCHES, CHARACTERS_AN_INCH = 5.0, 13.0
 
 

@@ -12,7 +12,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from eval import kernels
-from eval.bench.kernel_cases import MLSTM, SLSTM, Contender, MLSTMStep, gpu_cases
+from eval.bench.kernel_cases import MLSTM, SLSTM, Contender, GatedDelta, MLSTMStep, gpu_cases
 from eval.bench.measure import TOGETHER, Ceilings, _cycles, measure, summarize
 from eval.bench.peers import PEERS, torch_lstm
 from eval.study.journal import Journal, run_in_children, supervise
@@ -41,6 +41,17 @@ def test_the_benchmark_prints_tables_and_writes_json_and_a_picture(tmp_path, cap
     assert written["environment"]["torch"] == torch.__version__ and written["environment"]["git_commit"]
     assert written["ceilings"]["bytes_per_second"] > 1e8
     assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_gated_delta_rule_equals_that_of_transformers():
+    case = GatedDelta(device="cpu", dtype=torch.float32, B=1, T=80, H=2, K=8, V=16)
+    rows = kernels.run_case(case, Journal(), 1, CEILINGS)
+    assert [row.name for row in rows] == [
+        "transformers / Qwen3-Next",
+        "gated_delta / compiled",
+        "gated_delta / chunkwise",
+    ]
+    assert all(row.error < 1e-5 and row.gradient_error < 1e-5 and row.milliseconds > 0 for row in rows)
 
 
 def test_contenders_take_turns():

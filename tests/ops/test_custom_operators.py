@@ -83,6 +83,14 @@ def scan(dtype: torch.dtype, with_state: bool) -> tuple:
     return random(B, T, K, dtype=dtype), positive(B, T, K, dtype=compute), decay, *shared, resets, state, True
 
 
+def gated_delta(dtype: torch.dtype, with_state: bool) -> tuple:
+    compute = torch.promote_types(dtype, torch.float32)
+    log_decay = (-positive(B, T, H, dtype=compute)).detach().requires_grad_()
+    tensors = *mlstm_inputs(dtype)[:3], log_decay, positive(B, T, H, dtype=compute)
+    state = random(B, H, K, V, dtype=compute) if with_state else torch.zeros(B, H, K, V, dtype=compute)
+    return *tensors, make_resets() if with_state else None, state, True
+
+
 def total_loss(dtype: torch.dtype, with_state: bool) -> tuple:
     return *token_losses(dtype, with_state), with_state, True, True
 
@@ -111,6 +119,7 @@ OPERATORS = {
     "conv": (lambda: torch.ops.xlstm_lm.conv_forward.default, conv, HALF),
     "conv_shifts": (lambda: shifts.forward.operator, conv_shifts, HALF),
     "scan": (lambda: torch.ops.xlstm_lm.scan_forward.default, scan, HALF),
+    "gated_delta": (lambda: torch.ops.xlstm_lm.gated_delta_forward.default, gated_delta, HALF),
     "document_rnn": (lambda: rnn.document_rnn.operator, document_rnn, WHOLE),
     "total_loss": (lambda: loss._total_loss.operator, total_loss, HALF),
     "token_losses": (lambda: loss._token_losses.operator, token_losses, HALF),

@@ -1,4 +1,4 @@
-"""The gated delta rule: chunks against the recurrence, the recurrence against transformers', states and resets."""
+"""The gated delta rule: fast forms against the recurrence, the recurrence against transformers', states and resets."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from xlstm_lm.ops.gated_delta.chunkwise import gated_delta_chunkwise
 from xlstm_lm.ops.gated_delta.slice_effect import gated_delta_slice_effect
 from xlstm_lm.ops.selfcheck import compare
 from xlstm_lm.ops.slices import delta_effect
+
+FAST = ("chunkwise", "compiled")  # the backends that are made for training
 
 
 def make_inputs(B: int, T: int, H: int, K: int, V: int, dtype: torch.dtype = torch.float64) -> list[torch.Tensor]:
@@ -35,12 +37,13 @@ def run(*inputs: torch.Tensor, **options: object) -> tuple[torch.Tensor, torch.T
     ("T", "K", "V", "chunk_length"), [(1, 4, 3, 8), (7, 5, 9, 8), (16, 8, 16, 8), (37, 3, 5, 1), (130, 24, 17, 64)]
 )
 @pytest.mark.parametrize("with_resets", [False, True])
-def test_chunks_equal_the_recurrence(T, K, V, chunk_length, with_resets):
+@pytest.mark.parametrize("backend", FAST)
+def test_the_fast_forms_equal_the_recurrence(backend, T, K, V, chunk_length, with_resets):
     inputs = make_inputs(2, T, 3, K, V)
     resets = torch.rand(2, T) < 0.2 if with_resets else None
     ours, definition = (
-        functools.partial(run, resets=resets, chunk_length=chunk_length, backend=backend)
-        for backend in ("chunkwise", "recurrence")
+        functools.partial(run, resets=resets, chunk_length=chunk_length, backend=name)
+        for name in (backend, "recurrence")
     )
     assert compare(ours, definition, inputs) < 1e-11
     assert compare(ours, definition, [each.float() for each in inputs]) < 1e-4
@@ -56,13 +59,14 @@ def effect(*inputs: torch.Tensor, **options: object) -> tuple[torch.Tensor, torc
     ("T", "K", "V", "chunk_length"), [(1, 4, 3, 8), (7, 5, 9, 8), (16, 8, 16, 8), (37, 3, 5, 1), (130, 24, 17, None)]
 )
 @pytest.mark.parametrize("share_of_resets", [None, 0.02, 0.2])
-def test_the_effect_of_a_slice_equals_that_of_the_recurrence(T, K, V, chunk_length, share_of_resets):
+@pytest.mark.parametrize("backend", FAST)
+def test_the_effect_of_a_slice_equals_that_of_the_recurrence(backend, T, K, V, chunk_length, share_of_resets):
     _, *inputs, _ = make_inputs(2, T, 3, K, V)
     inputs[2] *= 0.05  # after faster decays, float32 would have nothing left of the state before
     resets = None if share_of_resets is None else torch.rand(2, T) < share_of_resets
     ours, definition = (
-        functools.partial(effect, resets_BT=resets, chunk_length=chunk_length, backend=backend)
-        for backend in ("chunkwise", "recurrence")
+        functools.partial(effect, resets_BT=resets, chunk_length=chunk_length, backend=name)
+        for name in (backend, "recurrence")
     )
     assert compare(ours, definition, inputs) < 1e-11
     assert compare(ours, definition, [each.float() for each in inputs]) < 1e-4
@@ -86,7 +90,7 @@ def test_the_recurrence_equals_that_of_transformers():
     torch.testing.assert_close(last, theirs[1], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("backend", ["chunkwise", "recurrence"])
+@pytest.mark.parametrize("backend", [*FAST, "recurrence"])
 def test_two_calls_equal_one_and_documents_equal_themselves_alone(backend):
     *inputs, state = make_inputs(2, 41, 2, 6, 4)
     call = functools.partial(gated_delta, return_state=True, chunk_length=8, backend=backend)
@@ -103,11 +107,12 @@ def test_two_calls_equal_one_and_documents_equal_themselves_alone(backend):
     torch.testing.assert_close(packed_last, alone_last)
 
 
-def test_a_long_memory_and_none_at_all_stay_finite():
+@pytest.mark.parametrize("backend", FAST)
+def test_a_long_memory_and_none_at_all_stay_finite(backend):
     *inputs, state = make_inputs(1, 200, 2, 8, 8, torch.float32)
     for log_decay in (0.0, -1e-6, -80.0, -1e4):
         inputs[3] = torch.full_like(inputs[3], log_decay)
-        ours, definition = (functools.partial(run, backend=backend) for backend in ("chunkwise", "recurrence"))
+        ours, definition = (functools.partial(run, backend=name) for name in (backend, "recurrence"))
         forgets = log_decay < -1  # whose own gradient is nothing but rounding then
         assert compare(ours, definition, [*inputs, state], gradients=not forgets) < 1e-4
         leaves = [each.detach().requires_grad_() for each in (*inputs, state)]
@@ -115,11 +120,31 @@ def test_a_long_memory_and_none_at_all_stay_finite():
 
 
 def test_each_is_one_operator():
+    """In one chunk, because each further one takes seconds to trace."""
     *inputs, state = make_inputs(1, 20, 2, 4, 3, torch.float32)
     leaves = [each.requires_grad_() for each in inputs]
     resets = torch.zeros(1, 20, dtype=torch.bool)
-    torch.library.opcheck(gated_delta_chunkwise.operator, (*leaves, resets, state.requires_grad_(), 8))
-    torch.library.opcheck(gated_delta_slice_effect.operator, (*leaves[1:], resets, 8))
+    torch.library.opcheck(gated_delta_chunkwise.operator, (*leaves, resets, state.requires_grad_(), 20))
+    torch.library.opcheck(gated_delta_slice_effect.operator, (*leaves[1:], resets, 20))
+
+
+def test_strided_inputs_and_any_number_of_threads_give_the_compiled_form_the_same_result():
+    *inputs, state = make_inputs(3, 70, 2, 6, 11, torch.float32)
+    packed = torch.cat([each.flatten(2) for each in inputs], dim=-1)
+    strided = [
+        part.unflatten(-1, each.shape[2:])
+        for part, each in zip(packed.split([each.flatten(2).shape[-1] for each in inputs], dim=-1), inputs, strict=True)
+    ]
+    resets = (torch.rand(70, 3) < 0.1).T
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            results.append(run(*strided, state.mT.contiguous().mT, resets=resets, backend="compiled"))
+    finally:
+        torch.set_num_threads(before)
+    expected = run(*inputs, state, resets=resets.contiguous(), backend="compiled")
+    assert all(torch.equal(each, of) for result in results for each, of in zip(result, expected, strict=True))
 
 
 @pytest.mark.parametrize(

@@ -32,8 +32,14 @@ from xlstm_lm.ops.native_operators import register_operators
 
 _OPS = Path(__file__).parent
 _SOURCES = [
-    _OPS / folder / f"{name}_cpu.cpp"
-    for folder, name in (("mlstm", "mlstm"), ("slstm", "slstm"), ("selective_scan", "scan"), ("conv", "conv"))
+    _OPS / path
+    for path in (
+        "mlstm/mlstm_cpu.cpp",
+        "slstm/slstm_cpu.cpp",
+        "gated_delta/gated_delta_cpu.cpp",
+        "selective_scan/scan_cpu.cpp",
+        "conv/conv_cpu.cpp",
+    )
 ]
 _HEADERS = [_OPS / name for name in ("by_dtype.h", "simd.h", "mlstm/chunk.h", "mlstm/problem.h", "slstm/cell.h")]
 # Nothing that would let the compiler assume away infinities and NaNs: m = -inf is the empty state.

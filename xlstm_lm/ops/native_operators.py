@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 SPAN = 4  # longest chunks of the mLSTM from one kept state to the next: kSpan in mlstm/chunk.h
-BLOCK = 32  # steps from one checkpoint of the sLSTM and of the scan to the next: kBlock in their sources
+BLOCK = 32  # steps from one checkpoint of the sLSTM, the delta rule and the scan to the next: kBlock in their sources
 SCAN_VECTORS = 4  # vectors of units that a task of the scan takes: kVectors in selective_scan/scan_cpu.cpp
 
 
@@ -148,6 +148,48 @@ def _slstm_backward_shapes(
     return *map(_like, (wx, r, bias)), *(torch.empty_like(y[:, 0]).contiguous() for _ in range(3))
 
 
+def _gated_delta_shapes(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    beta: Tensor,
+    resets: Tensor | None,
+    C: Tensor,
+    save: bool,
+) -> tuple[Tensor, ...]:
+    (B, T, H, V), K = v.shape, q.shape[-1]
+    columns = -(-V // _lanes(C.dtype)) * _lanes(C.dtype)
+    kept = C.new_empty(B if save else 0, H, -(-T // BLOCK), K * columns)
+    return C.new_empty(v.shape), C.new_empty(C.shape), kept
+
+
+def _gated_delta_keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, _, save = inputs
+    assert save, "a call that needs gradients has to keep what they need"
+    ctx.save_for_backward(*tensors, output[2])
+    ctx.mark_non_differentiable(output[2])
+
+
+def _gated_delta_gradients(ctx: Any, dh: Tensor, dlast: Tensor, _: None) -> tuple[Tensor | None, ...]:
+    *gradients, dC = torch.ops.xlstm_lm.gated_delta_backward(*ctx.saved_tensors, dh, dlast)
+    return *gradients, None, dC, None
+
+
+def _gated_delta_backward_shapes(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    beta: Tensor,
+    resets: Tensor | None,
+    kept: Tensor,
+    dh: Tensor,
+    dlast: Tensor,
+) -> tuple[Tensor, ...]:
+    return *map(_like, (q, k, v, log_decay, beta)), kept.new_empty(dlast.shape)
+
+
 def _conv_shapes(x: Tensor, *others: Any) -> Tensor:
     return _like(x)
 
@@ -205,6 +247,8 @@ OPERATORS: dict[str, tuple[Callable[..., Any], Callable[..., Any] | None, Callab
     "mlstm_backward": (_mlstm_backward_shapes, None, None),
     "slstm_forward": (_slstm_shapes, _slstm_gradients, _slstm_keep),
     "slstm_backward": (_slstm_backward_shapes, None, None),
+    "gated_delta_forward": (_gated_delta_shapes, _gated_delta_gradients, _gated_delta_keep),
+    "gated_delta_backward": (_gated_delta_backward_shapes, None, None),
     "conv_forward": (_conv_shapes, _conv_gradients, _conv_keep),
     "conv_backward": (_conv_backward_shapes, None, None),
     "scan_forward": (_scan_shapes, _scan_gradients, _scan_keep),

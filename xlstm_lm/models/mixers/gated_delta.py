@@ -34,7 +34,7 @@ from xlstm_lm.ops.conv import CONV
 from xlstm_lm.ops.gated_delta import GATED_DELTA, gated_delta
 
 SMALLEST_STEP, LARGEST_STEP, LARGEST_DECAY = 1e-3, 1e-1, 16.0  # at the start, as published
-GatedDeltaBackend = Literal["auto", "recurrence", "chunkwise", "fla"]
+GatedDeltaBackend = Literal["auto", "recurrence", "chunkwise", "compiled", "fla"]
 
 
 @dataclass(kw_only=True)

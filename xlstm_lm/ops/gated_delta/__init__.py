@@ -156,6 +156,12 @@ def cost(*, B: int, T: int, H: int, K: int, V: int, L: int = COUNTED_CHUNK, item
     return Cost(flops, B * T * H * (itemsize * (2 * K + 2 * V) + 2 * 4))
 
 
+def kept(*, H: int, K: int, V: int, device: str, **sizes: int) -> float:
+    """On a CPU the states every 32 steps, in float32."""
+    del sizes
+    return 4 * H * K * V / 32 if device == "cpu" else 0.0
+
+
 GATED_DELTA = Operation(
     name="gated_delta",
     title="the gated delta rule",
@@ -172,11 +178,17 @@ GATED_DELTA = Operation(
             limits=lambda call: None if call.size("K") <= 256 else f"it has heads of 256 at most, not {call.size('K')}",
         ),
         Backend(
+            name="compiled",
+            function="xlstm_lm.ops.gated_delta.compiled:gated_delta_compiled",
+            devices=("cpu",),
+            native=True,
+            exports=lambda call: False,
+        ),
+        Backend(
             name="chunkwise",
             function="xlstm_lm.ops.gated_delta.chunkwise:gated_delta_chunkwise",
             exports=lambda call: not call.needs_gradient,
             slow="as batched matrix products in PyTorch",
-            fast_on=("cpu",),
         ),
         Backend(
             name="recurrence",
@@ -187,6 +199,7 @@ GATED_DELTA = Operation(
     samples=samples,
     run=run,
     cost=cost,
+    kept=kept,
     identity="KV",
     examples=({"K": 16, "V": 24},),
     gpu_examples=({"K": 128, "V": 256},),

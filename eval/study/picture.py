@@ -29,6 +29,7 @@ def draw_panels(
     Without matplotlib, print a note and return False.
     """
     try:
+        import matplotlib
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError:
@@ -46,7 +47,8 @@ def draw_panels(
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=dpi)
     if and_svg:
-        figure.savefig(path.with_suffix(".svg"))
+        with matplotlib.rc_context({"svg.hashsalt": path.stem}):  # the same file whenever the same is drawn
+            figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
     return True
 
 

@@ -182,3 +182,7 @@ def test_the_commands_forecast_and_report_with_every_picture(fit_path, tmp_path,
     assert all(f"({name}.png)" in page and f"({name}.svg)" in page for name in names)
     assert f"| large | {forecast.registered} | {forecast.times_largest:.3g} | {forecast.predicted:.4f} |" in page
     assert "| yes |" in page and "## Held out" in page
+    before = {path.name: path.read_bytes() for path in report.iterdir()}
+    with pytest.raises(SystemExit, match="0"):
+        main(["report", str(fit_path), "--forecasts", str(out), "--out", str(report)])
+    assert {path.name: path.read_bytes() for path in report.iterdir()} == before

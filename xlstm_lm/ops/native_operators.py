@@ -35,6 +35,11 @@ def _lanes(dtype: torch.dtype) -> int:
     return torch.ops.xlstm_lm.simd_bytes() // dtype.itemsize
 
 
+def _in_vectors(size: int, dtype: torch.dtype) -> int:
+    """A size, rounded up to whole vector registers."""
+    return -(-size // _lanes(dtype)) * _lanes(dtype)
+
+
 def _like(x: Tensor) -> Tensor:
     return x.new_empty(x.shape)
 
@@ -58,7 +63,7 @@ def _mlstm_shapes(
 ) -> tuple[Tensor, ...]:
     B, T, H, K = q.shape
     V, dtype = v.shape[-1], _compute_dtype(q)
-    keys, values = (-(-size // _lanes(dtype)) * _lanes(dtype) for size in (K, V))
+    keys, values = (_in_vectors(size, dtype) for size in (K, V))
     last = ((B, H, K, V), (B, H, K), (B, H)) if return_state else ((0,),) * 3
     spans = -(-T // (SPAN * chunk_length))
     kept = ((B, H, T), (B, H, -(-T // chunk_length)), (B, H, spans, keys * values + keys)) if save else ((0,),) * 3
@@ -159,8 +164,7 @@ def _gated_delta_shapes(
     save: bool,
 ) -> tuple[Tensor, ...]:
     (B, T, H, V), K = v.shape, q.shape[-1]
-    columns = -(-V // _lanes(C.dtype)) * _lanes(C.dtype)
-    kept = C.new_empty(B if save else 0, H, -(-T // BLOCK), K * columns)
+    kept = C.new_empty(B if save else 0, H, -(-T // BLOCK), K * _in_vectors(V, C.dtype))
     return C.new_empty(v.shape), C.new_empty(C.shape), kept
 
 
@@ -169,10 +173,13 @@ def _gated_delta_keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, .
     assert save, "a call that needs gradients has to keep what they need"
     ctx.save_for_backward(*tensors, output[2])
     ctx.mark_non_differentiable(output[2])
+    ctx.set_materialize_grads(False)
 
 
-def _gated_delta_gradients(ctx: Any, dh: Tensor, dlast: Tensor, _: None) -> tuple[Tensor | None, ...]:
-    *gradients, dC = torch.ops.xlstm_lm.gated_delta_backward(*ctx.saved_tensors, dh, dlast)
+def _gated_delta_gradients(ctx: Any, dh: Tensor | None, dlast: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    saved = ctx.saved_tensors
+    dh = torch.zeros_like(saved[2]) if dh is None else dh
+    *gradients, dC = torch.ops.xlstm_lm.gated_delta_backward(*saved, dh, dlast)
     return *gradients, None, dC, None
 
 
@@ -185,9 +192,10 @@ def _gated_delta_backward_shapes(
     resets: Tensor | None,
     kept: Tensor,
     dh: Tensor,
-    dlast: Tensor,
+    dlast: Tensor | None,
 ) -> tuple[Tensor, ...]:
-    return *map(_like, (q, k, v, log_decay, beta)), kept.new_empty(dlast.shape)
+    B, _, H, K = q.shape
+    return *map(_like, (q, k, v, log_decay, beta)), kept.new_empty(B, H, K, v.shape[-1])
 
 
 def _conv_shapes(x: Tensor, *others: Any) -> Tensor:

@@ -134,7 +134,7 @@ void backward(const Problem<T>& p, const T* kept, const T* dh, const T* dlast, c
     T *const written = memory.take(p.columns), *const dwritten = memory.take(p.columns);
     T *const answer = memory.take(p.columns), *const taken = memory.take(p.columns);
     const int64_t first = (row * p.H + head) * p.K * p.V;
-    p.pack(dC, dlast + first);
+    if (dlast) p.pack(dC, dlast + first);
     for (int64_t block = p.blocks - 1; block >= 0; --block) {
       const int64_t begin = block * kBlock, end = std::min(begin + kBlock, p.steps);
       std::copy_n(kept + p.kept_at(row, head, block), size, states);
@@ -214,20 +214,22 @@ std::tuple<Tensor, Tensor, Tensor> gated_delta_forward(
 // -> gradients of q, k, v, log_decay, beta and the first state.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gated_delta_backward(
     const Tensor& q_, const Tensor& k_, const Tensor& v_, const Tensor& log_decay_, const Tensor& beta_,
-    const OptionalTensor& resets_, const Tensor& kept, const Tensor& dh_, const Tensor& dlast_) {
+    const OptionalTensor& resets_, const Tensor& kept, const Tensor& dh_, const OptionalTensor& dlast_) {
   const auto type = kept.scalar_type();
   auto dense = [&](const Tensor& x) { return x.to(type).contiguous(); };
   const Tensor q = dense(q_), k = dense(k_), v = dense(v_), log_decay = dense(log_decay_), beta = dense(beta_);
-  const Tensor dh = dense(dh_), dlast = dense(dlast_);
+  const Tensor dh = dense(dh_);
+  const OptionalTensor dlast = dlast_ ? OptionalTensor(dense(*dlast_)) : dlast_;
   const OptionalTensor resets = resets_ ? OptionalTensor(resets_->contiguous()) : resets_;
   return by_dtype(kept, [&](auto zero) {
     using T = decltype(zero);
     const Problem<T> p(q, k, v, log_decay, beta, resets);
     auto like = [&](const Tensor& x) { return at::empty(x.sizes(), kept.options()); };
     const Tensor dq = like(q), dk = like(k), dv = like(v), ddecay = like(log_decay), dbeta = like(beta);
-    const Tensor dC = like(dlast);
+    const Tensor dC = at::empty({p.B, p.H, p.K, p.V}, kept.options());
     backward<T>(
-        p, kept.const_data_ptr<T>(), dh.const_data_ptr<T>(), dlast.const_data_ptr<T>(),
+        p, kept.const_data_ptr<T>(), dh.const_data_ptr<T>(),
+        dlast ? dlast->const_data_ptr<T>() : nullptr,
         {dq.data_ptr<T>(), dk.data_ptr<T>(), dv.data_ptr<T>(), ddecay.data_ptr<T>(), dbeta.data_ptr<T>(),
          dC.data_ptr<T>()});
     return std::make_tuple(
@@ -244,7 +246,7 @@ TORCH_LIBRARY_FRAGMENT(xlstm_lm, library) {
       " bool save) -> (Tensor, Tensor, Tensor)");
   library.def(
       "gated_delta_backward(Tensor q, Tensor k, Tensor v, Tensor log_decay, Tensor beta, Tensor? resets, Tensor kept,"
-      " Tensor dh, Tensor dlast) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+      " Tensor dh, Tensor? dlast) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 
 TORCH_LIBRARY_IMPL(xlstm_lm, CPU, library) {

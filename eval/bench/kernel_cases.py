@@ -27,7 +27,7 @@ from eval.bench.measure import dtype_name
 from xlstm_lm.ops import mlstm as mlstm_ops
 from xlstm_lm.ops import slstm as slstm_ops
 from xlstm_lm.ops.backend import Backend, Cost
-from xlstm_lm.ops.gated_delta import GATED_DELTA, gated_delta
+from xlstm_lm.ops.gated_delta import GATED_DELTA, gated_delta, gated_delta_inputs
 from xlstm_lm.ops.mlstm.operation import mlstm_inputs
 from xlstm_lm.ops.operation import Operation
 from xlstm_lm.ops.slstm.operation import slstm_inputs
@@ -214,11 +214,8 @@ class GatedDelta(Case):
         return f"B {self.B} H {self.H} T {self.T} K {self.K} V {self.V}"
 
     def inputs(self) -> list[Tensor]:
-        gates = torch.promote_types(self.dtype, torch.float32)
-        shape = (self.B, self.T, self.H)
-        q, k, v = (torch.randn(*shape, size, device=self.device, dtype=self.dtype) for size in (self.K, self.K, self.V))
-        decay, beta = (torch.randn(shape, device=self.device, dtype=gates) for _ in range(2))
-        return [F.normalize(q, dim=-1), F.normalize(k, dim=-1), v, -F.softplus(decay), beta.sigmoid()]
+        *inputs, _ = gated_delta_inputs(self.device, self.dtype, B=self.B, T=self.T, H=self.H, K=self.K, V=self.V)
+        return inputs
 
     def own(self, inputs: list[Tensor]) -> Iterator[tuple[str, Contender]]:
         for backend in self.backends(GATED_DELTA):

@@ -47,7 +47,7 @@ def mlstm(dtype: torch.dtype, with_state: bool) -> tuple:
 
 
 def mlstm_chunkwise(dtype: torch.dtype, with_state: bool) -> tuple:
-    """In chunks of one step, with which there are several blocks."""
+    """Inputs in chunks of one step, which make several blocks."""
     *tensors, _, _, _, _, _, _ = mlstm(dtype, with_state)
     return *tensors, True, 1, "exp" if with_state else "sigmoid", with_state, 1e-6, with_state
 

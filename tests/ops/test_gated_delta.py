@@ -120,7 +120,7 @@ def test_a_long_memory_and_none_at_all_stay_finite(backend):
 
 
 def test_each_is_one_operator():
-    """In one chunk, because each further one takes seconds to trace."""
+    """Trace each in one chunk, because every further one takes seconds."""
     *inputs, state = make_inputs(1, 20, 2, 4, 3, torch.float32)
     leaves = [each.requires_grad_() for each in inputs]
     resets = torch.zeros(1, 20, dtype=torch.bool)

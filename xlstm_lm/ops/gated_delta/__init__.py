@@ -123,16 +123,23 @@ def gated_delta_fla(
     )
 
 
+def gated_delta_inputs(
+    device: torch.device | str, dtype: torch.dtype, *, B: int, T: int, H: int, K: int, V: int
+) -> list[Tensor]:
+    """q, k, v, logarithms of decays, write strengths and a state; all but q, k and v in float32 at least."""
+    gates = torch.promote_types(dtype, torch.float32)
+    q, k, v = (torch.randn(B, T, H, width, device=device, dtype=dtype) for width in (K, K, V))
+    log_decay, beta = (torch.randn(B, T, H, device=device, dtype=gates) for _ in range(2))
+    state = torch.randn(B, H, K, V, device=device, dtype=gates)
+    return [F.normalize(q, dim=-1), F.normalize(k, dim=-1), v, -F.softplus(log_decay), beta.sigmoid(), state]
+
+
 def samples(call: Call, backend: str) -> Iterator[Sample]:
     """A sequence of five chunks and a rest, from a state: 325 steps."""
-    B, T, H, K, V = 2, 5 * 64 + 5, 2, call.size("K"), call.size("V")
-    gates = torch.promote_types(call.dtype, torch.float32)
-    q_BTHK, k_BTHK, v_BTHV = (torch.randn(B, T, H, width, device=call.device, dtype=call.dtype) for width in (K, K, V))
-    log_decay_BTH, beta_BTH = (torch.randn(B, T, H, device=call.device, dtype=gates) for _ in range(2))
-    state_BHKV = torch.randn(B, H, K, V, device=call.device, dtype=gates)
-    inputs = [F.normalize(q_BTHK, dim=-1), F.normalize(k_BTHK, dim=-1), v_BTHV, -F.softplus(log_decay_BTH)]
+    sizes = {"B": 2, "T": 5 * 64 + 5, "H": 2, "K": call.size("K"), "V": call.size("V")}
+    inputs = gated_delta_inputs(call.device, call.dtype, **sizes)
     resets_BT = some_resets(inputs) if call.has_resets else None
-    yield Sample([*inputs, beta_BTH.sigmoid(), state_BHKV], {"resets": resets_BT}, "recurrence")
+    yield Sample(inputs, {"resets": resets_BT}, "recurrence")
 
 
 def run(backend: Backend, sample: Sample) -> Checked:

@@ -175,6 +175,12 @@ def test_flops_are_interpolated_between_models():
     assert found(100 * largest) == pytest.approx(100 * own(largest))
 
 
+def test_flops_between_two_models_are_a_power_of_parameters():
+    points = [LossPoint(params=n, tokens=1e6, flops=1e6 * c, loss=2.0) for n, c in ((1e5, 8e5), (4e5, 1.2e7))]
+    found = flops_from_points(points)
+    assert [found(n) for n in (1e5, 2e5, 4e5)] == pytest.approx([8e5, math.sqrt(8e5 * 1.2e7), 1.2e7])
+
+
 def test_a_loss_below_the_irreducible_one_is_out_of_reach():
     assert flops_to_reach(CHINCHILLA, lambda params: 6 * params, 1.69) == math.inf
 

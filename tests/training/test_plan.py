@@ -43,6 +43,9 @@ def test_a_checkpoint_holds_weights_and_moments_in_float32():
     assert plan.write_seconds == pytest.approx(plan.checkpoint_bytes / (32 * 2e9))
     assert plan.stall_seconds == pytest.approx(plan.checkpoint_bytes / 256 / 10e9)
     assert plan.restart_seconds == pytest.approx(120 + plan.write_seconds)
+    saves = 548_000 / plan.run.training.checkpoint_every
+    assert saves == int(saves)
+    assert f"({plan.stall_seconds * saves / 3600:.2g} hours in all)" in "\n".join(page(plan))
 
 
 def test_a_ring_sends_the_tensors_twice_for_an_all_reduce_and_once_for_the_others():

@@ -203,6 +203,19 @@ def test_a_change_behind_what_was_read_goes_on_and_is_said(kind, tmp_path, caplo
     assert stream_of(lines_of(path, kind)).differences(*saved) == [f"  sources[0]: changed: {path}"]
 
 
+@pytest.mark.parametrize("lanes", [1, LANES])
+def test_nothing_in_a_file_that_was_read_to_its_end_may_change(lanes, tmp_path):
+    path = tmp_path / "data"
+    write_lines(path)
+    stream = stream_of(lines_of(path), lanes=lanes)
+    while stream.epoch < 1:
+        stream.next_batch()
+    saved = checkpoint(stream)
+    assert all(state["sources"][0]["read"][2] < 50 for state in saved[1].values())  # now in the second pass
+    path.write_text(path.read_text().replace("line 59 ", "word 59 "))
+    assert stream_of(lines_of(path), lanes=lanes).differences(*saved) == [f"  sources[0]: changed: {path}"]
+
+
 def test_lines_that_were_read_are_compared_again_when_they_are_passed_over(tmp_path):
     """Also where a file is too large for its hash to tell."""
     path = tmp_path / "data"

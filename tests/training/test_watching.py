@@ -135,5 +135,5 @@ def test_a_range_beyond_the_run_is_named_and_nothing_is_overwritten(tmp_path):
             profiler.after(step)
         profiler.close(2)
         assert (tmp_path / "profile").exists() == bool(said) == bool(config.steps)
-    assert "aten::add" in said[0]
+    assert "aten::add" in said[0] and "Traces of steps 2 to 2, " in said[0]
     assert new_file(tmp_path / "profile", "trace_steps_2-2_rank0000", ".json").stem == "trace_steps_2-2_rank0000_2"

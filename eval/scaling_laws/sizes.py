@@ -20,6 +20,8 @@ SMALL, NARROW_STEP, WIDE_STEP = 512, 8, 32
 """Presets narrower than the first change their width in the second's steps, others in the third's."""
 MOST_STEPS = 16
 """Widths that are tried one after the other until one fits the heads."""
+NEAR = 1.5
+"""The largest ratio between the parameters of a model and those asked for, either way."""
 OF_SIZE = r"-(cpu-)?[\d.]+[mb]"
 """End of a preset's name after that of its architecture."""
 
@@ -49,15 +51,15 @@ class Architecture:
         """Build the model whose number of parameters is nearest to `params` in ratio.
 
         Raises:
-            ValueError: no width comes within a factor of 1.5; names the nearest.
+            ValueError: no width comes within a factor of `NEAR`; names the nearest.
         """
         counts = [_sized(preset).params for preset in self.presets]
         nearest_preset = min(range(len(counts)), key=lambda place: abs(math.log(counts[place] / params)))
         found = _nearest_width(self.presets[nearest_preset], params)
-        if not 1 / 1.5 < found.params / params < 1.5:
+        if not 1 / NEAR < found.params / params < NEAR:
             raise ValueError(
-                f"{self.name}: the nearest model to {params:,.0f} parameters has {found.params:,}: choose sizes from "
-                f"{counts[0] / 4:,.0f} to {counts[-1] * 4:,.0f}."
+                f"{self.name}: the nearest model to {params:,.0f} parameters has {found.params:,}. Choose sizes within "
+                f"a factor of {NEAR} of a model's, or another preset ({self.name}=PRESET): heads limit the widths."
             )
         return found
 

@@ -33,6 +33,13 @@ def test_models_of_any_size_are_near_it(name, params):
     assert 0 < model.params_non_embedding < model.params - 257 * model.config.embedding_dim
 
 
+def test_a_size_that_heads_do_not_allow_is_refused_with_the_nearest():
+    wide_heads = find_architecture("mine=mamba2-cpu-1m", {}, on_bytes=True)  # 64 wide
+    assert wide_heads.model(8e4).params == 111_864
+    with pytest.raises(ValueError, match=r"mine: the nearest model to 70,000 parameters has 111,864. .*factor of 1.5"):
+        wide_heads.model(7e4)
+
+
 def test_a_preset_is_scaled_to_its_own_width():
     assert find_architecture("mine=xlstm-400m", {}, on_bytes=False).model(4.06e8).config.embedding_dim == 1024
 

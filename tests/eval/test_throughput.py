@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from eval import throughput
-from eval.bench.generation_speed import run_stock, write
+from eval.bench.generation_speed import measure_generation, run_stock, write
 from eval.bench.measure import Ceilings
 from eval.bench.speed_models import describe_kernels, parse_model
 from xlstm_lm.models import XLSTMConfig, build_model
@@ -119,12 +119,15 @@ def test_a_compiled_model_is_measured_beside_the_eager_one(tmp_path, monkeypatch
     assert [row["mode"] for row in rows] == ["eager", "compiled"] and not any(row["problem"] for row in rows)
 
 
-def test_a_model_that_fails_keeps_its_row():
-    options = throughput._parse(["--models", XLSTM, f"transformers:{LSTM}", "--lengths", "32", "--tokens", "32", *FAST])
+def test_a_model_that_fails_keeps_its_row_and_the_others_are_measured():
+    options = throughput._parse(["--models", f"transformers:{LSTM}", XLSTM, "--lengths", "32", "--tokens", "32", *FAST])
     models = [parse_model(text) for text in options.models]
     rows = throughput.measure_length(models, 32, options, throughput.Journal(), Ceilings(1e10, 1e10))
-    assert rows[0].problem == "" and "fails: ValueError: transformers has no model like this lstm" in rows[1].problem
-    assert rows[1].problem in throughput.as_markdown(rows)
+    generating = measure_generation(models, 8, 1, options, throughput.Journal())
+    for failed, measured in (rows, generating):
+        assert "fails: ValueError: transformers has no model like this lstm" in failed.problem
+        assert measured.problem == "" and measured.tokens_per_second > 0
+    assert rows[0].problem in throughput.as_markdown(rows)
 
 
 def test_models_are_named_by_preset_recipe_or_family(tmp_path):

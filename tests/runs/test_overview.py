@@ -106,6 +106,8 @@ def test_folders_that_are_fresh_finished_moved_or_of_no_run_are_named(tmp_path):
         look_at(tmp_path)
     fresh = page(look_at(make_run(tmp_path / "fresh", logged=0)))
     assert "no step logged yet" in fresh and "none yet" in fresh and "made no step" in fresh
+    begun = look_at(make_run(tmp_path / "begun", logged=10))
+    assert one_line(begun).endswith("step 10 of 100, loss 6.0000") and "6.0000, 1.5000 bits/byte" in page(begun)
     finished = make_run(tmp_path / "finished", logged=100)
     assert look_at(finished).state == "finished"
     write_status(finished, status_of("finished", step=100))

@@ -136,6 +136,7 @@ def test_licenses():
         (["--license", "other", "--license-name", "My License", "--license-link", "https://a.b"], "lowercase letters"),
         (["--license", "other", "--license-name", "mine", "--license-link", "LICENSE"], "give the address of its text"),
         (["--language", "en", "English"], r"--language English: not an ISO 639 code. Did you mean en \(English\)"),
+        (["--language", "Swedish"], r"Did you mean sv \(Swedish\)"),  # not sw, which it begins with
         (["--language", "EN"], r"Did you mean en \(English\)"),
         (["--language", "pt-BR"], r"Did you mean pt \(Portuguese\)"),
         (["--language", "xx"], "Give codes such as en, de or zh"),

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import re
 import subprocess
 import sys
 import tempfile
@@ -56,7 +57,8 @@ def tests_of(file: str) -> list[str]:
     """Test files that are to catch the faults of a file, in the order of their trial.
 
     They are those of the folder that mirrors its own, or those beside the folders, and all others that import it. Those
-    that import it come first: most faults are then caught by the first.
+    that import it come first, then those whose names share the most words with its path: most faults are then caught by
+    the first. A backend is loaded by its name, so that no test imports it.
     """
     package, *parts = Path(file).parts
     folder = ROOT / "tests" / ("eval" if package == "eval" else parts[0])
@@ -64,7 +66,12 @@ def tests_of(file: str) -> list[str]:
     module = ".".join(Path(file).with_suffix("").parts).removesuffix(".__init__")
     paths = sorted((ROOT / "tests").rglob("test_*.py"))
     importing = {path for path in paths if f"{module} import " in path.read_text(encoding="utf-8")}
-    order = sorted(mirror | importing, key=lambda path: (path not in importing, path not in mirror, path))
+    words = set(re.split(r"\W|_", file))
+
+    def place(path: Path) -> tuple[bool, bool, int, Path]:
+        return path not in importing, path not in mirror, -len(words.intersection(path.stem.split("_"))), path
+
+    order = sorted(mirror | importing, key=place)
     return [str(path.relative_to(ROOT)) for path in order]
 
 

@@ -58,7 +58,7 @@ def tests_of(file: str) -> list[str]:
 
     They are those of the folder that mirrors its own, or those beside the folders, and all others that import it. Those
     that import it come first, then those whose names share the most words with its path: most faults are then caught by
-    the first. A backend is loaded by its name, so that no test imports it.
+    the first. No test imports a backend, as it is loaded by its name.
     """
     package, *parts = Path(file).parts
     folder = ROOT / "tests" / ("eval" if package == "eval" else parts[0])

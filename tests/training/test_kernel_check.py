@@ -14,7 +14,8 @@ from tests.training.processes import run_ranks
 from tests.training.runs import configure, records, write_text
 from xlstm_lm.base.announce import announce_once
 from xlstm_lm.models import LSTMConfig, MambaConfig, build_model
-from xlstm_lm.models.xlstm_config import XLSTMConfig
+from xlstm_lm.models.xlstm_config import HybridConfig, XLSTMConfig
+from xlstm_lm.ops.gated_delta import GATED_DELTA
 from xlstm_lm.ops.mlstm import MLSTM
 from xlstm_lm.ops.mlstm.compiled import mlstm_compiled
 from xlstm_lm.ops.operation import choose
@@ -23,7 +24,7 @@ from xlstm_lm.ops.selective_scan.compiled import scan_compiled
 from xlstm_lm.ops.slstm import SLSTM
 from xlstm_lm.ops.slstm.compiled import slstm_compiled
 from xlstm_lm.ops.ssd import SSD
-from xlstm_lm.parallel.process_group import World
+from xlstm_lm.parallel.process_group import Axis, World
 from xlstm_lm.training.kernel_check import check_kernels
 from xlstm_lm.training.loop import train
 
@@ -209,3 +210,15 @@ def test_a_run_goes_on_with_the_definition(tmp_path, monkeypatch, caplog):
     for one, other in zip(ours, expected, strict=True):
         assert one["loss"] == pytest.approx(other["loss"], abs=2e-5)
         assert one.get("grad_norm", 0) == pytest.approx(other.get("grad_norm", 0), rel=1e-3)
+
+
+@pytest.mark.parametrize("divided", [False, True])
+def test_divided_rows_check_the_gated_delta_rule_on_values_and_keys_too(divided, monkeypatch):
+    seen = []
+    monkeypatch.setattr("xlstm_lm.training.kernel_check._agree", lambda use, *_: seen.append(use) or "some")
+    world = replace(ALONE, sequence=Axis(rank=0, size=2)) if divided else ALONE
+    model = HybridConfig(vocab_size=32, embedding_dim=32, num_blocks=1, num_heads=2, pattern=["gated_delta"])
+    check_kernels(model, world, torch.float32, 2)
+    whole = {(use.sizes["K"], use.sizes["V"]) for use in model.operations(2) if use.operation is GATED_DELTA}
+    checked = {(use.sizes["K"], use.sizes["V"]) for use in seen if use.operation is GATED_DELTA}
+    assert whole and checked == whole | {(K, V + K) for K, V in whole if divided}

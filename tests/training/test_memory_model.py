@@ -102,6 +102,15 @@ def test_twice_the_rows_are_twice_the_activations():
     assert activation_bytes(model, layout(rows=4)) == 2 * activation_bytes(model, layout(rows=2))
 
 
+def test_states_are_held_where_the_run_carries_them():
+    run = run_of()
+    without, carrying = (
+        memory_plan(run.model, elements_of(run), layout(micro_batches=3, carries_state=each)) for each in (False, True)
+    )
+    assert "states" not in without.held
+    assert carrying.held["states"] == 2 * 3 * run.model.state_bytes(2, LENGTH)
+
+
 @pytest.fixture
 def gpu_of(monkeypatch):
     """Give the GPU that a test names a size, in GiB; the host keeps its own."""

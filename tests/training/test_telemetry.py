@@ -16,7 +16,7 @@ from xlstm_lm.base.durable_files import RunError
 from xlstm_lm.runs.folder import RunFolder
 from xlstm_lm.runs.metrics import MetricsFile
 from xlstm_lm.runs.picture import draw_learning_curve
-from xlstm_lm.training.telemetry import Clock, Progress, peak_flops
+from xlstm_lm.training.telemetry import Clock, Progress, peak_flops, peak_memory_bytes
 from xlstm_lm.training.wandb_run import WandbConfig, WandbRun
 
 
@@ -27,6 +27,12 @@ def lines(path: Path) -> list[dict]:
 def metric(step: int) -> dict:
     numbers = {"tokens": 64 * step, "loss": 2.0, "bits_per_byte": 3.0, "elapsed_seconds": 1.5, "tokens_per_second": 9}
     return {"split": "train", "step": step, **numbers}
+
+
+def test_the_peak_of_a_process_on_a_cpu_is_that_of_the_kernel():
+    status = Path("/proc/self/status").read_text()
+    kibibytes = next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM:"))
+    assert peak_memory_bytes(torch.device("cpu")) == pytest.approx(1024 * kibibytes, rel=0.05)
 
 
 def test_lines_behind_the_checkpoint_and_torn_lines_are_set_aside(tmp_path):

@@ -46,6 +46,7 @@ def test_recipes_are_valid_and_last_as_long_as_they_say(path):
     assert tokens == pytest.approx(TOKENS[path.stem], rel=0.01)
     for number in re.findall(r"steps: \d+ # of ([\d,]+) tokens", path.read_text()):
         assert run.data.global_batch_size * run.data.context_length == int(number.replace(",", ""))
+    assert sorted(TOKENS) == sorted(each.stem for each in RECIPES)
 
 
 @pytest.mark.parametrize("name", HARDWARE)

@@ -59,13 +59,14 @@ def faults(path: Path) -> Iterator[tuple[str, str, int]]:
 
 
 def statement_lines(source: str, line: int) -> range:
-    """Lines of the smallest statement around a line, without the body of a loop, a branch or a function."""
-    around = range(line, line + 1)
+    """Lines of the smallest statement around a line, without the body of a loop or branch; none outside functions."""
+    around, inside = range(0), False
     for node in ast.walk(ast.parse(source)):  # outer statements come before those in them
         if isinstance(node, ast.stmt) and node.lineno <= line <= (node.end_lineno or node.lineno):
             body = getattr(node, "body", None)
             end = body[0].lineno - 1 if body and body[0].lineno > node.lineno else node.end_lineno or node.lineno
-            around = range(node.lineno, max(end, line) + 1)
+            around = range(node.lineno, max(end, line) + 1) if inside else range(0)
+            inside = inside or (isinstance(node, ast.FunctionDef) and line > end)
     return around
 
 

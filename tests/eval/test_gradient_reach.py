@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure
 from torch import nn
 
 from eval.bench.speed_models import Own
@@ -278,11 +280,22 @@ def test_a_study_trains_what_is_missing_and_takes_the_rest_again(tmp_path, capsy
         train_runs(study, load_study(study)[1], at_once=1)
 
 
-def test_curves_that_leave_the_panel_are_drawn_too(tmp_path):
+def test_curves_that_leave_the_panel_are_drawn_too(tmp_path, monkeypatch):
     def reach(name, base):
         bins = [{"first": k, "last": k, "low": base**k, "median": base**k, "high": base**k} for k in range(1, 40)]
         return {"name": name, "stage": "at initialisation", "bins": bins}
 
     curves = [reach(name, base) for name, base in (("a", 1.0), ("b", 0.99), ("c", 0.3), ("d", 0.2), ("e", 0.0))]
+    figures, save = [], Figure.savefig
+
+    def keep(figure, *arguments, **options):
+        figures.append(figure)
+        save(figure, *arguments, **options)
+
+    monkeypatch.setattr(Figure, "savefig", keep)
     draw_reach(curves, tmp_path / "reach.png")
+    places = {text.get_text().strip(): text.xy for text in figures[0].axes[0].texts}
+    for name, base in (("c", 0.3), ("d", 0.2)):  # named where they leave the panel
+        k, value = places[name]
+        assert 1e-10 < value < 1e-8 and math.log10(value) == pytest.approx(k * math.log10(base), abs=0.1)
     assert (tmp_path / "reach.png").read_bytes().startswith(b"\x89PNG")

@@ -271,6 +271,7 @@ def test_bytes_and_operations_are_counted_as_stated():
     lstm = torch_lstm(cell, cell.inputs())
     assert lstm.operations == 2 * (4 * 3 * 3 + 4 * 3 * 3) and lstm.moved_bytes == 4 * (3 + 3)
     step = MLSTMStep(device="cpu", dtype=torch.float32, B=1, H=1, K=3, V=5)
+    assert step.operations() == 5 * 15
     assert step.moved_bytes() == 2 * 4 * (15 + 3 + 1) + 4 * (3 + 3 + 5 + 5)
     assert CEILINGS.share(1e11, 2e10, 4.0) == pytest.approx(0.5)
 

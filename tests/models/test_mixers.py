@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
+from dataclasses import fields
+from typing import get_args, get_type_hints
 
 import pytest
 import torch
 
-from xlstm_lm.models import HybridConfig, TransformerConfig, build_model
+from xlstm_lm.base.fields import Range
+from xlstm_lm.models import FAMILIES, HybridConfig, ModelConfig, TransformerConfig, build_model
 from xlstm_lm.models.accounting import count_parameters, state_bytes, training_flops_per_token
 from xlstm_lm.models.mixers import MIXERS
 from xlstm_lm.models.mixers.attention import AttentionConfig, AttentionMixer
@@ -233,3 +237,45 @@ def test_ratio_patterns_name_any_kind():
 def test_sections_that_fit_no_block_are_refused(sections, message):
     with pytest.raises(ValueError, match=message):
         configure("mlstm", pattern=["mlstm", "attention"], mixers=sections)
+
+
+def lowest_numbers(config_class: type) -> dict[str, int]:
+    """The lowest value of each field that is a whole number."""
+    hints = get_type_hints(config_class, include_extras=True)
+    found = {field.name: [hints[field.name], *get_args(hints[field.name])] for field in fields(config_class)}
+    return {
+        name: each.low
+        for name, parts in found.items()
+        for hint in parts
+        for each in get_args(hint)[1:]
+        if isinstance(each, Range) and get_args(hint)[0] is int
+    }
+
+
+def check_that_it_runs_or_names(field: str, configure_model: Callable[[], ModelConfig]) -> None:
+    """Compute with a model, unless its configuration is refused with the field's name."""
+    try:
+        config = configure_model()
+    except ValueError as refused:
+        assert field in str(refused)
+    else:
+        assert build_model(config)(torch.zeros(1, 5, dtype=torch.long)).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("kind", "field", "lowest"),
+    [(kind, *each) for kind, config_class in MIXERS.items() for each in lowest_numbers(config_class).items()],
+)
+def test_a_mixer_runs_with_the_lowest_number_of_any_field(kind, field, lowest):
+    section = {"kind": kind} | SECTIONS.get(kind, {}) | {field: lowest}
+    check_that_it_runs_or_names(field, lambda: configure(kind, mixers=[section]))
+
+
+@pytest.mark.parametrize(
+    ("family", "field", "lowest"),
+    [(family, *each) for family, (config, _) in FAMILIES.items() for each in lowest_numbers(config).items()],
+)
+def test_a_model_runs_with_the_lowest_number_of_any_field(family, field, lowest):
+    heads = {"mamba": {"head_dim": 16}, "lstm": {}}.get(family, {"num_heads": 2})
+    sizes = {"vocab_size": 29, "embedding_dim": 32, "num_blocks": 1} | heads
+    check_that_it_runs_or_names(field, lambda: FAMILIES[family][0](**sizes | {field: lowest}))

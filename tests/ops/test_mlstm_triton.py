@@ -63,6 +63,19 @@ def test_values_and_gradients(interpreted: Callable, name: str) -> None:
     interpreted(check_case, "triton", **{"B": 1, "H": 1} | (CASES | SLOW_CASES)[name])
 
 
+def case_in_small_gate_blocks(**case: Any) -> None:
+    """A case where the kernels of the gates run over blocks of 32 steps instead of 512."""
+    from xlstm_lm.ops.mlstm import triton_gates
+
+    with mock.patch.object(triton_gates, "BLOCK", 32):
+        check_case("triton", B=1, H=1, T=110, chunks=5, **case)
+
+
+@pytest.mark.parametrize("case", [{}, {"resets": None}, {"input_gate": "sigmoid"}], ids=str)
+def test_gates_pass_from_block_to_block(interpreted: Callable, case: dict[str, Any]) -> None:
+    interpreted(case_in_small_gate_blocks, **case)
+
+
 def large_states() -> dict[str, float]:
     """Largest errors of h and all gradients in float16, of the largest entry, where C, n and the gradient of C are far
     beyond what it holds."""

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import logging
 import math
+import socket
 import time
 from pathlib import Path
 
 import pytest
 import torch
 import wandb.sdk.wandb_run
+from matplotlib.figure import Figure
 
 from xlstm_lm.base.durable_files import RunError
 from xlstm_lm.runs.folder import RunFolder
@@ -105,6 +107,35 @@ def test_the_learning_curve_is_drawn(tmp_path):
         picture = tmp_path / f"{number}.png"
         draw_learning_curve(records, picture, "run")
         assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_learning_curve_names_what_it_ends_at(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *arguments, **options: figures.append(figure))
+    for records in (RECORDS, []):
+        draw_learning_curve(records, tmp_path / "run.png", "run")
+    legends = [figure.axes[0].get_legend() for figure in figures]
+    assert [text.get_text() for text in legends[0].get_texts()] == [
+        "train: 3.000 at the end",
+        "validation: 2.100 at the end",
+    ]
+    assert legends[1] is None
+
+
+@pytest.mark.parametrize(("address", "port"), [("https://a.b/c", 443), ("http://a.b/c", 80), ("http://a.b:8080", 8080)])
+def test_the_port_of_an_address_is_that_of_its_scheme_unless_it_is_named(address, port, tmp_path, monkeypatch):
+    tried = []
+
+    def connect(place, timeout):
+        tried.append(place)
+        raise OSError
+
+    wandb.teardown()
+    monkeypatch.setenv("WANDB_BASE_URL", address)
+    monkeypatch.setattr(socket, "create_connection", connect)
+    WandbRun(WandbConfig(mode="online"), tmp_path, {}).close()
+    wandb.teardown()
+    assert tried == [("a.b", port)]
 
 
 @pytest.fixture

@@ -16,6 +16,8 @@ from tests.data.conftest import make_documents
 from tests.data.test_going_on import go_on, stream_of, tokens
 from xlstm_lm.data import SourceConfig, open_source
 from xlstm_lm.data.sources import Piece
+from xlstm_lm.data.sources.readers import ALL
+from xlstm_lm.data.sources.record import Position
 
 ROWS = [{"title": f"title {n}", "text": f"text {n}", "year": 1900 + n, "other": None} for n in range(30)]
 TEMPLATE = "# {title} ({year})\n{{{text}}}"
@@ -177,6 +179,23 @@ def test_files_behind_a_url_are_read_as_local_ones(kind, memory, tmp_path):
     assert tokens(go_on(stream_of(remote), saved), 35) == expected[25:]
     memory.pipe(f"/bucket/0.{kind}", memory.cat(f"/bucket/1.{kind}"))
     assert stream_of(remote).differences(*saved) != []
+
+
+@pytest.mark.parametrize("kind", ["text_lines", "jsonl", "csv", "parquet", "tar"])
+def test_after_a_file_that_broke_off_the_next_one_is_read(kind, tmp_path):
+    for number in range(2):
+        path = tmp_path / f"{number}.{kind}"
+        if kind == "tar":
+            path.write_bytes(archive(samples(make_documents(5, seed=number))))
+        elif kind == "text_lines":
+            path.write_text("\n".join(make_documents(5, seed=number)))
+        else:
+            write(path, kind, ROWS[number * 10 :][:5])
+    settings = {"text_field": "caption.txt"} if kind == "tar" else {}
+    source = open_source(SourceConfig(kind=kind, paths=[str(tmp_path / f"*.{kind}")], **settings))
+    second = list(source.read([Piece(1)]))
+    left = list(source.read([Piece(0), Piece(1)], Position(0, ALL, 3, None, None)))
+    assert [record.text for record in left] == [record.text for record in second] != []
 
 
 def test_a_url_without_a_file_or_a_file_system_is_named(memory):

@@ -18,6 +18,9 @@ from xlstm_lm.cli import main
 from xlstm_lm.data import DataConfig, SourceConfig, build_tokenizer, train_bpe, validation_batches
 from xlstm_lm.data.documents import documents
 from xlstm_lm.data.sources import Piece, open_source
+from xlstm_lm.data.sources.readers import ALL, Shard
+from xlstm_lm.data.sources.record import ORDER, START, Position
+from xlstm_lm.data.sources.tokens import read_tokens
 from xlstm_lm.data.token_files import TokenFile, id_type, write_index
 from xlstm_lm.data.tokenize_sources import tokenize
 from xlstm_lm.data.tokenizer import TokenizerConfig
@@ -41,6 +44,16 @@ def bpe(tmp_path_factory):
     return TokenizerConfig(
         kind="huggingface", name=str(train_bpe([str(folder / "*.txt")], vocab_size=300, out=folder / "made"))
     )
+
+
+def test_after_a_file_that_broke_off_the_next_one_is_read(folder):
+    tokenize(config_of("lines", folder), folder / "ids", processes=1)
+    path = str(next((folder / "ids").rglob("*.bin")))
+    whole = Shard(0, path, "second", Piece(0), START)
+    broken = Shard(0, path, "first", Piece(0), Position(0, ALL))
+    expected = [record.tokens.tolist() for record in read_tokens([whole], None, ORDER, strict=True)]
+    left = [record.tokens.tolist() for record in read_tokens([broken, whole], None, ORDER, strict=True)]
+    assert left == expected and expected
 
 
 @pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout not in ONE_A_FILE])

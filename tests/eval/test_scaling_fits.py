@@ -85,6 +85,12 @@ def test_a_minimum_at_a_bound_is_named():
     assert "A = 0" in fit_vpnls(flat[0], flat[1], without).bounds
 
 
+def test_an_exponent_within_a_hundredth_of_its_bound_is_named():
+    at_bounds = Surface(1.0, 1.0, 1.0, 2.98, 0.0201)
+    assert at_bounds.bounds([1.0], [1.0]) == ["alpha = 2.98", "beta = 0.0201"]
+    assert Surface(1.0, 1.0, 1.0, 2.96, 0.0203).bounds([1.0], [1.0]) == []
+
+
 def test_separate_minima_are_shown():
     rng = np.random.default_rng(8)
     n, d, _ = columns(isoflop_grid(CHINCHILLA, 2, count=4))

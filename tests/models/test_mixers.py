@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from dataclasses import fields
@@ -237,6 +238,17 @@ def test_ratio_patterns_name_any_kind():
 def test_sections_that_fit_no_block_are_refused(sections, message):
     with pytest.raises(ValueError, match=message):
         configure("mlstm", pattern=["mlstm", "attention"], mixers=sections)
+
+
+def test_gated_delta_starts_with_the_published_decays_and_steps():
+    torch.manual_seed(0)
+    mixer = configure("gated_delta", embedding_dim=2048, num_heads=512, num_blocks=1).mixer("gated_delta").build()
+    for _ in mixer.initialize_in_turn(0, 1):
+        pass
+    decays, steps = mixer.log_decay.detach().exp(), torch.nn.functional.softplus(mixer.gates.bias.detach()[512:])
+    assert 0 < decays.min() < 0.2 and 15.8 < decays.max() < 16
+    assert 1e-3 < steps.min() < 1.1e-3 and 0.09 < steps.max() < 0.1
+    assert steps.log().mean() == pytest.approx(math.log(1e-2), abs=0.2), "even in their logarithm"
 
 
 def lowest_numbers(config_class: type) -> dict[str, int]:

@@ -253,6 +253,14 @@ def test_lanes_get_about_the_same_amount_of_text(folder):
     assert loads[len(loads) // 2] < 1.5 * loads[0]
 
 
+def test_lanes_get_as_many_shards_as_each_other_where_sizes_are_unknown():
+    source = open_source(SourceConfig(kind="python_stdlib"))
+    source.shard_sizes = [0] * source.num_shards
+    dealt = DealtSource(source, DataConfig(global_batch_size=32), 0, 0)
+    counts = [len(pieces) for pieces in dealt.deal(0)]
+    assert max(counts) - min(counts) <= 1
+
+
 def test_mixtures_follow_their_weights_by_tokens(tmp_path):
     # Documents of very different length: counted by documents, the shares would be far off.
     sources = []

@@ -91,6 +91,9 @@ def _check(points):
 def test_collecting_the_same_runs_twice_is_refused(ladder):
     with pytest.raises(ValueError, match="more than once"):
         collect([ladder.folder, ladder.folder])
+    branch = ladder.run_folder(next(run.run for run in ladder.runs if run.kind == "branch"))
+    with pytest.raises(ValueError, match="more than once"):
+        collect([branch, branch])
     with pytest.raises(ValueError, match="is no design, run folder or table"):
         collect([ladder.folder / "nothing"])
 

@@ -10,10 +10,11 @@ import pytest
 import yaml
 
 from eval.scaling_laws.__main__ import main
-from eval.scaling_laws.fits import FitOptions, Fits, fit_table
+from eval.scaling_laws.fits import FitOptions, Fits, fit_table, read_fits
 from eval.scaling_laws.forecast import complete, read_forecasts, register, write_forecasts
 from eval.scaling_laws.planned import planned_point
 from eval.scaling_laws.points import Table
+from eval.scaling_laws.report import write_report
 from eval.study.results_file import write_results
 from tests.eval.invented_points import CHINCHILLA, isoflop_grid, ladder
 from tests.eval.small_ladder import write_recipe
@@ -172,6 +173,8 @@ def test_the_commands_forecast_and_report_with_every_picture(fit_path, tmp_path,
         main([*flags, "--architecture", "lstm"])
     assert "times the largest fitted FLOPs. Written to" in capsys.readouterr().out
     (forecast,) = read_forecasts(out)
+    assert write_report(read_fits(fit_path), [forecast], tmp_path / "before")
+    assert "| not yet | not yet |" in (tmp_path / "before" / "report.md").read_text()
     finish(tmp_path / "large", recipe, forecast.predicted)
     with pytest.raises(SystemExit, match="0"):
         main(["report", str(fit_path), "--forecasts", str(out), "--out", str(report)])
@@ -181,7 +184,7 @@ def test_the_commands_forecast_and_report_with_every_picture(fit_path, tmp_path,
     page = (report / "report.md").read_text()
     assert all(f"({name}.png)" in page and f"({name}.svg)" in page for name in names)
     assert f"| large | {forecast.registered} | {forecast.times_largest:.3g} | {forecast.predicted:.4f} |" in page
-    assert "| yes |" in page and "## Held out" in page
+    assert f"| {forecast.predicted:.4f} | yes |" in page and "## Held out" in page
     before = {path.name: path.read_bytes() for path in report.iterdir()}
     with pytest.raises(SystemExit, match="0"):
         main(["report", str(fit_path), "--forecasts", str(out), "--out", str(report)])

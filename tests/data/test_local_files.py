@@ -282,6 +282,19 @@ def test_hashes_of_files_tell_every_change_and_cost_little(tmp_path, monkeypatch
     assert HASHED_BYTES >= 2**28  # a few hundred megabytes are compared in full
 
 
+def test_a_file_of_many_has_two_blocks_that_are_hashed(tmp_path, monkeypatch):
+    monkeypatch.setattr("xlstm_lm.data.sources.contents.HASHED_BYTES", 1)
+    path = tmp_path / "file"
+    digests = set()
+    for at in (None, 0, 19_999):
+        content = bytearray(20_000)
+        if at is not None:
+            content[at] = 1
+        path.write_bytes(content)
+        digests.update(hash_files([str(path)]).digests)
+    assert len(digests) == 3
+
+
 def test_a_field_of_json_that_python_refuses_is_one_bad_document(tmp_path):
     path = tmp_path / "a.jsonl"
     deep = "[" * 100_000 + "]" * 100_000

@@ -7,6 +7,7 @@ import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -254,6 +255,16 @@ def write_study(folder: Path, **changes) -> Path:
 def test_a_study_that_cannot_be_is_refused(tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
         load_study(write_study(tmp_path, **changes))
+
+
+def test_runs_that_are_not_trained_to_the_end_are_named(tmp_path, monkeypatch):
+    study = write_study(tmp_path)
+    runs = load_study(study)[1]
+    monkeypatch.setattr("eval.study.engine.train", lambda *arguments: None)
+    with pytest.raises(ValueError, match=r"Not trained to the end: .*plain-rnn.*, .*gru"):
+        train_runs(study, runs, at_once=1)
+    monkeypatch.setattr("eval.gradient_reach.runs.examine", lambda run: SimpleNamespace(status="finished"))
+    train_runs(study, runs, at_once=1)
 
 
 @pytest.mark.slow  # two training processes

@@ -7,6 +7,8 @@ import logging
 import os
 import shutil
 import signal
+import socket
+import sys
 import threading
 import time
 from dataclasses import asdict, replace
@@ -211,3 +213,10 @@ def test_a_lost_folder_is_noticed(tmp_path, lose, message):
     left = sorted((tmp_path / "run").iterdir()) if (tmp_path / "run").exists() else None
     held.release()  # of what is another's by now, nothing is removed
     assert left == (sorted((tmp_path / "run").iterdir()) if left is not None else None)
+
+
+def test_a_process_number_is_one_of_this_boot_and_container(monkeypatch):
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    assert lease._process_table() == f"{boot} {Path('/proc/self/ns/pid').readlink()}"
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert lease._process_table() == socket.gethostname()

@@ -36,8 +36,9 @@ def test_steps_of_zero_leave_gradients_of_mamba_2_finite():
     assert dt_BTH.grad.isfinite().all()
 
 
-def test_three_processes_compute_what_one_does():
-    check_errors(3, "gather", 3)
+@pytest.mark.parametrize("exchange", ["gather", "columns"])
+def test_three_processes_compute_what_one_does(exchange):
+    check_errors(3, exchange, 3)
 
 
 @pytest.mark.slow

@@ -76,6 +76,7 @@ def test_a_run_diverges_by_its_loss_or_by_skipping(tmp_path):
     skipped = [train(step, skipped=True) for step in (1, 2)]
     state = examine(lay(plan(tmp_path, seed=1), *skipped))
     assert state.status == "diverged" and state.is_over and state.validation == float("inf")
+    assert state.problem == "loss or gradient was not finite for 2 steps before step 2"
     assert examine(lay(plan(tmp_path, seed=2), train(1), skipped[1])).status == "unfinished"
     outliers = [{**each, "grad_norm": 9.0} for each in skipped]
     assert examine(lay(plan(tmp_path, seed=3), *outliers)).status == "unfinished"

@@ -283,6 +283,8 @@ def test_bytes_and_operations_are_counted_as_stated():
     assert lstm.operations == 2 * (4 * 3 * 3 + 4 * 3 * 3) and lstm.moved_bytes == 4 * (3 + 3)
     step = MLSTMStep(device="cpu", dtype=torch.float32, B=1, H=1, K=3, V=5)
     assert step.operations() == 5 * 15
+    heads = MLSTMStep(device="cpu", dtype=torch.float32, B=2, H=3, K=3, V=5)
+    assert (heads.operations(), heads.moved_bytes()) == (6 * step.operations(), 6 * step.moved_bytes())
     assert step.moved_bytes() == 2 * 4 * (15 + 3 + 1) + 4 * (3 + 3 + 5 + 5)
     assert CEILINGS.share(1e11, 2e10, 4.0) == pytest.approx(0.5)
 

@@ -125,6 +125,8 @@ FOREIGN = {
         {"use_bias": True},
         {"use_conv_bias": False},
         {"time_step_limit": [0.01, 0.1]},
+        {"time_step_limit": [0.0, 0.1]},
+        {"time_step_limit": [0.01, {"__float__": "Infinity"}]},
         {"rms_norm": False},
     ],
 }

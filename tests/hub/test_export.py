@@ -350,6 +350,9 @@ again = AutoModelForCausalLM.from_pretrained(tuned, trust_remote_code=True)
 torch.testing.assert_close(again(tokens_BT).logits, model.eval()(tokens_BT).logits)
 fresh = AutoModelForCausalLM.from_config(model.config, trust_remote_code=True)
 assert fresh.model.blocks[0].mixer.gates.bias.tolist() == [-10, -10, 3, 6], "initialised as in training"
+small = (2 / (5 * model.config.embedding_dim)) ** 0.5
+for weight in (fresh.model.embedding.weight, fresh.lm_head.weight):
+    assert 0.9 < weight.std() / small < 1.1
 """
     environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
     folders = [str(tmp_path / "export"), str(tmp_path / "tuned")]

@@ -40,6 +40,20 @@ def model(request):
     return make_model(request.param)
 
 
+def test_peepholes_look_at_the_cell_as_published():
+    """Gates i and f see the cell before the step, o the one after it (Gers and Schmidhuber 2000)."""
+    cell = next(module for module in make_model("lstm_peepholes").modules() if hasattr(module, "peephole"))
+    x_BTD, y_BH, c_BH = (torch.randn(*shape, dtype=torch.float64) for shape in ((2, 5, 24), (2, 20), (2, 20)))
+    found_BTH, (last_y_BH, last_c_BH) = cell._with_peepholes(x_BTD, None, (y_BH, c_BH))
+    peek_i, peek_f, peek_o = cell.peephole
+    for t in range(5):
+        i, f, z, o = (cell.input_weight @ x_BTD[:, t].T + cell.recurrent_weight @ y_BH.T).T.add(cell.bias).chunk(4, -1)
+        c_BH = (f + peek_f * c_BH).sigmoid() * c_BH + (i + peek_i * c_BH).sigmoid() * z.tanh()
+        y_BH = (o + peek_o * c_BH).sigmoid() * c_BH.tanh()
+        torch.testing.assert_close(found_BTH[:, t], y_BH, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close((last_y_BH, last_c_BH), (y_BH, c_BH), rtol=1e-12, atol=1e-12)
+
+
 def test_packed_documents_equal_each_document_alone(model):
     lengths = [[5, 1, 8, 19, 2], [30, 5]]
     rows = [[torch.randint(0, 29, (1, length)) for length in row] for row in lengths]

@@ -66,6 +66,14 @@ def check(rows: list[dict], kernels: set[str]) -> None:
     assert all(row["passed"] for row in rows), [row for row in rows if not row["passed"]]
 
 
+def test_a_report_is_printed_as_a_table() -> None:
+    arguments = ("--quick", "--operations", "mlstm_step", "--targets", "sm_90")
+    (row,) = compiled(*arguments)[:1]
+    heading, *lines = run_without_interpreter("-m", "eval.compile_report", *arguments).splitlines()
+    assert heading.split() == "configuration kernel target registers spilled shared seconds ...".split()
+    assert f"{row['kernel']:24}sm_90   {row['registers']:>10}" in lines[0]
+
+
 def test_the_walks_compile_for_hopper() -> None:
     rows = compiled("--quick", "--operations", "mlstm", "--targets", "sm_90", "--kernel", "walk_kernel")
     check(rows, {"walk_kernel"})

@@ -28,8 +28,8 @@ def check(output: str) -> None:
         assert found["planned"] == pytest.approx(found["live"], rel=0.1), (case, found)
 
 
-def test_a_step_needs_what_is_planned():
-    case = "1:fp32:xlstm:1:1:0"
+@pytest.mark.parametrize("case", ["1:fp32:xlstm:1:1:0", "2:bf16:xlstm:1:1:0"])
+def test_a_step_needs_what_is_planned(case):
     check(json.dumps({case: compare(join_world(), case)}))
 
 

@@ -24,8 +24,9 @@ from xlstm_lm.ops.selfcheck import TOLERANCE, Checked, some_resets
 
 STATE_ENTRIES = 2**17
 """State entries of all rows and heads of a sample at most, which bounds the memory of the recurrence for wide heads."""
-LONG = 12 * 32 + 5
-"""Steps of the long sample: twelve chunks of the Triton kernels and a rest, enough for their software pipelines."""
+LONG = 16 * 32 + 5
+"""Steps of the long sample: sixteen chunks of the Triton kernels and a rest, enough for their software pipelines and
+more than the kernels of the gates have in a block."""
 
 
 def mlstm_inputs(

@@ -15,10 +15,11 @@ import transformers
 import transformers.utils
 import yaml
 
-from tests.hub.lively import STOCK, logits, make_trained, random_tokens
+from tests.hub.lively import SMALL, STOCK, logits, make_trained, random_tokens
 from xlstm_lm import hub
 from xlstm_lm.data import TokenizerConfig, build_tokenizer, train_bpe
 from xlstm_lm.hub import bundle, model_card
+from xlstm_lm.hub.configuration_xlstm_lm import XLSTMLMConfig
 from xlstm_lm.hub.export import choose_format, parse_size
 from xlstm_lm.hub.formats import own_format
 from xlstm_lm.hub.tokenizer_files import save_tokenizer_files
@@ -297,6 +298,14 @@ def test_what_is_no_size(text):
         parse_size(text)
 
 
+def test_an_exported_class_without_weights_draws_them_as_training_does():
+    config = XLSTMLMConfig(**SMALL)
+    fresh = transformers.AutoModelForCausalLM.from_config(config)
+    small = (2 / (5 * config.embedding_dim)) ** 0.5
+    for weight in (fresh.model.embedding.weight, fresh.lm_head.weight):
+        assert 0.9 < weight.std().item() / small < 1.1
+
+
 def test_what_is_saved_after_tuning_is_a_model_of_ours_again(tmp_path):
     hub.save_export(make_trained(tmp_path / "source"), tmp_path / "export")
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "export")
@@ -350,9 +359,6 @@ again = AutoModelForCausalLM.from_pretrained(tuned, trust_remote_code=True)
 torch.testing.assert_close(again(tokens_BT).logits, model.eval()(tokens_BT).logits)
 fresh = AutoModelForCausalLM.from_config(model.config, trust_remote_code=True)
 assert fresh.model.blocks[0].mixer.gates.bias.tolist() == [-10, -10, 3, 6], "initialised as in training"
-small = (2 / (5 * model.config.embedding_dim)) ** 0.5
-for weight in (fresh.model.embedding.weight, fresh.lm_head.weight):
-    assert 0.9 < weight.std() / small < 1.1
 """
     environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
     folders = [str(tmp_path / "export"), str(tmp_path / "tuned")]

@@ -69,6 +69,7 @@ def test_every_way_from_documents_to_rows_is_measured(monkeypatch, capsys):
         assert float(cores) == pytest.approx(8 * 1000 / float(rate.replace(",", "")), abs=0.006)
 
 
+@pytest.mark.slow
 def test_a_save_is_timed_from_its_call_to_the_published_checkpoint(tmp_path):
     model = "xlstm:embedding_dim=16,num_blocks=1,num_heads=2,vocab_size=256"
     command = [sys.executable, "-m", "eval.save_stall", "--model", model, "--saves", "2", "--out", "stall.json"]

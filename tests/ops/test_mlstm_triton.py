@@ -74,13 +74,13 @@ def in_small_gate_blocks(**case: Any) -> float:
     inputs = {name: x.detach() for name, x in make_inputs(1, 70, 1, 16, 16, forget_mean=10.0).items()}
     inputs["i"][:, :32] += 100.0
     with mock.patch.object(triton_gates, "BLOCK", 32):
-        check_case("triton", B=1, H=1, T=110, chunks=5, **case)
+        check_case("triton", B=1, H=1, T=70, chunks=3, **case)
         found = run({name: x.float() for name, x in inputs.items()}, backend="triton")[0]
     right = run(inputs, backend="recurrence")[0]
     return float((found - right).abs().max() / right.abs().max())
 
 
-@pytest.mark.parametrize("case", [{}, {"resets": None}, {"input_gate": "sigmoid"}], ids=str)
+@pytest.mark.parametrize("case", [{}, {"input_gate": "sigmoid", "resets": None}], ids=str)
 def test_gates_pass_from_block_to_block(interpreted: Callable, case: dict[str, Any]) -> None:
     assert interpreted(in_small_gate_blocks, **case) < 1e-4
 

@@ -18,11 +18,18 @@ from xlstm_lm.base.program import program, told_once
 ROOT = Path(__file__).parents[2]
 
 
+def heed_interrupts() -> None:
+    """Undo, in a new process, that a shell which puts the tests in the background has them ignore Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def ending(code: str, **options) -> tuple[int, str, str]:
     """How a program ends: exit code, standard output and error."""
     script = "import os, signal, sys\nfrom xlstm_lm.base.program import program\nwith program('xlstm-lm train'):\n"
     script += "".join(f"    {line}\n" for line in code.splitlines())
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, **options)
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, preexec_fn=heed_interrupts, **options
+    )
     return done.returncode, done.stdout, done.stderr
 
 
@@ -48,7 +55,9 @@ def test_ctrl_c_in_a_study_leaves_no_trace(at, tmp_path):
     study.write_text(study.read_text().replace(at, f"{interrupt}; {at}", 1))
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
     command = [sys.executable, "-m", "eval.kernels", "--device", "cpu"]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=environment, cwd=tmp_path, preexec_fn=heed_interrupts
+    )
     expected = (-2, "") if "import" in at else (130, "eval.kernels: interrupted\n")
     assert (done.returncode, done.stderr) == expected
 

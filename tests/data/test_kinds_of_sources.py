@@ -6,6 +6,7 @@ import gzip
 import io
 import json
 import tarfile
+from pathlib import Path
 
 import fsspec
 import pyarrow as pa
@@ -158,17 +159,23 @@ def memory():
     system.store.clear()
 
 
+def write_file(folder: Path, kind: str, number: int) -> Path:
+    """Write one of several files of a kind, with other documents for each number."""
+    path = folder / f"{number}.{kind}"
+    if kind == "tar":
+        path.write_bytes(archive(samples(make_documents(20, seed=number))))
+    elif kind in ("text", "text_lines"):
+        path.write_text("\n".join(make_documents(20, seed=number)))
+    else:
+        write(path, kind, ROWS[number * 10 :][:10])
+    return path
+
+
 @pytest.mark.parametrize("kind", ["text", "text_lines", "jsonl", "csv", "parquet", "tar"])
 def test_files_behind_a_url_are_read_as_local_ones(kind, memory, tmp_path):
     settings = {"text_field": "caption.txt"} if kind == "tar" else {}
     for number in range(3):
-        path = tmp_path / f"{number}.{kind}"
-        if kind == "tar":
-            path.write_bytes(archive(samples(make_documents(20, seed=number))))
-        elif kind in ("text", "text_lines"):
-            path.write_text("\n".join(make_documents(20, seed=number)))
-        else:
-            write(path, kind, ROWS[number * 10 :][:10])
+        path = write_file(tmp_path, kind, number)
         memory.pipe(f"/bucket/{path.name}", path.read_bytes())
     local = SourceConfig(kind=kind, paths=[str(tmp_path / f"*.{kind}")], **settings)
     remote = SourceConfig(kind=kind, paths=[f"memory://bucket/*.{kind}"], **settings)
@@ -184,13 +191,7 @@ def test_files_behind_a_url_are_read_as_local_ones(kind, memory, tmp_path):
 @pytest.mark.parametrize("kind", ["text_lines", "jsonl", "csv", "parquet", "tar"])
 def test_after_a_file_that_broke_off_the_next_one_is_read(kind, tmp_path):
     for number in range(2):
-        path = tmp_path / f"{number}.{kind}"
-        if kind == "tar":
-            path.write_bytes(archive(samples(make_documents(5, seed=number))))
-        elif kind == "text_lines":
-            path.write_text("\n".join(make_documents(5, seed=number)))
-        else:
-            write(path, kind, ROWS[number * 10 :][:5])
+        write_file(tmp_path, kind, number)
     settings = {"text_field": "caption.txt"} if kind == "tar" else {}
     source = open_source(SourceConfig(kind=kind, paths=[str(tmp_path / f"*.{kind}")], **settings))
     second = list(source.read([Piece(1)]))

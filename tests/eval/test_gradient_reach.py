@@ -69,7 +69,7 @@ def losses_of(model, embedded_BTD, targets_BT):
 
 
 def test_the_fast_kernels_agree_with_the_jacobian_of_the_definition():
-    """In float64 the whole Jacobian of one window, every loss by every input; the last loss's row is wanted."""
+    """The whole Jacobian of one window in float64, every loss by every input; the last loss's row is wanted."""
     window_BT = random_windows(count=1, length=40)
     model = lively(replace(XLSTM, mlstm_backend="recurrence", slstm_backend="recurrence"), torch.float64)
     embedded_TD = model.embedding(window_BT[0, :-1]).detach()
